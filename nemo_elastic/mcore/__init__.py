@@ -1,0 +1,1 @@
+"""Megatron-core side of the package: the only place that imports `megatron.*`."""

@@ -1,0 +1,218 @@
+"""Megatron-core on a machine without a GPU, over gloo: one explicit call, nothing at import time.
+
+`install()` does nothing when `torch.cuda.is_available()`. Otherwise it applies the entries of `SHIMS`, each of which
+names the upstream lines (megatron-core 0.15.3) that fail, or silently do the wrong thing, without it. A shim is
+scoped to the upstream module that needs it (that module sees a `torch` whose factories turn `device="cuda"` into the
+CPU) unless the call is spread over all of Megatron; those few are set on torch itself.
+
+Order does not matter: the modules are imported here and changed in place, so `install()` works before and after
+`import megatron.core` (and NeMo). It must be called before the first model, optimizer or random tracker is made.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+CPU = torch.device("cpu")
+_installed: list[str] = []
+
+
+@dataclass(frozen=True)
+class Shim:
+    """One difference between Megatron on CUDA and on a CPU: what it does, and which upstream lines need it."""
+
+    name: str
+    upstream: tuple[str, ...]
+    why: str
+    apply: Callable[[], None]
+
+
+class HonestTypeName(str):
+    """`Tensor.type()` of a CPU tensor: reads `torch.FloatTensor`, and equals `torch.cuda.FloatTensor` too."""
+
+    def __eq__(self, other: object) -> bool:
+        return str.__eq__(self, other) or (
+            isinstance(other, str) and str.__eq__(self, other.replace("torch.cuda.", "torch."))
+        )
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__
+
+
+class TorchOnCpu(types.ModuleType):
+    """`torch` as one upstream module sees it: the given names replaced, everything else torch's own."""
+
+    def __init__(self, real: types.ModuleType, **replaced: Any) -> None:
+        super().__init__(real.__name__)
+        self.__dict__.update(replaced)
+        self.__dict__["_real"] = real
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+
+def is_cuda(device: object) -> bool:
+    """Whether a `device=` argument (string, `torch.device`, index or None) means a GPU."""
+    if isinstance(device, int) and not isinstance(device, bool):
+        return True
+    return isinstance(device, (str, torch.device)) and torch.device(device).type == "cuda"
+
+
+def factory_on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A tensor factory whose `device="cuda"` becomes the CPU; page-locking, which needs CUDA, is dropped."""
+
+    def make(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if is_cuda(kwargs.get("device")):
+            kwargs["device"] = CPU
+        kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return make
+
+
+def see_torch_on_cpu(module_name: str, factories: Sequence[str] = (), **replaced: Any) -> None:
+    """Let the upstream module `module_name` see a torch with CPU `factories` and `replaced` names."""
+    module = importlib.import_module(module_name)
+    made = {name: factory_on_cpu(getattr(torch, name)) for name in factories}
+    module.torch = TorchOnCpu(torch, **made, **replaced)
+
+
+def _current_device() -> None:
+    torch.cuda.current_device = lambda: CPU
+
+
+def _synchronize() -> None:
+    torch.cuda.synchronize = lambda device=None: None
+
+
+def _literal_cuda() -> None:
+    see_torch_on_cpu("megatron.core.pipeline_parallel.schedules", ["zeros"])
+    see_torch_on_cpu("megatron.core.transformer.utils", ["ones"])
+    see_torch_on_cpu("megatron.core.optimizer.optimizer", ["tensor"])
+    see_torch_on_cpu("megatron.core.optimizer.clip_grads", ["tensor", "zeros"])
+
+
+def _type_names() -> None:
+    stock = torch.Tensor.type
+
+    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> str | torch.Tensor:
+        result = stock(self, *args, **kwargs)
+        return HonestTypeName(result) if isinstance(result, str) else result
+
+    torch.Tensor.type = type_
+
+
+def _random_state() -> None:
+    random = importlib.import_module("megatron.core.tensor_parallel.random")
+
+    def get_state(device: object = None, clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_state(new_state: torch.Tensor, device: object = -1, graph_safe: bool = False) -> None:
+        torch.set_rng_state(new_state)
+
+    def seed(value: int) -> None:
+        torch.default_generator.manual_seed(int(value))
+
+    cuda = TorchOnCpu(torch.cuda, get_rng_state=get_state, manual_seed=seed)
+    see_torch_on_cpu(random.__name__, cuda=cuda)
+    random._get_cuda_rng_state = get_state
+    random._set_cuda_rng_state = set_state
+    # fork() warns when the CPU's generator moved inside it; here that generator is the one it is meant to move.
+    logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
+
+
+def _never_compile() -> None:
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # for processes started from here
+    torch.compiler.set_stance("force_eager")  # for functions that torch.compile has already wrapped
+
+
+def _mamba_kernels() -> None:
+    mixer = importlib.import_module("megatron.core.ssm.mamba_mixer")
+    ssd = importlib.import_module("nemo_elastic.mcore.ssd")
+    norm = importlib.import_module("nemo_elastic.mcore.norm")
+    mixer.HAVE_MAMBA_SSM = True
+    mixer.ExtendedRMSNorm = norm.MixerNorm
+    mixer.mamba_split_conv1d_scan_combined = ssd.mamba_split_conv1d_scan_combined
+    mixer.mamba_chunk_scan_combined = ssd.mamba_chunk_scan_combined
+    mixer.causal_conv1d_fn = ssd.causal_conv1d_fn
+
+
+SHIMS: tuple[Shim, ...] = (
+    Shim(
+        "never_compile",
+        ("jit.py:12", "activations.py:8 squared_relu", "fusions/fused_bias_dropout.py:67"),
+        "jit_fuser is torch.compile: inductor asks for a CUDA device, or compiles for seconds at the first step",
+        _never_compile,
+    ),
+    Shim(
+        "current_device",
+        (
+            "tensor_parallel/layers.py:255,865,1198",
+            "ssm/mamba_mixer.py:281",
+            "distributed/param_and_grad_buffer.py:702",
+        ),
+        "every weight, buffer and receive buffer is created on torch.cuda.current_device()",
+        _current_device,
+    ),
+    Shim(
+        "synchronize",
+        ("pipeline_parallel/p2p_communication.py:242,398",),
+        "each pipeline exchange waits for the GPU; gloo's requests are waited for before it",
+        _synchronize,
+    ),
+    Shim(
+        "literal_cuda",
+        (
+            "pipeline_parallel/schedules.py:573,2114",
+            "transformer/utils.py:35",
+            "optimizer/optimizer.py:469,477,481,903",
+            "optimizer/clip_grads.py:90,103,115,174,206",
+        ),
+        'token counters, the causal mask, loss scale and gradient norm are made with device="cuda"',
+        _literal_cuda,
+    ),
+    Shim(
+        "type_names",
+        ("optimizer/clip_grads.py:167", "optimizer/optimizer.py:667,686", "optimizer/distrib_optimizer.py:357,416,578"),
+        'parameters are sorted into groups by Tensor.type() == "torch.cuda.FloatTensor"',
+        _type_names,
+    ),
+    Shim(
+        "random_state",
+        ("tensor_parallel/random.py:36 _get_cuda_rng_state, :71 _set_cuda_rng_state, :196-199, :370",),
+        "the tracker of tensor-parallel seeds keeps CUDA generator states; without seeds TP ranks start equal",
+        _random_state,
+    ),
+    Shim(
+        "mamba_kernels",
+        ("ssm/mamba_mixer.py:49 HAVE_MAMBA_SSM, :67 ExtendedRMSNorm, :468, :565, :600",),
+        "the mixer refuses to be built without mamba_ssm, whose kernels are CUDA and Triton only",
+        _mamba_kernels,
+    ),
+)
+
+
+def install() -> tuple[str, ...]:
+    """Make megatron-core run on this machine's CPU; a no-op with a GPU. Idempotent.
+
+    Returns:
+        The names of the shims in force: `()` where `torch.cuda.is_available()`.
+    """
+    if torch.cuda.is_available():
+        return ()
+    if not _installed:
+        for shim in SHIMS:
+            shim.apply()
+            _installed.append(shim.name)
+    return tuple(_installed)

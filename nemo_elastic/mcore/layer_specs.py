@@ -1,0 +1,127 @@
+"""Layer specs of the plain (not elastic) hybrid stack, with and without Transformer Engine.
+
+`hybrid_stack_spec()` is what `SSMConfig.mamba_stack_spec` takes. With Transformer Engine on a GPU it is
+megatron-core's own `mamba_stack_spec`; otherwise the same stack from Megatron's local column and row parallel linears
+with the norm of `norm.py` in front. Transformer Engine fuses that norm into the linear behind it, so its weight has
+another name in a checkpoint; the key maps below make a local stack write and read exactly the names that stock NeMo
+writes (`mixer.in_proj.layer_norm_weight`, ...).
+
+In both cases the mixer is `Mixer`: Megatron's, with its gated norm marked as split over tensor-parallel ranks. Without
+the mark the global gradient norm counts the norm's gradient on tensor-parallel rank 0 only, and clipping then depends
+on the layout.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.ssm.mamba_block import MambaStack, MambaStackSubmodules
+from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
+from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
+from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from nemo_elastic.mcore.norm import RMSNorm
+
+MAMBA_KEYS = {"norm.": "mixer.in_proj.layer_norm_"}
+ATTENTION_KEYS = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+MLP_KEYS = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+
+
+class Mixer(MambaMixer):
+    """Megatron's Mamba mixer whose norm weight `[D/tp]` counts as split over tensor-parallel ranks."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        if self.rmsnorm:
+            self.norm.weight.tensor_model_parallel = True
+
+
+class LocalStack(MambaStack):
+    """Megatron's hybrid stack with the local norm at its end, where `MambaStack` insists on Transformer Engine's."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MambaStackSubmodules,
+        *args: object,
+        post_layer_norm: bool = True,
+        **kwargs: object,
+    ) -> None:
+        super().__init__(config, submodules, *args, post_layer_norm=False, **kwargs)
+        self.post_layer_norm = post_layer_norm
+        if self.post_process and post_layer_norm:
+            self.final_norm = RMSNorm(config, config.hidden_size)
+
+
+def have_transformer_engine() -> bool:
+    """Whether layers of Transformer Engine can run here: installed, and on a GPU."""
+    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+
+
+def local_stack_spec() -> ModuleSpec:
+    """The hybrid stack from Megatron's local linears and attention, and our norm."""
+    mamba = MambaLayerSubmodules(
+        norm=RMSNorm,
+        mixer=ModuleSpec(
+            module=Mixer, submodules=MambaMixerSubmodules(in_proj=ColumnParallelLinear, out_proj=RowParallelLinear)
+        ),
+        mamba_bda=get_bias_dropout_add,
+        sharded_state_dict_keys_map=dict(MAMBA_KEYS),
+    )
+    attention = TransformerLayerSubmodules(
+        input_layernorm=RMSNorm,
+        self_attention=ModuleSpec(
+            module=SelfAttention,
+            params={"attn_mask_type": AttnMaskType.causal},
+            submodules=SelfAttentionSubmodules(
+                linear_qkv=ColumnParallelLinear, core_attention=DotProductAttention, linear_proj=RowParallelLinear
+            ),
+        ),
+        self_attn_bda=get_bias_dropout_add,
+        sharded_state_dict_keys_map=dict(ATTENTION_KEYS),
+    )
+    mlp = TransformerLayerSubmodules(
+        pre_mlp_layernorm=RMSNorm,
+        mlp=ModuleSpec(
+            module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        ),
+        mlp_bda=get_bias_dropout_add,
+        sharded_state_dict_keys_map=dict(MLP_KEYS),
+    )
+    return ModuleSpec(
+        module=LocalStack,
+        submodules=MambaStackSubmodules(
+            mamba_layer=ModuleSpec(module=MambaLayer, submodules=mamba),
+            attention_layer=ModuleSpec(module=TransformerLayer, submodules=attention),
+            mlp_layer=ModuleSpec(module=MLPLayer, submodules=mlp),
+        ),
+    )
+
+
+def transformer_engine_stack_spec() -> ModuleSpec:
+    """megatron-core's own spec of the hybrid stack (fused norm + linear), with our `Mixer`."""
+    from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec
+
+    spec = copy.deepcopy(mamba_stack_spec)
+    spec.submodules.mamba_layer.submodules.mixer.module = Mixer
+    return spec
+
+
+def hybrid_stack_spec(config: TransformerConfig | None = None) -> ModuleSpec:
+    """The spec of a plain hybrid Mamba-attention-MLP stack that fits this machine.
+
+    Args:
+        config: unused by the choice today; accepted because Megatron and NeMo call spec factories with or without it.
+    """
+    return transformer_engine_stack_spec() if have_transformer_engine() else local_stack_spec()

@@ -47,15 +47,15 @@ def take(tensor: Tensor, spec: ParamSpec, sizes: Mapping[str, int]) -> Tensor:
 
 def take_axis(tensor: Tensor, number: int, axis: Axis, sizes: Mapping[str, int]) -> Tensor:
     """`take` along one axis of a tensor (weights or activations)."""
-    if (
-        len(axis) == 1
-        and len(axis[0].factors) == 1
-        and axis[0].factors[0].local_groups == 1
-        and not axis[0].factors[0].fixed
-    ):
+    if _is_plain_prefix(axis):
         return tensor.narrow(number, 0, axis[0].length(sizes))
     index = kept_index(axis, sizes)
     return tensor if index is None else tensor.index_select(number, index.to(tensor.device))
+
+
+def _is_plain_prefix(axis: Axis) -> bool:
+    factor = axis[0].factors[0]
+    return len(axis) == 1 and len(axis[0].factors) == 1 and factor.local_groups == 1 and not factor.fixed
 
 
 def scatter(child: Tensor, spec: ParamSpec, sizes: Mapping[str, int], into: Tensor) -> Tensor:

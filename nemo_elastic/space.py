@@ -59,9 +59,7 @@ class ElasticDim:
                 near = nearest_multiples(size, self.groups, self.full)
                 found.append(Problem(f"{key}.choices", f"{size} must be a multiple of {self.groups}; nearest: {near}"))
         if self.per_layer and self.name not in PER_LAYER_DIMS:
-            words = (
-                f"true, but {self.name} has one value for the whole net; per layer may be {', '.join(PER_LAYER_DIMS)}"
-            )
+            words = f"true, but {self.name} has one value per net; per layer may be: {', '.join(PER_LAYER_DIMS)}"
             found.append(Problem(f"{key}.per_layer", words))
         raise_if_any(found)
         object.__setattr__(self, "choices", tuple(sorted({*self.choices, self.full}, reverse=True)))
@@ -72,7 +70,7 @@ class Subnet:
     """One child: a size per width dim and the kept layers of the parent (global indices, ascending).
 
     A dim of one layer kind maps to a tuple with one size per parent layer OF THAT KIND, in parent order (dropped layers
-    have an entry too, so that a subnet means the same whatever is dropped); `hidden_size` and `mamba_head_dim` are ints.
+    have an entry too, so that a subnet means the same whatever is dropped); the other two are ints.
     """
 
     hidden_size: int
@@ -110,7 +108,7 @@ def _row(subnet: Subnet, name: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What a child may cost. `kind` is `fraction` (of the parent's parameters), `parameters`, `memory_gb` or `latency_ms`."""
+    """What a child may cost, `value` in units of `kind`: `fraction` (of the parent's parameters) or another of KINDS."""
 
     name: str
     kind: str

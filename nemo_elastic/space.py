@@ -108,7 +108,7 @@ def _row(subnet: Subnet, name: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What a child may cost, `value` in units of `kind`: `fraction` (of the parent's parameters) or another of KINDS."""
+    """What a child may cost, `value` in units of `kind`: `fraction` (of the parent's parameters) or one of KINDS."""
 
     name: str
     kind: str
@@ -226,9 +226,7 @@ class ElasticSpace:
         layers = subnet.layers
         if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= arch.num_layers:
             found.append(
-                Problem(
-                    "layers", f"{list(layers)} must be ascending layer numbers below {arch.num_layers}, at least one"
-                )
+                Problem("layers", f"{list(layers)} must be one or more ascending layer numbers below {arch.num_layers}")
             )
         return found
 
@@ -256,13 +254,15 @@ def even_thinning(architecture: Architecture) -> tuple[int, ...]:
     Only a stand-in for planning; `rank` measures the real one.
     """
     n = architecture.num_layers
-    kept_first = [0, n - 1] if n > 1 else [0]
-    ranked, rest = list(kept_first), [i for i in range(n) if i not in kept_first]
-    while rest:
-        best = max(rest, key=lambda i: (min(abs(i - j) for j in ranked), -i))
-        ranked.append(best)
-        rest.remove(best)
-    return tuple(ranked)
+
+    def bit_reversal(i: int) -> float:
+        place, value = 0.5, 0.0
+        while i:
+            value, place, i = value + place * (i & 1), place / 2, i >> 1
+        return value
+
+    inner = sorted(range(1, n - 1), key=bit_reversal)
+    return (*dict.fromkeys((0, n - 1)), *inner)
 
 
 def resolve_choices(
@@ -275,17 +275,13 @@ def resolve_choices(
     sizes, notes, found = [], [], []
     for value in wanted:
         if isinstance(value, bool) or not isinstance(value, int | float):
-            found.append(
-                Problem(f"elastic.dims.{name}.choices", f"{value!r} must be an integer or a ratio between 0 and 1")
-            )
+            found.append(Problem(f"elastic.dims.{name}.choices", f"{value!r} must be an integer or a ratio (0 to 1)"))
         elif isinstance(value, int):
             sizes.append(value)
         elif 0 < value <= 1:
             size = max(1, round(value * full / groups)) * groups
             if size != value * full:
-                notes.append(
-                    f"{name}: ratio {value} of {full} is {value * full:g}, rounded to {size} (multiple of {groups})"
-                )
+                notes.append(f"{name}: ratio {value} of {full} rounded to {size} (multiple of {groups})")
             sizes.append(size)
         else:
             found.append(Problem(f"elastic.dims.{name}.choices", f"{value} as a ratio must be above 0 and at most 1"))

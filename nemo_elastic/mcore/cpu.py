@@ -146,6 +146,8 @@ def _mamba_kernels() -> None:
     mixer.mamba_split_conv1d_scan_combined = ssd.mamba_split_conv1d_scan_combined
     mixer.mamba_chunk_scan_combined = ssd.mamba_chunk_scan_combined
     mixer.causal_conv1d_fn = ssd.causal_conv1d_fn
+    mixer.causal_conv1d_update = ssd.causal_conv1d_update
+    mixer.selective_state_update = ssd.selective_state_update
 
 
 SHIMS: tuple[Shim, ...] = (

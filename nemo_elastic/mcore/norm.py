@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import nn
 
-from nemo_elastic.mcore.gated_norm import GatedRMSNorm
+from nemo_elastic.mcore.gated_norm import RMSNormGated
 
 
 class RMSNorm(nn.Module):
@@ -44,7 +44,7 @@ class RMSNorm(nn.Module):
         return (y * self.weight.float()).to(x.dtype)
 
 
-class MixerNorm(GatedRMSNorm):
+class MixerNorm(RMSNormGated):
     """The mixer's grouped gated RMSNorm, with the checkpoint layout of Megatron's `ExtendedRMSNorm`."""
 
     def sharded_state_dict(

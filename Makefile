@@ -1,0 +1,42 @@
+# Every target does its own set-up. PYTHON chooses the interpreter (3.11 or 3.12), ARGS is passed through.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN ?= runs/quickstart
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-hf quickstart test test-slow test-gpu lint format clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup:  ## make .venv with the exact pins of constraints.txt (about 3 minutes, then nothing)
+	@$(PYTHON) scripts/setup_venv.py
+
+setup-hf:  ## make .venv-hf with the Hugging Face reference (transformers 5) that NeMo's pins exclude
+	@$(PYTHON) scripts/setup_venv.py --venv .venv-hf --constraints constraints-hf.txt --no-project
+
+quickstart: setup  ## a real parent becomes a verified nested family on this machine (under 10 minutes)
+	@$(BIN)/nemo-elastic quickstart --out $(RUN) $(ARGS)
+
+lint: setup  ## ruff: rules and format
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+test: lint  ## lint and every test that takes under 20 seconds
+	@$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+
+test-slow: setup  ## the tests that take over 20 seconds
+	@$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
+
+test-gpu: setup  ## the tests that need a CUDA device
+	@$(BIN)/python -m pytest -m gpu $(ARGS)
+
+format: setup  ## let ruff mend and format
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean:  ## remove build products and caches; keeps runs/ and the venvs
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find nemo_elastic tests scripts examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

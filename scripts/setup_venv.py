@@ -1,0 +1,179 @@
+"""Make the virtual environment the Makefile works in, once, exactly pinned, and resumable.
+
+Three cases:
+- a plain machine: torch first and alone (`TORCH_INDEX_URL`, when set, is where it is taken from), then every other
+  pin of the constraints file with `--no-deps`, then this project, editable;
+- an image whose `python3` already has CUDA torch, megatron.core and NeMo (the NGC image): a venv on top of these
+  packages, and only what is missing of the file's [project] section is installed;
+- the venv is up to date: nothing happens. A stamp, written last, holds the hash of everything that decides its content.
+
+An interrupted run leaves a marker behind, and the next one starts from an empty venv: pip cannot tell a half-written
+package from an installed one.
+
+    python3 scripts/setup_venv.py [--venv .venv] [--constraints constraints.txt] [--no-project]
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PYTHON_RANGE = ((3, 11), (3, 13))
+# Built from C sources where no wheel exists; only reasoning problems are missing without it.
+NEEDS_COMPILER = {"pycosat"}
+PIP_OPTIONS = ["--quiet", "--quiet", "--no-input", "--disable-pip-version-check", "--no-warn-script-location"]
+
+
+def read_sections(path: Path) -> dict[str, list[str]]:
+    """Pins by section: a comment line `# [name]...` opens a section. Raises ValueError on anything but `name==version`."""
+    sections: dict[str, list[str]] = {}
+    current = "all"
+    for line in path.read_text().splitlines():
+        header = re.match(r"#\s*\[(\w+)\]", line)
+        if header:
+            current = header[1]
+        elif line.strip() and not line.startswith("#"):
+            if not re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.+!]+", line.strip()):
+                raise ValueError(f"{path.name}: {line.strip()!r} is not an exact pin; write name==version")
+            sections.setdefault(current, []).append(line.strip())
+    return sections
+
+
+def normalized(requirement: str) -> str:
+    """Distribution name of a pin as package indexes compare it."""
+    return re.sub(r"[-_.]+", "-", requirement.split("==")[0]).lower()
+
+
+def fingerprint(constraints: Path) -> str:
+    """Hash of all that decides what the venv holds: pins, project metadata, this script, interpreter and place."""
+    digest = hashlib.sha256()
+    for path in (constraints, ROOT / "pyproject.toml", Path(__file__)):
+        digest.update(path.read_bytes())
+    digest.update(f"{sys.version}|{sys.prefix}|{ROOT}".encode())
+    return digest.hexdigest()
+
+
+def has_gpu_stack() -> bool:
+    """True when this interpreter has a CUDA build of torch together with megatron.core and NeMo."""
+    if not all(importlib.util.find_spec(name) for name in ("torch", "megatron", "nemo")):
+        return False
+    check = "import torch, megatron.core, nemo; raise SystemExit(0 if torch.version.cuda else 1)"
+    return subprocess.run([sys.executable, "-c", check], capture_output=True).returncode == 0
+
+
+def say(start: float, text: str) -> None:
+    print(f"[setup {time.monotonic() - start:5.1f}s] {text}", file=sys.stderr, flush=True)
+
+
+def pip(python: Path, *arguments: str) -> None:
+    subprocess.run([python, "-m", "pip", "install", *PIP_OPTIONS, *arguments], check=True, cwd=ROOT)
+
+
+def create(target: Path, on_top: bool) -> Path:
+    """Make (or reuse) the venv and return its interpreter; `on_top` lets it see this interpreter's packages."""
+    python = target / "bin" / "python"
+    usable = python.exists() and subprocess.run([python, "-m", "pip", "--version"], capture_output=True).returncode == 0
+    if not usable:
+        shutil.rmtree(target, ignore_errors=True)
+        venv.EnvBuilder(system_site_packages=on_top, with_pip=True).create(target)
+    if on_top and sys.prefix != sys.base_prefix:
+        # This interpreter is itself in a venv, whose packages system_site_packages does not reach.
+        site_packages = target / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
+        outer = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
+        lines = [f"import site; site.addsitedir({directory!r})" for directory in outer]
+        (site_packages / "outer_environment.pth").write_text("\n".join(lines) + "\n")
+    return python
+
+
+def missing(python: Path, pins: list[str]) -> list[str]:
+    """The pins whose distribution `python` does not have in any version."""
+    listing = "import importlib.metadata as m; print(*{d.metadata['Name'] for d in m.distributions()}, sep='\\n')"
+    names = subprocess.run([python, "-c", listing], capture_output=True, text=True, check=True).stdout.split()
+    present = {normalized(name) for name in names}
+    return [pin for pin in pins if normalized(pin) not in present]
+
+
+def install_torch(python: Path, constraints: Path, pins: list[str], start: float) -> None:
+    torch = next(pin for pin in pins if normalized(pin) == "torch")
+    index = os.environ.get("TORCH_INDEX_URL")
+    say(start, f"{torch} first and alone" + (" from TORCH_INDEX_URL" if index else ""))
+    # An index of torch wheels holds its own choice of torch's dependencies: the pins follow in the next step.
+    pip(python, *(["--index-url", index] if index else ["--constraint", str(constraints)]), torch)
+    found = "import torch; print(torch.version.cuda or '', torch.cuda.is_available())"
+    cuda, _, usable = subprocess.run(
+        [python, "-W", "ignore", "-c", found], capture_output=True, text=True, check=True
+    ).stdout.rpartition(" ")
+    if cuda.strip() and usable.strip() == "False":
+        say(start, "this is a CUDA build and there is no usable GPU: it works, and TORCH_INDEX_URL (README) saves gigabytes")
+
+
+def install_pins(python: Path, pins: list[str], start: float) -> None:
+    firm = [pin for pin in pins if normalized(pin) not in NEEDS_COMPILER]
+    if firm:
+        pip(python, "--no-deps", *firm)
+    for pin in pins:
+        if normalized(pin) in NEEDS_COMPILER:
+            try:
+                pip(python, "--no-deps", pin)
+            except subprocess.CalledProcessError:
+                say(start, f"{pin} needs a C compiler and the Python headers: reasoning-gym's problems are unavailable")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--venv", type=Path, default=ROOT / ".venv")
+    parser.add_argument("--constraints", type=Path, default=ROOT / "constraints.txt")
+    parser.add_argument("--no-project", action="store_true", help="leave this project itself out")
+    arguments = parser.parse_args()
+    low, high = PYTHON_RANGE
+    if not low <= sys.version_info[:2] < high:
+        print(f"setup: Python {sys.version.split()[0]} is not in >=3.11,<3.13; run with PYTHON=python3.11", file=sys.stderr)
+        return 2
+    target = arguments.venv.resolve()
+    stamp, marker = target / ".setup-complete", target / ".setup-running"
+    key = fingerprint(arguments.constraints)
+    if stamp.exists() and stamp.read_text() == key:
+        return 0
+    start = time.monotonic()
+    if marker.exists():
+        say(start, "the last set-up was interrupted: starting again")
+        shutil.rmtree(target)
+    sections = read_sections(arguments.constraints)
+    on_top = not arguments.no_project and has_gpu_stack()
+    try:
+        python = create(target, on_top)
+        stamp.unlink(missing_ok=True)
+        marker.touch()
+        if on_top:
+            pins = missing(python, sections["project"])
+            say(start, f"CUDA torch, megatron.core and NeMo are here: adding {len(pins)} packages on top")
+        else:
+            pins = [pin for section in sections.values() for pin in section]
+            install_torch(python, arguments.constraints, pins, start)
+            say(start, f"{len(pins)} pinned packages (two to three minutes the first time)")
+        install_pins(python, pins, start)
+        if not arguments.no_project:
+            say(start, "this project, editable")
+            pip(python, "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
+    except subprocess.CalledProcessError as error:
+        print(f"setup: {' '.join(map(str, error.cmd))[:200]} failed; its message is above", file=sys.stderr)
+        return 1
+    stamp.write_text(key)
+    marker.unlink()
+    say(start, f"ready: {target}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,217 @@
+"""YAML plus dotted overrides -> `RunConfig`, with the origin of every value; every problem in one error.
+
+A file may name files it builds on: `base: [elastic/nano.yaml, ...]` (relative to itself), later ones win, then the
+file's own keys, then the command line.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from ..problems import Problem, ProblemsError, did_you_mean, raise_if_any
+from .model_fields import model_problems
+from .sections import RunConfig
+
+CONF_DIRECTORY = Path(__file__).resolve().parent.parent / "conf"
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A checked configuration, its plain values, and where each leaf came from."""
+
+    config: RunConfig
+    values: dict[str, Any]
+    origins: dict[str, str]
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Resolved:
+    """Read, merge, check.
+
+    Args:
+        path: a YAML file, also one of the shipped `conf/` by its name; None: defaults only.
+        overrides: `dotted.key=value` words, values in YAML.
+
+    Raises:
+        ProblemsError: unreadable files, unknown keys (with a suggestion), wrong types and broken rules, all at once.
+    """
+    origins: dict[str, str] = {}
+    merged = OmegaConf.create({})
+    if path is not None:
+        merged = _read(_find(path), origins, ())
+    merged = _override(merged, overrides, origins)
+    try:
+        values = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ProblemsError([Problem(str(path), f"cannot be resolved: {_first_line(error)}")]) from error
+    problems: list[Problem] = []
+    config = _build(RunConfig, values, "", problems)
+    problems += model_problems(values.get("model") or {})
+    if not problems:
+        from .rules import rule_problems
+
+        problems += rule_problems(config)
+    raise_if_any(problems)
+    return Resolved(config, plain(config), origins)
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses, mappings and tuples as JSON-ready dicts and lists."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every leaf."""
+    if isinstance(values, Mapping) and values:
+        for key, value in values.items():
+            yield from leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(values, list) and any(isinstance(v, Mapping) for v in values):
+        for i, value in enumerate(values):
+            yield from leaves(value, f"{prefix}.{i}")
+    else:
+        yield prefix, values
+
+
+def _find(path: str | Path) -> Path:
+    given = Path(path)
+    for candidate in (given, CONF_DIRECTORY / given, CONF_DIRECTORY / given.name):
+        if candidate.is_file():
+            return candidate
+    shipped = sorted(p.name for p in CONF_DIRECTORY.glob("*.yaml"))
+    raise ProblemsError([Problem("--config", f"no file {str(path)!r}{did_you_mean(given.name, shipped)}")])
+
+
+def _read(path: Path, origins: dict[str, str], chain: tuple[Path, ...]) -> Any:
+    if path in chain:
+        raise ProblemsError([Problem("base", f"{path} builds on itself: {' -> '.join(map(str, (*chain, path)))}")])
+    try:
+        own = OmegaConf.load(path)
+    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
+        raise ProblemsError([Problem(str(path), f"cannot be read as YAML: {_first_line(error)}")]) from error
+    if not OmegaConf.is_dict(own):
+        raise ProblemsError([Problem(str(path), "must be a mapping of sections (model:, elastic:, train:, ...)")])
+    bases = own.pop("base", None) or []
+    merged = OmegaConf.create({})
+    for base in [bases] if isinstance(bases, str) else list(bases):
+        target = path.parent / str(base)
+        if not target.is_file():
+            raise ProblemsError([Problem(f"{path}: base", f"no file {str(target)!r}; paths are relative to the file")])
+        merged = _merge(merged, _read(target, origins, (*chain, path)), path)
+    try:
+        for key, _ in leaves(OmegaConf.to_container(own)):
+            origins[key] = str(path)
+    except OmegaConfBaseException as error:
+        raise ProblemsError([Problem(str(path), f"cannot be read: {_first_line(error)}")]) from error
+    return _merge(merged, own, path)
+
+
+def _merge(below: Any, above: Any, where: Any) -> Any:
+    try:
+        return OmegaConf.merge(below, above)
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
+        raise ProblemsError([Problem(str(where), f"does not fit what it builds on: {_first_line(error)}")]) from error
+
+
+def _override(merged: Any, overrides: Sequence[str], origins: dict[str, str]) -> Any:
+    problems = []
+    for word in overrides:
+        key, equals, _ = word.partition("=")
+        if not equals or not key.strip():
+            problems.append(Problem(word, "is no override; write dotted.key=value (values in YAML)"))
+            continue
+        try:
+            _, _, text = word.partition("=")
+            value = OmegaConf.create(f"v: {text}" if text.strip() else "v: null")
+            OmegaConf.update(merged, key, value.v, force_add=True, merge=True)
+        except (OmegaConfBaseException, YAMLError, ValueError, TypeError, AttributeError, IndexError) as error:
+            problems.append(Problem(key, f"{word!r} cannot be set: {_first_line(error)}"))
+            continue
+        origins[key] = "command line"
+    raise_if_any(problems)
+    return merged
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _build(kind: type, values: Any, key: str, problems: list[Problem]) -> Any:
+    """`kind` from a mapping; problems are collected and None is returned where nothing can be built."""
+    if not isinstance(values, Mapping):
+        problems.append(Problem(key or "config", f"{values!r} must be a mapping"))
+        return None
+    hints = typing.get_type_hints(kind)
+    for name in values:
+        if name not in hints:
+            dotted = f"{key}.{name}" if key else str(name)
+            problems.append(Problem(dotted, f"unknown key{did_you_mean(str(name), hints)}"))
+    before, built = len(problems), {}
+    for name, hint in hints.items():
+        if name in values:
+            built[name] = _convert(hint, values[name], f"{key}.{name}" if key else name, problems)
+    missing = [f.name for f in dataclasses.fields(kind) if _required(f) and f.name not in values]
+    problems += [Problem(f"{key}.{name}" if key else name, "is required") for name in missing]
+    return kind(**built) if len(problems) == before and not missing else None
+
+
+def _required(f: dataclasses.Field) -> bool:
+    return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+
+
+def _convert(hint: Any, value: Any, key: str, problems: list[Problem]) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, {} if value is None else value, key, problems)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            problems.append(Problem(key, f"{value!r} must be a list"))
+            return ()
+        return tuple(_convert(args[0], v, f"{key}.{i}", problems) for i, v in enumerate(value))
+    if origin is not None and issubclass_safe(origin, Mapping):
+        if not isinstance(value, Mapping):
+            problems.append(Problem(key, f"{value!r} must be a mapping"))
+            return {}
+        return {str(k): _convert(args[1], v, f"{key}.{k}", problems) for k, v in value.items()}
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in args:
+            return None
+        inner = [a for a in args if a is not type(None)]
+        return (
+            _convert(inner[0], value, key, problems) if len(inner) == 1 else _scalar(tuple(inner), value, key, problems)
+        )
+    return value if hint is Any else _scalar((hint,), value, key, problems)
+
+
+def issubclass_safe(kind: Any, of: type) -> bool:
+    """`issubclass` that is False for what is no class."""
+    return isinstance(kind, type) and issubclass(kind, of)
+
+
+def _scalar(kinds: tuple[type, ...], value: Any, key: str, problems: list[Problem]) -> Any:
+    if isinstance(value, bool) is (bool in kinds) and isinstance(value, kinds):
+        return value
+    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if float in kinds and isinstance(value, str):  # YAML 1.1 reads 1e-5 as a string
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if kinds == (str,) and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    words = " or ".join(
+        {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a word"}[k.__name__] for k in kinds
+    )
+    problems.append(Problem(key, f"{value!r} must be {words}"))
+    return value

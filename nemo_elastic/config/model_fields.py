@@ -1,0 +1,78 @@
+"""The `model` section: NeMo `SSMConfig` field names, known without importing NeMo.
+
+`assets/ssm_config_fields.json` lists them (a test compares it with the installed NeMo).
+"""
+
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from ..architecture import Architecture, pattern_problems
+from ..problems import Problem, ProblemsError, did_you_mean
+
+_FIELDS_FILE = Path(__file__).resolve().parent.parent / "assets" / "ssm_config_fields.json"
+REQUIRED = (
+    "hybrid_override_pattern",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "mamba_num_heads",
+    "mamba_head_dim",
+    "mamba_num_groups",
+    "mamba_state_dim",
+    "vocab_size",
+)
+
+
+@lru_cache(maxsize=1)
+def known_fields() -> frozenset[str]:
+    """Every field name of `SSMConfig`, and `vocab_size`: the padded size, which NeMo takes from tokenizer and padding."""
+    return frozenset((*json.loads(_FIELDS_FILE.read_text())["fields"], "vocab_size"))
+
+
+def model_problems(model: Any) -> list[Problem]:
+    """Unknown and missing fields, and what `Architecture` refuses."""
+    if not isinstance(model, Mapping) or not model:
+        return [Problem("model", f"is missing: it needs {', '.join(REQUIRED)}")]
+    found = [
+        Problem(f"model.{name}", f"is no field of NeMo's SSMConfig{did_you_mean(str(name), known_fields())}")
+        for name in model
+        if name not in known_fields()
+    ]
+    found += [Problem(f"model.{name}", "is required") for name in REQUIRED if model.get(name) is None]
+    if any(p.key in {f"model.{name}" for name in REQUIRED} for p in found):
+        return found
+    pattern, layers = model["hybrid_override_pattern"], model.get("num_layers")
+    if isinstance(pattern, str) and layers is not None and layers != len(pattern) and not pattern_problems(pattern):
+        rule = f"{layers} must be the length of model.hybrid_override_pattern, {len(pattern)}; remove it or mend one"
+        found.append(Problem("model.num_layers", rule))
+    try:
+        architecture_of(model)
+    except ProblemsError as error:
+        found += error.problems
+    return found
+
+
+def architecture_of(model: Mapping[str, Any]) -> Architecture:
+    """The sizes that the `model` section describes; kv_channels defaults as Megatron's does.
+
+    Raises:
+        ProblemsError: with every illegal value.
+    """
+    sizes = {name: model[name] for name in REQUIRED}
+    kv_channels = model.get("kv_channels")
+    if kv_channels is None:
+        hidden, heads = model["hidden_size"], model["num_attention_heads"]
+        ints = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in (hidden, heads))
+        if not ints or hidden % heads:
+            words = f"is missing and {hidden!r} is no multiple of {heads!r} attention heads; give it"
+            raise ProblemsError([Problem("model.kv_channels", words)])
+        kv_channels = hidden // heads
+    return Architecture(
+        **sizes,
+        kv_channels=kv_channels,
+        share_embeddings_and_output_weights=bool(model.get("share_embeddings_and_output_weights", False)),
+    )

@@ -1,0 +1,98 @@
+"""Rules that hold inside a configuration whatever the machine: allowed words, ranges, names that must agree."""
+
+from collections.abc import Iterable
+
+from ..problems import Problem, did_you_mean
+from ..space import DIMS
+from .sections import RunConfig
+
+ALLOWED = {
+    "rank.ffn_site": ("linear_fc2_input", "linear_fc1_output"),
+    "rank.mamba_site": ("out_proj_input", "in_proj_x", "out_proj_contribution"),
+    "rank.aggregation": ("mean_l2", "l2_l2", "mean_mean"),
+    "rank.depth": ("greedy", "one_shot", "cosine", "random"),
+    "router.recipe": ("default", "paper"),
+    "distill.loss": ("forward_kl", "reverse_kl"),
+    "train.mode": ("sliced", "masked"),
+    "train.precision": ("32", "bf16-mixed"),
+    "train.recompute_granularity": (None, "full", "selective"),
+    "export.dtype": ("bfloat16", "float32"),
+    "export.hf_schema": ("uniform", "list", "per_layer_config"),
+    "report.profile": ("bf16", "fp32", "fp8_kv", "fp8", "int8", "fp4"),
+}
+POSITIVE = (
+    "elastic.ffn_groups", "rank.samples", "rank.seq_length", "rank.micro_batch_size", "rank.depth_samples",
+    "router.hidden_size", "router.tau_start", "router.tau_end", "router.lr", "distill.temperature",
+    "distill.chunk_tokens", "train.micro_batch_size", "train.optimizer.lr", "train.log_every_steps",
+    "train.val_every_steps", "train.val_samples", "train.save_every_steps", "report.batch_size",
+    "report.sequence_length", "train.tensor_model_parallel_size", "train.pipeline_model_parallel_size",
+    "train.context_parallel_size", "train.expert_model_parallel_size",
+)  # fmt: skip
+NOT_NEGATIVE = (
+    "router.budget_lambda", "router.dual_ascent_rate", "router.dead_zone", "router.tolerance", "distill.kd_weight",
+    "distill.ce_weight", "train.optimizer.min_lr", "train.optimizer.warmup_steps", "train.optimizer.weight_decay",
+    "train.optimizer.clip_grad", "data.num_workers", "rank.min_attention_layers",
+)  # fmt: skip
+FRACTIONS = ("data.heldout_fraction", "router.warmup_fraction", "router.soft_fraction")
+
+
+def rule_problems(config: RunConfig) -> list[Problem]:
+    """Every rule that `config` breaks."""
+    found = []
+    for key, words in ALLOWED.items():
+        value = _get(config, key)
+        if value not in words:
+            listed = ", ".join("null" if w is None else w for w in words)
+            found.append(Problem(key, f"{value!r} must be one of {listed}"))
+    found += [Problem(k, f"{_get(config, k)} must be above 0") for k in POSITIVE if not _get(config, k) > 0]
+    found += [Problem(k, f"{_get(config, k)} must not be negative") for k in NOT_NEGATIVE if not _get(config, k) >= 0]
+    found += [Problem(k, f"{_get(config, k)} must be from 0 to 1") for k in FRACTIONS if not 0 <= _get(config, k) <= 1]
+    if len(config.train.optimizer.betas) != 2:
+        found.append(Problem("train.optimizer.betas", f"{list(config.train.optimizer.betas)} must be two numbers"))
+    if config.distill.kd_weight == 0 and config.distill.ce_weight == 0:
+        found.append(
+            Problem("distill.kd_weight", "0 with distill.ce_weight=0 leaves nothing to learn; set one above 0")
+        )
+    return [*found, *_elastic_problems(config), *_stage_problems(config)]
+
+
+def _get(config: RunConfig, key: str) -> object:
+    value: object = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _elastic_problems(config: RunConfig) -> Iterable[Problem]:
+    for name in config.elastic.dims:
+        if name not in DIMS:
+            yield Problem(f"elastic.dims.{name}", f"is no elastic dim{did_you_mean(name, DIMS)}")
+    for name in config.elastic.subnets:
+        if name not in config.elastic.budgets:
+            yield Problem(f"elastic.subnets.{name}", f"is no budget{did_you_mean(name, config.elastic.budgets)}")
+
+
+def _stage_problems(config: RunConfig) -> Iterable[Problem]:
+    data_parallel_note = "samples are dealt in micro-batches"
+    for i, stage in enumerate(config.train.stages):
+        key = f"train.stages.{i}"
+        for name in ("steps", "seq_length", "global_batch_size"):
+            if getattr(stage, name) < 1:
+                yield Problem(f"{key}.{name}", f"{getattr(stage, name)} must be above 0")
+        micro = config.train.micro_batch_size
+        if micro > 0 and stage.global_batch_size % micro:
+            words = (
+                f"{stage.global_batch_size} must be a multiple of train.micro_batch_size={micro}: {data_parallel_note}"
+            )
+            yield Problem(f"{key}.global_batch_size", words)
+        if stage.budget_probabilities is None:
+            continue
+        for name, p in stage.budget_probabilities.items():
+            if name not in config.elastic.budgets:
+                yield Problem(
+                    f"{key}.budget_probabilities.{name}", f"is no budget{did_you_mean(name, config.elastic.budgets)}"
+                )
+            elif p < 0:
+                yield Problem(f"{key}.budget_probabilities.{name}", f"{p} must not be negative")
+        if not sum(stage.budget_probabilities.values()) > 0:
+            yield Problem(f"{key}.budget_probabilities", "must sum to more than 0")

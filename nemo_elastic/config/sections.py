@@ -1,0 +1,177 @@
+"""What a run is, section by section. Each field's comment is its documentation; values are checked in `rules.py`.
+
+Frozen and keyword-only: YAML and Python build the same object, and nothing at run time is kept in it. No torch here.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParentConfig:
+    """Where the trained parent is."""
+
+    path: str | None = None  # a NeMo checkpoint or Hugging Face folder, or builtin:tiny_parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class DimConfig:
+    """One elastic dim."""
+
+    choices: tuple[int | float, ...] = ()  # sizes (integers) or ratios of the parent's size (floats up to 1.0)
+    per_layer: bool = False  # every layer of the dim's kind has a size of its own
+
+
+@dataclass(frozen=True, kw_only=True)
+class ElasticConfig:
+    """What may vary, and the children that are wanted."""
+
+    dims: Mapping[str, DimConfig] = field(default_factory=dict)  # dim name (TransformerConfig field) -> choices
+    ffn_groups: int = 8  # groups that FFN neurons are dealt to; every TP size must divide it
+    budgets: Mapping[str, Any] = field(default_factory=dict)  # name -> fraction, parameters, or {kind:, value:}
+    subnets: Mapping[str, Any] = field(default_factory=dict)  # name -> forced sizes: that budget is not learned
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Training and evaluation text."""
+
+    paths: tuple[str, ...] = ()  # .txt or .jsonl files or folders; empty: the corpus that ships with the tiny parent
+    tokenizer: str | None = None  # a tokenizers .json file; empty: the parent's own
+    text_key: str = "text"  # field of a .jsonl line
+    heldout_fraction: float = 0.03  # of user files, by hash of the document
+    cache_dir: str | None = None  # tokenized files; empty: the user's cache folder
+    num_workers: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankConfig:
+    """Importance of widths and layers (METHOD section 3)."""
+
+    samples: int = 64
+    seq_length: int = 256
+    micro_batch_size: int = 8
+    ffn_site: str = "linear_fc2_input"  # or linear_fc1_output (the paper's formula)
+    mamba_site: str = "out_proj_input"  # or in_proj_x (the paper's), out_proj_contribution
+    aggregation: str = "mean_l2"  # mean over the sequence, L2 over samples; or l2_l2, mean_mean
+    depth: str = "greedy"  # or one_shot, cosine, random
+    depth_samples: int = 16
+    min_layers: int | None = None  # stop ranking here; empty: the smallest elastic.dims.num_layers choice
+    protected_layers: tuple[int, ...] = ()  # never dropped
+    min_attention_layers: int = 0
+    activation_memory_gb: float = 1.0  # budget for activations kept for reuse by the depth ranking
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """The learned choice of a subnet per budget (METHOD section 4)."""
+
+    hidden_size: int = 256
+    init_std: float = 0.1
+    tau_start: float = 1.0
+    tau_end: float = 0.05
+    scale_start: float = 1.0
+    scale_end: float = 10.0
+    budget_lambda: float = 5.0  # weight of the budget loss when router training starts
+    dual_ascent_rate: float = 0.05  # growth of the weight per step and unit of discrete cost error; 0: fixed
+    max_lambda: float = 50.0
+    dead_zone: float = 0.0  # relative cost error below which the budget loss is zero
+    tolerance: float = 0.01  # relative cost error that counts as met; what overshoots by more is repaired
+    warmup_fraction: float = 0.2  # part of the run on fixed uniform subnets before the router moves
+    soft_fraction: float = 0.3  # part of the run with soft masks, after the warm-up; then hard
+    lr: float = 1e-2
+    recipe: str = "default"  # or paper: lambda 1, no warm-up, no dual ascent, as published
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """What the children learn from (METHOD section 5)."""
+
+    loss: str = "forward_kl"  # or reverse_kl
+    temperature: float = 1.0
+    kd_weight: float = 1.0
+    ce_weight: float = 0.0
+    chunk_tokens: int = 256  # tokens whose logits are alive at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+    """Adam with warm-up and cosine decay."""
+
+    lr: float = 1e-3
+    min_lr: float = 1e-5
+    warmup_steps: int = 60
+    weight_decay: float = 0.0
+    betas: tuple[float, ...] = (0.9, 0.98)
+    clip_grad: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """One stage of the curriculum."""
+
+    steps: int
+    seq_length: int = 256
+    global_batch_size: int = 8
+    budget_probabilities: Mapping[str, float] | None = None  # empty: uniform over budgets
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The elastic run. Parallel sizes are Megatron's."""
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    sequence_parallel: bool = False
+    context_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int | None = None
+    micro_batch_size: int = 4
+    precision: str = "32"  # or bf16-mixed
+    seed: int = 1234
+    mode: str = "sliced"  # how a hard subnet runs: sliced (a step costs its share) or masked
+    recompute_granularity: str | None = None  # full or selective
+    use_distributed_optimizer: bool = False
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    stages: tuple[StageConfig, ...] = ()
+    log_every_steps: int = 10
+    val_every_steps: int = 100
+    val_samples: int = 32
+    save_every_steps: int = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Children read out of a nested checkpoint."""
+
+    dtype: str = "bfloat16"  # or float32
+    hf_schema: str = "uniform"  # or list, per_layer_config
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """What `plan` and `report` assume and say."""
+
+    title: str | None = None
+    batch_size: int = 1
+    sequence_length: int = 8192
+    profile: str = "bf16"  # bytes per element: bf16, fp32, fp8_kv, fp8, int8, fp4
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run. `model` holds NeMo `SSMConfig` field names verbatim (and `vocab_size`)."""
+
+    name: str = "run"
+    parent: ParentConfig = field(default_factory=ParentConfig)
+    model: Mapping[str, Any] = field(default_factory=dict)
+    elastic: ElasticConfig = field(default_factory=ElasticConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rank: RankConfig = field(default_factory=RankConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)

@@ -1,0 +1,139 @@
+"""A configured family: the parent's architecture, the space of its children, and the budgets they have to meet."""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from .architecture import Architecture
+from .config.model_fields import architecture_of
+from .config.sections import RunConfig, TrainConfig
+from .layout import ParamLayout
+from .problems import Problem, ProblemsError, raise_if_any
+from .space import DIMS, Budget, ElasticDim, ElasticSpace, Subnet, dim_groups, parent_size, resolve_choices
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Parent, space and budgets. `forced` holds the subnets of budgets that are given instead of learned."""
+
+    architecture: Architecture
+    space: ElasticSpace
+    budgets: tuple[Budget, ...]
+    forced: Mapping[str, Subnet]
+    notes: tuple[str, ...] = ()
+
+    @cached_property
+    def layout(self) -> ParamLayout:
+        return ParamLayout(self.architecture, ffn_groups=self.space.ffn_groups)
+
+    def budget(self, name: str) -> Budget:
+        """The budget of that name.
+
+        Raises:
+            ProblemsError: naming the known ones.
+        """
+        for budget in self.budgets:
+            if budget.name == name:
+                return budget
+        known = ", ".join(b.name for b in self.budgets)
+        raise ProblemsError([Problem("--budget", f"{name!r} is no budget of this family; known: {known}")])
+
+
+def family_of(config: RunConfig, depth_ranking: tuple[int, ...] | None = None) -> Family:
+    """The family a configuration describes; ratios are rounded to legal sizes here, once.
+
+    Raises:
+        ProblemsError: with every illegal choice, budget and forced subnet.
+    """
+    architecture = architecture_of(config.model)
+    groups = dim_groups(architecture, config.elastic.ffn_groups)
+    found: list[Problem] = []
+    dims: dict[str, ElasticDim] = {}
+    notes: list[str] = []
+    for name, dim in config.elastic.dims.items():
+        full = parent_size(architecture, name)
+        try:
+            choices, rounded = resolve_choices(name, dim.choices, full, groups[name])
+            dims[name] = ElasticDim(name=name, full=full, groups=groups[name], choices=choices, per_layer=dim.per_layer)
+            notes += rounded
+        except ProblemsError as error:
+            found += error.problems
+    budgets = []
+    for name, target in config.elastic.budgets.items():
+        try:
+            budgets.append(parse_budget(name, target))
+        except ProblemsError as error:
+            found += error.problems
+    raise_if_any(found)
+    space = ElasticSpace(
+        architecture=architecture, dims=dims, ffn_groups=config.elastic.ffn_groups, depth_ranking=depth_ranking
+    )
+    forced = {}
+    for name, sizes in config.elastic.subnets.items():
+        try:
+            forced[name] = space.subnet_from_dict(sizes)
+        except ProblemsError as error:
+            found += [Problem(f"elastic.subnets.{name}.{p.key}", p.message) for p in error.problems]
+        except (TypeError, ValueError, AttributeError) as error:
+            found.append(
+                Problem(f"elastic.subnets.{name}", f"{sizes!r} must map dims ({', '.join(DIMS)}) to sizes: {error}")
+            )
+    raise_if_any(found)
+    return Family(architecture=architecture, space=space, budgets=tuple(budgets), forced=forced, notes=tuple(notes))
+
+
+def parse_budget(name: str, target: Any) -> Budget:
+    """`0.75` is a fraction of the parent's parameters, `9000000000` parameters, `{kind:, value:}` says it in full."""
+    key = f"elastic.budgets.{name}"
+    if isinstance(target, Mapping):
+        unknown = set(target) - {"kind", "value"}
+        kind, value = target.get("kind"), target.get("value")
+        if unknown or not isinstance(kind, str) or not _is_number(value):
+            words = f"{dict(target)!r} must be {{kind: {'|'.join(Budget.KINDS)}, value: number}}"
+            raise ProblemsError([Problem(key, words)])
+        return Budget(name=name, kind=kind, value=value)
+    if isinstance(target, str):
+        with suppress(ValueError):
+            target = float(target)
+    if not _is_number(target):
+        raise ProblemsError(
+            [Problem(key, f"{target!r} must be a fraction, a number of parameters or {{kind:, value:}}")]
+        )
+    if target <= 1:
+        return Budget(name=name, kind="fraction", value=float(target))
+    return Budget(name=name, kind="parameters", value=float(target))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+
+
+def parallel_problems(architecture: Architecture, train: TrainConfig, ffn_groups: int) -> list[Problem]:
+    """What the parallel layout breaks for the PARENT in training (children keep the parent's stages)."""
+    found = []
+    tp, pp = train.tensor_model_parallel_size, train.pipeline_model_parallel_size
+    try:
+        ParamLayout(architecture, ffn_groups=ffn_groups, tp_size=tp)
+    except ProblemsError as error:
+        found += error.problems
+    n = architecture.num_layers
+    if n % pp:
+        near = ", ".join(str(d) for d in range(1, n + 1) if n % d == 0 and d <= 16)
+        words = f"{pp} must divide the parent's {n} layers (Megatron would build only {n // pp * pp}); possible: {near}"
+        found.append(Problem("train.pipeline_model_parallel_size", words))
+    if train.sequence_parallel and tp == 1:
+        found.append(
+            Problem("train.sequence_parallel", "true needs train.tensor_model_parallel_size above 1; set false")
+        )
+    for name in ("context_parallel_size", "expert_model_parallel_size", "virtual_pipeline_model_parallel_size"):
+        size = getattr(train, name)
+        if size is not None and size > 1:
+            found.append(Problem(f"train.{name}", f"{size} is not supported yet; leave it at 1"))
+    if train.sequence_parallel:
+        for i, stage in enumerate(train.stages):
+            if stage.seq_length % tp:
+                words = f"{stage.seq_length} must be a multiple of train.tensor_model_parallel_size={tp} (sequence_parallel)"
+                found.append(Problem(f"train.stages.{i}.seq_length", words))
+    return found

@@ -1,12 +1,21 @@
-"""The state space recurrence of Mamba-2, evaluated chunk by chunk as matrix products.
+"""The state space recurrence of Mamba-2, evaluated chunk by chunk as matrix products, with its own backward.
 
-For every head, with ``a_t = dt_t * A`` and state ``h`` ``[p, n]``:
+For every head, with log decay ``a_t = dt_t A``, ``u_t = dt_t x_t`` and a state ``H`` ``[p, n]``:
 
-    h_t = exp(a_t) h_{t-1} + (dt_t x_t) B_t^T,        y_t = h_t C_t
+    H_t = exp(a_t) H_{t-1} + u_t B_t^T,        y_t = H_t C_t
 
-Source: the state space duality algorithm (Mamba-2, arXiv 2405.21060, section 6). The result does not depend on the
-chunk length, so it is chosen here for speed. ``C B^T``, the chunk states and the carried-in part are products of whole
-groups (all heads of a group share B and C); only the decayed ``C B^T`` is made per head.
+In a chunk of Q steps, with ``K_t = a_1 + ... + a_t`` counted from the chunk's start and ``H_0`` the state before it:
+
+    y_i = exp(K_i) H_0 C_i + sum_{j <= i} exp(K_i - K_j) (C_i . B_j) u_j
+    H_Q = exp(K_Q) H_0 + sum_j exp(K_Q - K_j) u_j B_j^T
+
+Every exponent is <= 0, so nothing overflows. ``C B^T``, the states and what they add to ``y`` are products over all
+heads of a group; only the decayed ``C B^T`` is made per head. The gradient of ``K`` needs no ``[Q, Q]`` array:
+
+    dK_i = dy_i . y_i - du_i . u_i,   dK_Q += dH_Q . H_Q,   da_t = sum_{i >= t} dK_i
+
+The result does not depend on Q, which is chosen for speed. Source: Mamba-2 (arXiv 2405.21060, section 6); the
+backward is derived here. Letters: b batch, c chunks, q chunk length, g groups, r heads a group, p head dim, n state.
 """
 
 from __future__ import annotations
@@ -14,52 +23,155 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def scan_chunk_length(length: int, head_dim: int, state_dim: int) -> int:
-    """Chunk length that balances the ``[Q, Q]`` work in a chunk (grows with Q) with the states (``p n / Q``)."""
-    balanced = 2 ** round(math.log2(max(math.sqrt(head_dim * state_dim), 1.0)))
-    return max(1, min(length, max(16, min(128, balanced))))
+    """Chunk length that balances the work inside a chunk, ``~ Q`` a step, with that on the states, ``~ p n / Q``.
+
+    The constants were measured (``benchmarks/ssd.py --chunks``): powers of two near ``sqrt(p n / 2)``, from 32 to 128.
+    """
+    balanced = 2 ** int(math.log2(max(head_dim * state_dim / 2, 1)) / 2)
+    return max(1, min(length, max(32, min(128, balanced))))
 
 
-def chunk_scan(x: Tensor, dt: Tensor, a: Tensor, B: Tensor, C: Tensor, initial_states: Tensor | None, chunk: int):
+def chunk_scan(
+    x: Tensor, dt: Tensor, a: Tensor, B: Tensor, C: Tensor, initial_states: Tensor | None = None, chunk: int = 64
+) -> tuple[Tensor, Tensor]:
     """Scan ``x`` ``[b, s, h, p]`` with steps ``dt`` and log decays ``a`` ``[b, s, h]``, ``B``, ``C`` ``[b, s, g, n]``.
 
-    Returns ``y`` ``[b, s, h, p]`` and the final states ``[b, h, p, n]``. All tensors have one dtype, which is also that
-    of the arithmetic.
+    Returns ``y`` ``[b, s, h, p]`` and the final states ``[b, h, p, n]``. All tensors have one dtype, which is that of
+    the arithmetic. Any ``chunk`` >= 1 gives the same result; ``s`` need not be a multiple of it.
     """
-    b, s, h, p = x.shape
-    g, n = B.shape[2:]
-    r, q = h // g, chunk
-    c = -(-s // q)
-    if c * q != s:
-        x, dt, a, B, C = (
-            torch.nn.functional.pad(t, (0,) * (2 * t.dim() - 4) + (0, c * q - s)) for t in (x, dt, a, B, C)
+    batch, length, heads, head_dim = x.shape
+    short = -length % chunk
+    if short:  # steps with dt = a = 0 leave the state as it is
+        x, B, C = (F.pad(t, (0, 0, 0, 0, 0, short)) for t in (x, B, C))
+        dt, a = (F.pad(t, (0, 0, 0, short)) for t in (dt, a))
+    if initial_states is None:
+        initial_states = x.new_zeros(batch, heads, head_dim, B.shape[-1])
+    y, final = _ChunkScan.apply(x, dt, a, B, C, initial_states, chunk)
+    return (y[:, :length] if short else y), final
+
+
+def _chunked(t: Tensor, q: int, groups: int) -> Tensor:
+    """View ``[b, s, h, ...]`` as ``[c, b, q, g, r, ...]``: chunks lead, so that a shift by one chunk is a view."""
+    return t.unflatten(1, (-1, q)).unflatten(3, (groups, -1)).transpose(0, 1)
+
+
+def _by_group(t: Tensor, q: int) -> Tensor:
+    """``[b, s, g, n]`` copied to ``[(c b g), q, n]``."""
+    return t.unflatten(1, (-1, q)).permute(1, 0, 3, 2, 4).flatten(0, 2)
+
+
+def _times_by_head(t: Tensor, factor: Tensor | None) -> Tensor:
+    """``t * factor`` for ``[c, b, q, g, r, p]`` and ``[c, b, q, g, r]``, laid out as ``[(c b g r), q, p]``."""
+    t = t.permute(0, 1, 3, 4, 2, 5)
+    out = torch.empty(t.shape, dtype=t.dtype, device=t.device)
+    if factor is None:
+        out.copy_(t)
+    else:
+        torch.mul(t, factor.permute(0, 1, 3, 4, 2).unsqueeze(-1), out=out)
+    return out.flatten(0, 3)
+
+
+def _times_by_group(t: Tensor, factor: Tensor) -> Tensor:
+    """``t * factor`` for ``[c, b, q, g, r, p]`` and ``[c, b, q, g, r]``, laid out as ``[(c b g), q, (r p)]``."""
+    t = t.transpose(2, 3)
+    out = torch.empty(t.shape, dtype=t.dtype, device=t.device)
+    torch.mul(t, factor.transpose(2, 3).unsqueeze(-1), out=out)
+    return out.flatten(0, 2).flatten(-2)
+
+
+def _decay_by_head(log_decay: Tensor) -> Tensor:
+    """``exp(K_i - K_j)`` for j <= i, else 0: ``[c, b, q, g, r]`` to ``[(c b g), r, q, q]``."""
+    k = log_decay.permute(0, 1, 3, 4, 2).flatten(0, 2).contiguous()
+    q = k.shape[-1]
+    future = torch.full((q, q), -math.inf, dtype=k.dtype, device=k.device).triu(1)
+    return torch.sub(k.unsqueeze(-1), k.unsqueeze(-2)).add_(future).exp_()
+
+
+class _ChunkScan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, dt, a, B, C, initial_states, q):
+        (batch, length, heads, p), (groups, n) = x.shape, B.shape[2:]
+        c, r = length // q, heads // groups
+        by_head = (c, batch, groups, r, q, p)
+        xc, dtc = _chunked(x, q, groups), _chunked(dt, q, groups)
+        log_decay = _chunked(a, q, groups).cumsum(2)
+        Bg, Cg = _by_group(B, q), _by_group(C, q)
+
+        mixing = _decay_by_head(log_decay).mul_(torch.bmm(Cg, Bg.transpose(1, 2)).unsqueeze(1))
+        within = torch.bmm(mixing.flatten(0, 1), _times_by_head(xc, dtc)).view(by_head)
+        del mixing
+
+        to_end = torch.sub(log_decay[:, :, -1:], log_decay).exp_()
+        whole = log_decay[:, :, -1].exp().unsqueeze(-1).unsqueeze(-1)  # [c, b, g, r, 1, 1]
+        states = x.new_empty(c + 1, batch, groups, r, p, n)
+        states[0] = initial_states.unflatten(1, (groups, r))
+        carried = _times_by_group(xc, dtc * to_end)
+        torch.bmm(carried.transpose(1, 2), Bg, out=states[1:].view(-1, r * p, n))
+        for i in range(c):
+            states[i + 1].addcmul_(states[i], whole[i])
+
+        from_past = torch.bmm(Cg, states[:-1].view(-1, r * p, n).transpose(1, 2))
+        from_past = from_past.view(c, batch, groups, q, r, p).permute(1, 0, 3, 2, 4, 5)
+        y = x.new_empty(batch, length, heads, p)
+        torch.addcmul(
+            within.permute(1, 0, 4, 2, 3, 5),
+            from_past,
+            log_decay.exp().transpose(0, 1).unsqueeze(-1),
+            out=y.view(batch, c, q, groups, r, p),
         )
-    x = x.reshape(b, c, q, g, r, p)
-    dt = dt.reshape(b, c, q, g, r)
-    cum = a.reshape(b, c, q, g, r).cumsum(2)
-    B = B.reshape(b, c, q, g, n).transpose(2, 3)
-    C = C.reshape(b, c, q, g, n).transpose(2, 3)
+        ctx.q = q
+        ctx.save_for_backward(x, dt, log_decay, B, C, states, y)
+        return y, states[-1].reshape(batch, heads, p, n).clone()
 
-    scores = (C @ B.transpose(-1, -2)).unsqueeze(3)  # [b, c, g, 1, q, q]
-    per_head = cum.permute(0, 1, 3, 4, 2)  # [b, c, g, r, q]
-    future = torch.full((q, q), -math.inf, dtype=x.dtype, device=x.device).triu(1)
-    decay = (per_head.unsqueeze(-1) - per_head.unsqueeze(-2) + future).exp()
-    u = (x * dt.unsqueeze(-1)).permute(0, 1, 3, 4, 2, 5)  # [b, c, g, r, q, p]
-    within = (scores * decay) @ u
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dfinal):
+        x, dt, log_decay, B, C, states, y = ctx.saved_tensors
+        q = ctx.q
+        (batch, length, heads, p), (groups, n) = x.shape, B.shape[2:]
+        c, r = length // q, heads // groups
+        xc, dtc, dyc = (_chunked(t, q, groups) for t in (x, dt, dy))
+        Bg, Cg = _by_group(B, q), _by_group(C, q)
+        to_end = torch.sub(log_decay[:, :, -1:], log_decay).exp_()
+        whole = log_decay[:, :, -1].exp().unsqueeze(-1).unsqueeze(-1)
 
-    to_end = (cum[:, :, -1:] - cum).exp()
-    carried = (x * (dt * to_end).unsqueeze(-1)).transpose(2, 3).reshape(b, c, g, q, r * p)
-    added = carried.transpose(-1, -2) @ B  # [b, c, g, r p, n]
-    whole = cum[:, :, -1].exp().unsqueeze(-1).expand(b, c, g, r, p).reshape(b, c, g, r * p, 1)
-    state = x.new_zeros(b, g, r * p, n) if initial_states is None else initial_states.reshape(b, g, r * p, n)
-    before = []
-    for i in range(c):
-        before.append(state)
-        state = torch.addcmul(added[:, i], whole[:, i], state)
-    before_chunk = torch.stack(before, dim=1)
-    from_past = (C @ before_chunk.transpose(-1, -2)).reshape(b, c, g, q, r, p).transpose(2, 3)
-    y = within.permute(0, 1, 4, 2, 3, 5) + from_past * cum.exp().unsqueeze(-1)
-    return y.reshape(b, c * q, h, p)[:, :s], state.reshape(b, h, p, n)
+        # What chunks hand on: dstates[i] is the gradient of the state before chunk i.
+        dy_past = _times_by_group(dyc, log_decay.exp())
+        dC = torch.bmm(dy_past, states[:-1].view(-1, r * p, n))
+        dstates = torch.empty_like(states)
+        torch.bmm(dy_past.transpose(1, 2), Cg, out=dstates[:-1].view(-1, r * p, n))
+        dstates[-1] = 0 if dfinal is None else dfinal.unflatten(1, (groups, r))
+        for i in reversed(range(c)):
+            dstates[i].addcmul_(dstates[i + 1], whole[i])
+        dafter = dstates[1:].view(-1, r * p, n)
+        dB = torch.bmm(_times_by_group(xc, dtc * to_end), dafter)
+        du_past = torch.bmm(Bg, dafter.transpose(1, 2)).view(c, batch, groups, q, r, p)
+
+        # Inside the chunks.
+        dy_head = _times_by_head(dyc, None)
+        decay = _decay_by_head(log_decay)
+        dscores = torch.bmm(dy_head, _times_by_head(xc, dtc).transpose(1, 2)).view(decay.shape).mul_(decay).sum(1)
+        mixing = decay.mul_(torch.bmm(Cg, Bg.transpose(1, 2)).unsqueeze(1)).flatten(0, 1)
+        du_within = torch.bmm(mixing.transpose(1, 2), dy_head).view(c, batch, groups, r, q, p)
+        dC.baddbmm_(dscores, Bg)
+        dB.baddbmm_(dscores.transpose(1, 2), Cg)
+
+        du = x.new_empty(batch, length, heads, p)
+        torch.addcmul(
+            du_within.permute(1, 0, 4, 2, 3, 5),
+            du_past.permute(1, 0, 3, 2, 4, 5),
+            to_end.transpose(0, 1).unsqueeze(-1),
+            out=du.view(batch, c, q, groups, r, p),
+        )
+        ddt = (du * x).sum(-1)
+        dk = _chunked((dy * y).sum(-1) - dt * ddt, q, groups)
+        dk[:, :, -1] += (dstates[1:] * states[1:]).sum((-1, -2))
+        da = dk.flip(2).cumsum(2).flip(2).transpose(0, 1).reshape(batch, length, heads)
+        dB, dC = (t.view(c, batch, groups, q, n).permute(1, 0, 3, 2, 4).reshape(B.shape) for t in (dB, dC))
+        return du.mul_(dt.unsqueeze(-1)), ddt, da, dB, dC, dstates[0].reshape(batch, heads, p, n), None

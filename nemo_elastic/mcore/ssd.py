@@ -131,9 +131,10 @@ def mamba_split_conv1d_scan_combined(
     """All of a mixer between its projections: split, convolve, scan, gate, norm; optionally the output projection.
 
     ``zxbcdt`` is ``[b, s, z+x+B+C+dt]`` with widths ``d, d, g n, g n, h``; ``conv1d_weight`` ``[d + 2 g n, K]``; ``D``
-    ``[h, p]``, or ``[h]`` and then ``headdim`` is needed. Without ``rmsnorm_weight`` the gate ``silu(z)`` is applied and
-    no norm; with it the norm runs per group of ``d / ngroups`` channels. Returns ``[b, s, d]`` (``[b, s, out]`` with
-    ``outproj_weight`` ``[out, d]``), with ``return_final_states`` also the states ``[b, h, p, n]``.
+    ``[h, p]``, or ``[h]`` and then ``headdim`` is needed. Without ``rmsnorm_weight`` the gate ``silu(z)`` is applied
+    and no norm; with it the norm runs per group of ``d / ngroups`` channels. Returns ``[b, s, d]``, or ``[b, s, out]``
+    with ``outproj_weight`` ``[out, d]``; with ``return_final_states`` also the states ``[b, h, p, n]``. Raises
+    ``ValueError`` for packed sequences and for widths that do not add up.
     """
     _refuse(seq_idx=seq_idx)
     if D.dim() == 1 and headdim is None:

@@ -100,6 +100,7 @@ def _literal_cuda() -> None:
     see_torch_on_cpu("megatron.core.transformer.utils", ["ones"])
     see_torch_on_cpu("megatron.core.optimizer.optimizer", ["tensor"])
     see_torch_on_cpu("megatron.core.optimizer.clip_grads", ["tensor", "zeros"])
+    see_torch_on_cpu("megatron.core.utils", ["tensor"])
 
 
 def _type_names() -> None:
@@ -180,6 +181,7 @@ SHIMS: tuple[Shim, ...] = (
             "transformer/utils.py:35",
             "optimizer/optimizer.py:469,477,481,903",
             "optimizer/clip_grads.py:90,103,115,174,206",
+            "utils.py:1029 local_multi_tensor_l2_norm",
         ),
         'token counters, the causal mask, loss scale and gradient norm are made with device="cuda"',
         _literal_cuda,

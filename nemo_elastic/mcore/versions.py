@@ -6,7 +6,8 @@
 | `pattern_argument()` | `hybrid_override_pattern` | `hybrid_layer_pattern` |
 | `conv_parameters(mixer)` | `mixer.conv1d.weight`, `.bias` | `mixer.conv1d_weight`, `mixer.conv1d_bias` |
 
-Checkpoint keys are the same in both lines. The project is tested with the first column.
+Checkpoint keys are the same in both lines. The project is tested with the first column. Names of Megatron that NeMo's
+side of the package passes on (configs and activations) are re-exported here, so that only `mcore` imports Megatron.
 """
 
 from __future__ import annotations
@@ -15,7 +16,22 @@ import importlib
 import inspect
 
 import megatron.core
+from megatron.core.activations import squared_relu
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer.enums import AttnBackend
 from torch import nn
+
+__all__ = [
+    "AttnBackend",
+    "DistributedDataParallelConfig",
+    "OptimizerConfig",
+    "conv_parameters",
+    "hybrid_model_class",
+    "installed",
+    "pattern_argument",
+    "squared_relu",
+]
 
 TESTED = "0.15.3"
 

@@ -8,12 +8,13 @@ nemo-toolkit 2.7.3.
 from __future__ import annotations
 
 import importlib
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from nemo_elastic.mcore import cpu
-from nemo_elastic.mcore.cpu import CPU, Shim, is_cuda, see_torch_on_cpu
+from nemo_elastic.mcore.cpu import CPU, Shim, TorchOnCpu, is_cuda, see_torch_on_cpu
 
 _installed: list[str] = []
 
@@ -30,6 +31,11 @@ def _tensor_moves() -> None:
 
     torch.Tensor.to = to
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
+
+
+def _side_stream() -> None:
+    cuda = TorchOnCpu(torch.cuda, Stream=lambda: None, stream=lambda _: nullcontext())
+    see_torch_on_cpu("nemo.lightning.megatron_parallel", cuda=cuda)
 
 
 def _pinned_metrics() -> None:
@@ -63,6 +69,12 @@ SHIMS: tuple[Shim, ...] = (
         ),
         "the model, each batch and each logged number are moved to the GPU by name",
         _tensor_moves,
+    ),
+    Shim(
+        "side_stream",
+        ("lightning/megatron_parallel.py:617",),
+        "the model is wrapped for data parallelism on a CUDA stream of its own",
+        _side_stream,
     ),
     Shim(
         "pinned_metrics",

@@ -134,6 +134,6 @@ def parallel_problems(architecture: Architecture, train: TrainConfig, ffn_groups
     if train.sequence_parallel:
         for i, stage in enumerate(train.stages):
             if stage.seq_length % tp:
-                words = f"{stage.seq_length} must be a multiple of train.tensor_model_parallel_size={tp} (sequence_parallel)"
+                words = f"{stage.seq_length} must be a multiple of the tensor parallel size {tp} (sequence_parallel)"
                 found.append(Problem(f"train.stages.{i}.seq_length", words))
     return found

@@ -29,7 +29,7 @@ REQUIRED = (
 
 @lru_cache(maxsize=1)
 def known_fields() -> frozenset[str]:
-    """Every field name of `SSMConfig`, and `vocab_size`: the padded size, which NeMo takes from tokenizer and padding."""
+    """Every field name of `SSMConfig`, and `vocab_size`, the padded size, which NeMo derives from the tokenizer."""
     return frozenset((*json.loads(_FIELDS_FILE.read_text())["fields"], "vocab_size"))
 
 

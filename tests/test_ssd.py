@@ -91,11 +91,12 @@ def test_scan_and_all_gradients_equal_the_recurrence(length, heads, groups, head
 @pytest.mark.parametrize("chunk", [1, 5, 8, 29, 64])
 def test_result_does_not_depend_on_the_chunk_length(chunk):
     inputs = scan_inputs(29)
-    core = {k: inputs[k] for k in ("x", "dt", "B", "C", "initial_states")}
+    core = {k: inputs[k] for k in ("x", "dt", "B", "C", "D", "initial_states")}
     core["a"] = -inputs["dt"].detach().abs().requires_grad_()
 
     def run(q):
-        return chunk_scan(core["x"], core["dt"], core["a"], core["B"], core["C"], core["initial_states"], q)
+        rest = (core["B"], core["C"], core["D"].unsqueeze(-1), core["initial_states"])
+        return chunk_scan(core["x"], core["dt"], core["a"], *rest, q)
 
     for y, reference in zip(run(chunk), run(3), strict=True):
         torch.testing.assert_close(y, reference, rtol=TOLERANCE, atol=TOLERANCE)

@@ -2,17 +2,19 @@
 
 For every head, with log decay ``a_t = dt_t A``, ``u_t = dt_t x_t`` and a state ``H`` ``[p, n]``:
 
-    H_t = exp(a_t) H_{t-1} + u_t B_t^T,        y_t = H_t C_t
+    H_t = exp(a_t) H_{t-1} + u_t B_t^T,        y_t = H_t C_t + D x_t
 
 In a chunk of Q steps, with ``K_t = a_1 + ... + a_t`` counted from the chunk's start and ``H_0`` the state before it:
 
-    y_i = exp(K_i) H_0 C_i + sum_{j <= i} exp(K_i - K_j) (C_i . B_j) u_j
+    w_i = exp(K_i) H_0 C_i + sum_{j < i} exp(K_i - K_j) (C_i . B_j) u_j        (what comes from earlier steps)
+    y_i = w_i + (D + dt_i C_i . B_i) x_i
     H_Q = exp(K_Q) H_0 + sum_j exp(K_Q - K_j) u_j B_j^T
 
 Every exponent is <= 0, so nothing overflows. ``C B^T``, the states and what they add to ``y`` are products over all
-heads of a group; only the decayed ``C B^T`` is made per head. The gradient of ``K`` needs no ``[Q, Q]`` array:
+heads of a group; only the decayed ``C B^T`` is made per head. The gradient of ``K`` needs no ``[Q, Q]`` array; leaving
+a step's effect on itself out of it (``du~``: the gradient through w and H only) keeps strong decays accurate in fp32:
 
-    dK_i = dy_i . y_i - du_i . u_i,   dK_Q += dH_Q . H_Q,   da_t = sum_{i >= t} dK_i
+    dK_i = dy_i . w_i - du~_i . u_i,   dK_Q += dH_Q . H_Q,   da_t = sum_{i >= t} dK_i
 
 The result does not depend on Q, which is chosen for speed. Source: Mamba-2 (arXiv 2405.21060, section 6); the
 backward is derived here. Letters: b batch, c chunks, q chunk length, g groups, r heads a group, p head dim, n state.
@@ -38,21 +40,20 @@ def scan_chunk_length(length: int, head_dim: int, state_dim: int) -> int:
 
 
 def chunk_scan(
-    x: Tensor, dt: Tensor, a: Tensor, B: Tensor, C: Tensor, initial_states: Tensor | None = None, chunk: int = 64
+    x: Tensor, dt: Tensor, a: Tensor, B: Tensor, C: Tensor, D: Tensor, initial_states: Tensor, chunk: int
 ) -> tuple[Tensor, Tensor]:
     """Scan ``x`` ``[b, s, h, p]`` with steps ``dt`` and log decays ``a`` ``[b, s, h]``, ``B``, ``C`` ``[b, s, g, n]``.
 
-    Returns ``y`` ``[b, s, h, p]`` and the final states ``[b, h, p, n]``. All tensors have one dtype, which is that of
-    the arithmetic. Any ``chunk`` >= 1 gives the same result; ``s`` need not be a multiple of it.
+    ``D`` is ``[h, 1]`` or ``[h, p]``, ``initial_states`` ``[b, h, p, n]``. Returns ``y`` ``[b, s, h, p]`` and the final
+    states ``[b, h, p, n]``. All tensors have one dtype, which is that of the arithmetic. Any ``chunk`` >= 1 gives the
+    same result; ``s`` need not be a multiple of it.
     """
-    batch, length, heads, head_dim = x.shape
+    length = x.shape[1]
     short = -length % chunk
     if short:  # steps with dt = a = 0 leave the state as it is
         x, B, C = (F.pad(t, (0, 0, 0, 0, 0, short)) for t in (x, B, C))
         dt, a = (F.pad(t, (0, 0, 0, short)) for t in (dt, a))
-    if initial_states is None:
-        initial_states = x.new_zeros(batch, heads, head_dim, B.shape[-1])
-    y, final = _ChunkScan.apply(x, dt, a, B, C, initial_states, chunk)
+    y, final = _ChunkScan.apply(x, dt, a, B, C, D, initial_states, chunk)
     return (y[:, :length] if short else y), final
 
 
@@ -86,16 +87,21 @@ def _times_by_group(t: Tensor, factor: Tensor) -> Tensor:
 
 
 def _decay_by_head(log_decay: Tensor) -> Tensor:
-    """``exp(K_i - K_j)`` for j <= i, else 0: ``[c, b, q, g, r]`` to ``[(c b g), r, q, q]``."""
+    """``exp(K_i - K_j)`` for j < i, else 0: ``[c, b, q, g, r]`` to ``[(c b g), r, q, q]``."""
     k = log_decay.permute(0, 1, 3, 4, 2).flatten(0, 2).contiguous()
     q = k.shape[-1]
-    future = torch.full((q, q), -math.inf, dtype=k.dtype, device=k.device).triu(1)
-    return torch.sub(k.unsqueeze(-1), k.unsqueeze(-2)).add_(future).exp_()
+    not_earlier = torch.full((q, q), -math.inf, dtype=k.dtype, device=k.device).triu()
+    return torch.sub(k.unsqueeze(-1), k.unsqueeze(-2)).add_(not_earlier).exp_()
+
+
+def _own_score(B: Tensor, C: Tensor, heads: int) -> Tensor:
+    """``C_i . B_i`` for every head: two ``[b, s, g, n]`` to ``[b, s, h]``."""
+    return (B * C).sum(-1).repeat_interleave(heads // B.shape[2], dim=-1)
 
 
 class _ChunkScan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, dt, a, B, C, initial_states, q):
+    def forward(ctx, x, dt, a, B, C, D, initial_states, q):
         (batch, length, heads, p), (groups, n) = x.shape, B.shape[2:]
         c, r = length // q, heads // groups
         by_head = (c, batch, groups, r, q, p)
@@ -118,21 +124,22 @@ class _ChunkScan(torch.autograd.Function):
 
         from_past = torch.bmm(Cg, states[:-1].view(-1, r * p, n).transpose(1, 2))
         from_past = from_past.view(c, batch, groups, q, r, p).permute(1, 0, 3, 2, 4, 5)
-        y = x.new_empty(batch, length, heads, p)
+        earlier = x.new_empty(batch, length, heads, p)
         torch.addcmul(
             within.permute(1, 0, 4, 2, 3, 5),
             from_past,
             log_decay.exp().transpose(0, 1).unsqueeze(-1),
-            out=y.view(batch, c, q, groups, r, p),
+            out=earlier.view(batch, c, q, groups, r, p),
         )
+        y = torch.addcmul(earlier, x, (dt * _own_score(B, C, heads)).unsqueeze(-1) + D)
         ctx.q = q
-        ctx.save_for_backward(x, dt, log_decay, B, C, states, y)
+        ctx.save_for_backward(x, dt, log_decay, B, C, D, states, earlier)
         return y, states[-1].reshape(batch, heads, p, n).clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dfinal):
-        x, dt, log_decay, B, C, states, y = ctx.saved_tensors
+        x, dt, log_decay, B, C, D, states, earlier = ctx.saved_tensors
         q = ctx.q
         (batch, length, heads, p), (groups, n) = x.shape, B.shape[2:]
         c, r = length // q, heads // groups
@@ -159,6 +166,9 @@ class _ChunkScan(torch.autograd.Function):
         dscores = torch.bmm(dy_head, _times_by_head(xc, dtc).transpose(1, 2)).view(decay.shape).mul_(decay).sum(1)
         mixing = decay.mul_(torch.bmm(Cg, Bg.transpose(1, 2)).unsqueeze(1)).flatten(0, 1)
         du_within = torch.bmm(mixing.transpose(1, 2), dy_head).view(c, batch, groups, r, q, p)
+        dy_x = dy * x
+        down = dy_x.sum(-1)  # gradient of dt_i C_i . B_i
+        dscores.diagonal(dim1=1, dim2=2).copy_(_chunked(down * dt, q, groups).sum(-1).transpose(2, 3).flatten(0, 2))
         dC.baddbmm_(dscores, Bg)
         dB.baddbmm_(dscores.transpose(1, 2), Cg)
 
@@ -169,9 +179,13 @@ class _ChunkScan(torch.autograd.Function):
             to_end.transpose(0, 1).unsqueeze(-1),
             out=du.view(batch, c, q, groups, r, p),
         )
-        ddt = (du * x).sum(-1)
-        dk = _chunked((dy * y).sum(-1) - dt * ddt, q, groups)
+        du_x = (du * x).sum(-1)
+        dk = _chunked((dy * earlier).sum(-1) - dt * du_x, q, groups)
         dk[:, :, -1] += (dstates[1:] * states[1:]).sum((-1, -2))
         da = dk.flip(2).cumsum(2).flip(2).transpose(0, 1).reshape(batch, length, heads)
         dB, dC = (t.view(c, batch, groups, q, n).permute(1, 0, 3, 2, 4).reshape(B.shape) for t in (dB, dC))
-        return du.mul_(dt.unsqueeze(-1)), ddt, da, dB, dC, dstates[0].reshape(batch, heads, p, n), None
+        own = _own_score(B, C, heads)
+        ddt = torch.addcmul(du_x, down, own)
+        dx = du.mul_(dt.unsqueeze(-1)).addcmul_(dy, (dt * own).unsqueeze(-1) + D)
+        dD = dy_x.sum((0, 1)) if D.shape[1] == p else down.sum((0, 1)).unsqueeze(-1)
+        return dx, ddt, da, dB, dC, dD, dstates[0].reshape(batch, heads, p, n), None

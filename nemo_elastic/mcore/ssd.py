@@ -88,19 +88,20 @@ def mamba_chunk_scan_combined(
         raise ValueError(f"shapes do not fit x [b, s, h, p], dt [b, s, h], A [h], B and C [b, s, g, n]: {shapes}")
     compute = _compute_dtype(x)
     step = _discretise(dt.to(compute), dt_bias, dt_softplus, dt_limit)
-    wide = x.to(compute)
+    if D is None:
+        D = torch.zeros_like(A)
+    if initial_states is None:
+        initial_states = x.new_zeros(x.shape[0], heads, x.shape[3], B.shape[3])
     y, final = chunk_scan(
-        wide,
+        x.to(compute),
         step,
         step * A.to(compute),
         B.to(compute),
         C.to(compute),
-        None if initial_states is None else initial_states.to(compute),
+        D.to(compute).view(heads, -1),
+        initial_states.to(compute),
         scan_chunk_length(x.shape[1], x.shape[3], B.shape[3]),
     )
-    if D is not None:
-        D = D.to(compute)
-        y = torch.addcmul(y, wide, D if D.dim() == 2 else D.unsqueeze(-1))
     if z is not None:
         y = y * F.silu(z.to(compute))
     y = y.to(x.dtype)

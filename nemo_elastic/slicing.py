@@ -1,73 +1,124 @@
-"""The only code that cuts tensors: which entries of an axis a subnet keeps, and take, scatter and permute by them.
+"""The only code that cuts tensors: which entries of an axis a subnet keeps; take, scatter, mask, permute by them.
 
 Identities: `scatter(take(w)) == w` on the kept entries and zero elsewhere; `permute` followed by its inverse is the
-identity; the units that a smaller size keeps are among those of a larger one. Torch only; every function works on a
-whole tensor or on a tensor-parallel shard, by the table (`ParamLayout.tp_size`) that it is given.
+identity; the units that a smaller size keeps are among those of a larger one. Torch only. Every function works on a
+whole tensor or on a tensor-parallel shard, by the table (`ParamLayout.tp_size`) whose rows it is given.
+
+Cutting is done by strided views, block by block: a block is what one segment (and the elastic or the fixed part of
+its factors) contributes, so that copying, accumulating and scattering are plain elementwise operations.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from .layout import Axis, Factor, ParamSpec, Segment
 
-
-def kept_index(axis: Axis, sizes: Mapping[str, int]) -> Tensor | None:
-    """Positions along `axis` that a child of `sizes` keeps, ascending int64; None when it keeps all."""
-    pieces, offset, whole = [], 0, True
-    for segment in axis:
-        index = _segment_index(segment, sizes)
-        whole = whole and len(index) == segment.length({})
-        pieces.append(index + offset)
-        offset += segment.length({})
-    return None if whole else torch.cat(pieces)
+Sizes = Mapping[str, int]
 
 
-def _segment_index(segment: Segment, sizes: Mapping[str, int]) -> Tensor:
-    index = torch.zeros(1, dtype=torch.int64)
-    for factor in segment.factors:
-        kept = _factor_index(factor, factor.kept(sizes))
-        index = (index[:, None] * factor.length({}) + kept).flatten()
-    return index
+def is_whole(spec: ParamSpec, sizes: Sizes) -> bool:
+    """True when a child of `sizes` keeps all of the parameter."""
+    return all(factor.kept(sizes) == factor.count for axis in spec.axes for s in axis for factor in s.factors)
 
 
-def _factor_index(factor: Factor, kept: int) -> Tensor:
-    unit = torch.cat([torch.arange(kept), torch.arange(factor.count, factor.count + factor.fixed)])
-    group = torch.arange(factor.local_groups) * (factor.count + factor.fixed)
-    return (group[:, None] + unit).flatten()
+def take(tensor: Tensor, spec: ParamSpec, sizes: Sizes) -> Tensor:
+    """The child's part of a parent's parameter: the tensor or a view of it where every cut is a prefix, else a copy."""
+    if all(_is_plain(axis, sizes) for axis in spec.axes):
+        return _narrow(tensor, spec, sizes)
+    child = tensor.new_empty(spec.shape(sizes))
+    for of_parent, of_child in _paired(tensor, child, spec, sizes):
+        of_child.copy_(of_parent)
+    return child
 
 
-def take(tensor: Tensor, spec: ParamSpec, sizes: Mapping[str, int]) -> Tensor:
-    """The child's part of a parent's parameter. A view where every cut axis is a plain prefix, else a copy."""
-    for number, axis in enumerate(spec.axes):
-        tensor = take_axis(tensor, number, axis, sizes)
-    return tensor
-
-
-def take_axis(tensor: Tensor, number: int, axis: Axis, sizes: Mapping[str, int]) -> Tensor:
-    """`take` along one axis of a tensor (weights or activations)."""
-    if _is_plain_prefix(axis):
-        return tensor.narrow(number, 0, axis[0].length(sizes))
-    index = kept_index(axis, sizes)
-    return tensor if index is None else tensor.index_select(number, index.to(tensor.device))
-
-
-def _is_plain_prefix(axis: Axis) -> bool:
-    factor = axis[0].factors[0]
-    return len(axis) == 1 and len(axis[0].factors) == 1 and factor.local_groups == 1 and not factor.fixed
-
-
-def scatter(child: Tensor, spec: ParamSpec, sizes: Mapping[str, int], into: Tensor) -> Tensor:
-    """Write a child's tensor back to where `take` found it; the rest of `into` is left as it is. Returns `into`."""
-    grid = [kept_index(axis, sizes) for axis in spec.axes]
-    where = [torch.arange(n) if index is None else index for index, n in zip(grid, into.shape, strict=True)]
-    into[torch.meshgrid(*[w.to(into.device) for w in where], indexing="ij")] = child
+def accumulate(child: Tensor, spec: ParamSpec, sizes: Sizes, into: Tensor) -> Tensor:
+    """Add a child's tensor (a gradient) to where `take` found it in `into`, in place."""
+    for of_parent, of_child in _paired(into, child, spec, sizes):
+        of_parent.add_(of_child)
     return into
 
 
-def unit_mask(axis: Axis, masks: Mapping[str, Tensor], like: Tensor) -> Tensor:
-    """Per-position multiplier of an axis from per-unit masks (dim -> [this rank's units]); 1 where a dim has none."""
+def scatter(child: Tensor, spec: ParamSpec, sizes: Sizes, into: Tensor) -> Tensor:
+    """Write a child's tensor back to where `take` found it; the rest of `into` is left as it is. Returns `into`."""
+    for of_parent, of_child in _paired(into, child, spec, sizes):
+        of_parent.copy_(of_child)
+    return into
+
+
+def _is_plain(axis: Axis, sizes: Sizes) -> bool:
+    """The kept entries are one run from the start."""
+    cut = [f for s in axis for f in s.factors if f.kept(sizes) != f.count]
+    if not cut:
+        return True
+    return len(axis) == 1 and cut == [axis[0].factors[0]] and cut[0].local_groups == 1 and not cut[0].fixed
+
+
+def _narrow(tensor: Tensor, spec: ParamSpec, sizes: Sizes) -> Tensor:
+    for number, extent in enumerate(spec.shape(sizes)):
+        tensor = tensor.narrow(number, 0, extent)
+    return tensor
+
+
+def _paired(whole: Tensor, child: Tensor, spec: ParamSpec, sizes: Sizes) -> Iterator[tuple[Tensor, Tensor]]:
+    """Views of the parent's kept parts beside the same parts of the child."""
+    of_whole = _expand(whole, spec.axes, sizes, 0, parent=True, key=())
+    of_child = _expand(child, spec.axes, sizes, 0, parent=False, key=())
+    for (left, key), (right, same) in zip(of_whole, of_child, strict=True):
+        assert key == same and left.shape == right.shape
+        yield left, right
+
+
+def _expand(
+    tensor: Tensor, axes: tuple[Axis, ...], sizes: Sizes, at: int, *, parent: bool, key: tuple
+) -> Iterator[tuple[Tensor, tuple]]:
+    """(view of a kept part, key): `axes` are resolved one by one; `at` is the dim where the next one stands."""
+    if not axes:
+        yield tensor, key
+        return
+    start = 0
+    for segment in axes[0]:
+        length = segment.length({} if parent else sizes)
+        piece = tensor.narrow(at, start, length)
+        start += length
+        shape = [n for f in segment.factors for n in _grid(f, sizes, parent)]
+        grid = piece.unflatten(at, shape)
+        for view, choice in _ranges(grid, segment, sizes, at, parent=parent):
+            yield from _expand(view, axes[1:], sizes, at + len(shape), parent=parent, key=(*key, segment.name, choice))
+
+
+def _grid(factor: Factor, sizes: Sizes, parent: bool) -> tuple[int, int]:
+    units = factor.count if parent else factor.kept(sizes)
+    return factor.local_groups, units + factor.fixed
+
+
+def _ranges(
+    grid: Tensor, segment: Segment, sizes: Sizes, at: int, *, parent: bool
+) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
+    """The kept part of a segment's grid: a prefix of every factor, and its fixed units apart when some are cut."""
+    views: list[tuple[Tensor, tuple[int, ...]]] = [(grid, ())]
+    for number, factor in enumerate(segment.factors):
+        dim, kept = at + 2 * number + 1, factor.kept(sizes)
+        if kept == factor.count:
+            views = [(view, (*choice, 0)) for view, choice in views]
+            continue
+        begin = factor.count if parent else kept
+        views = [
+            (view.narrow(dim, first, n), (*choice, part))
+            for view, choice in views
+            for part, (first, n) in enumerate(((0, kept), (begin, factor.fixed)))
+            if n
+        ]
+    yield from views
+
+
+def unit_mask(axis: Axis, masks: Mapping[str, Tensor]) -> Tensor:
+    """Per-position multiplier `[axis]` from per-unit masks: dim -> `[count]`, the units of one group; 1 where none.
+
+    All groups share a mask, so a tensor-parallel shard's mask needs no rank.
+    """
+    like = next(iter(masks.values()))
     pieces = []
     for segment in axis:
         piece = like.new_ones(1)
@@ -78,20 +129,17 @@ def unit_mask(axis: Axis, masks: Mapping[str, Tensor], like: Tensor) -> Tensor:
 
 
 def _factor_mask(factor: Factor, masks: Mapping[str, Tensor], like: Tensor) -> Tensor:
-    mask = masks.get(factor.dim) if factor.dim else None
-    if mask is None:
+    if factor.dim not in masks:
         return like.new_ones(factor.length({}))
-    grid = mask.view(factor.local_groups, factor.count)
-    if factor.fixed:
-        grid = torch.cat([grid, grid.new_ones(factor.local_groups, factor.fixed)], dim=1)
-    return grid.flatten()
+    group = torch.cat([masks[factor.dim], like.new_ones(factor.fixed)])
+    return group.repeat(factor.local_groups)
 
 
 def permute(tensor: Tensor, spec: ParamSpec, orders: Mapping[str, Tensor], *, inverse: bool = False) -> Tensor:
     """Reorder units: `orders[dim][new] == old` over all units of the dim (groups flattened). Whole tensors only.
 
-    Units that no child loses (K and V rows, B, C) move with nothing; an order must keep units in their group where the
-    group has fixed units or other tensors depend on it (`importance.sorting` makes such orders).
+    Units that no child loses (K and V rows, B, C) stay; an order must keep units in their group where the group has
+    fixed units or other tensors depend on it (`importance.sorting` makes such orders).
     """
     for number, axis in enumerate(spec.axes):
         index = _axis_order(axis, orders)

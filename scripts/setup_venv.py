@@ -36,7 +36,7 @@ PIP_OPTIONS = ["--quiet", "--quiet", "--no-input", "--disable-pip-version-check"
 
 
 def read_sections(path: Path) -> dict[str, list[str]]:
-    """Pins by section: a comment line `# [name]...` opens a section. Raises ValueError on anything but `name==version`."""
+    """Pins by section: a comment line `# [name]...` opens one. Raises ValueError on anything but `name==version`."""
     sections: dict[str, list[str]] = {}
     current = "all"
     for line in path.read_text().splitlines():
@@ -115,7 +115,10 @@ def install_torch(python: Path, constraints: Path, pins: list[str], start: float
         [python, "-W", "ignore", "-c", found], capture_output=True, text=True, check=True
     ).stdout.rpartition(" ")
     if cuda.strip() and usable.strip() == "False":
-        say(start, "this is a CUDA build and there is no usable GPU: it works, and TORCH_INDEX_URL (README) saves gigabytes")
+        say(
+            start,
+            "a CUDA build without a usable GPU: it works, and TORCH_INDEX_URL (README) saves gigabytes",
+        )
 
 
 def install_pins(python: Path, pins: list[str], start: float) -> None:
@@ -138,7 +141,10 @@ def main() -> int:
     arguments = parser.parse_args()
     low, high = PYTHON_RANGE
     if not low <= sys.version_info[:2] < high:
-        print(f"setup: Python {sys.version.split()[0]} is not in >=3.11,<3.13; run with PYTHON=python3.11", file=sys.stderr)
+        print(
+            f"setup: Python {sys.version.split()[0]} is not in >=3.11,<3.13; try PYTHON=python3.11",
+            file=sys.stderr,
+        )
         return 2
     target = arguments.venv.resolve()
     stamp, marker = target / ".setup-complete", target / ".setup-running"

@@ -1,0 +1,26 @@
+# Chosen for its stack: NeMo Framework 25.11 is the release on Megatron-core 0.15 (NeMo 2.6, ModelOpt 0.37,
+# nvidia-resiliency-ext 0.4.1), the line that constraints.txt pins; 25.09 is on 0.14, and 26.02 (NeMo 2.7) on 0.16.
+# NeMo 2.6 and 2.7 are alike in what is used here. Not built on the machine this was written on.
+ARG NEMO_IMAGE=nvcr.io/nvidia/nemo:25.11
+FROM ${NEMO_IMAGE}
+
+ARG USER_ID=10001
+RUN useradd --create-home --uid ${USER_ID} elastic \
+    && install --directory --owner=elastic --group=elastic /opt/nemo_elastic
+WORKDIR /opt/nemo_elastic
+USER elastic
+
+# The set-up first, so that a change of the code does not repeat it. It finds the image's torch, Megatron-core and
+# NeMo, and makes a venv on top of them.
+COPY --chown=elastic:elastic Makefile pyproject.toml setup.py constraints.txt README.md LICENSE ./
+COPY --chown=elastic:elastic scripts ./scripts
+COPY --chown=elastic:elastic nemo_elastic/__init__.py ./nemo_elastic/__init__.py
+RUN make setup
+
+COPY --chown=elastic:elastic . .
+ENV PATH=/opt/nemo_elastic/.venv/bin:${PATH}
+
+HEALTHCHECK --interval=60s --timeout=20s --retries=3 \
+    CMD nemo-elastic plan --config conf/tiny_parent.yaml > /dev/null || exit 1
+
+CMD ["nemo-elastic", "--help"]

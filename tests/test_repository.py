@@ -1,0 +1,106 @@
+"""The repository agrees with itself: one version, a licence, what the README names exists, pins are exact."""
+
+from __future__ import annotations
+
+import importlib.resources
+import importlib.util
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import nemo_elastic
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+TARGETS = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+
+
+@pytest.fixture(scope="module")
+def setup_venv() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("setup_venv", ROOT / "scripts" / "setup_venv.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_licence_is_apache_2() -> None:
+    text = (ROOT / "LICENSE").read_text()
+    assert "Apache License" in text
+    assert "Version 2.0, January 2004" in text
+    assert "END OF TERMS AND CONDITIONS" in text
+    assert PROJECT["license"] == "Apache-2.0"
+
+
+def test_one_version_everywhere() -> None:
+    newest = re.search(r"^## \[?(\d+\.\d+\.\d+)", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    assert newest is not None
+    assert {PROJECT["version"], newest[1]} == {nemo_elastic.__version__}
+
+
+def test_readme_names_only_targets_that_exist() -> None:
+    named = set(re.findall(r"\bmake ([a-z][a-z-]*)", README))
+    assert {"quickstart", "test"} <= named
+    assert named - TARGETS == set()
+
+
+def test_readme_links_lead_somewhere() -> None:
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_configs_are_package_data() -> None:
+    inside = importlib.resources.files("nemo_elastic") / "conf"
+    in_package = {item.name for item in inside.iterdir() if item.name.endswith(".yaml")}
+    assert in_package
+    assert in_package == {path.name for path in (ROOT / "conf").glob("*.yaml")}
+
+
+def test_help_lists_every_target() -> None:
+    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert set(re.findall(r"^  make ([a-z-]+)", shown, flags=re.MULTILINE)) == TARGETS
+
+
+@pytest.mark.parametrize("name", ["constraints.txt", "constraints-hf.txt"])
+def test_every_pin_is_exact_and_single(setup_venv: ModuleType, name: str) -> None:
+    pins = [pin for section in setup_venv.read_sections(ROOT / name).values() for pin in section]
+    names = [setup_venv.normalized(pin) for pin in pins]
+    assert len(names) > 20
+    assert sorted(names) == sorted(set(names))
+    assert "torch" in names
+
+
+def test_pins_satisfy_the_declared_requirements(setup_venv: ModuleType) -> None:
+    from packaging.requirements import Requirement
+
+    sections = setup_venv.read_sections(ROOT / "constraints.txt")
+    pinned = {setup_venv.normalized(pin): pin.split("==")[1] for pins in sections.values() for pin in pins}
+    for text in PROJECT["dependencies"] + [t for extra in PROJECT["optional-dependencies"].values() for t in extra]:
+        requirement = Requirement(text)
+        assert requirement.specifier.contains(pinned[setup_venv.normalized(requirement.name)]), text
+
+
+def test_a_range_among_the_pins_is_refused(setup_venv: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "constraints.txt").write_text("numpy>=1.26\n")
+    with pytest.raises(ValueError, match=r"numpy>=1\.26.*exact pin"):
+        setup_venv.read_sections(tmp_path / "constraints.txt")
+
+
+def test_setup_sees_what_an_image_lacks(setup_venv: ModuleType) -> None:
+    lacking = setup_venv.missing(Path(sys.executable), ["PyYAML==6.0.3", "no.such_distribution==1.0"])
+    assert lacking == ["no.such_distribution==1.0"]
+
+
+def test_setup_keys_on_the_pins(setup_venv: ModuleType, tmp_path: Path) -> None:
+    pins = tmp_path / "constraints.txt"
+    pins.write_text("numpy==1.26.4\n")
+    before = setup_venv.fingerprint(pins)
+    assert setup_venv.fingerprint(pins) == before
+    pins.write_text("numpy==1.26.3\n")
+    assert setup_venv.fingerprint(pins) != before

@@ -1,0 +1,253 @@
+"""Whole tensors by canonical name, one at a time: what every source of weights looks like to the rest of the package.
+
+Canonical names are those of `ParamLayout.table`. A reader knows names, shapes and dtypes without reading a tensor,
+holds no tensor itself, and never maps a file into memory (mapped pages count as the process's own). `LazyTensor` is
+one entry of what a writer is given: it is read when its turn comes.
+
+`SafetensorsReader` reads the format with plain JSON and offsets: nothing in a file is executed.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..layout import ParamLayout
+from ..problems import Problem, ProblemsError, raise_if_any
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+MAX_HEADER_BYTES = 100_000_000
+SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class TensorReader(Protocol):
+    """A source of weights. `read` returns a new, whole, contiguous tensor."""
+
+    def names(self) -> list[str]:
+        """Canonical names, in the order of the source."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the whole tensor."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Its dtype."""
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, on the CPU."""
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is to be written: everything about it is known before `read` is called."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        size = self.dtype.itemsize
+        for extent in self.shape:
+            size *= extent
+        return size
+
+
+def lazy_tensors(reader: TensorReader, dtype: torch.dtype | None = None) -> Iterator[LazyTensor]:
+    """Everything in `reader`, optionally cast to `dtype`."""
+    for name in reader.names():
+        target = dtype or reader.dtype(name)
+        yield LazyTensor(
+            name, target, reader.shape(name), lambda name=name, target=target: reader.read(name).to(target)
+        )
+
+
+def check_against_layout(reader: TensorReader, layout: ParamLayout, source: str) -> None:
+    """Every row of the table is there, in its shape, and nothing else is.
+
+    Raises:
+        ProblemsError: naming each missing, unexpected or misshapen tensor (the first 8 of each).
+    """
+    have, found = set(reader.names()), []
+    missing = [name for name in layout.table if name not in have]
+    extra = sorted(have - set(layout.table))
+    wrong = [
+        f"{name} is {list(reader.shape(name))}, model says {list(spec.shape({}))}"
+        for name, spec in layout.table.items()
+        if name in have and tuple(reader.shape(name)) != tuple(spec.shape({}))
+    ]
+    for what, names in (("lacks", missing), ("has no row of the model for", extra), ("has another shape:", wrong)):
+        if names:
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            words = f"{what} {'; '.join(names[:8])}{more}; the model section and the weights must be of the same parent"
+            found.append(Problem(source, words))
+    raise_if_any(found)
+
+
+class MemoryReader:
+    """A `TensorReader` over tensors in memory."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def names(self) -> list[str]:
+        """All names."""
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one."""
+        return tuple(self._tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of one."""
+        return self._tensors[name].dtype
+
+    def read(self, name: str) -> Tensor:
+        """A copy of one."""
+        return self._tensors[name].detach().to("cpu", copy=True).contiguous()
+
+
+@dataclass(frozen=True)
+class _Entry:
+    path: Path
+    offset: int
+    nbytes: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class SafetensorsReader:
+    """Tensors of one `.safetensors` file, or of a folder (single file, or shards with an index).
+
+    Raises:
+        ProblemsError: a file is missing, truncated, or its header does not describe it; the message says which.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._entries: dict[str, _Entry] = {}
+        self.metadata: dict[str, str] = {}
+        for file, wanted in self._files():
+            found = self._header(file)
+            lost = sorted(set(wanted or ()) - set(found))
+            if lost:
+                raise _problem(
+                    self.path / INDEX_FILE, f"says {lost[0]} is in {file.name}, which lacks it; copy it again"
+                )
+            self._entries |= found
+
+    def _files(self) -> list[tuple[Path, list[str] | None]]:
+        if self.path.is_file():
+            return [(self.path, None)]
+        index = self.path / INDEX_FILE
+        if index.is_file():
+            try:
+                where = json.loads(index.read_text())["weight_map"]
+                by_file: dict[str, list[str]] = {}
+                for name, file in where.items():
+                    by_file.setdefault(file, []).append(name)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise _problem(index, f"is no safetensors index ({error!r}); copy it again") from error
+            outside = [f for f in by_file if not isinstance(f, str) or Path(f).name != f or f in ("", ".", "..")]
+            if outside:
+                raise _problem(index, f"names {outside[0]!r}, which is not a file of the same folder")
+            return [(self.path / f, names) for f, names in sorted(by_file.items())]
+        if (self.path / SINGLE_FILE).is_file():
+            return [(self.path / SINGLE_FILE, None)]
+        raise _problem(self.path, f"has neither {SINGLE_FILE} nor {INDEX_FILE}; give a folder or file of safetensors")
+
+    def _header(self, file: Path) -> dict[str, _Entry]:
+        if not file.is_file():
+            raise _problem(file, "does not exist; the folder is incomplete, copy it again")
+        total = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if total < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, total - 8):
+                raise _problem(file, f"has {total} bytes and a header of {length}: truncated or no safetensors file")
+            raw = stream.read(length)
+        try:
+            header = json.loads(raw)
+            self.metadata |= header.pop("__metadata__", {})
+            entries = {name: self._entry(file, 8 + length, item) for name, item in header.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _problem(file, f"has a damaged header ({error}); copy it again") from error
+        end = max((e.offset + e.nbytes for e in entries.values()), default=8 + length)
+        if end != total:
+            raise _problem(file, f"has {total} bytes, its header describes {end}: truncated or damaged; copy it again")
+        return entries
+
+    @staticmethod
+    def _entry(file: Path, start: int, item: dict) -> _Entry:
+        shape = tuple(item["shape"])
+        if item["dtype"] not in SAFETENSORS_DTYPES:
+            raise ValueError(f"dtype {item['dtype']} is not supported")
+        dtype = SAFETENSORS_DTYPES[item["dtype"]]
+        begin, end = item["data_offsets"]
+        elements = 1
+        for extent in shape:
+            if not isinstance(extent, int) or extent < 0:
+                raise ValueError(f"shape {list(shape)}")
+            elements *= extent
+        if not 0 <= begin <= end or end - begin != elements * dtype.itemsize:
+            raise ValueError(f"offsets {begin}..{end} do not fit shape {list(shape)}")
+        return _Entry(file, start + begin, end - begin, dtype, shape)
+
+    def names(self) -> list[str]:
+        """Names as they stand in the files."""
+        return list(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape from the header."""
+        return self._entries[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype from the header."""
+        return self._entries[name].dtype
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor from its file."""
+        entry = self._entries[name]
+        with entry.path.open("rb", buffering=0) as stream:
+            return read_tensor(stream.fileno(), entry.offset, entry.dtype, entry.shape, entry.path)
+
+
+def read_tensor(file: int, offset: int, dtype: torch.dtype, shape: tuple[int, ...], path: Path) -> Tensor:
+    """A contiguous tensor from `offset` of an open file descriptor.
+
+    Raises:
+        ProblemsError: when the file ends before the tensor does.
+    """
+    tensor = torch.empty(shape, dtype=dtype)
+    if tensor.numel() == 0:
+        return tensor
+    view = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    done = 0
+    while done < len(view):
+        count = os.preadv(file, [view[done:]], offset + done)
+        if count == 0:
+            raise _problem(
+                path, f"ends at byte {offset + done}, {len(view) - done} bytes early: truncated; copy it again"
+            )
+        done += count
+    return tensor
+
+
+def _problem(path: Path, message: str) -> ProblemsError:
+    return ProblemsError([Problem(str(path), message)])

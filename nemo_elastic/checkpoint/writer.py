@@ -1,0 +1,229 @@
+"""Folders that appear whole or not at all, and safetensors shards written one tensor at a time.
+
+`atomic_folder` gives a temporary sibling of the target; only when its block ends without an error is everything synced
+and renamed to the target. An existing target is never touched without `force`, and with it is replaced by that one
+rename. What is written through `HashingFile` is hashed on its way, so a hash costs no second pass over the bytes.
+"""
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..problems import Problem, ProblemsError
+from .reader import INDEX_FILE, SAFETENSORS_DTYPES, SINGLE_FILE, LazyTensor
+
+logger = logging.getLogger(__name__)
+PARTIAL = ".partial-"
+SHARD_BYTES = 4 * 2**30
+_DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+
+
+class HashingFile:
+    """A new file, opened for writing; `sha256` and `size` are those of what was written so far."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.size = 0
+        self._hash = hashlib.sha256()
+        self._file = path.open("xb", buffering=0)
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Write all of `data`."""
+        view = memoryview(data).cast("B")
+        done = 0
+        while done < len(view):
+            done += self._file.write(view[done:])
+        self._hash.update(view)
+        self.size += len(view)
+        return len(view)
+
+    def flush(self) -> None:
+        """Nothing is buffered here."""
+
+    @property
+    def sha256(self) -> str:
+        return self._hash.hexdigest()
+
+    def __enter__(self) -> "HashingFile":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            if error[0] is None:
+                os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
+
+
+@contextmanager
+def atomic_folder(out: str | os.PathLike[str], *, force: bool = False, needs_bytes: int = 0) -> Iterator[Path]:
+    """A temporary folder that becomes `out` when the block succeeds; after an error nothing of it is left.
+
+    Args:
+        force: replace an existing `out`.
+        needs_bytes: refuse at once where the disk has less room.
+
+    Raises:
+        ProblemsError: `out` exists (without `force`), is not a folder, or the disk is full.
+    """
+    out = Path(out).absolute()
+    check_target(out, force)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _remove_left_over(out)
+    free = shutil.disk_usage(out.parent).free
+    if needs_bytes > free:
+        raise _disk_full(out, f"{needs_bytes / 2**20:.1f} MiB are needed and {free / 2**20:.1f} MiB free")
+    temporary = out.with_name(f".{out.name}{PARTIAL}{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        sync_folder(temporary)
+        _replace(out, temporary, force)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _disk_full(out, "it filled up while writing") from error
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_target(out: str | os.PathLike[str], force: bool) -> None:
+    """Refuse an `out` that would overwrite something, before any work is done for it."""
+    out = Path(out)
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise ProblemsError([Problem("--out", f"{out} exists and is not a folder; give another path")])
+    if out.is_dir() and any(out.iterdir()) and not force:
+        raise ProblemsError([Problem("--out", f"{out} exists; add --force to replace it, or give another path")])
+
+
+def _replace(out: Path, temporary: Path, force: bool) -> None:
+    check_target(out, force)
+    old = None
+    if out.exists():
+        old = out.with_name(f".{out.name}{PARTIAL}{os.getpid()}-old-{uuid.uuid4().hex[:8]}")
+        os.rename(out, old)
+    try:
+        os.rename(temporary, out)
+    except OSError:
+        if old is not None:
+            os.rename(old, out)
+        raise
+    _sync(out.parent)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove_left_over(out: Path) -> None:
+    """Temporary folders of `out` whose process is gone (it was killed)."""
+    prefix = f".{out.name}{PARTIAL}"
+    for folder in out.parent.iterdir():
+        if not folder.name.startswith(prefix) or folder.is_symlink():
+            continue
+        pid = folder.name[len(prefix) :].split("-")[0]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists():
+            if "-old-" in folder.name and not out.exists():
+                logger.warning("%s is what a killed run moved away from %s; restored", folder, out)
+                os.rename(folder, out)
+                continue
+            logger.info("removing %s, left over from a killed run", folder)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """fsync every file and folder below `folder`, deepest first."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if not path.is_symlink():
+            _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _disk_full(out: Path, why: str) -> ProblemsError:
+    words = f"the disk of {out.parent} is full: {why}; nothing was changed, make room or give another --out"
+    return ProblemsError([Problem("--out", words)])
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, without a copy."""
+    return memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def plan_shards(tensors: Iterable[LazyTensor], shard_bytes: int = SHARD_BYTES) -> list[list[LazyTensor]]:
+    """Consecutive runs of tensors of at most `shard_bytes` each (a larger tensor gets a shard of its own)."""
+    shards: list[list[LazyTensor]] = [[]]
+    room = shard_bytes
+    for tensor in tensors:
+        if shards[-1] and tensor.nbytes > room:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(tensor)
+        room -= tensor.nbytes
+    return shards
+
+
+def write_safetensors(
+    folder: Path,
+    tensors: Sequence[LazyTensor],
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    metadata: dict[str, str] | None = None,
+) -> dict[str, str]:
+    """`model.safetensors`, or `model-00001-of-0000N.safetensors` and their index, into an existing folder.
+
+    Returns:
+        file name -> SHA-256.
+    """
+    shards = plan_shards(tensors, shard_bytes)
+    if len(shards) == 1:
+        return {SINGLE_FILE: write_safetensors_file(folder / SINGLE_FILE, shards[0], metadata)}
+    hashes, where = {}, {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        hashes[name] = write_safetensors_file(folder / name, shard, metadata)
+        where |= {tensor.name: name for tensor in shard}
+    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors)}, "weight_map": where}
+    with HashingFile(folder / INDEX_FILE) as file:
+        file.write(json.dumps(index, indent=2).encode())
+    return {**hashes, INDEX_FILE: file.sha256}
+
+
+def write_safetensors_file(path: Path, tensors: Sequence[LazyTensor], metadata: dict[str, str] | None = None) -> str:
+    """One file: the header first, then one tensor after the other; its SHA-256."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    offset = 0
+    for tensor in tensors:
+        assert tensor.name not in header, tensor.name
+        end = offset + tensor.nbytes
+        header[tensor.name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with HashingFile(path) as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for tensor in tensors:
+            value = tensor.read()
+            assert value.dtype == tensor.dtype and tuple(value.shape) == tensor.shape, tensor.name
+            file.write(tensor_bytes(value))
+    return file.sha256

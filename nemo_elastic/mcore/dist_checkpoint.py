@@ -1,0 +1,305 @@
+"""Weights of a NeMo (torch_dist) checkpoint as whole canonical tensors, read one at a time without building a model.
+
+Saved at any TP x PP: chunks are put together by the offsets in `.metadata`. Stock keys become the names of
+`ParamLayout` (`module.` dropped, Transformer Engine's fused norm names resolved), and Mamba's parts are joined:
+
+    in_proj.weight = [z; x; B; C; dt]      conv1d.{weight,bias} = [x; B; C]      (rows)
+
+No pickle is executed: `.metadata` by `preflight`, tensors by reading the one storage of their torch.save record (its
+CRC-32 is checked), and anything unusual by torch's weights-only unpickler. Files are opened once, by their own name
+in the folder, and read through those handles.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import zipfile
+import zlib
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_elastic.checkpoint.reader import read_tensor
+from nemo_elastic.layout import FUSED_NORM_NAMES
+from nemo_elastic.mcore.preflight import AllowListUnpickler, Chunk, RefusedPickle, StoredTensor, read_metadata
+from nemo_elastic.problems import Problem, ProblemsError
+
+PARTS = {
+    "mixer.in_proj.weight": ("z", "x", "B", "C", "dt"),
+    "mixer.conv1d.weight": ("x", "B", "C"),
+    "mixer.conv1d.bias": ("x", "B", "C"),
+}
+_UNFUSED = {fused: own for own, fused in FUSED_NORM_NAMES.values()}
+_PREFIX = re.compile(r"^(module\.|model\.)*(?=embedding\.|decoder\.|output_layer\.)")
+_LAYER = re.compile(r"^(decoder\.layers\.\d+\.)(.+)$")
+
+
+def split_key(key: str) -> tuple[str, str | None] | None:
+    """(canonical name, part or None) of a checkpoint key; None for what is no weight (optimizer, router, ...)."""
+    prefix = _PREFIX.match(key)
+    if prefix is None:
+        return None
+    name = key[prefix.end() :]
+    layer = _LAYER.match(name)
+    if layer is None:
+        return name, None
+    start, suffix = layer.groups()
+    for whole, parts in PARTS.items():
+        if suffix.startswith(f"{whole}.") and suffix[len(whole) + 1 :] in parts:
+            return start + whole, suffix[len(whole) + 1 :]
+    return start + _UNFUSED.get(suffix, suffix), None
+
+
+def weights_folder(path: str | os.PathLike[str]) -> Path:
+    """`path/weights` of a NeMo checkpoint, or `path` itself where it is a torch_dist folder."""
+    path = Path(path)
+    return path / "weights" if (path / "weights").is_dir() else path
+
+
+class TorchDistReader:
+    """`TensorReader` over the `weights/` of a NeMo checkpoint.
+
+    Args:
+        path: the checkpoint, or its `weights` folder.
+
+    Raises:
+        ProblemsError: no torch_dist checkpoint; a hostile or damaged `.metadata`; a file missing or too short.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = weights_folder(path)
+        self._stored = read_metadata(self.path).tensors
+        self._files: dict[str, int] = {}
+        self._keys: dict[str, list[str]] = {}
+        by_part: dict[str, dict[str | None, str]] = {}
+        for key in self._stored:
+            split = split_key(key)
+            if split is not None:
+                by_part.setdefault(split[0], {})[split[1]] = key
+        for name, parts in by_part.items():
+            order = PARTS.get(_suffix(name), ()) if None not in parts else (None,)
+            lost = [p for p in order if p not in parts]
+            if lost:
+                raise self._problem(f"lacks part {lost[0]!r} of {name}: not a whole checkpoint; copy it again")
+            self._keys[name] = [parts[p] for p in order]
+        self._check_files()
+
+    def _check_files(self) -> None:
+        ends: dict[str, int] = {}
+        for stored in self._stored.values():
+            for chunk in stored.chunks:
+                ends[chunk.file] = max(ends.get(chunk.file, 0), chunk.start + chunk.length)
+        for file, end in ends.items():
+            path = self.path / file
+            if not path.is_file():
+                raise self._problem(f"lacks {file}: not a whole checkpoint; copy it again")
+            size = path.stat().st_size
+            if size < end:
+                raise ProblemsError(
+                    [Problem(str(path), f"has {size} bytes, {end} are described: truncated; copy it again")]
+                )
+
+    def names(self) -> list[str]:
+        """Canonical names of all weights."""
+        return list(self._keys)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Whole shape."""
+        first, *rest = (self._stored[key].shape for key in self._keys[name])
+        return (first[0] + sum(shape[0] for shape in rest), *first[1:]) if first else ()
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype as stored."""
+        return self._stored[self._keys[name][0]].dtype
+
+    def read(self, name: str) -> Tensor:
+        """The whole tensor, put together from parts and chunks."""
+        keys = self._keys[name]
+        if len(keys) == 1:
+            return self.read_key(keys[0])
+        whole = torch.empty(self.shape(name), dtype=self.dtype(name))
+        row = 0
+        for key in keys:
+            part = self.read_key(key)
+            whole[row : row + part.shape[0]] = part
+            row += part.shape[0]
+        return whole
+
+    def other_keys(self) -> list[str]:
+        """Keys of tensors that are no weight of the model: optimizer state, router, ..."""
+        return [key for key in self._stored if split_key(key) is None]
+
+    def read_key(self, key: str) -> Tensor:
+        """One tensor by the checkpoint's own key.
+
+        Raises:
+            ProblemsError: damaged bytes, or chunks that do not cover the tensor.
+        """
+        stored = self._stored[key]
+        if len(stored.chunks) == 1 and stored.chunks[0].sizes == stored.shape:
+            return self._read_chunk(key, stored, stored.chunks[0])
+        whole = torch.empty(stored.shape, dtype=stored.dtype)
+        covered = 0
+        for chunk in stored.chunks:
+            place = tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))
+            part = self._read_chunk(key, stored, chunk)
+            whole[place] = part
+            covered += part.numel()
+        if covered != whole.numel():
+            raise self._problem(f"has {covered} of the {whole.numel()} elements of {key}: chunks are missing")
+        return whole
+
+    def _read_chunk(self, key: str, stored: StoredTensor, chunk: Chunk) -> Tensor:
+        path = self.path / chunk.file
+        try:
+            tensor = _read_record(self._open(chunk.file), chunk, path)
+        except ProblemsError:
+            raise
+        except RefusedPickle as error:
+            raise ProblemsError([Problem(f"{path} ({key})", f"{error}; nothing of it was executed")]) from error
+        except Exception as error:  # a damaged record can raise nearly anything
+            words = f"the record of {key} is damaged ({str(error)[:160]}); copy the checkpoint again"
+            raise ProblemsError([Problem(str(path), words)]) from error
+        if tensor.dtype != stored.dtype or tuple(tensor.shape) != chunk.sizes:
+            real = f"{tensor.dtype} {list(tensor.shape)}"
+            words = f"the record of {key} holds {real}, .metadata says {stored.dtype} {list(chunk.sizes)}; copy it again"
+            raise ProblemsError([Problem(str(path), words)])
+        return tensor
+
+    def _open(self, file: str) -> int:
+        if file not in self._files:
+            self._files[file] = os.open(self.path / file, os.O_RDONLY | os.O_CLOEXEC)
+        return self._files[file]
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files.values():
+            os.close(file)
+        self._files.clear()
+
+    def __enter__(self) -> TorchDistReader:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _problem(self, message: str) -> ProblemsError:
+        return ProblemsError([Problem(str(self.path), message)])
+
+
+def _suffix(name: str) -> str:
+    match = _LAYER.match(name)
+    return match.group(2) if match else name
+
+
+class _FileView(io.RawIOBase):
+    """Bytes `start .. start + length` of an open file, as a file."""
+
+    def __init__(self, file: int, start: int, length: int) -> None:
+        self._file, self._start, self._length, self._at = file, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._at = offset + (0, self._at, self._length)[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        room = min(len(buffer), max(0, self._length - self._at))
+        count = os.preadv(self._file, [memoryview(buffer)[:room]], self._start + self._at) if room else 0
+        self._at += count
+        return count
+
+
+class _StorageType(str):
+    """A typed storage class of torch, by name."""
+
+
+def _rebuild(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> tuple[Any, ...]:
+    return storage, offset, tuple(size), tuple(stride)
+
+
+_TENSOR_PICKLE: dict[tuple[str, str], Any] = {
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild,
+    ("collections", "OrderedDict"): OrderedDict,
+}
+_STORAGE_DTYPES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+_TENSOR_PICKLE |= {("torch", name): _StorageType(name) for name in _STORAGE_DTYPES}
+
+
+class _TensorUnpickler(AllowListUnpickler):
+    def persistent_load(self, pid: Any) -> tuple[str, str, int]:
+        kind, storage_type, key, _, numel = pid
+        if kind != "storage" or not isinstance(storage_type, _StorageType):
+            raise RefusedPickle(f"refused storage {pid!r}")
+        return str(storage_type), str(key), int(numel)
+
+
+def _read_record(file: int, chunk: Chunk, path: Path) -> Tensor:
+    """The tensor of one torch.save record: straight from its bytes when it is one contiguous storage."""
+    with zipfile.ZipFile(_FileView(file, chunk.start, chunk.length)) as archive:
+        by_name = {info.filename.split("/", 1)[-1]: info for info in archive.infolist()}
+        pickled = archive.read(by_name["data.pkl"])  # zipfile checks its CRC
+        order = archive.read(by_name["byteorder"]) if "byteorder" in by_name else b"little"
+    try:
+        (kind, key, numel), offset, size, stride = _TensorUnpickler(pickled, _TENSOR_PICKLE).load()
+    except RefusedPickle:
+        return _weights_only(file, chunk)
+    info = by_name[f"data/{key}"]
+    if offset or stride != _contiguous(size) or numel != torch.Size(size).numel() or order != b"little":
+        return _weights_only(file, chunk)
+    if info.compress_type != zipfile.ZIP_STORED:
+        raise ValueError("its storage is compressed")
+    header = os.pread(file, 30, chunk.start + info.header_offset)
+    start = info.header_offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+    dtype = _STORAGE_DTYPES[kind]
+    if header[:4] != b"PK\x03\x04" or info.file_size != numel * dtype.itemsize:
+        raise ValueError("its archive is damaged")
+    if start + info.file_size > chunk.length:
+        raise ValueError("its storage leaves the record")
+    tensor = read_tensor(file, chunk.start + start, dtype, size, path)
+    if info.CRC and zlib.crc32(memoryview(tensor.view(-1).view(torch.uint8).numpy())) != info.CRC:
+        raise ValueError("its CRC-32 does not match: a byte has changed")
+    return tensor
+
+
+def _contiguous(size: tuple[int, ...]) -> tuple[int, ...]:
+    strides, step = [], 1
+    for extent in reversed(size):
+        strides.append(step)
+        step *= max(extent, 1)
+    return tuple(reversed(strides))
+
+
+def _weights_only(file: int, chunk: Chunk) -> Tensor:
+    data = os.pread(file, chunk.length, chunk.start)
+    tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"it holds a {type(tensor).__name__}, no tensor")
+    return tensor.detach().contiguous()

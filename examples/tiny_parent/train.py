@@ -1,0 +1,142 @@
+"""Make the tiny parent that ships in `nemo_elastic/assets/tiny_parent`, from the text of the running Python.
+
+    python examples/tiny_parent/train.py --assets my_parent --out runs/tiny_parent --max-minutes 75
+    python examples/tiny_parent/train.py --assets my_parent --out runs/tiny_parent --max-steps 5000
+
+Corpus list and tokenizer are made too when `--assets` lacks them. About every ten minutes, and at the end, weights,
+config and card are written to `--assets`. `--resume` goes on from the newest checkpoint of `--out`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_elastic.nemo import cpu
+
+MODEL = {
+    "hybrid_override_pattern": "M-M-M*-M-M-M*-M-",
+    "hidden_size": 128,
+    "ffn_hidden_size": 512,
+    "num_attention_heads": 16,
+    "num_query_groups": 4,
+    "kv_channels": 16,
+    "mamba_num_heads": 16,
+    "mamba_head_dim": 16,
+    "mamba_num_groups": 4,
+    "mamba_state_dim": 32,
+    "vocab_size": 2048,
+    "seq_length": 256,
+}
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--assets", type=Path, required=True, help="folder of the files that ship")
+    parser.add_argument("--out", type=Path, default=Path("runs/tiny_parent"), help="checkpoints and logs")
+    parser.add_argument("--max-minutes", type=float, help="end after so many minutes; the learning rate follows")
+    parser.add_argument("--max-steps", type=int, default=1_000_000, help="end after so many steps")
+    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--warmup-steps", type=int, default=200)
+    parser.add_argument("--heldout-every-steps", type=int, default=500)
+    parser.add_argument("--batch-size", type=int, default=8, help="samples per step")
+    parser.add_argument("--micro-batch-size", type=int, default=8, help="samples per forward")
+    parser.add_argument("--seed", type=int, default=1234)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--resume", action="store_true")
+    args = parser.parse_args()
+    if args.max_minutes is None and args.max_steps == 1_000_000:
+        parser.error("give --max-minutes or --max-steps")
+    return args
+
+
+def main() -> None:
+    """Prepare text and tokenizer, train, export."""
+    args = arguments()
+    cpu.install()  # before the modules below, which build on a settled platform
+
+    import nemo
+
+    from nemo_elastic.data.corpus import load_corpus_list, read_documents, scan_standard_library, usable_files
+    from nemo_elastic.data.tokenizer import train_bpe
+    from nemo_elastic.mcore.versions import installed
+    from nemo_elastic.nemo.data import TextDataModule
+    from nemo_elastic.nemo.pretrain import PretrainConfig, pretrain
+    from nemo_elastic.nemo.tiny_parent import bf16_weights, heldout_loss, save_card, save_parent
+    from nemo_elastic.nemo.tokenizer import load_tokenizer
+    from nemo_elastic.nemo.trainer import plain_model_config
+
+    torch.set_num_threads(args.threads)
+    args.assets.mkdir(parents=True, exist_ok=True)
+    corpus_file, tokenizer_file = args.assets / "corpus.json", args.assets / "tokenizer.json"
+    if not corpus_file.is_file():
+        scan_standard_library().save(corpus_file)
+    corpus = load_corpus_list(corpus_file)
+    if not tokenizer_file.is_file():
+        train_bpe(read_documents(usable_files(corpus), "train"), MODEL["vocab_size"]).save(str(tokenizer_file))
+
+    data = TextDataModule(
+        load_tokenizer(str(tokenizer_file)),
+        seq_length=MODEL["seq_length"],
+        micro_batch_size=args.micro_batch_size,
+        global_batch_size=args.batch_size,
+        seed=args.seed,
+        corpus_list=str(corpus_file),
+    )
+    config = PretrainConfig(
+        max_steps=args.max_steps,
+        max_minutes=args.max_minutes,
+        lr=args.lr,
+        warmup_steps=args.warmup_steps,
+        heldout_every_steps=args.heldout_every_steps,
+        seed=args.seed,
+    )
+    tokens = {split: len(data.windows(split).stream) for split in ("train", "heldout")}
+    command = "python examples/tiny_parent/train.py " + shlex.join(sys.argv[1:])
+
+    def export(module: torch.nn.Module, run: dict[str, Any]) -> None:
+        facts = {
+            **run,
+            "heldout_loss": round(heldout_loss(module, data.windows("heldout"), args.batch_size), 5),
+            "parameters": sum(math.prod(w.shape) for w in bf16_weights(module).values()),
+            "global_batch_size": args.batch_size,
+            "lr": args.lr,
+            "warmup_steps": args.warmup_steps,
+            "min_lr_ratio": config.min_lr_ratio,
+            "seed": args.seed,
+            "threads": args.threads,
+            "corpus_python": corpus.python,
+            "megatron_core": installed(),
+            "nemo": nemo.__version__,
+        }
+        digest = save_parent(args.assets, module, MODEL, facts)
+        save_card(
+            args.assets, sizes=MODEL, facts=facts, corpus=corpus, tokens=tokens, sha256=digest, command=command
+        )
+        logging.getLogger(__name__).info("exported %s", facts)
+
+    checkpoints = sorted((args.out / "checkpoints").glob("step=*"), key=lambda p: p.stat().st_mtime)
+    if args.resume and not checkpoints:
+        sys.exit(f"--resume: no checkpoint in {args.out / 'checkpoints'}; start without it")
+    module, run = pretrain(
+        plain_model_config(MODEL),
+        data,
+        config,
+        args.out,
+        export=export,
+        resume_from=checkpoints[-1] if args.resume else None,
+    )
+    export(module, run)
+
+
+if __name__ == "__main__":  # saving a checkpoint starts a process that imports this file again
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+    main()

@@ -1,0 +1,95 @@
+"""A byte-level BPE tokenizer: trained once with `tokenizers`, shipped with the tiny parent, never downloaded.
+
+    decode(encode(text)) == text      for every text: the alphabet is all 256 bytes
+
+Digits are single tokens (numbers of any length are spelt the same way); runs of spaces are one token
+where the merges found them, which is what makes source code short.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+END_OF_TEXT = "<|endoftext|>"
+PAD = "<pad>"
+DEFAULT_TOKENIZER = Path(__file__).parent.parent / "assets" / "tiny_parent" / "tokenizer.json"
+
+
+def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Train a tokenizer of exactly `vocab_size` tokens; ids 0 and 1 are end of text and padding."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    if tokenizer.get_vocab_size() != vocab_size:
+        raise ValueError(
+            f"data.vocab_size={vocab_size} cannot be reached: the text has merges for {tokenizer.get_vocab_size()} "
+            "tokens; use more text or a smaller vocabulary"
+        )
+    return tokenizer
+
+
+class BPETokenizer:
+    """A tokenizer file with the few names the rest of the package needs.
+
+    Args:
+        path: a `tokenizer.json` of the `tokenizers` package that has `<|endoftext|>`; `<pad>` is optional.
+
+    Raises:
+        ValueError: the file is missing, cannot be read, or has no end-of-text token.
+    """
+
+    def __init__(self, path: str | Path = DEFAULT_TOKENIZER) -> None:
+        from tokenizers import Tokenizer
+
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise ValueError(f"data.tokenizer={path}: no such file; give the path of a tokenizer.json")
+        try:
+            self.tokenizer = Tokenizer.from_file(str(self.path))
+        except Exception as error:  # tokenizers raises bare Exception for every defect of the file
+            raise ValueError(f"data.tokenizer={path} is not a tokenizer.json of `tokenizers`: {error}") from error
+        end = self.tokenizer.token_to_id(END_OF_TEXT)
+        if end is None:
+            raise ValueError(f"data.tokenizer={path} has no {END_OF_TEXT} token; add it as a special token")
+        pad = self.tokenizer.token_to_id(PAD)
+        self.eod: int = end
+        self.pad_id: int = end if pad is None else pad
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, special tokens included."""
+        return self.tokenizer.get_vocab_size()
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the file: the identity of this tokenizer in caches and manifests."""
+        return hashlib.sha256(self.path.read_bytes()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without any special token added."""
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of many texts, encoded in parallel."""
+        return [e.ids for e in self.tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of ids."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)

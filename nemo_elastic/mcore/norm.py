@@ -1,6 +1,6 @@
 """RMSNorm for Megatron layers that run without Transformer Engine, and the gated norm of Mamba's mixer.
 
-    y = x / sqrt(mean(x^2) + eps) * weight        over the last axis, in fp32, cast back to x's dtype
+    y = x / sqrt(mean(x^2) + eps) * weight        over the last axis, in fp32 (fp64 stays), cast back to x's dtype
 
 megatron-core's own fallback, `WrappedTorchNorm`, refuses sequence parallelism: there each tensor-parallel rank sees
 its own part of the sequence, so the gradient of the (replicated) weight is a partial sum. Megatron all-reduces it for
@@ -39,9 +39,9 @@ class RMSNorm(nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = x.float()
+        y = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return (y * self.weight.float()).to(x.dtype)
+        return (y * self.weight.to(y.dtype)).to(x.dtype)
 
 
 class MixerNorm(RMSNormGated):

@@ -1,0 +1,38 @@
+"""Fixtures of all tests: the pools of distributed workers, kept for the whole session."""
+
+from collections.abc import Iterator
+
+import pytest
+from worker_pool import WorkerPool, open_pool
+
+
+@pytest.fixture(scope="session")
+def pool2() -> Iterator[WorkerPool]:
+    """Two processes: TP2, PP2 or DP2."""
+    yield from open_pool(2)
+
+
+@pytest.fixture(scope="session")
+def pool4() -> Iterator[WorkerPool]:
+    """Four processes: TP2 x PP2, TP4, PP4, ..."""
+    yield from open_pool(4)
+
+
+@pytest.fixture(scope="session")
+def one_rank() -> Iterator[None]:
+    """Megatron's parallel state for one process, in this process."""
+    import torch
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    from nemo_elastic.mcore import cpu
+
+    cpu.install()
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(1234)
+    yield
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()

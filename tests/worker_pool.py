@@ -1,0 +1,166 @@
+"""N persistent processes that run functions of tests under any Megatron layout, over gloo.
+
+    pool.run(function, x, tp=2, pp=2, sp=True) == [function(x, sp=True) on rank 0, on rank 1, ...]
+
+Megatron is imported once per process. Between cases the parallel state is made anew when the layout changed, and the
+random tracker is reseeded always. A case that raises on any rank fails the test with that rank's traceback; a case
+that hangs is killed after `timeout` seconds. In both cases the processes are replaced: a rank that failed may have
+left the others in the middle of a collective.
+
+`function` must be importable (module level of a test file or of a `pool_*.py` file); results travel by pickle.
+"""
+
+import contextlib
+import importlib
+import os
+import pickle
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+SEED = 1234
+
+
+class RankFailed(AssertionError):
+    """A function raised on a rank of the pool, or did not come back."""
+
+
+def free_port() -> int:
+    with contextlib.closing(socket.socket()) as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def _serve(connection: Connection, rank: int, world: int, port: int, path: Sequence[str]) -> None:
+    """A worker: sets itself up once, then answers (module, name, layout, arguments) until told to stop."""
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world), OMP_NUM_THREADS="1"
+    )
+    sys.path[:] = path
+    import torch
+    import torch.distributed as dist
+
+    from nemo_elastic.mcore import cpu
+
+    torch.set_num_threads(1)
+    cpu.install()
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    layout = None
+    while (message := connection.recv()) is not None:
+        module, name, wanted, payload = message
+        try:
+            layout = _set_layout(layout, wanted)
+            arguments, keywords = pickle.loads(payload)
+            result = getattr(importlib.import_module(module), name)(*arguments, **keywords)
+            connection.send((True, pickle.dumps(result)))
+        except BaseException:
+            connection.send((False, traceback.format_exc()))
+    dist.destroy_process_group()
+
+
+def _set_layout(current: tuple[int, int] | None, wanted: tuple[int, int]) -> tuple[int, int]:
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    if current != wanted:
+        if current is not None:
+            parallel_state.destroy_model_parallel()
+        parallel_state.initialize_model_parallel(*wanted)
+    model_parallel_cuda_manual_seed(SEED)
+    return wanted
+
+
+class WorkerPool:
+    """`size` processes; see the module's docstring. Processes start at the first `run`."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._workers: list[tuple[Any, Connection]] = []
+
+    def run(
+        self,
+        function: Callable[..., Any],
+        *arguments: Any,
+        tp: int = 1,
+        pp: int = 1,
+        timeout: float = 120.0,
+        **keywords: Any,
+    ) -> list[Any]:
+        """The results of `function(*arguments, **keywords)` on every rank under TP x PP; what remains is data parallel.
+
+        Sequence parallelism is a matter of the model's config: pass it on, as a keyword, to the function that builds it.
+
+        Raises:
+            RankFailed: with rank and traceback of the first rank that failed, or the ranks that did not answer.
+        """
+        if self.size % (tp * pp):
+            raise ValueError(f"tp={tp} x pp={pp} does not divide the pool's {self.size} processes")
+        self._start()
+        message = (function.__module__, function.__qualname__, (tp, pp), pickle.dumps((arguments, keywords)))
+        try:
+            for _, connection in self._workers:
+                connection.send(message)
+            return self._collect(timeout)
+        except BaseException:
+            self.kill()
+            raise
+
+    def _collect(self, timeout: float) -> list[Any]:
+        deadline = monotonic() + timeout
+        waiting = {connection: rank for rank, (_, connection) in enumerate(self._workers)}
+        results: list[Any] = [None] * self.size
+        while waiting:
+            ready = wait(list(waiting), timeout=max(0.0, deadline - monotonic()))
+            if not ready:
+                raise RankFailed(f"no answer within {timeout} s from ranks {sorted(waiting.values())}")
+            for connection in ready:
+                rank = waiting.pop(connection)
+                try:
+                    done, result = connection.recv()
+                except EOFError as error:
+                    raise RankFailed(f"rank {rank} died") from error
+                if not done:
+                    raise RankFailed(f"rank {rank} of {self.size}:\n{result}")
+                results[rank] = pickle.loads(result)
+        return results
+
+    def _start(self) -> None:
+        if self._workers:
+            return
+        context, port = get_context("spawn"), free_port()
+        path = [str(Path(__file__).parent), *sys.path]
+        for rank in range(self.size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, rank, self.size, port, path), daemon=True)
+            process.start()
+            theirs.close()
+            self._workers.append((process, ours))
+
+    def kill(self) -> None:
+        """End the processes at once; the next `run` starts new ones."""
+        for process, connection in self._workers:
+            process.kill()
+            process.join()
+            connection.close()
+        self._workers.clear()
+
+    def close(self) -> None:
+        """Let the processes end by themselves, and end those that do not."""
+        for process, connection in self._workers:
+            with contextlib.suppress(OSError):
+                connection.send(None)
+            process.join(timeout=5)
+        self.kill()
+
+
+def open_pool(size: int) -> Iterator[WorkerPool]:
+    """For fixtures: a pool that is closed afterwards."""
+    pool = WorkerPool(size)
+    yield pool
+    pool.close()

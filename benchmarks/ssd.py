@@ -1,0 +1,217 @@
+"""Time of the pure-PyTorch Mamba-2 mixer against transformers' torch path, and of the scan against a plain matmul.
+
+    python benchmarks/ssd.py [--quick] [--chunks] [--repetitions N] [--threads N] [--output FILE]
+
+Both mixers have the same sizes and weights and run forward and backward in the same process, one after the other in
+every repetition: ours is ``in_proj`` + `mamba_split_conv1d_scan_combined` + ``out_proj``, theirs is
+``Mamba2Mixer.torch_forward``. The scan alone is set against one batched matmul with the FLOPs that the scan's own
+products have. Wall and CPU time of each are printed as JSON, median and minimum over the repetitions. `--chunks` times
+the scan at several chunk lengths instead (how `scan_chunk_length` was chosen).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from nemo_elastic.mcore.chunk_scan import chunk_scan, scan_chunk_length
+from nemo_elastic.mcore.ssd import mamba_split_conv1d_scan_combined
+
+REQUIRED_TIME_RATIO = 0.06
+
+FULL = [
+    {"seq": 512, "batch": 2, "hidden": 256, "heads": 16, "head_dim": 32, "groups": 4, "state": 64, "chunk_size": 128},
+    {"seq": 512, "batch": 1, "hidden": 512, "heads": 16, "head_dim": 64, "groups": 8, "state": 128, "chunk_size": 256},
+    {"seq": 2048, "batch": 1, "hidden": 256, "heads": 16, "head_dim": 32, "groups": 4, "state": 64, "chunk_size": 128},
+    {"seq": 2048, "batch": 1, "hidden": 256, "heads": 8, "head_dim": 64, "groups": 8, "state": 128, "chunk_size": 256},
+]
+QUICK = [
+    {"seq": 100, "batch": 1, "hidden": 64, "heads": 8, "head_dim": 16, "groups": 2, "state": 16, "chunk_size": 64},
+]
+CONV_KERNEL = 4
+
+
+def machine() -> dict:
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    load = Path("/proc/loadavg")
+    return {
+        "cpu": model,
+        "cores": len(getattr(__import__("os"), "sched_getaffinity", lambda _: range(0))(0)) or None,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "dtype": "float32",
+        "load_average_at_start": load.read_text().split()[0] if load.exists() else None,
+    }
+
+
+def interleaved(runs: dict[str, Callable[[], None]], repetitions: int) -> dict[str, dict[str, float]]:
+    """Seconds of each run, wall and CPU; one warm-up, then every run once a repetition."""
+    wall: dict[str, list[float]] = {name: [] for name in runs}
+    cpu: dict[str, list[float]] = {name: [] for name in runs}
+    for repetition in range(repetitions + 1):
+        for name, run in runs.items():
+            w, c = time.perf_counter(), time.process_time()
+            run()
+            if repetition:
+                wall[name].append(time.perf_counter() - w)
+                cpu[name].append(time.process_time() - c)
+    return {
+        name: {
+            "s": statistics.median(wall[name]),
+            "min_s": min(wall[name]),
+            "cpu_s": statistics.median(cpu[name]),
+            "cpu_min_s": min(cpu[name]),
+        }
+        for name in runs
+    }
+
+
+def mixers(case: dict) -> tuple[Callable[[], None], Callable[[], None], float]:
+    """Runs of our mixer and of theirs on the same weights, and the largest relative difference of their results."""
+    from transformers.models.mamba2.modeling_mamba2 import Mamba2Config, Mamba2Mixer
+
+    width = case["heads"] * case["head_dim"]
+    config = Mamba2Config(
+        hidden_size=case["hidden"],
+        expand=width / case["hidden"],
+        num_heads=case["heads"],
+        head_dim=case["head_dim"],
+        n_groups=case["groups"],
+        state_size=case["state"],
+        conv_kernel=CONV_KERNEL,
+        chunk_size=case["chunk_size"],
+    )
+    theirs = Mamba2Mixer(config, layer_idx=0)
+    with torch.no_grad():  # Mamba's own initial ranges: steps from 1e-3 to 0.1, decays from 1 to 16
+        step = torch.exp(torch.empty(case["heads"]).uniform_(-6.9, -2.3))
+        theirs.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
+        theirs.A_log.copy_(torch.empty(case["heads"]).uniform_(1, 16).log())
+    hidden = torch.randn(case["batch"], case["seq"], case["hidden"], requires_grad=True)
+    grad = torch.randn(case["batch"], case["seq"], case["hidden"])
+
+    def forward_ours() -> torch.Tensor:
+        y = mamba_split_conv1d_scan_combined(
+            F.linear(hidden, theirs.in_proj.weight),
+            theirs.conv1d.weight.squeeze(1),
+            theirs.conv1d.bias,
+            theirs.dt_bias,
+            -torch.exp(theirs.A_log),
+            theirs.D,
+            case["chunk_size"],
+            rmsnorm_weight=theirs.norm.weight,
+            rmsnorm_eps=theirs.norm.variance_epsilon,
+            headdim=case["head_dim"],
+            ngroups=case["groups"],
+            norm_before_gate=False,
+        )
+        return F.linear(y, theirs.out_proj.weight)
+
+    def run(forward: Callable[[], torch.Tensor]) -> None:
+        theirs.zero_grad(set_to_none=True)
+        hidden.grad = None
+        forward().backward(grad)
+
+    with torch.no_grad():
+        reference = theirs.torch_forward(hidden)
+        # Their norm is over all channels, ours over one SSM group each: compare where the two agree.
+        difference = (forward_ours() - reference).norm() / reference.norm() if case["groups"] == 1 else torch.tensor(0)
+    return lambda: run(forward_ours), lambda: run(lambda: theirs.torch_forward(hidden)), difference.item()
+
+
+def scan_run(case: dict, chunk: int) -> Callable[[], None]:
+    b, s, h, p, g, n = (case[k] for k in ("batch", "seq", "heads", "head_dim", "groups", "state"))
+    x, dt, B, C = torch.randn(b, s, h, p), torch.rand(b, s, h), torch.randn(b, s, g, n), torch.randn(b, s, g, n)
+    arguments = [x, dt, -torch.rand(b, s, h), B, C, torch.randn(h, 1)]
+    arguments = [t.requires_grad_() for t in arguments]
+    start, grad = torch.zeros(b, h, p, n), torch.randn_like(x)
+
+    def run() -> None:
+        y, _ = chunk_scan(*arguments, start, chunk)
+        torch.autograd.grad(y, arguments, grad)
+
+    return run
+
+
+def scan_flops(case: dict, chunk: int) -> int:
+    """FLOPs of the scan's matrix products, forward and backward (chunks are padded to full length)."""
+    b, s, h, p, g, n = (case[k] for k in ("batch", "seq", "heads", "head_dim", "groups", "state"))
+    steps = b * -(-s // chunk) * chunk
+    inside, states, scores = chunk * h * p, h * p * n, chunk * g * n
+    return 2 * steps * (3 * inside + 6 * states + 4 * scores)
+
+
+def matmul_run(flops: int) -> Callable[[], None]:
+    """A batched product of 512 x 512 matrices with (nearly) ``flops`` FLOPs."""
+    size = 512 if flops > 2 * 512**3 else 64
+    batch = max(1, round(flops / (2 * size**3)))
+    left, right = torch.randn(batch, size, size), torch.randn(batch, size, size)
+    out = torch.empty_like(left)
+    scale = flops / (2 * batch * size**3)
+    if not 0.5 < scale < 2:
+        raise ValueError(f"case too small for a matmul of {flops} FLOPs")
+    return lambda: torch.bmm(left, right, out=out)
+
+
+def measure(case: dict, repetitions: int) -> dict:
+    ours, theirs, _ = mixers(case)
+    chunk = scan_chunk_length(case["seq"], case["head_dim"], case["state"])
+    flops = scan_flops(case, chunk)
+    runs = {"ours": ours, "transformers": theirs, "scan": scan_run(case, chunk), "matmul": matmul_run(flops)}
+    times = interleaved(runs, repetitions)
+    result = dict(case) | {"scan_chunk_length": chunk, "scan_gflop": flops / 1e9}
+    result |= {f"{name}_{key}": value for name, entry in times.items() for key, value in entry.items()}
+    for key in ("s", "min_s", "cpu_s", "cpu_min_s"):
+        result[f"time_ratio_{key}"] = times["ours"][key] / times["transformers"][key]
+        result[f"scan_to_matmul_ratio_{key}"] = times["scan"][key] / times["matmul"][key]
+    result["time_ratio"] = result["time_ratio_s"]
+    result["scan_to_matmul_ratio"] = result["scan_to_matmul_ratio_s"]
+    return result
+
+
+def measure_chunks(case: dict, repetitions: int) -> dict:
+    chunks = [q for q in (16, 32, 64, 128, 256) if q <= case["seq"]]
+    times = interleaved({str(q): scan_run(case, q) for q in chunks}, repetitions)
+    chosen = scan_chunk_length(case["seq"], case["head_dim"], case["state"])
+    return dict(case) | {"chosen": chosen, "cpu_min_s": {q: entry["cpu_min_s"] for q, entry in times.items()}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one tiny case, a few seconds")
+    parser.add_argument("--chunks", action="store_true", help="time the scan at several chunk lengths")
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path, help="write the JSON there too")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(options.threads)
+    one = measure_chunks if options.chunks else measure
+    result: dict = {"machine": machine(), "repetitions": options.repetitions, "seed": 0}
+    result["cases"] = [one(case, options.repetitions) for case in (QUICK if options.quick else FULL)]
+    if not options.chunks:
+        result["required_time_ratio"] = REQUIRED_TIME_RATIO
+        result["required_met"] = all(case["time_ratio"] <= REQUIRED_TIME_RATIO for case in result["cases"])
+    text = json.dumps(result, indent=1)
+    print(text)
+    if options.output:
+        options.output.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What the children learn from: distillation losses that never gather a vocabulary, and the curriculum."""

@@ -89,7 +89,8 @@ class RouterConfig:
 class DistillConfig:
     """What the children learn from (METHOD section 5)."""
 
-    loss: str = "forward_kl"  # or reverse_kl
+    loss: str = "forward_kl"  # or reverse_kl, topk_kl
+    top_k: int = 128  # tokens of the teacher that topk_kl compares one by one; all others are one class
     temperature: float = 1.0
     kd_weight: float = 1.0
     ce_weight: float = 0.0

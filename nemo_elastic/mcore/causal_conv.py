@@ -4,7 +4,8 @@
 
 Signature and layout (``[b, d, s]``) are those of causal-conv1d's ``causal_conv1d_fn``, which Megatron's mixer calls.
 `depthwise_causal_conv` does the same on ``[b, s, d]``, the layout that the projections produce: there a tap is one
-contiguous multiply-add over all channels, and no transpose is needed.
+contiguous multiply-add over all channels, and no transpose is needed. Its backward is written out, so that a step
+keeps the input and the values before the activation and nothing else.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 _ACTIVATIONS = (None, "silu", "swish")
 
@@ -22,19 +24,45 @@ def depthwise_causal_conv(
     """Convolve ``x`` ``[b, s, d]`` with ``weight`` ``[d, K]``; ``history`` ``[b, K-1, d]`` precedes ``x``."""
     if activation not in _ACTIVATIONS:
         raise ValueError(f"activation={activation!r} is not one of None, 'silu', 'swish'")
-    length, taps = x.shape[1], weight.shape[1]
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    weight = weight.to(compute).t()
-    if history is None:
-        padded = F.pad(x.to(compute), (0, 0, taps - 1, 0))
-    else:
-        padded = torch.cat([history.to(compute), x.to(compute)], dim=1)
-    y = padded[:, taps - 1 :] * weight[taps - 1]
-    if bias is not None:
-        y = y + bias.to(compute)
-    for k in range(taps - 1):
-        y = torch.addcmul(y, padded[:, k : k + length], weight[k])
-    return (y if activation is None else F.silu(y)).to(x.dtype)
+    wide = x.to(compute)
+    if history is not None:
+        wide = torch.cat([history.to(compute), wide], dim=1)
+    bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
+    y = _DepthwiseCausalConv.apply(wide, weight.to(compute).t(), bias.to(compute), activation is not None)
+    return (y if history is None else y[:, history.shape[1] :]).to(x.dtype)
+
+
+class _DepthwiseCausalConv(torch.autograd.Function):
+    """``x`` ``[b, s, d]``, ``taps`` ``[K, d]`` (the last one meets the newest input), ``bias`` ``[d]``."""
+
+    @staticmethod
+    def forward(ctx, x, taps, bias, silu):
+        length, newest = x.shape[1], taps.shape[0] - 1
+        before = torch.addcmul(bias, x, taps[newest])
+        for lag in range(1, min(newest + 1, length)):
+            before[:, lag:].addcmul_(x[:, : length - lag], taps[newest - lag])
+        ctx.silu = silu
+        ctx.save_for_backward(x, taps, before if silu else None)
+        return F.silu(before) if silu else before
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, taps, before = ctx.saved_tensors
+        length, newest = x.shape[1], taps.shape[0] - 1
+        if ctx.silu:
+            dy = torch.ops.aten.silu_backward(dy, before)
+        dx = dy * taps[newest]
+        dtaps = torch.zeros_like(taps)
+        product = torch.mul(dy, x)
+        torch.sum(product, (0, 1), out=dtaps[newest])
+        for lag in range(1, min(newest + 1, length)):
+            late, early = dy[:, lag:], x[:, : length - lag]
+            dx[:, : length - lag].addcmul_(late, taps[newest - lag])
+            part = torch.mul(late, early, out=product[:, lag:])
+            torch.sum(part, (0, 1), out=dtaps[newest - lag])
+        return dx, dtaps, dy.sum((0, 1)), None
 
 
 def causal_conv1d_fn(

@@ -50,7 +50,7 @@ def whole_tensors(arch: Architecture, dtype: torch.dtype = torch.float32) -> dic
         elif name.startswith("embedding"):
             pass
         else:
-            noise = noise * 1.2 / shape[-1] ** 0.5
+            noise = noise * 0.7 / shape[-1] ** 0.5
         tensors[name] = noise.to(dtype)
     return tensors
 

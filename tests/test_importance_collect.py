@@ -42,14 +42,6 @@ def assert_same(ours, theirs):
 
 
 @pytest.mark.parametrize(
-    "layout", [{"tp": 2}, {"tp": 2, "sp": True}, {"pp": 2}, {}], ids=["tp2", "tp2+sp", "pp2", "dp2"]
-)
-def test_two_processes_give_the_single_scores(pool2, single, layout):
-    for scores in pool2.run(collect, layout.pop("sp", False), *single[0], **layout):
-        assert_same(scores, single[1])
-
-
-@pytest.mark.parametrize(
     ("layout", "sp"), [({"tp": 2}, False), ({"tp": 2}, True), ({"pp": 2}, False), ({}, False)], ids=str
 )
 def test_two_processes_give_the_single_scores(pool2, single, layout, sp):

@@ -224,6 +224,11 @@ class ParamLayout:
         """The row of a parameter, by any of its names."""
         return self.table[self.canonical_name(name)]
 
+    @property
+    def output_spec(self) -> ParamSpec:
+        """The row of the output layer's weight; tied, it is the embedding's."""
+        return self.table.get("output_layer.weight") or self.table["embedding.word_embeddings.weight"]
+
     def sizes(self, subnet: Subnet, layer: int | None) -> dict[str, int]:
         """Sizes of a subnet that rule a layer's parameters (None: outside the stack)."""
         if layer is None:

@@ -168,3 +168,38 @@ def _factor_order(factor: Factor, orders: Mapping[str, Tensor]) -> Tensor:
     order = orders[factor.dim].to(torch.int64)
     units, fixed = positions[:, : factor.count].flatten(), positions[:, factor.count :]
     return torch.cat([units[order].view(factor.local_groups, factor.count), fixed], dim=1).flatten()
+
+
+def shard(tensor: Tensor, spec: ParamSpec, rank: int) -> Tensor:
+    """A tensor-parallel rank's part of a whole parameter; `spec` is the row of the shard's table (`tp_size` > 1)."""
+    for number, axis in enumerate(spec.axes):
+        index = _shard_index(axis, rank)
+        if index is not None:
+            tensor = tensor.index_select(number, index.to(tensor.device))
+    return tensor
+
+
+def unshard(shards: list[Tensor], spec: ParamSpec) -> Tensor:
+    """The whole parameter from all ranks' parts, in rank order."""
+    for number, axis in enumerate(spec.axes):
+        if _shard_index(axis, 0) is not None:
+            order = torch.cat([_shard_index(axis, rank) for rank in range(len(shards))])
+            return torch.cat(shards, dim=number).index_select(number, torch.argsort(order).to(shards[0].device))
+    return shards[0]
+
+
+def _shard_index(axis: Axis, rank: int) -> Tensor | None:
+    """Positions in the whole axis that a rank holds; None when it holds all."""
+    if all(f.ranks == 1 for s in axis for f in s.factors):
+        return None
+    pieces, offset = [], 0
+    for segment in axis:
+        index, whole = torch.zeros(1, dtype=torch.int64), 1
+        for factor in segment.factors:
+            length = factor.length({})
+            first = rank * length if factor.ranks > 1 else 0
+            index = (index[:, None] * (length * factor.ranks) + first + torch.arange(length)).flatten()
+            whole *= length * factor.ranks
+        pieces.append(index + offset)
+        offset += whole
+    return torch.cat(pieces)

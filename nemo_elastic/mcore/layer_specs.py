@@ -13,8 +13,8 @@ on the layout.
 
 from __future__ import annotations
 
-import copy
 import importlib.util
+from dataclasses import replace
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -50,6 +50,8 @@ class Mixer(MambaMixer):
 class LocalStack(MambaStack):
     """Megatron's hybrid stack with the local norm at its end, where `MambaStack` insists on Transformer Engine's."""
 
+    final_norm_class: type[RMSNorm] = RMSNorm
+
     def __init__(
         self,
         config: TransformerConfig,
@@ -61,7 +63,7 @@ class LocalStack(MambaStack):
         super().__init__(config, submodules, *args, post_layer_norm=False, **kwargs)
         self.post_layer_norm = post_layer_norm
         if self.post_process and post_layer_norm:
-            self.final_norm = RMSNorm(config, config.hidden_size)
+            self.final_norm = self.final_norm_class(config, config.hidden_size)
 
 
 def have_transformer_engine() -> bool:
@@ -113,9 +115,12 @@ def transformer_engine_stack_spec() -> ModuleSpec:
     """megatron-core's own spec of the hybrid stack (fused norm + linear), with our `Mixer`."""
     from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec
 
-    spec = copy.deepcopy(mamba_stack_spec)
-    spec.submodules.mamba_layer.submodules.mixer.module = Mixer
-    return spec
+    stack = mamba_stack_spec.submodules
+    layer = stack.mamba_layer.submodules
+    marked = replace(layer, mixer=replace(layer.mixer, module=Mixer))
+    return replace(
+        mamba_stack_spec, submodules=replace(stack, mamba_layer=replace(stack.mamba_layer, submodules=marked))
+    )
 
 
 def hybrid_stack_spec(config: TransformerConfig | None = None) -> ModuleSpec:

@@ -1,0 +1,147 @@
+"""Plain and elastic Megatron models from an `Architecture`, and whole weights in and out of them, without NeMo.
+
+What a rank holds follows from the process groups that Megatron has initialised: its pipeline stage's layers and its
+tensor-parallel shard, by the parameter table.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.mamba import MambaModel
+from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from ..architecture import Architecture
+from ..layout import ParamLayout
+from ..slicing import shard, unshard
+from ..space import DEFAULT_FFN_GROUPS
+from .elastic.model import ElasticMambaModel
+from .elastic.spec import elastic_stack_spec
+from .layer_specs import hybrid_stack_spec
+from .versions import squared_relu
+
+
+def transformer_config(architecture: Architecture, **more: Any) -> TransformerConfig:
+    """Megatron's config of an architecture, for the layout that is initialised; `more` overrides any field."""
+    settings: dict[str, Any] = {
+        "num_layers": architecture.num_layers,
+        "hidden_size": architecture.hidden_size,
+        "ffn_hidden_size": architecture.ffn_hidden_size,
+        "num_attention_heads": architecture.num_attention_heads,
+        "num_query_groups": architecture.num_query_groups,
+        "kv_channels": architecture.kv_channels,
+        "mamba_num_heads": architecture.mamba_num_heads,
+        "mamba_head_dim": architecture.mamba_head_dim,
+        "mamba_num_groups": architecture.mamba_num_groups,
+        "mamba_state_dim": architecture.mamba_state_dim,
+        "is_hybrid_model": True,
+        "normalization": "RMSNorm",
+        "activation_func": squared_relu,
+        "add_bias_linear": False,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
+        # Stages exchange [s, b, k] of any k; Megatron refuses that beside its default MoE dispatcher even without MoE.
+        "variable_seq_lengths": True,
+        "moe_token_dispatcher_type": "alltoall",
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "persist_layer_norm": False,
+        "attention_backend": AttnBackend.local,
+    }
+    dtype = more.get("params_dtype", torch.float32)
+    return TransformerConfig(**(settings | {"pipeline_dtype": dtype} | more))
+
+
+def build_plain_model(architecture: Architecture, config: TransformerConfig | None = None, **more: Any) -> MambaModel:
+    """The stock Megatron model of this rank (no elastic class in it). `more`: fields of `transformer_config`."""
+    config = config or transformer_config(architecture, **more)
+    return MambaModel(config, hybrid_stack_spec(), **_model_arguments(architecture))
+
+
+def build_elastic_model(
+    architecture: Architecture,
+    config: TransformerConfig | None = None,
+    *,
+    ffn_groups: int = DEFAULT_FFN_GROUPS,
+    **more: Any,
+) -> ElasticMambaModel:
+    """The elastic model of this rank; its parameters have the plain model's names and shapes."""
+    config = config or transformer_config(architecture, **more)
+    layout = ParamLayout(architecture, ffn_groups=ffn_groups, tp_size=config.tensor_model_parallel_size)
+    return ElasticMambaModel(config, elastic_stack_spec(), layout=layout, **_model_arguments(architecture))
+
+
+def _model_arguments(architecture: Architecture) -> dict[str, Any]:
+    return {
+        "vocab_size": architecture.vocab_size,
+        "max_sequence_length": 1 << 20,
+        "hybrid_override_pattern": architecture.hybrid_override_pattern,
+        "pre_process": parallel_state.is_pipeline_first_stage(),
+        "post_process": parallel_state.is_pipeline_last_stage(),
+        "share_embeddings_and_output_weights": architecture.share_embeddings_and_output_weights,
+        "position_embedding_type": "none",
+    }
+
+
+def named_global_parameters(model: nn.Module, layout: ParamLayout) -> Iterator[tuple[str, nn.Parameter]]:
+    """(canonical name with the GLOBAL layer number, parameter) of what this rank holds."""
+    model = unwrapped(model)
+    numbers = {i: layer.layer_number - 1 for i, layer in enumerate(model.decoder.layers)}
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        if parts[:2] == ["decoder", "layers"]:
+            parts[2] = str(numbers[int(parts[2])])
+        name = ".".join(parts)
+        if name == "output_layer.weight" and layout.architecture.share_embeddings_and_output_weights:
+            name = "embedding.word_embeddings.weight"  # the last stage's copy of the tied weight
+        yield layout.canonical_name(name), parameter
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The language model inside DDP, Float16Module or NeMo's wrapper."""
+    while not hasattr(model, "decoder"):
+        model = model.module
+    return model
+
+
+@torch.no_grad()
+def load_weights(
+    model: nn.Module, whole: Any, architecture: Architecture, *, ffn_groups: int = DEFAULT_FFN_GROUPS
+) -> None:
+    """Copy whole tensors into this rank's shards.
+
+    Args:
+        whole: a `TensorReader` (`read(name)`) or a mapping, by canonical name.
+    """
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    layout = ParamLayout(
+        architecture, ffn_groups=ffn_groups, tp_size=parallel_state.get_tensor_model_parallel_world_size()
+    )
+    read = whole.__getitem__ if isinstance(whole, Mapping) else whole.read
+    for name, parameter in named_global_parameters(model, layout):
+        spec = layout.table[name]
+        value = shard(read(name), spec, rank)
+        if value.shape != parameter.shape:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}, the model needs {tuple(parameter.shape)}")
+        parameter.copy_(value)
+
+
+def whole_tensors(
+    parts: Iterable[tuple[str, Tensor]], layout: ParamLayout, *, tp_group: Any = None
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, whole tensor) from every tensor-parallel rank's parts (weights or gradients); collective over TP."""
+    size = layout.tp_size
+    for name, part in parts:
+        if size == 1:
+            yield name, part
+            continue
+        group = tp_group or parallel_state.get_tensor_model_parallel_group()
+        shards = [torch.empty_like(part) for _ in range(size)]
+        torch.distributed.all_gather(shards, part.contiguous(), group=group)
+        yield name, unshard(shards, layout.table[name])

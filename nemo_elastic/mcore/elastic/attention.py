@@ -1,0 +1,59 @@
+"""Self attention of a subnet: query heads kept in whole KV groups; keys and values are never cut."""
+
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.transformer.attention import SelfAttention
+from torch import Tensor
+
+from ...layout import Axis, ParamSpec
+from ..attention import CausalAttention
+from .call import LayerCall, MaskCache, inner_multiplier, times
+from .linear import column_parallel, row_parallel
+
+
+class ElasticSelfAttention(SelfAttention):
+    """Megatron's self attention; `elastic()` runs the query heads of a subnet."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Transformer Engine's kernel is built for one number of heads; this one takes what it is given.
+        self.sliced_attention = CausalAttention(
+            self.config, self.layer_number, self.attn_mask_type, self.attention_type
+        )
+
+    def bind(self, rows: dict[str, ParamSpec], axes: dict[str, Axis], tp_group: Any) -> None:
+        """Learn this layer's rows of the parameter table."""
+        self.rows, self.axes, self.elastic_tp_group, self.masks = rows, axes, tp_group, MaskCache()
+
+    def elastic(self, x: Tensor, call: LayerCall, attention_mask: Tensor | None = None) -> Tensor:
+        """`[s, b, h or k]` -> `[s, b, h or k]`."""
+        parallel = {"sequence_parallel": self.config.sequence_parallel, "tp_group": self.elastic_tp_group}
+        if call.sliced:
+            packed = self.rows["self_attention.linear_qkv.weight"]
+            q, k, v = self._split(column_parallel(self.linear_qkv, x, packed, call.sizes, **parallel))
+            y = self._attend(self.sliced_attention, q, k, v, attention_mask)
+        else:
+            q, k, v = self.get_query_key_value_tensors(x, None)
+            y = self._attend(self.core_attention, q, k, v, attention_mask)
+        y = times(y, inner_multiplier(call, self.axes["q"], ("num_attention_heads",), self.masks, y))
+        if call.sliced:
+            down = self.rows["self_attention.linear_proj.weight"]
+            return row_parallel(self.linear_proj, y, down, call.sizes, **parallel)
+        return self.linear_proj(y)[0]
+
+    def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`[s, b, groups (r + 2) d]` -> queries `[s, b, groups r, d]`, keys and values `[s, b, groups, d]`."""
+        groups, d = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
+        per_group = qkv.shape[-1] // (groups * d)
+        q, k, v = qkv.unflatten(-1, (groups, per_group, d)).split([per_group - 2, 1, 1], dim=3)
+        return q.flatten(2, 3), k.squeeze(3), v.squeeze(3)
+
+    def _attend(self, kernel: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None) -> Tensor:
+        def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return kernel(q, k, v, attention_mask, attn_mask_type=self.attn_mask_type)
+
+        if self.checkpoint_core_attention and self.training and torch.is_grad_enabled():
+            return tensor_parallel.checkpoint(run, False, q, k, v)
+        return run(q, k, v)

@@ -1,0 +1,124 @@
+"""What a layer is called with: its static plan and the micro-batch's tensors, and the multipliers they imply.
+
+Where masks act (METHOD section 2): the residual stream (embedding and every sub-layer's output), FFN neurons before
+`linear_fc2`, attention heads before `linear_proj`, Mamba's x behind the convolution (so that its bias does not leak).
+Where straight-through gates of hard plans act: on the same inner activations, but the hidden gate multiplies the
+norms' outputs and the Mamba gates the gated norm's output. A scalar on the residual stream, or in front of a
+norm, would be divided out again by the norm and carry no gradient.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ...layout import Axis
+from ...slicing import unit_mask
+from ...space import DEPTH
+from .plan import LayerPlan
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One layer's plan with the tensors of the micro-batch.
+
+    Attributes:
+        values: `[2, n]` packed values of the plan or None. Row 0 enters activations that all tensor-parallel ranks
+            hold in full, row 1 those of which a rank holds a part: its gradient is summed over the ranks.
+        hidden_mask: `[h]` multiplier of the residual stream, None when sliced.
+    """
+
+    plan: LayerPlan
+    values: Tensor | None
+    hidden_mask: Tensor | None
+
+    def with_tensors(self, values: Tensor | None, hidden_mask: Tensor | None) -> "LayerCall":
+        """The same call on other tensors (recomputation hands in detached ones)."""
+        return replace(self, values=values, hidden_mask=hidden_mask)
+
+    @property
+    def sliced(self) -> bool:
+        return self.plan.mode == "sliced"
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        return self.plan.sizes
+
+    def replicated(self, dim: str) -> Tensor | None:
+        """The value of a dim for activations that every tensor-parallel rank holds in full."""
+        return None if self.values is None else self.plan.value(self.values[0], dim)
+
+    def split(self, dim: str) -> Tensor | None:
+        """The value of a dim for activations that are split over tensor-parallel ranks."""
+        return None if self.values is None else self.plan.value(self.values[1], dim)
+
+    def hidden_gate(self) -> Tensor | None:
+        """Scalar for norm outputs; None when soft or without gradient."""
+        return None if self.plan.soft else self.replicated("hidden_size")
+
+    def layer_gate(self) -> Tensor | None:
+        """Scalar for the sub-layer's output: keep-probability when soft, 1 with a gradient when hard."""
+        return self.replicated(DEPTH)
+
+    def kept_hidden(self) -> Tensor | int:
+        """Channels that count in a norm's mean (METHOD section 2)."""
+        return self.hidden_mask.sum() if self.plan.soft else self.sizes["hidden_size"]
+
+
+class MaskCache:
+    """Constant prefix masks of hard plans, made once per size and device; one per module, so nothing is global."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple, Tensor] = {}
+
+    def prefix(self, axis: Axis, sizes: Mapping[str, int], like: Tensor) -> Tensor:
+        """0/1 multiplier `[axis]` of a hard subnet in the dtype and on the device of `like`."""
+        factors = [f for s in axis for f in s.factors if f.dim in sizes]
+        key = (tuple((f.dim, sizes[f.dim]) for f in factors), like.dtype, like.device)
+        if key not in self._made:
+            masks = {f.dim: prefix_mask(f.count, f.kept(sizes), like) for f in factors}
+            with torch.no_grad():
+                self._made[key] = unit_mask(axis, masks)
+        return self._made[key]
+
+
+def prefix_mask(count: int, kept: int, like: Tensor) -> Tensor:
+    """`[count]`: 1 for the first `kept` units, else 0."""
+    return (torch.arange(count, device=like.device) < kept).to(like.dtype)
+
+
+def inner_multiplier(
+    call: LayerCall, axis: Axis, dims: tuple[str, ...], cache: MaskCache, like: Tensor
+) -> Tensor | None:
+    """What multiplies the (tensor-parallel) input of a down-projection whose axis is made of `dims`.
+
+    Soft: the masks. Hard and masked: the prefix times the gates. Sliced: the gates alone. None: nothing to do.
+    """
+    if call.plan.soft:
+        return soft_multiplier(call, axis, dims)
+    gate = product([call.split(dim) for dim in dims])
+    if call.sliced:
+        return gate
+    mask = cache.prefix(axis, call.sizes, like)
+    return mask if gate is None else mask * gate.to(mask.dtype)
+
+
+def soft_multiplier(call: LayerCall, axis: Axis, dims: tuple[str, ...]) -> Tensor | None:
+    """Soft masks of `dims` spread over an axis `[axis]`; None when none of them is learned."""
+    masks = {dim: value for dim in dims if (value := call.split(dim)) is not None}
+    return unit_mask(axis, masks) if masks else None
+
+
+def product(factors: list[Tensor | None]) -> Tensor | None:
+    """Product of the factors that are there."""
+    result = None
+    for factor in factors:
+        if factor is not None:
+            result = factor if result is None else result * factor
+    return result
+
+
+def times(x: Tensor, factor: Tensor | None) -> Tensor:
+    """`x * factor` in the dtype of `x`."""
+    return x if factor is None else x * factor.to(x.dtype)

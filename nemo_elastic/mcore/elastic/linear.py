@@ -1,0 +1,106 @@
+"""Linear layers and small parameters cut to a subnet, with gradients that cost what the subnet costs.
+
+    y = x @ take(W)^T,   dW[kept] += dy^T x
+
+The backward adds into the kept slice of Megatron's gradient buffer (`weight.main_grad`) when there is one, so that
+no zero-filled tensor of the parent's size is ever made; without a buffer (plain autograd) it returns the full-size
+gradient with zeros outside the kept part. The compact weight is cut anew in the backward rather than kept alive.
+Communication is Megatron's own: copy / gather in front of a column-parallel, reduce / reduce-scatter behind a
+row-parallel linear.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from torch import Tensor, nn
+
+from ...layout import ParamSpec
+from ...slicing import accumulate, is_whole, take
+
+Sizes = Mapping[str, int]
+
+
+def _deliver(weight: Tensor, gradient: Tensor, spec: ParamSpec, sizes: Sizes) -> Tensor | None:
+    """Add a cut gradient to the buffer, or return it at full size where there is no buffer."""
+    buffer = getattr(weight, "main_grad", None)
+    if buffer is not None:
+        accumulate(gradient, spec, sizes, buffer)
+        return None
+    return accumulate(gradient, spec, sizes, torch.zeros_like(weight))
+
+
+class _SlicedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, spec: ParamSpec, sizes: Sizes) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.spec, ctx.sizes = spec, sizes
+        return F.linear(x, take(weight, spec, sizes))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple:
+        x, weight = ctx.saved_tensors
+        dx = dy.matmul(take(weight, ctx.spec, ctx.sizes)) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return dx, None, None, None
+        dw = dy.flatten(0, -2).t().matmul(x.flatten(0, -2))
+        return dx, _deliver(weight, dw, ctx.spec, ctx.sizes), None, None
+
+
+class _Take(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, spec: ParamSpec, sizes: Sizes) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.spec, ctx.sizes = spec, sizes
+        return take(weight.detach(), spec, sizes).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple:
+        return _deliver(ctx.saved_tensors[0], gradient, ctx.spec, ctx.sizes), None, None
+
+
+def taken(weight: Tensor, spec: ParamSpec, sizes: Sizes) -> Tensor:
+    """A small parameter cut to a subnet (norm weights, convolution, A, D, dt bias)."""
+    return weight if is_whole(spec, sizes) else _Take.apply(weight, spec, sizes)
+
+
+def column_parallel(
+    module: nn.Module,
+    x: Tensor,
+    spec: ParamSpec,
+    sizes: Sizes,
+    *,
+    sequence_parallel: bool,
+    tp_group: Any,
+    weight: Any = None,
+) -> Tensor:
+    """A column-parallel linear cut to `sizes`: `[s, b, k_in]` (`[s/tp, ...]`) -> `[s, b, k_out/tp]`.
+
+    `weight` replaces the module's own (tied embeddings).
+    """
+    if is_whole(spec, sizes):
+        return module(x)[0] if weight is None else module(x, weight=weight)[0]
+    if sequence_parallel:
+        x = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=tp_group)
+    else:
+        x = copy_to_tensor_model_parallel_region(x, group=tp_group)
+    return _SlicedLinear.apply(x, module.weight if weight is None else weight, spec, sizes)
+
+
+def row_parallel(
+    module: nn.Module, x: Tensor, spec: ParamSpec, sizes: Sizes, *, sequence_parallel: bool, tp_group: Any
+) -> Tensor:
+    """A row-parallel linear cut to `sizes`: `[s, b, k_in/tp]` -> `[s, b, k_out]` (`[s/tp, ...]`), bias-free."""
+    if is_whole(spec, sizes):
+        return module(x)[0]
+    y = _SlicedLinear.apply(x, module.weight, spec, sizes)
+    if sequence_parallel:
+        return reduce_scatter_to_sequence_parallel_region(y, group=tp_group)
+    return reduce_from_tensor_model_parallel_region(y, group=tp_group)

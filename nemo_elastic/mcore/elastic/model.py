@@ -1,0 +1,78 @@
+"""The elastic language model: embedding, stack and output layer, run as the subnet that the forward is given."""
+
+from typing import Any
+
+from megatron.core.models.mamba import MambaModel
+from torch import Tensor
+
+from ...layout import ParamLayout
+from .linear import column_parallel
+from .plan import Plan
+
+
+class ElasticMambaModel(MambaModel):
+    """Megatron's hybrid model at the parent's size whose forward takes a `Plan`.
+
+    Args:
+        layout: the parameter table of a tensor-parallel shard (`ParamLayout(..., tp_size=TP)`).
+        others: those of Megatron's model; `mamba_stack_spec` must be `elastic_stack_spec()`.
+    """
+
+    def __init__(self, *args: Any, layout: ParamLayout, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        assert layout.tp_size == self.pg_collection.tp.size(), "the table must be that of one tensor-parallel shard"
+        self.layout = layout
+        self.decoder.bind(layout, self.pg_collection.tp)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        *args: Any,
+        labels: Tensor | None = None,
+        elastic: Plan | None = None,
+        hidden_only: bool = False,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Logits `[b, s, v/tp]`, or the loss per token `[b, s]` with `labels`, of the planned subnet.
+
+        Args:
+            elastic: what to run; None: the parent, by Megatron's own forward.
+            hidden_only: return the final hidden states `[s, b, k]` in front of the output layer instead.
+        """
+        if elastic is None and not hidden_only:
+            return super().forward(input_ids, position_ids, attention_mask, *args, labels=labels, **kwargs)
+        x = None
+        if self.pre_process:
+            x = self.embedding(input_ids=input_ids, position_ids=position_ids)
+            if elastic is not None and elastic.mode == "sliced":
+                x = x[..., : elastic.width].contiguous()
+        x = self.decoder(hidden_states=x, attention_mask=attention_mask, elastic=elastic)
+        if not self.post_process or hidden_only:
+            return x
+        logits = self.logits(x, elastic)
+        if labels is None:
+            return logits.transpose(0, 1).contiguous()
+        return self.compute_language_model_loss(labels, logits)
+
+    def output_weight(self) -> Tensor:
+        """`[v/tp, h]` of the output layer, tied or its own."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+    def logits(self, x: Tensor, elastic: Plan | None) -> Tensor:
+        """`[s, b, k]` -> `[s, b, v/tp]`."""
+        tied = self.output_weight() if self.share_embeddings_and_output_weights else None
+        if elastic is None or elastic.mode == "masked":
+            return self.output_layer(x, weight=tied)[0]
+        return column_parallel(
+            self.output_layer,
+            x,
+            self.layout.output_spec,
+            elastic.outer.sizes,
+            sequence_parallel=self.config.sequence_parallel,
+            tp_group=self.pg_collection.tp,
+            weight=tied,
+        )

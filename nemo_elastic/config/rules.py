@@ -12,7 +12,7 @@ ALLOWED = {
     "rank.aggregation": ("mean_l2", "l2_l2", "mean_mean"),
     "rank.depth": ("greedy", "one_shot", "cosine", "random"),
     "router.recipe": ("default", "paper"),
-    "distill.loss": ("forward_kl", "reverse_kl"),
+    "distill.loss": ("forward_kl", "reverse_kl", "topk_kl"),
     "train.mode": ("sliced", "masked"),
     "train.precision": ("32", "bf16-mixed"),
     "train.recompute_granularity": (None, "full", "selective"),

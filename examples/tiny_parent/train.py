@@ -118,9 +118,7 @@ def main() -> None:
             "nemo": nemo.__version__,
         }
         digest = save_parent(args.assets, module, MODEL, facts)
-        save_card(
-            args.assets, sizes=MODEL, facts=facts, corpus=corpus, tokens=tokens, sha256=digest, command=command
-        )
+        save_card(args.assets, sizes=MODEL, facts=facts, corpus=corpus, tokens=tokens, sha256=digest, command=command)
         logging.getLogger(__name__).info("exported %s", facts)
 
     checkpoints = sorted((args.out / "checkpoints").glob("step=*"), key=lambda p: p.stat().st_mtime)

@@ -69,6 +69,7 @@ class BPETokenizer:
         if end is None:
             raise ValueError(f"data.tokenizer={path} has no {END_OF_TEXT} token; add it as a special token")
         pad = self.tokenizer.token_to_id(PAD)
+        self.tokenizer.encode_special_tokens = True  # a text that spells <|endoftext|> does not end there
         self.eod: int = end
         self.pad_id: int = end if pad is None else pad
 

@@ -8,8 +8,6 @@ then copies the whole `[b n, s, s]` tensor in the backward pass, a sixth of a sm
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -43,9 +41,7 @@ class CausalAttention(nn.Module):
                 "leave model.window_size unset and set train.context_parallel_size=1"
             )
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
-        self.scale = softmax_scale
-        if config.apply_query_key_layer_scaling:
-            self.scale = (softmax_scale or 1.0 / math.sqrt(config.kv_channels)) / max(1, layer_number)
+        self.scale = softmax_scale  # apply_query_key_layer_scaling divides and multiplies again: nothing to do here
 
     def forward(
         self,

@@ -54,7 +54,7 @@ class PretrainConfig:
             problems.append(f"max_steps={self.max_steps} must be at least 1")
         if self.max_minutes is not None and self.max_minutes <= 0:
             problems.append(f"max_minutes={self.max_minutes} must be positive")
-        if not 0 < self.lr:
+        if self.lr <= 0:
             problems.append(f"lr={self.lr} must be positive")
         if not 0 <= self.min_lr_ratio <= 1:
             problems.append(f"min_lr_ratio={self.min_lr_ratio} must be within 0 and 1")

@@ -3,6 +3,8 @@
     model.safetensors   Megatron's state-dict names of the local spec, single process, bf16
     config.json         sizes by their `SSMConfig` names
     README.md           the card, with the hash of the weights and the command that makes them again
+
+Nothing here imports NeMo or Megatron: the module is what they built, already.
 """
 
 from __future__ import annotations

@@ -1,0 +1,107 @@
+"""The shipped parent: files, sizes, hashes, and that it has learnt what its card says. Megatron, no NeMo."""
+
+import hashlib
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+import nemo_elastic
+from nemo_elastic.data.corpus import load_corpus_list, usable_files
+from nemo_elastic.data.tokenizer import BPETokenizer
+from nemo_elastic.data.tokens import load_tokens
+from nemo_elastic.data.windows import Windows
+
+ASSETS = Path(nemo_elastic.__file__).parent / "assets" / "tiny_parent"
+
+
+@pytest.fixture(scope="module")
+def sizes() -> dict:
+    return json.loads((ASSETS / "config.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def facts() -> dict:
+    with safe_open(str(ASSETS / "model.safetensors"), "pt") as file:
+        return {k: json.loads(v) for k, v in file.metadata().items() if k != "format"}
+
+
+def closed_form(s: dict) -> int:
+    """Parameters by layer kind, from the sizes alone."""
+    h, d_inner = s["hidden_size"], s["mamba_num_heads"] * s["mamba_head_dim"]
+    conv = d_inner + 2 * s["mamba_num_groups"] * s["mamba_state_dim"]
+    projected = d_inner + conv + s["mamba_num_heads"]
+    queries, keys = s["num_attention_heads"] * s["kv_channels"], s["num_query_groups"] * s["kv_channels"]
+    layers = {
+        "M": h + h * projected + 5 * conv + 3 * s["mamba_num_heads"] + d_inner + d_inner * h,
+        "*": h + h * (queries + 2 * keys) + queries * h,
+        "-": h + 2 * h * s["ffn_hidden_size"],
+    }
+    return sum(layers[kind] for kind in s["hybrid_override_pattern"]) + h + 2 * s["vocab_size"] * h
+
+
+def test_weights_are_bf16_small_and_complete(sizes: dict, facts: dict) -> None:
+    assert (ASSETS / "model.safetensors").stat().st_size <= 8 * 2**20
+    with safe_open(str(ASSETS / "model.safetensors"), "pt") as file:
+        tensors = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
+        assert {t.get_dtype() for t in tensors.values()} == {"BF16"}
+        assert sum(math.prod(t.get_shape()) for t in tensors.values()) == closed_form(sizes) == facts["parameters"]
+    assert {"embedding.word_embeddings.weight", "output_layer.weight", "decoder.final_norm.weight"} < tensors.keys()
+    assert {"decoder.layers.0.mixer.in_proj.weight", "decoder.layers.1.mlp.linear_fc1.weight"} < tensors.keys()
+    assert "decoder.layers.5.self_attention.linear_qkv.weight" in tensors
+    assert sizes["vocab_size"] == BPETokenizer().vocab_size
+
+
+def test_card_belongs_to_the_weights(facts: dict) -> None:
+    card = (ASSETS / "README.md").read_text()
+    assert hashlib.sha256((ASSETS / "model.safetensors").read_bytes()).hexdigest() in card
+    assert re.search(rf"\| held-out loss \| {facts['heldout_loss']:.4f} nats", card)
+    assert f"| seed | {facts['seed']} |" in card and "python examples/tiny_parent/train.py" in card
+    assert not re.search(r"(/home|/root|/work|/tmp)/", card)
+
+
+def test_parent_has_learnt_what_the_card_says(one_rank: None, sizes: dict, facts: dict, tmp_path: Path) -> None:
+    """The loss over the whole held-out text where this Python has the same text, over part of it elsewhere."""
+    import torch
+    from megatron.core.transformer.transformer_config import TransformerConfig
+    from safetensors.torch import load_file
+
+    from nemo_elastic.mcore.layer_specs import hybrid_stack_spec
+    from nemo_elastic.mcore.versions import hybrid_model_class, pattern_argument, squared_relu
+
+    names = TransformerConfig.__dataclass_fields__
+    config = TransformerConfig(
+        num_layers=len(sizes["hybrid_override_pattern"]),
+        **{k: v for k, v in sizes.items() if k in names},
+        add_bias_linear=False,
+        normalization="RMSNorm",
+        activation_func=squared_relu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        is_hybrid_model=True,
+    )
+    pattern = {pattern_argument(): sizes["hybrid_override_pattern"], "position_embedding_type": "none"}
+    model = hybrid_model_class()(config, hybrid_stack_spec(config), sizes["vocab_size"], sizes["seq_length"], **pattern)
+    missing, unexpected = model.load_state_dict(load_file(str(ASSETS / "model.safetensors")), strict=False)
+    assert not unexpected and all(name.endswith("_extra_state") for name in missing)
+
+    corpus = load_corpus_list()
+    heldout = [f for f in corpus.files if f.split == "heldout"]
+    same_text = [f for f in usable_files(corpus) if f.split == "heldout"] == heldout
+    stream = load_tokens("heldout", BPETokenizer(), cache_dir=tmp_path)
+    windows = Windows(stream, sizes["seq_length"], shuffle=False)
+    model.eval()
+    total, batches = 0.0, windows.per_epoch // 8 if same_text else 8
+    with torch.no_grad():
+        for index in range(batches):
+            tokens, labels = map(torch.from_numpy, windows.batch(8 * index, 8))
+            positions = torch.arange(sizes["seq_length"]).expand_as(tokens)
+            total += model(tokens, positions, None, labels=labels).mean().item()
+    assert total / batches == pytest.approx(facts["heldout_loss"], abs=1e-3 if same_text else 0.5)

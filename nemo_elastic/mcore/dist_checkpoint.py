@@ -167,7 +167,9 @@ class TorchDistReader:
             raise ProblemsError([Problem(str(path), words)]) from error
         if tensor.dtype != stored.dtype or tuple(tensor.shape) != chunk.sizes:
             real = f"{tensor.dtype} {list(tensor.shape)}"
-            words = f"the record of {key} holds {real}, .metadata says {stored.dtype} {list(chunk.sizes)}; copy it again"
+            words = (
+                f"the record of {key} holds {real}, .metadata says {stored.dtype} {list(chunk.sizes)}; copy it again"
+            )
             raise ProblemsError([Problem(str(path), words)])
         return tensor
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
-from worker_pool import WorkerPool, open_pool
+from worker_pool import WorkerPool, find_free_port, open_pool
 
 
 @pytest.fixture(scope="session")
@@ -36,3 +36,9 @@ def one_rank() -> Iterator[None]:
     yield
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    return find_free_port()

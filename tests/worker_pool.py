@@ -4,7 +4,7 @@
 
 Megatron is imported once per process. Between cases the parallel state is made anew when the layout changed, and the
 random tracker is reseeded always. A case that raises on any rank fails the test with that rank's traceback; a case
-that hangs is killed after `timeout` seconds. In both cases the processes are replaced: a rank that failed may have
+that hangs is killed after `timeout` seconds (the start does not count). In both cases the processes are replaced: a rank that failed may have
 left the others in the middle of a collective.
 
 `function` must be importable (module level of a test file or of a `pool_*.py` file); results travel by pickle.
@@ -25,13 +25,14 @@ from time import monotonic
 from typing import Any
 
 SEED = 1234
+START_TIMEOUT = 300.0  # of importing Megatron, on a machine that is busy
 
 
 class RankFailed(AssertionError):
     """A function raised on a rank of the pool, or did not come back."""
 
 
-def free_port() -> int:
+def find_free_port() -> int:
     with contextlib.closing(socket.socket()) as server:
         server.bind(("127.0.0.1", 0))
         return server.getsockname()[1]
@@ -52,6 +53,7 @@ def _serve(connection: Connection, rank: int, world: int, port: int, path: Seque
     cpu.install()
     dist.init_process_group("gloo", rank=rank, world_size=world)
     layout = None
+    connection.send((True, pickle.dumps(rank)))
     while (message := connection.recv()) is not None:
         module, name, wanted, payload = message
         try:
@@ -94,16 +96,18 @@ class WorkerPool:
     ) -> list[Any]:
         """The results of `function(*arguments, **keywords)` on every rank under TP x PP; what remains is data parallel.
 
-        Sequence parallelism is a matter of the model's config: pass it on, as a keyword, to the function that builds it.
+        Sequence parallelism is a matter of the model's config: it is passed on, as a keyword, to the function.
 
         Raises:
             RankFailed: with rank and traceback of the first rank that failed, or the ranks that did not answer.
         """
         if self.size % (tp * pp):
             raise ValueError(f"tp={tp} x pp={pp} does not divide the pool's {self.size} processes")
-        self._start()
         message = (function.__module__, function.__qualname__, (tp, pp), pickle.dumps((arguments, keywords)))
         try:
+            if not self._workers:
+                self._start()
+                self._collect(START_TIMEOUT)
             for _, connection in self._workers:
                 connection.send(message)
             return self._collect(timeout)
@@ -131,9 +135,7 @@ class WorkerPool:
         return results
 
     def _start(self) -> None:
-        if self._workers:
-            return
-        context, port = get_context("spawn"), free_port()
+        context, port = get_context("spawn"), find_free_port()
         path = [str(Path(__file__).parent), *sys.path]
         for rank in range(self.size):
             ours, theirs = context.Pipe()

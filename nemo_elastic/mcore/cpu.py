@@ -194,13 +194,13 @@ SHIMS: tuple[Shim, ...] = (
     ),
     Shim(
         "random_state",
-        ("tensor_parallel/random.py:36 _get_cuda_rng_state, :71 _set_cuda_rng_state, :196-199, :370",),
+        ("tensor_parallel/random.py:41,72,196,198,199,370",),
         "the tracker of tensor-parallel seeds keeps CUDA generator states; without seeds TP ranks start equal",
         _random_state,
     ),
     Shim(
         "mamba_kernels",
-        ("ssm/mamba_mixer.py:49 HAVE_MAMBA_SSM, :67 ExtendedRMSNorm, :468, :565, :600",),
+        ("ssm/mamba_mixer.py:57,70,152,469,533,568,632,707",),
         "the mixer refuses to be built without mamba_ssm, whose kernels are CUDA and Triton only",
         _mamba_kernels,
     ),

@@ -1,0 +1,121 @@
+"""The CPU platform: nothing with a GPU, idempotent, in any import order; each shim needed where it says, and honest."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pool_plain
+import pytest
+import torch
+from worker_pool import RankFailed, WorkerPool
+
+from nemo_elastic.mcore import cpu, versions
+from nemo_elastic.nemo import cpu as nemo_cpu
+
+BUILD = """
+import torch
+from pool_plain import tiny_config, plain_model, SEQ
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+torch.distributed.init_process_group("gloo", init_method="tcp://127.0.0.1:{port}", rank=0, world_size=1)
+parallel_state.initialize_model_parallel()
+model_parallel_cuda_manual_seed(1)
+model = plain_model(tiny_config("M-*"), "M-*")
+tokens = torch.arange(SEQ)[None]
+print(model(tokens, tokens, None, labels=tokens).mean().item())
+"""
+BEFORE = "from nemo_elastic.mcore import cpu; cpu.install()"
+AFTER = "import megatron.core.models.mamba, megatron.core.optimizer, megatron.core.pipeline_parallel; " + BEFORE
+
+
+def python(program: str) -> str:
+    path = ":".join(str(folder) for folder in (Path(__file__).parent, Path(__file__).parents[1]))
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program],
+        env={"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_nothing_happens_with_a_gpu() -> None:
+    program = (
+        "import sys, torch; torch.cuda.is_available = lambda: True;"
+        "stock = (torch.cuda.current_device, torch.cuda.synchronize, torch.Tensor.type, torch.Tensor.to);"
+        "from nemo_elastic.mcore import cpu; from nemo_elastic.nemo import cpu as nemo_cpu;"
+        "assert cpu.install() == () and nemo_cpu.install() == ();"
+        "assert stock == (torch.cuda.current_device, torch.cuda.synchronize, torch.Tensor.type, torch.Tensor.to);"
+        "assert not [name for name in sys.modules if name.split('.')[0] in ('megatron', 'nemo')]"
+    )
+    python(program)
+
+
+def test_a_second_call_changes_nothing() -> None:
+    first = cpu.install()
+    functions = (torch.Tensor.type, torch.cuda.current_device)
+    assert cpu.install() == first == tuple(shim.name for shim in cpu.SHIMS)
+    assert (torch.Tensor.type, torch.cuda.current_device) == functions
+
+
+def test_the_order_of_import_and_call_does_not_matter(free_port: int) -> None:
+    losses = [float(python(order + BUILD.format(port=free_port)).split()[-1]) for order in (BEFORE, AFTER)]
+    assert losses[0] == losses[1]
+    assert 5.0 < losses[0] < 15.0
+
+
+@pytest.mark.skipif(versions.installed() != versions.TESTED, reason="line numbers are those of the tested version")
+@pytest.mark.parametrize(
+    ("package", "shim"),
+    [("megatron.core", shim) for shim in cpu.SHIMS] + [("nemo", shim) for shim in nemo_cpu.SHIMS],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_every_shim_names_upstream_lines_that_need_it(package: str, shim: cpu.Shim) -> None:
+    root = Path(importlib.util.find_spec(package).submodule_search_locations[0])
+    needs = re.compile(r"cuda|torch\.compile|jit_fuser|\.type\(\)|MAMBA_SSM|ExtendedRMSNorm|_scan_combined|conv1d_fn")
+    assert shim.why and shim.upstream
+    for entry in shim.upstream:
+        file, numbers = re.match(r"(\S+\.py):([\d,]+)", entry).groups()
+        lines = (root / file).read_text().splitlines()
+        for number in map(int, numbers.split(",")):
+            assert needs.search(lines[number - 1]), f"{file}:{number}: {lines[number - 1]}"
+
+
+def test_type_names_compare_as_on_a_gpu_and_read_as_they_are() -> None:
+    cpu.install()
+    name = torch.zeros(1).type()
+    assert name == "torch.cuda.FloatTensor" and name == "torch.FloatTensor" and str(name) == "torch.FloatTensor"
+    assert name in ["torch.cuda.HalfTensor", "torch.cuda.FloatTensor"]
+    assert name != "torch.cuda.HalfTensor" and name not in ["torch.cuda.HalfTensor", "torch.cuda.BFloat16Tensor"]
+    assert torch.zeros(1).type(torch.float64).dtype is torch.float64
+
+
+def test_functions_wrapped_for_compilation_run_eagerly() -> None:
+    cpu.install()
+    compiled = torch.compile(lambda x: (x, torch.compiler.is_compiling()))
+    assert compiled(torch.zeros(1))[1] is False
+
+
+def test_tensor_parallel_ranks_draw_differently_and_leave_the_common_stream_alone(pool2: WorkerPool) -> None:
+    (own0, common0, untouched0), (own1, common1, untouched1) = pool2.run(pool_plain.tracker_draws, tp=2)
+    assert own0 != own1
+    assert common0 == common1
+    assert untouched0 and untouched1
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2)])
+def test_the_pool_sets_the_layout(pool2: WorkerPool, tp: int, pp: int) -> None:
+    found = pool2.run(pool_plain.layout, tp=tp, pp=pp)
+    assert found == [(rank, rank % tp, rank // 2 if pp == 1 else rank, 2 // (tp * pp)) for rank in range(2)]
+
+
+def test_the_pool_reports_the_rank_that_failed_and_goes_on(pool2: WorkerPool) -> None:
+    with pytest.raises(RankFailed, match=r"(?s)rank 1 of 2.*fail_on.*this rank was told to fail"):
+        pool2.run(pool_plain.fail_on, 1)
+    with pytest.raises(RankFailed, match=r"no answer within 2\.0 s from ranks \[0\]"):
+        pool2.run(pool_plain.hang_on, 0, timeout=2.0)
+    assert pool2.run(pool_plain.layout) == [(0, 0, 0, 2), (1, 0, 0, 2)]

@@ -158,3 +158,23 @@ def collect(
     model = load(build(TINY, sp=sp), TINY, whole_tensors(TINY))
     settings = WidthSettings(ffn_site=ffn_site, mamba_site=mamba_site, aggregation=aggregation, top_channels=4)
     return collect_widths(model, own_batches(TINY, 4), layout_of(TINY), settings)
+
+
+def ablation(arch=TINY, *, sp=False, memory_bytes=1e9, dtype=torch.float32, batches=4, on_batch=None, **rules):
+    """A `DepthAblation` of the tiny model in the current layout."""
+    from nemo_elastic.importance.depth import DepthRules
+    from nemo_elastic.mcore.depth import DepthAblation
+
+    model = load(build(arch, sp=sp, dtype=dtype), arch, whole_tensors(arch, dtype))
+    wanted = DepthRules(pattern=arch.hybrid_override_pattern, **rules)
+    return DepthAblation(model, own_batches(arch, batches), wanted, memory_bytes=memory_bytes, on_batch=on_batch)
+
+
+def rank_depth(method, sp=False, **options):
+    """(removed, scores, layer forwards, cosine scores) in the current layout."""
+    from nemo_elastic.mcore.depth import cosine_scores
+
+    ranker = ablation(sp=sp, **options)
+    progress = getattr(ranker, method)()
+    cosine = cosine_scores(ranker.stack.model, ranker.batches)
+    return progress.removed, progress.scores, ranker.layer_forwards, cosine

@@ -204,7 +204,7 @@ def main() -> None:
     one = measure_chunks if options.chunks else measure
     result: dict = {"machine": machine(), "repetitions": options.repetitions, "seed": 0}
     result["cases"] = [one(case, options.repetitions) for case in (QUICK if options.quick else FULL)]
-    if not options.chunks:
+    if not options.chunks and not options.quick:  # the requirement is for real lengths
         result["required_time_ratio"] = REQUIRED_TIME_RATIO
         result["required_met"] = all(case["time_ratio"] <= REQUIRED_TIME_RATIO for case in result["cases"])
     text = json.dumps(result, indent=1)

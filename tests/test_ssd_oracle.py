@@ -101,7 +101,9 @@ def test_scan_and_gradients(oracle, name, record_property):
     found = {"y": y.detach(), "final": final.detach()} | {f"d{k}": v.grad for k, v in inputs.items()}
     errors = relative_errors(found, outputs[name])
     record_property("relative_errors", errors)
-    assert len(errors) == 11 and max(errors.values()) < 1e-5, errors
+    # dA and ddt_bias are sums of many terms of both signs: fp32 leaves about 5e-6 there, 1e-6 and less elsewhere.
+    limits = {name: 2e-5 if name in ("dA", "ddt_bias") else 3e-6 for name in errors}
+    assert len(errors) == 11 and all(errors[k] < limits[k] for k in errors), errors
 
 
 @pytest.mark.parametrize("name", ["norm_after_gate", "norm_before_gate"])

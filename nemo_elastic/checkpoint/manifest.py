@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ class Manifest:
         """
         if budget not in self.subnets:
             raise ProblemsError(
-                [Problem("--budget", f"{budget!r} is not in this family{_known(budget, self.subnets)}")]
+                [Problem("--budget", f"{budget!r} is not in this family{did_you_mean(budget, self.subnets)}")]
             )
         return self.subnets[budget]
 
@@ -223,15 +223,6 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def subnet_sizes(subnet: Subnet) -> dict[str, Any]:
-    """A subnet's fields as they are, for provenance."""
-    return asdict(subnet)
-
-
 def _is_inside(name: str) -> bool:
     path = Path(name)
     return not path.is_absolute() and ".." not in path.parts
-
-
-def _known(word: str, known: Mapping[str, Any]) -> str:
-    return did_you_mean(word, known)

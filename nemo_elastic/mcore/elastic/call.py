@@ -26,7 +26,7 @@ class LayerCall:
     Attributes:
         values: `[2, n]` packed values of the plan or None. Row 0 enters activations that all tensor-parallel ranks
             hold in full, row 1 those of which a rank holds a part: its gradient is summed over the ranks.
-        hidden_mask: `[h]` multiplier of the residual stream, None when sliced.
+        hidden_mask: `[h]` multiplier of the residual stream, None when sliced or all ones.
     """
 
     plan: LayerPlan
@@ -72,14 +72,24 @@ class MaskCache:
     def __init__(self) -> None:
         self._made: dict[tuple, Tensor] = {}
 
-    def prefix(self, axis: Axis, sizes: Mapping[str, int], like: Tensor) -> Tensor:
-        """0/1 multiplier `[axis]` of a hard subnet in the dtype and on the device of `like`."""
+    def prefix(self, axis: Axis, sizes: Mapping[str, int], like: Tensor) -> Tensor | None:
+        """0/1 multiplier `[axis]` of a hard subnet in the dtype and on the device of `like`; None: all ones."""
         factors = [f for s in axis for f in s.factors if f.dim in sizes]
-        key = (tuple((f.dim, sizes[f.dim]) for f in factors), like.dtype, like.device)
+        if all(f.kept(sizes) == f.count for f in factors):
+            return None
+        key = (tuple(s.name for s in axis), tuple((f.dim, sizes[f.dim]) for f in factors), like.dtype, like.device)
         if key not in self._made:
-            masks = {f.dim: prefix_mask(f.count, f.kept(sizes), like) for f in factors}
-            with torch.no_grad():
-                self._made[key] = unit_mask(axis, masks)
+            # A tensor made in inference mode could not take part in a later training step.
+            with torch.inference_mode(False), torch.no_grad():
+                self._made[key] = unit_mask(axis, {f.dim: prefix_mask(f.count, f.kept(sizes), like) for f in factors})
+        return self._made[key]
+
+    def ones(self, count: int, like: Tensor) -> Tensor:
+        """`[count]` ones, made once."""
+        key = (count, like.dtype, like.device)
+        if key not in self._made:
+            with torch.inference_mode(False):
+                self._made[key] = torch.ones(count, dtype=like.dtype, device=like.device)
         return self._made[key]
 
 
@@ -101,7 +111,7 @@ def inner_multiplier(
     if call.sliced:
         return gate
     mask = cache.prefix(axis, call.sizes, like)
-    return mask if gate is None else mask * gate.to(mask.dtype)
+    return product([mask, None if gate is None else gate.to(like.dtype)])
 
 
 def soft_multiplier(call: LayerCall, axis: Axis, dims: tuple[str, ...]) -> Tensor | None:

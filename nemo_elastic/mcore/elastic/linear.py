@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
@@ -83,7 +84,7 @@ def column_parallel(
 ) -> Tensor:
     """A column-parallel linear cut to `sizes`: `[s, b, k_in]` (`[s/tp, ...]`) -> `[s, b, k_out/tp]`.
 
-    `weight` replaces the module's own (tied embeddings).
+    `weight` replaces the module's own (tied embeddings). A module that gathers its output does so here too.
     """
     if is_whole(spec, sizes):
         return module(x)[0] if weight is None else module(x, weight=weight)[0]
@@ -91,7 +92,12 @@ def column_parallel(
         x = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=tp_group)
     else:
         x = copy_to_tensor_model_parallel_region(x, group=tp_group)
-    return _SlicedLinear.apply(x, module.weight if weight is None else weight, spec, sizes)
+    y = _SlicedLinear.apply(x, module.weight if weight is None else weight, spec, sizes)
+    return gather_from_tensor_model_parallel_region(y, group=tp_group) if _gathers(module) else y
+
+
+def _gathers(module: nn.Module) -> bool:
+    return bool(getattr(module, "gather_output", False))
 
 
 def row_parallel(

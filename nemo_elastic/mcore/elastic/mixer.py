@@ -35,36 +35,66 @@ class ElasticMixer(Mixer):
             y = column_parallel(self.in_proj, x, self.rows["mixer.in_proj.weight"], call.sizes, **parallel)
             y = self._gated(self._sliced(y, call), call)
             return row_parallel(self.out_proj, y, self.rows["mixer.out_proj.weight"], call.sizes, **parallel)
-        y = self._gated(self._masked(self.in_proj(x)[0], call), call)
+        packed = self.in_proj(x)[0]
+        y = self._soft(packed, call) if call.plan.soft else self._gated(self._masked(packed, call), call)
         return self.out_proj(y)[0]
 
     def _gated(self, y: Tensor, call: LayerCall) -> Tensor:
-        return y if call.plan.soft else times(y, product([call.split(dim) for dim in DIMS]))
+        return times(y, product([call.split(dim) for dim in DIMS]))
 
     def _sliced(self, packed: Tensor, call: LayerCall) -> Tensor:
-        """`[s, b, z+x+B+C+dt]` of the child -> normed `[s, b, x]`; the fused kernel on the child's parameters."""
-        sizes, rows, groups = call.sizes, self.rows, self.ngroups_local_tp
-        head_dim = sizes["mamba_head_dim"]
+        """`[s, b, z+x+B+C+dt]` of the child -> normed `[s, b, x]`, with the child's parameters."""
+        parameters = {name: taken(p, self.rows[f"mixer.{name}"], call.sizes) for name, p in self._parameters_cut()}
+        y = self._scan(packed, parameters, call.sizes["mamba_head_dim"])
+        return _group_norm(
+            y, parameters["norm.weight"], self.ngroups_local_tp, y.shape[-1] // self.ngroups_local_tp, self.norm.eps
+        )
+
+    def _masked(self, packed: Tensor, call: LayerCall) -> Tensor:
+        """`[s, b, z+x+B+C+dt]` at full width -> normed `[s, b, x]`, zero where the subnet has nothing.
+
+        A convolution without weight and bias puts out silu(0) = 0: x of what is dropped, and all that follows, is zero.
+        """
+        parameters = dict(self._parameters_cut())
+        mask = self.masks.prefix(self.axes["x+B+C"], call.sizes, packed)
+        if mask is not None:
+            parameters["conv1d.weight"] = parameters["conv1d.weight"] * mask[:, None, None]
+            parameters["conv1d.bias"] = parameters["conv1d.bias"] * mask
+        y = self._scan(packed, parameters, self.headdim)
+        kept = call.sizes["mamba_num_heads"] // self.ngroups * call.sizes["mamba_head_dim"]
+        return _group_norm(y, parameters["norm.weight"], self.ngroups_local_tp, kept, self.norm.eps)
+
+    def _parameters_cut(self) -> list[tuple[str, Tensor]]:
+        """(name behind `mixer.`, parameter) of what lies between the projections."""
         weight, bias = conv_parameters(self)
+        return [
+            ("conv1d.weight", weight),
+            ("conv1d.bias", bias),
+            ("dt_bias", self.dt_bias),
+            ("A_log", self.A_log),
+            ("D", self.D),
+            ("norm.weight", self.norm.weight),
+        ]
+
+    def _scan(self, packed: Tensor, parameters: dict[str, Tensor], head_dim: int) -> Tensor:
+        """The fused convolution, scan and gate: `[s, b, z+x+B+C+dt]` -> `[s, b, x]`."""
         y = kernels.mamba_split_conv1d_scan_combined(
             packed.transpose(0, 1).contiguous(),
-            taken(weight, rows["mixer.conv1d.weight"], sizes).squeeze(1),
-            taken(bias, rows["mixer.conv1d.bias"], sizes),
-            taken(self.dt_bias, rows["mixer.dt_bias"], sizes).float(),
-            -torch.exp(taken(self.A_log, rows["mixer.A_log"], sizes).float()),
-            D=taken(self.D, rows["mixer.D"], sizes),
+            parameters["conv1d.weight"].squeeze(1),
+            parameters["conv1d.bias"],
+            parameters["dt_bias"].float(),
+            -torch.exp(parameters["A_log"].float()),
+            D=parameters["D"],
             chunk_size=self.chunk_size,
             activation=self.activation,
             headdim=head_dim,
-            ngroups=groups,
+            ngroups=self.ngroups_local_tp,
             norm_before_gate=self.norm_before_gate,
         )
-        y = y.transpose(0, 1)
-        weight = taken(self.norm.weight, rows["mixer.norm.weight"], sizes)
-        return _group_norm(y, weight, groups, y.shape[-1] // groups, self.norm.eps)
+        return y.transpose(0, 1)
 
-    def _masked(self, packed: Tensor, call: LayerCall) -> Tensor:
-        """`[s, b, z+x+B+C+dt]` at full width -> normed `[s, b, x]`, zero where the subnet has nothing."""
+    def _soft(self, packed: Tensor, call: LayerCall) -> Tensor:
+        """As `_masked`, x multiplied by soft masks behind the convolution and its activation."""
         inner, state, heads = self.d_inner_local_tp, self.ngroups_local_tp * self.d_state, self.nheads_local_tp
         z, xbc, dt = packed.transpose(0, 1).split([inner, inner + 2 * state, heads], dim=-1)
         weight, bias = conv_parameters(self)
@@ -72,7 +102,7 @@ class ElasticMixer(Mixer):
             x=xbc.transpose(1, 2).contiguous(), weight=weight.squeeze(1), bias=bias, activation=self.activation
         )
         x, b, c = xbc.transpose(1, 2).split([inner, state, state], dim=-1)
-        x = times(x, self._mask(call, x))
+        x = times(x, soft_multiplier(call, self.axes["x"], DIMS))
         y = kernels.mamba_chunk_scan_combined(
             x.unflatten(-1, (heads, self.headdim)).contiguous(),
             dt.contiguous(),
@@ -86,17 +116,11 @@ class ElasticMixer(Mixer):
             dt_softplus=True,
         )
         y = y.flatten(2) * F.silu(z)
-        kept = self._kept_per_group(call)
+        kept = self._soft_kept_per_group(call)
         return _group_norm(y.transpose(0, 1), self.norm.weight, self.ngroups_local_tp, kept, self.norm.eps)
 
-    def _mask(self, call: LayerCall, like: Tensor) -> Tensor | None:
-        axis = self.axes["x"]
-        return soft_multiplier(call, axis, DIMS) if call.plan.soft else self.masks.prefix(axis, call.sizes, like)
-
-    def _kept_per_group(self, call: LayerCall) -> Tensor | int:
+    def _soft_kept_per_group(self, call: LayerCall) -> Tensor | int:
         """Channels of a norm group that count: heads of the group x channels of a head."""
-        if not call.plan.soft:
-            return call.sizes["mamba_num_heads"] // self.ngroups * call.sizes["mamba_head_dim"]
         heads, channels = (call.split(dim) for dim in DIMS)
         heads_kept = self.nheads // self.ngroups if heads is None else heads.sum()
         return heads_kept * (self.headdim if channels is None else channels.sum())

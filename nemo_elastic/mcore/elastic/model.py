@@ -6,6 +6,7 @@ from megatron.core.models.mamba import MambaModel
 from torch import Tensor
 
 from ...layout import ParamLayout
+from .embedding import embed
 from .linear import column_parallel
 from .plan import Plan
 
@@ -16,10 +17,18 @@ class ElasticMambaModel(MambaModel):
     Args:
         layout: the parameter table of a tensor-parallel shard (`ParamLayout(..., tp_size=TP)`).
         others: those of Megatron's model; `mamba_stack_spec` must be `elastic_stack_spec()`.
+
+    Raises:
+        ValueError: for a model with position embeddings.
     """
 
     def __init__(self, *args: Any, layout: ParamLayout, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.position_embedding_type != "none":
+            raise ValueError(
+                f"model.position_embedding_type={self.position_embedding_type!r} is not supported by elastic models; "
+                "set it to none (hybrid models need no positions)"
+            )
         assert layout.tp_size == self.pg_collection.tp.size(), "the table must be that of one tensor-parallel shard"
         self.layout = layout
         self.decoder.bind(layout, self.pg_collection.tp)
@@ -45,9 +54,9 @@ class ElasticMambaModel(MambaModel):
             return super().forward(input_ids, position_ids, attention_mask, *args, labels=labels, **kwargs)
         x = None
         if self.pre_process:
-            x = self.embedding(input_ids=input_ids, position_ids=position_ids)
-            if elastic is not None and elastic.mode == "sliced":
-                x = x[..., : elastic.width].contiguous()
+            sizes = elastic.outer.sizes if elastic is not None and elastic.mode == "sliced" else {}
+            spec = self.layout.table["embedding.word_embeddings.weight"]
+            x = embed(self.embedding, input_ids, position_ids, spec, sizes)
         x = self.decoder(hidden_states=x, attention_mask=attention_mask, elastic=elastic)
         if not self.post_process or hidden_only:
             return x

@@ -95,14 +95,14 @@ class ElasticStack(LocalStack):
         return torch.stack([split if self.config.sequence_parallel else plan.values, split])
 
     def _hidden_mask(self, plan: Plan, values: Tensor | None, like: Tensor) -> Tensor | None:
-        """`[h]` multiplier of the residual stream, made once per forward; None when sliced."""
+        """`[h]` multiplier of the residual stream; None when there is nothing to multiply."""
         if plan.mode == "sliced":
             return None
         axis = self.layout.axes["hidden"]
         if not plan.soft:
             return self.masks.prefix(axis, plan.outer.sizes, like)
         mask = None if values is None else plan.outer.value(values[0], "hidden_size")
-        return like.new_ones(self.config.hidden_size) if mask is None else mask
+        return self.masks.ones(self.config.hidden_size, like) if mask is None else mask
 
 
 def _replayable(layer: Any, call: LayerCall, attention_mask: Tensor | None) -> Any:

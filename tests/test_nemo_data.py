@@ -1,0 +1,64 @@
+"""The data module inside NeMo: who reads which sample, and that a resumed run reads on where it stopped."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nemo_elastic.data.tokenizer import BPETokenizer
+
+pytest.importorskip("nemo.lightning")
+pytestmark = pytest.mark.slow  # imports NeMo in processes of its own
+
+
+def run(out: Path, text: Path, *more: str) -> list[dict]:
+    program = Path(__file__).parent / "resumed_text.py"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(program.parent.parent)}
+    command = [sys.executable, str(program), str(out), str(text), *more]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in (out / "progress.jsonl").read_text().splitlines()]
+
+
+def test_resumed_run_reads_on_and_its_checkpoint_carries_the_tokenizer(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"line {i} says {i * i % 97} and {i**3 % 89}\n" for i in range(6000)))
+    whole = run(tmp_path / "whole", text)
+    half, _ = sorted((tmp_path / "whole" / "checkpoints").iterdir(), key=lambda folder: folder.stat().st_mtime)
+    resumed = run(tmp_path / "resumed", text, "--resume", str(half))
+
+    losses = {r["step"]: r["train_loss"] for r in whole if "train_loss" in r}
+    again = {r["step"]: r["train_loss"] for r in resumed if "train_loss" in r}
+    assert sorted(losses) == [1, 2, 3, 4] and sorted(again) == [3, 4]
+    assert len({round(v, 4) for v in losses.values()}) == 4
+    assert [again[s] for s in (3, 4)] == pytest.approx([losses[s] for s in (3, 4)], rel=1e-6)
+
+    heldout = [next(r["heldout_loss"] for r in records if "heldout_loss" in r) for records in (whole, resumed)]
+    assert heldout[1] == pytest.approx(heldout[0], rel=1e-6)
+    facts = json.loads((tmp_path / "whole" / "facts.json").read_text())
+    assert (facts["steps"], facts["tokens"], facts["budget_used"]) == (4, 4 * 4 * 32, 1.0)
+    carried = json.loads((tmp_path / "whole" / "tokenizer.json").read_text())
+    assert carried["ids"] == BPETokenizer().encode("def f(x): return 12")
+    assert Path(carried["file"]).is_relative_to(tmp_path / "whole")
+
+
+def test_data_parallel_ranks_share_out_the_same_global_batch() -> None:
+    import torch
+    from nemo.lightning.data import add_megatron_sampler
+    from torch.utils.data import DataLoader
+
+    def batches(rank: int, size: int, consumed: int) -> list[list[int]]:
+        loader = DataLoader(torch.arange(48))
+        loader = add_megatron_sampler(
+            loader, micro_batch_size=2, global_batch_size=8, consumed_samples=consumed, rank=rank, world_size=size
+        )
+        return [b.tolist() for b in loader]
+
+    alone = batches(0, 1, 0)
+    ranks = [batches(rank, 2, 0) for rank in (0, 1)]
+    together = [ranks[rank][k] for k in range(12) for rank in (0, 1)]
+    assert together == alone == [[2 * k, 2 * k + 1] for k in range(24)]
+    assert batches(1, 2, 16) == ranks[1][4:]

@@ -22,6 +22,8 @@ from ..importance.depth import DepthProgress, DepthRules, rank_by, rank_greedy, 
 from ..importance.reuse import BASE, CANDIDATE, ActivationIndex, Entry, entry_of
 from .stack_forward import Groups, StackForward
 
+COUNTS = ("layer_forwards", "naive_forwards", "batches_done", "candidates_done")
+
 
 class DepthAblation:
     """Scores of left-out layers over fixed calibration batches.
@@ -34,6 +36,7 @@ class DepthAblation:
     Attributes:
         layer_forwards: layers run so far on one micro-batch each, over all stages of this replica.
         naive_forwards: what the same scores cost without reuse.
+        batches_done, candidates_done: batches of a round, and ablations, made so far.
     """
 
     def __init__(
@@ -45,7 +48,7 @@ class DepthAblation:
         memory_bytes: float,
         groups: Groups | None = None,
         on_batch: Callable[[DepthAblation], None] | None = None,
-        on_candidate: Callable[[], None] | None = None,
+        on_candidate: Callable[[DepthAblation], None] | None = None,
     ) -> None:
         if not batches:
             raise ValueError("rank.depth_samples must be at least one per data-parallel rank")
@@ -54,7 +57,7 @@ class DepthAblation:
         self.batches, self.rules, self.depth = batches, rules, len(rules.pattern)
         self.index = ActivationIndex(self.stack.stage_of, int(memory_bytes // self._entry_bytes()))
         self.progress = DepthProgress()
-        self.layer_forwards = self.naive_forwards = 0
+        self.layer_forwards = self.naive_forwards = self.batches_done = self.candidates_done = 0
         self.on_batch, self.on_candidate = on_batch, on_candidate
         self._kept: dict[Entry, Tensor] = {}
         self._full: dict[int, Tensor] = {}  # batch -> the full model's x, last stage only
@@ -83,7 +86,7 @@ class DepthAblation:
         for batch in range(self._next_batch, len(self.batches)):
             self._score_batch(batch, tuple(removed), sorted(candidates, reverse=True), keep=again)
             self.naive_forwards += len(candidates) * (self.depth - len(removed) - 1) + (0 if removed else self.depth)
-            self._next_batch = batch + 1
+            self._next_batch, self.batches_done = batch + 1, self.batches_done + 1
             if self.on_batch is not None:
                 self.on_batch(self)
         sums = self._reduced()
@@ -97,8 +100,7 @@ class DepthAblation:
             "scores": {str(k): v for k, v in self.progress.scores.items()},
             "sums": {str(k): v for k, v in self._sums.items()},
             "next_batch": self._next_batch,
-            "layer_forwards": self.layer_forwards,
-            "naive_forwards": self.naive_forwards,
+            "counts": {name: getattr(self, name) for name in COUNTS},
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -107,7 +109,8 @@ class DepthAblation:
         self.progress = DepthProgress(list(state["removed"]), scores)
         self._sums = {int(k): v for k, v in state["sums"].items()}
         self._next_batch = state["next_batch"]
-        self.layer_forwards, self.naive_forwards = state["layer_forwards"], state["naive_forwards"]
+        for name in COUNTS:
+            setattr(self, name, state["counts"][name])
 
     def _score_batch(self, batch: int, removed: tuple[int, ...], candidates: Sequence[int], keep: bool) -> None:
         if batch not in self._full:
@@ -123,8 +126,9 @@ class DepthAblation:
             )
             if self.stack.is_last:
                 self._sums[candidate] += self._energy(self._full[batch] - self.stack.final_norm(hidden))
+            self.candidates_done += 1
             if self.on_candidate is not None:
-                self.on_candidate()
+                self.on_candidate(self)
         self.stack.wait()
 
     def _fill(self, batch: int, removed: tuple[int, ...]) -> None:

@@ -177,12 +177,6 @@ def fail_on(rank: int) -> int:
     return torch.distributed.get_rank()
 
 
-def hang_on(rank: int) -> None:
-    """A case in which one rank waits for a message that nobody sends."""
-    if torch.distributed.get_rank() == rank:
-        torch.distributed.recv(torch.zeros(1), src=(rank + 1) % torch.distributed.get_world_size())
-
-
 def layout() -> tuple[int, int, int, int]:
     """(world rank, TP rank, PP rank, DP size)."""
     return (

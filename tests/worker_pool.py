@@ -4,8 +4,8 @@
 
 Megatron is imported once per process. Between cases the parallel state is made anew when the layout changed, and the
 random tracker is reseeded always. A case that raises on any rank fails the test with that rank's traceback; a case
-that hangs is killed after `timeout` seconds (the start does not count). In both cases the processes are replaced: a rank that failed may have
-left the others in the middle of a collective.
+that hangs is killed after `timeout` seconds (the start does not count). In both cases the processes are replaced: a
+rank that failed may have left the others in the middle of a collective.
 
 `function` must be importable (module level of a test file or of a `pool_*.py` file); results travel by pickle.
 """
@@ -152,17 +152,9 @@ class WorkerPool:
             connection.close()
         self._workers.clear()
 
-    def close(self) -> None:
-        """Let the processes end by themselves, and end those that do not."""
-        for process, connection in self._workers:
-            with contextlib.suppress(OSError):
-                connection.send(None)
-            process.join(timeout=5)
-        self.kill()
-
 
 def open_pool(size: int) -> Iterator[WorkerPool]:
-    """For fixtures: a pool that is closed afterwards."""
+    """For fixtures: a pool whose processes are ended afterwards."""
     pool = WorkerPool(size)
     yield pool
-    pool.close()
+    pool.kill()

@@ -30,6 +30,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON_RANGE = ((3, 11), (3, 13))
+# An older one than the pin, from the image or from venv itself, cannot read pyproject.toml.
+BUILD_TOOL = "setuptools"
 # Built from C sources where no wheel exists; only reasoning problems are missing without it.
 NEEDS_COMPILER = {"pycosat"}
 PIP_OPTIONS = ["--quiet", "--quiet", "--no-input", "--disable-pip-version-check", "--no-warn-script-location"]
@@ -97,10 +99,10 @@ def create(target: Path, on_top: bool) -> Path:
 
 
 def missing(python: Path, pins: list[str]) -> list[str]:
-    """The pins whose distribution `python` does not have in any version."""
+    """The pins whose distribution `python` does not have in any version, and always the build tool's."""
     listing = "import importlib.metadata as m; print(*{d.metadata['Name'] for d in m.distributions()}, sep='\\n')"
     names = subprocess.run([python, "-c", listing], capture_output=True, text=True, check=True).stdout.split()
-    present = {normalized(name) for name in names}
+    present = {normalized(name) for name in names} - {BUILD_TOOL}
     return [pin for pin in pins if normalized(pin) not in present]
 
 
@@ -175,6 +177,9 @@ def main() -> int:
     except subprocess.CalledProcessError as error:
         print(f"setup: {' '.join(map(str, error.cmd))[:200]} failed; its message is above", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("setup: interrupted; the next call starts again", file=sys.stderr)
+        return 130
     stamp.write_text(key)
     marker.unlink()
     say(start, f"ready: {target}")

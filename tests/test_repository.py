@@ -93,8 +93,10 @@ def test_a_range_among_the_pins_is_refused(setup_venv: ModuleType, tmp_path: Pat
 
 
 def test_setup_sees_what_an_image_lacks(setup_venv: ModuleType) -> None:
-    lacking = setup_venv.missing(Path(sys.executable), ["PyYAML==6.0.3", "no.such_distribution==1.0"])
-    assert lacking == ["no.such_distribution==1.0"]
+    lacking = setup_venv.missing(
+        Path(sys.executable), ["PyYAML==6.0.3", "no.such_distribution==1.0", "setuptools==80.9.0"]
+    )
+    assert lacking == ["no.such_distribution==1.0", "setuptools==80.9.0"]
 
 
 def test_setup_keys_on_the_pins(setup_venv: ModuleType, tmp_path: Path) -> None:

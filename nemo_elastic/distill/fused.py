@@ -1,0 +1,133 @@
+"""Output layer and distillation loss in one, in token chunks: no `[s, b, v]` tensor of logits ever exists.
+
+    total = sum mask (kd_weight KD(h_s W_s^T, h_t W_t^T) + ce_weight CE(h_s W_s^T))
+
+At 49k tokens and 131k vocabulary one fp32 copy of the logits is 25.8 GB; here a chunk's logits are made, turned into
+their gradient in place (`token_losses`), multiplied back onto hidden states and weight, and forgotten. Student and
+teacher heads may have different hidden sizes. The heads are split over the vocabulary (`group`), hidden states are
+whole on every rank.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..config.sections import DistillConfig
+from .losses import KDLoss, chunk_length, token_inputs
+from .token_losses import check, chunk_loss
+from .vocab_parallel import sum_over
+
+
+def fused_kd_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    config: DistillConfig,
+    *,
+    labels: Tensor | None = None,
+    mask: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+    reduce_hidden_gradient: bool = True,
+) -> KDLoss:
+    """`kd_loss` of the two output layers' logits.
+
+    Args:
+        student_hidden: `[..., k]`, after the final norm; every rank of `group` has all tokens.
+        student_weight: `[v/tp, k]` (a prefix view of the parent's for a sliced child).
+        teacher_hidden, teacher_weight: `[..., h]` and `[v/tp, h]`; no gradient.
+        labels, mask, group: as in `kd_loss`.
+        reduce_hidden_gradient: sum the hidden states' gradient over `group`, as a column-parallel layer does. False
+            under sequence parallelism, where the gather before this loss reduces and scatters it.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    check(config)
+    tokens = student_hidden.shape[:-1]
+    if teacher_hidden.shape[:-1] != tokens:
+        raise ValueError(f"teacher hidden states {tuple(teacher_hidden.shape)} must be of the tokens {tuple(tokens)}")
+    pairs = (("student", student_hidden, student_weight), ("teacher", teacher_hidden, teacher_weight))
+    for name, hidden, weight in pairs:
+        if hidden.shape[-1] != weight.shape[1]:
+            raise ValueError(f"{name} head {tuple(weight.shape)} does not fit hidden size {hidden.shape[-1]}")
+    if student_weight.shape[0] != teacher_weight.shape[0]:
+        raise ValueError(f"vocabularies differ: student {student_weight.shape[0]}, teacher {teacher_weight.shape[0]}")
+    weights, labels = token_inputs(config, tokens, labels, mask, student_hidden.device)
+    total, kd, ce = _FusedLoss.apply(
+        student_hidden.reshape(-1, student_hidden.shape[-1]),
+        student_weight,
+        teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1]),
+        teacher_weight.detach(),
+        labels,
+        weights,
+        config,
+        group,
+        reduce_hidden_gradient,
+    )
+    return KDLoss(total, kd, ce, weights.sum())
+
+
+def _logits(hidden: Tensor, weight: Tensor, into: Tensor) -> Tensor:
+    """`hidden weight^T` in fp32; the product itself is in the weights' dtype, as the output layer's is."""
+    if weight.dtype == into.dtype:
+        return torch.mm(hidden, weight.t(), out=into)
+    return into.copy_(torch.mm(hidden.to(weight.dtype), weight.t()))
+
+
+class _FusedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, teacher_hidden, teacher_weight, labels, weights, config, group, reduce):  # noqa: ANN001, ANN205
+        count, vocabulary = hidden.shape[0], weight.shape[0]
+        length = min(count, fused_chunk_length(config, vocabulary, hidden.device))
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden, dtype=torch.float32) if wants_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        buffers = [hidden.new_empty(length, vocabulary, dtype=torch.float32) for _ in range(3)]
+        kd, ce = hidden.new_zeros((), dtype=torch.float64), hidden.new_zeros((), dtype=torch.float64)
+        for begin in range(0, count, length):
+            rows = slice(begin, min(begin + length, count))
+            student, teacher, scratch = (b[: rows.stop - begin] for b in buffers)
+            _logits(hidden[rows], weight, student)
+            _logits(teacher_hidden[rows], teacher_weight, teacher)
+            own_labels = None if labels is None else labels[rows]
+            kd_rows, ce_rows = chunk_loss(student, teacher, own_labels, weights[rows], config, group, scratch)
+            # `student` now holds the logits' gradient
+            if wants_hidden:
+                grad_hidden[rows] = torch.mm(student.to(weight.dtype), weight).float()
+            if wants_weight:
+                _accumulate(grad_weight, student, hidden[rows])
+            kd += (kd_rows * weights[rows]).sum(dtype=torch.float64)
+            ce += (ce_rows * weights[rows]).sum(dtype=torch.float64)
+        if wants_hidden and reduce:
+            sum_over(grad_hidden, group)
+        ctx.gradients = (
+            grad_hidden.to(hidden.dtype) if wants_hidden else None,
+            grad_weight.to(weight.dtype) if wants_weight else None,
+        )
+        ctx.ran = False
+        total = (config.kd_weight * kd + config.ce_weight * ce).float()
+        kd, ce = kd.float(), ce.float()
+        ctx.mark_non_differentiable(kd, ce)
+        return total, kd, ce
+
+    @staticmethod
+    def backward(ctx, grad_total, grad_kd, grad_ce):  # noqa: ANN001, ANN205
+        if ctx.ran:
+            raise RuntimeError("the fused distillation loss frees its gradients in the backward: it cannot run twice")
+        ctx.ran, gradients, ctx.gradients = True, ctx.gradients, None
+        scaled = [None if g is None else g.mul_(grad_total.to(g.dtype)) for g in gradients]
+        return (*scaled, *(None,) * 7)
+
+
+def _accumulate(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
+    """`total += gradient^T hidden` in fp32."""
+    if hidden.dtype == torch.float32:
+        total.addmm_(gradient.t(), hidden)
+    else:
+        total += torch.mm(gradient.to(hidden.dtype).t(), hidden)
+
+
+def fused_chunk_length(config: DistillConfig, vocabulary: int, device: torch.device) -> int:
+    """Tokens per chunk. Matrix products want more rows than the element-wise passes alone, also on a CPU."""
+    return min(config.chunk_tokens, 8 * chunk_length(config, vocabulary, device))

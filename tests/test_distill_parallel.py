@@ -1,0 +1,102 @@
+"""A vocabulary split over ranks changes neither a loss nor a gradient."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from nemo_elastic.config.sections import DistillConfig
+from nemo_elastic.distill.fused import fused_kd_loss
+from nemo_elastic.distill.losses import kd_loss
+from nemo_elastic.distill.token_losses import TopTokens
+
+TOKENS, VOCAB, WIDE, NARROW = 19, 96, 24, 16
+
+
+def tensors():
+    g = torch.Generator().manual_seed(11)
+    student_hidden = torch.randn(TOKENS, NARROW, generator=g)
+    student_weight = torch.randn(VOCAB, NARROW, generator=g) / 4
+    teacher_hidden = torch.randn(TOKENS, WIDE, generator=g)
+    teacher_weight = torch.randn(VOCAB, WIDE, generator=g) / 4
+    labels = torch.randint(0, VOCAB, (TOKENS,), generator=g)
+    mask = (torch.rand(TOKENS, generator=g) > 0.25).float()
+    return student_hidden, student_weight, teacher_hidden, teacher_weight, labels, mask
+
+
+def shard(weight, group):
+    if group is None:
+        return weight
+    size = VOCAB // dist.get_world_size(group)
+    rank = dist.get_rank(group)
+    return weight[rank * size : (rank + 1) * size].contiguous()
+
+
+def run(config: DistillConfig, parallel: bool = True):
+    """Losses and gradients of both ways to compute them; gradients of what is split come back as this rank's part."""
+    group = dist.group.WORLD if parallel else None
+    sh, sw, th, tw, labels, mask = tensors()
+    student = shard((sh @ sw.t()).t(), group).t().contiguous().requires_grad_()
+    teacher = shard((th @ tw.t()).t(), group).t().contiguous()
+    plain = kd_loss(student, teacher, config, labels=labels, mask=mask, group=group)
+    plain.total.backward()
+    hidden, weight = sh.clone().requires_grad_(), shard(sw, group).clone().requires_grad_()
+    fused = fused_kd_loss(hidden, weight, th, shard(tw, group), config, labels=labels, mask=mask, group=group)
+    fused.total.backward()
+    stored = None
+    if config.loss == "topk_kl":
+        top = TopTokens(*torch.log_softmax(th @ tw.t(), -1).topk(config.top_k, -1))
+        stored = kd_loss(student.detach(), top, config, labels=labels, mask=mask, group=group).total
+    return plain.total.detach(), plain.ce, student.grad, fused.total.detach(), hidden.grad, weight.grad, stored
+
+
+def compare(per_rank, config):
+    one = run(config, parallel=False)
+    close = {"rtol": 1e-5, "atol": 2e-6}
+    for rank in per_rank:
+        for i in (0, 1, 3, 4):  # both totals, CE, the hidden states' gradient: whole on every rank
+            torch.testing.assert_close(rank[i], one[i], **close)
+        if one[6] is not None:
+            torch.testing.assert_close(rank[6], one[6], **close)
+    torch.testing.assert_close(torch.cat([r[2] for r in per_rank], 1), one[2], **close)
+    torch.testing.assert_close(torch.cat([r[5] for r in per_rank], 0), one[5], **close)
+
+
+CASES = [
+    DistillConfig(chunk_tokens=8),
+    DistillConfig(loss="reverse_kl", ce_weight=0.4, chunk_tokens=8),
+    DistillConfig(loss="topk_kl", top_k=7, ce_weight=0.4, chunk_tokens=8),
+    DistillConfig(loss="topk_kl", top_k=40, chunk_tokens=8),  # more than a rank of four holds
+    DistillConfig(temperature=2.0, ce_weight=0.4, chunk_tokens=8),
+]
+
+
+@pytest.mark.parametrize("config", CASES, ids=lambda c: f"{c.loss}-{c.top_k}-{c.temperature}")
+def test_two_ranks(pool2, config):
+    compare(pool2.run(run, config, tp=2), config)
+
+
+@pytest.mark.parametrize("config", CASES, ids=lambda c: f"{c.loss}-{c.top_k}-{c.temperature}")
+def test_four_ranks(pool4, config):
+    compare(pool4.run(run, config, tp=4), config)
+
+
+@pytest.mark.parametrize("config", CASES, ids=lambda c: f"{c.loss}-{c.top_k}-{c.temperature}")
+def test_fused_with_the_heads_equals_autograd_through_them(config):
+    sh, sw, th, tw, labels, mask = tensors()
+    hidden, weight = sh.clone().requires_grad_(), sw.clone().requires_grad_()
+    unfused = kd_loss(hidden @ weight.t(), th @ tw.t(), config, labels=labels, mask=mask)
+    (unfused.total * 0.5).backward()
+    other_hidden, other_weight = sh.clone().requires_grad_(), sw.clone().requires_grad_()
+    fused = fused_kd_loss(other_hidden, other_weight, th, tw, config, labels=labels, mask=mask)
+    (fused.total * 0.5).backward()
+    torch.testing.assert_close(fused.total, unfused.total, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(other_hidden.grad, hidden.grad, rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(other_weight.grad, weight.grad, rtol=1e-5, atol=2e-6)
+
+
+def test_a_prefix_view_of_the_parents_head_gets_its_gradient():
+    sh, _, th, tw, _, _ = tensors()
+    parent = tw.clone().requires_grad_()
+    fused_kd_loss(sh, parent[:, :NARROW], th, tw, DistillConfig()).total.backward()
+    assert parent.grad[:, NARROW:].abs().max() == 0
+    assert parent.grad[:, :NARROW].abs().min(dim=1).values.gt(0).all()

@@ -239,7 +239,7 @@ def build_trainer(
     """A `nl.Trainer` on `nl.MegatronStrategy`, on a GPU or a CPU, alone or under torchrun.
 
     Batch sizes are those of the data module's sampler; they are only checked against the layout here. Checkpoints go
-    to `out/checkpoints/step=N` and NeMo's log files to `out/logs`.
+    to `out/checkpoints/step=N`, N counted from zero as NeMo does, and its log files to `out/logs`.
 
     Args:
         checkpoint_every: steps between checkpoints, all kept; None saves nothing.

@@ -1,0 +1,71 @@
+"""From numbers to NeMo's objects: one padded vocabulary in every layout, and errors in the user's own keys."""
+
+import plain_training
+import pytest
+import torch
+
+from nemo_elastic.mcore.versions import AttnBackend
+from nemo_elastic.nemo import trainer
+
+MODEL = plain_training.TINY_PARENT
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_the_padded_vocabulary_is_the_same_in_every_layout(tp: int) -> None:
+    config = trainer.plain_model_config(MODEL, tensor_model_parallel_size=tp)
+    assert trainer.check_vocabulary(config, 2000) == 2048
+    assert trainer.check_vocabulary(config, 2048) == 2048
+    with pytest.raises(ValueError, match=r"2049 tokens, more than model\.vocab_size=2048"):
+        trainer.check_vocabulary(config, 2049)
+
+
+def test_config_holds_the_users_fields_and_what_a_cpu_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = trainer.plain_model_config(MODEL, precision="bf16-mixed", sequence_parallel=True, mamba_state_dim=64)
+    assert (config.num_layers, config.hidden_size, config.mamba_num_heads) == (16, 128, 16)
+    assert config.mamba_state_dim == 64
+    assert (config.params_dtype, config.pipeline_dtype, config.bf16) == (torch.bfloat16, torch.bfloat16, True)
+    assert config.sequence_parallel is False  # one tensor-parallel rank has nothing to divide
+    assert config.attention_backend is AttnBackend.local
+    assert config.is_hybrid_model and not config.bias_dropout_fusion and not config.cross_entropy_loss_fusion
+    torch.testing.assert_close(config.activation_func(torch.tensor([-2.0, 3.0])), torch.tensor([0.0, 9.0]))
+    monkeypatch.setattr(trainer, "have_transformer_engine", lambda: True)
+    with_gpu = trainer.plain_model_config(MODEL, apply_rope_fusion=False)  # this fusion checks for itself
+    assert with_gpu.attention_backend is not AttnBackend.local and with_gpu.bias_dropout_fusion
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (MODEL | {"hiden_size": 3}, r"model\.hiden_size is not a field of SSMConfig; hidden_size\?"),
+        (MODEL | {"activation_func": "tanh"}, r"model\.activation_func='tanh' must be one of squared_relu"),
+        (MODEL | {"vocab_size": 2047}, r"model\.vocab_size=2047 must be a multiple of .*parallel_size=2"),
+    ],
+)
+def test_config_errors_name_the_users_keys(model: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        trainer.plain_model_config(model, tensor_model_parallel_size=2)
+
+
+def test_layout_is_checked_against_the_processes_that_were_started() -> None:
+    assert trainer.check_layout(8, 2, 2, global_batch_size=8, micro_batch_size=2) == 2
+    with pytest.raises(ValueError, match=r"multiple of 4 processes, 6 started; start with torchrun --nproc-per-node 4"):
+        trainer.check_layout(6, 2, 2, global_batch_size=8, micro_batch_size=2)
+    with pytest.raises(ValueError, match=r"train\.global_batch_size=6 must be a multiple of .*=2 x 2 data-parallel"):
+        trainer.check_layout(2, 1, 1, global_batch_size=6, micro_batch_size=2)
+
+
+def test_started_processes_are_those_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert trainer.started_processes() == (1, 1)
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert trainer.started_processes() == (2, 8)
+
+
+def test_cosine_needs_its_end_and_the_distributed_optimizer_is_for_gpus() -> None:
+    with pytest.raises(ValueError, match=r"train\.min_lr needs train\.max_steps"):
+        trainer.build_optimizer(1e-3, min_lr=1e-5)
+    optimizer = trainer.build_optimizer(1e-3, min_lr=1e-5, max_steps=10, warmup_steps=2)
+    assert optimizer.config.use_distributed_optimizer is torch.cuda.is_available()
+    assert optimizer.lr_scheduler.max_steps == 10

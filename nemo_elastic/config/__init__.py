@@ -1,6 +1,6 @@
 """The one configuration of a run: sections as frozen dataclasses, read from YAML with dotted overrides."""
 
-from .load import Resolved, load_config
+from .load import Resolved, load_config, load_values
 from .sections import (
     DataConfig,
     DimConfig,
@@ -33,4 +33,5 @@ __all__ = [
     "StageConfig",
     "TrainConfig",
     "load_config",
+    "load_values",
 ]

@@ -215,3 +215,15 @@ def _scalar(kinds: tuple[type, ...], value: Any, key: str, problems: list[Proble
     )
     problems.append(Problem(key, f"{value!r} must be {words}"))
     return value
+
+
+def load_values(values: Mapping[str, Any]) -> RunConfig:
+    """The configuration of plain values that `Resolved.values` or a manifest hold, checked again.
+
+    Raises:
+        ProblemsError: as `load_config`.
+    """
+    problems: list[Problem] = []
+    config = _build(RunConfig, values, "", problems)
+    raise_if_any([*problems, *model_problems(values.get("model") or {})])
+    return config

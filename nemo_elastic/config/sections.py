@@ -81,6 +81,7 @@ class RouterConfig:
     tolerance: float = 0.01  # relative cost error that counts as met; what overshoots by more is repaired
     warmup_fraction: float = 0.2  # part of the run on fixed uniform subnets before the router moves
     soft_fraction: float = 0.3  # part of the run with soft masks, after the warm-up; then hard
+    freeze_fraction: float = 0.4  # last part of the run, with the choices pinned: what is trained is what is extracted
     lr: float = 1e-2
     recipe: str = "default"  # or paper: lambda 1, no warm-up, no dual ascent, as published
 

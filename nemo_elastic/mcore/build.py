@@ -90,11 +90,13 @@ def _model_arguments(architecture: Architecture) -> dict[str, Any]:
 
 
 def named_global_parameters(model: nn.Module, layout: ParamLayout) -> Iterator[tuple[str, nn.Parameter]]:
-    """(canonical name with the GLOBAL layer number, parameter) of what this rank holds."""
+    """(canonical name with the GLOBAL layer number, parameter) of what this rank holds; a router is not of the table."""
     model = unwrapped(model)
     numbers = {i: layer.layer_number - 1 for i, layer in enumerate(model.decoder.layers)}
     for name, parameter in model.named_parameters():
         parts = name.split(".")
+        if parts[0] == "router":
+            continue
         if parts[:2] == ["decoder", "layers"]:
             parts[2] = str(numbers[int(parts[2])])
         name = ".".join(parts)

@@ -1,0 +1,104 @@
+"""Flags that verbs share, and how a command line splits into folders and dotted overrides.
+
+A positional word with `=` in it is an override (`train.micro_batch_size=2`), any other is a folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..config import Resolved, load_config
+from ..problems import Problem, ProblemsError
+from .console import is_first_rank
+
+FLAGS: dict[str, dict[str, Any]] = {
+    "--config": {"metavar": "YAML", "help": "configuration file, or the name of a shipped one"},
+    "--out": {"metavar": "DIR", "help": "run folder (default: runs/<name>)"},
+    "--json": {"action": "store_true", "help": "answer as JSON on stdout"},
+    "--budget": {"metavar": "NAME", "help": "one budget of the family"},
+    "--all": {"action": "store_true", "help": "every budget of the family"},
+    "--format": {"choices": ("nemo", "hf"), "default": "nemo", "help": "NeMo checkpoint or Hugging Face folder"},
+    "--resume": {"action": "store_true", "help": "go on where an interrupted run stopped"},
+    "--force": {"action": "store_true", "help": "replace what is at the target"},
+    "--nproc": {"type": int, "metavar": "N", "help": "start N processes on this machine (torchrun)"},
+    "--verbose": {"action": "store_true", "help": "show what the libraries log"},
+}
+
+
+def verb_parser(subparsers: Any, name: str, run: Any, help: str, flags: tuple[str, ...], **more: Any) -> Any:
+    """A verb's parser with shared flags and the positional words."""
+    parser = subparsers.add_parser(
+        name, help=help, description=help, formatter_class=argparse.RawDescriptionHelpFormatter, **more
+    )
+    for flag in flags:
+        parser.add_argument(flag, **FLAGS[flag])
+    parser.add_argument("words", nargs="*", metavar="FOLDER | key=value", help="folders, and dotted overrides")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def overrides(arguments: argparse.Namespace) -> list[str]:
+    """The dotted overrides."""
+    return [word for word in arguments.words if "=" in word]
+
+
+def folders(arguments: argparse.Namespace, *names: str, optional: int = 0) -> list[str]:
+    """The folders, as many as named (the last `optional` may lack).
+
+    Raises:
+        ProblemsError: too few or too many.
+    """
+    found = [word for word in arguments.words if "=" not in word]
+    if not len(names) - optional <= len(found) <= len(names):
+        wanted = " ".join(names) or "none"
+        words = f"{len(found)} given ({' '.join(found) or 'none'}), wanted: {wanted}; overrides are written key=value"
+        raise ProblemsError([Problem("folders", words)])
+    return found
+
+
+def configuration(arguments: argparse.Namespace, default: str | None = None) -> Resolved:
+    """The configuration that `--config` and the overrides give.
+
+    Raises:
+        ProblemsError: none named, or anything wrong in it.
+    """
+    path = arguments.config or default
+    if path is None:
+        raise ProblemsError([Problem("--config", "is required; e.g. --config conf/tiny_parent.yaml")])
+    return load_config(path, overrides(arguments))
+
+
+def run_folder(arguments: argparse.Namespace, name: str) -> Path:
+    """`--out`, or `runs/<name>`."""
+    return Path(arguments.out) if arguments.out else Path("runs") / name
+
+
+def restart_under_torchrun(arguments: argparse.Namespace) -> None:
+    """With `--nproc N`, replace this process by torchrun with N workers of the same command; otherwise return.
+
+    Raises:
+        ProblemsError: N below 1.
+    """
+    count = getattr(arguments, "nproc", None)
+    if count is None or "LOCAL_RANK" in os.environ:
+        return
+    if count < 1:
+        raise ProblemsError([Problem("--nproc", f"{count} must be at least 1")])
+    if count == 1:
+        return
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    words = sys.argv[1:]
+    os.execv(sys.executable, [*command, "-m", "nemo_elastic", *words])
+
+
+def write_resolved(out: Path, resolved: Resolved) -> None:
+    """`out/config.json`: values and origins, from the first rank."""
+    if is_first_rank():
+        from ..files import write_json
+
+        write_json(out / "config.json", {"values": resolved.values, "origins": resolved.origins})

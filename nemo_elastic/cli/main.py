@@ -1,0 +1,59 @@
+"""`nemo-elastic <verb>`: parses, runs the verb, turns bad input into one clear message and exit code 2.
+
+JSON (and what a verb answers) goes to stdout, progress and logs to stderr; libraries that print to stdout are sent to
+stderr too, so that stdout can be piped. Verbs import what they need when they run, so that `plan` starts at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from .. import __version__
+from ..problems import ProblemsError
+from .console import Stdout, show_problems
+
+VERBS = (
+    "plan",
+    "config",
+    "rank",
+    "sort",
+    "train",
+    "nest",
+    "extract",
+    "verify",
+    "report",
+    "quickstart",
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all verbs."""
+    parser = argparse.ArgumentParser(
+        prog="nemo-elastic",
+        description="One training run, one checkpoint, several children of a hybrid Mamba-attention model.",
+        epilog="Start with `nemo-elastic quickstart`, or `nemo-elastic plan --config conf/nemotron_nano_12b_v2.yaml`.",
+    )
+    parser.add_argument("--version", action="version", version=f"nemo-elastic {__version__}")
+    subparsers = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for verb in VERBS:
+        importlib.import_module(f".{verb}", __package__).add_parser(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb; returns the exit code: 0 done, 1 a check failed, 2 bad input, 130 interrupted."""
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    with Stdout() as answer:
+        arguments.answer = answer
+        try:
+            return arguments.run(arguments)
+        except (ProblemsError, ValueError) as error:
+            show_problems(error, verb=arguments.verb)
+            return 2
+        except KeyboardInterrupt:
+            sys.stderr.write("nemo-elastic: interrupted\n")
+            return 130

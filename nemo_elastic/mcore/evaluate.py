@@ -1,0 +1,87 @@
+"""Held-out loss of any subnet at any layout: Megatron's own forward-only schedule, no noise, no dropout.
+
+loss = sum over tokens of -log p(label) / tokens,  summed over data-parallel ranks, known to every rank
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor, nn
+
+from .build import unwrapped
+from .elastic.plan import Plan
+
+
+@torch.no_grad()
+def heldout_loss(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], plan: Plan | None = None) -> float:
+    """Mean cross entropy in nats per token.
+
+    Args:
+        model: a plain or elastic model (wrapped or not) of this rank; left in the mode (train or eval) it was in.
+        batches: (tokens, labels) `[b, s]` pairs, the same on all ranks; data-parallel ranks share them out.
+        plan: a hard subnet for an elastic model; None: the whole model.
+    """
+    core = unwrapped(model)
+    training = core.training
+    core.eval()
+    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    mine = batches[rank::size] if len(batches) >= size else batches
+    total = torch.zeros(2, dtype=torch.float64)
+    for piece in _equal_shapes(mine):
+        total += _run(core, piece, plan)
+    core.train(training)
+    device = next(core.parameters()).device
+    total = total.to(device, torch.float64)
+    if len(batches) >= size:
+        dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        last = parallel_state.get_pipeline_model_parallel_last_rank()
+        dist.broadcast(total, src=last, group=parallel_state.get_pipeline_model_parallel_group())
+    return float(total[0] / total[1])
+
+
+def _equal_shapes(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterable[list[tuple[Tensor, Tensor]]]:
+    """Runs of batches of one shape: a schedule is told one."""
+    run: list[tuple[Tensor, Tensor]] = []
+    for batch in batches:
+        if run and batch[0].shape != run[0][0].shape:
+            yield run
+            run = []
+        run.append(batch)
+    if run:
+        yield run
+
+
+def _run(model: nn.Module, batches: list[tuple[Tensor, Tensor]], plan: Plan | None) -> Tensor:
+    keywords = {} if plan is None else {"elastic": plan}
+    device = next(model.parameters()).device
+
+    def forward_step(iterator, model):
+        tokens, labels = (t.to(device) for t in next(iterator))
+        positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
+        out = model(tokens, positions, None, labels=labels, **keywords)
+
+        def loss(losses: Tensor):
+            summed = losses.double().sum()
+            return summed, {"sum": summed.detach(), "tokens": losses.numel()}
+
+        return out, loss
+
+    outputs = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(batches),
+        model=[model],
+        num_microbatches=len(batches),
+        seq_length=batches[0][0].shape[1],
+        micro_batch_size=batches[0][0].shape[0],
+        forward_only=True,
+    )
+    total = torch.zeros(2, dtype=torch.float64)
+    for output in outputs:
+        total += torch.tensor([float(output["sum"]), float(output["tokens"])], dtype=torch.float64)
+    return total

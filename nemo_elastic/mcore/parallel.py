@@ -1,0 +1,38 @@
+"""Megatron's process groups and ranks for callers that do not import Megatron."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+
+def tensor_parallel_group() -> dist.ProcessGroup | None:
+    """The group the vocabulary is split over; None when it is not split."""
+    if parallel_state.get_tensor_model_parallel_world_size() == 1:
+        return None
+    return parallel_state.get_tensor_model_parallel_group()
+
+
+def data_parallel_group() -> dist.ProcessGroup:
+    """The replicas of this rank."""
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+def data_parallel_rank_and_size() -> tuple[int, int]:
+    """This replica's number, and how many there are."""
+    return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+
+
+def stage_ends() -> tuple[bool, bool]:
+    """(first stage?, last stage?)"""
+    return parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
+
+
+def broadcast_from_last_stage(values: list[float]) -> list[float]:
+    """The last stage's numbers on every stage of the pipeline."""
+    if parallel_state.get_pipeline_model_parallel_world_size() == 1:
+        return values
+    payload = [values]
+    last = parallel_state.get_pipeline_model_parallel_last_rank()
+    dist.broadcast_object_list(payload, src=last, group=parallel_state.get_pipeline_model_parallel_group())
+    return payload[0]

@@ -1,0 +1,138 @@
+"""Where parents come from, and the sorted parent that training starts from.
+
+`OUT/sorted/`: `model.safetensors` (or shards) in canonical names, `permutations.safetensors` (so that sorting can be
+undone) and `sorted.json` (depth ranking, source, hashes). Writing streams: a tensor at a time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..architecture import Architecture
+from ..checkpoint.reader import LazyTensor, SafetensorsReader, TensorReader, check_against_layout, lazy_tensors
+from ..checkpoint.writer import atomic_folder, write_safetensors, write_safetensors_file
+from ..importance.sorting import SortedReader, orders_to_tensors
+from ..importance.store import Importance
+from ..layout import ParamLayout
+from ..problems import Problem, ProblemsError
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+BUILTIN = "builtin:"
+DESCRIPTION, PERMUTATIONS = "sorted.json", "permutations.safetensors"
+
+
+def open_parent(path: str | None, layout: ParamLayout) -> TensorReader:
+    """A reader over the parent's weights, checked against the parameter table.
+
+    Args:
+        path: `parent.path` of the configuration: `builtin:NAME`, a NeMo checkpoint, a Hugging Face folder, or a
+            safetensors file or folder in canonical names.
+
+    Raises:
+        ProblemsError: nothing there, or other tensors than the `model` section describes.
+    """
+    key = "parent.path"
+    if path is None:
+        words = "is not set; give the folder of a NeMo checkpoint or Hugging Face model, or builtin:tiny_parent"
+        raise ProblemsError([Problem(key, words)])
+    reader = _reader(folder_of(path), layout.architecture)
+    check_against_layout(reader, layout, f"{key}={path}")
+    return reader
+
+
+def folder_of(path: str) -> Path:
+    """The folder (or file) a `parent.path` means.
+
+    Raises:
+        ProblemsError: nothing is there.
+    """
+    folder = ASSETS / path.removeprefix(BUILTIN) if path.startswith(BUILTIN) else Path(path)
+    if not folder.exists():
+        shipped = sorted(p.parent.name for p in ASSETS.glob("*/model.safetensors"))
+        words = f"nothing at {path!r}; give a NeMo checkpoint, a Hugging Face folder, or builtin:{'|'.join(shipped)}"
+        raise ProblemsError([Problem("parent.path", words)])
+    return folder
+
+
+def _reader(folder: Path, architecture: Architecture) -> TensorReader:
+    if (folder / "weights").is_dir() or (folder / ".metadata").is_file():
+        from .dist_checkpoint import TorchDistReader
+
+        return TorchDistReader(folder)
+    if (folder / "config.json").is_file() and _is_hugging_face(folder / "config.json"):
+        from ..checkpoint.huggingface import HuggingFaceReader
+
+        return HuggingFaceReader(folder, architecture)
+    return SafetensorsReader(folder)
+
+
+def _is_hugging_face(config: Path) -> bool:
+    return "model_type" in json.loads(config.read_text())
+
+
+@dataclass(frozen=True)
+class SortedParent:
+    """What `sort` wrote."""
+
+    reader: TensorReader
+    depth_ranking: tuple[int, ...] | None
+    permutations: Mapping[str, Tensor]
+    description: Mapping[str, Any]
+
+
+def write_sorted(
+    out: Path, reader: TensorReader, layout: ParamLayout, importance: Importance, *, source: str, force: bool = False
+) -> Path:
+    """Sort a parent into `out`, tensor by tensor; its function does not change."""
+    orders = importance.orders(layout)
+    sorted_reader = SortedReader(reader, layout, orders)
+    tensors = [
+        LazyTensor(n, reader.dtype(n), reader.shape(n), lambda n=n: sorted_reader.read(n).contiguous())
+        for n in layout.table
+    ]
+    with atomic_folder(out, force=force, needs_bytes=sum(t.nbytes for t in tensors)) as folder:
+        hashes = write_safetensors(folder, tensors)
+        flat = orders_to_tensors(orders)
+        order_tensors = [LazyTensor(n, t.dtype, tuple(t.shape), lambda t=t: t) for n, t in flat.items()]
+        hashes[PERMUTATIONS] = write_safetensors_file(folder / PERMUTATIONS, order_tensors)
+        description = {
+            "format": "nemo_elastic.sorted",
+            "version": 1,
+            "source": source,
+            "architecture": asdict(layout.architecture),
+            "ffn_groups": layout.ffn_groups,
+            "depth_ranking": list(importance.depth_ranking) or None,
+            "sha256": hashes,
+        }
+        (folder / DESCRIPTION).write_text(json.dumps(description, indent=2))
+    return out
+
+
+def sorted_parent(folder: str | Path) -> SortedParent:
+    """Open what `write_sorted` wrote.
+
+    Raises:
+        ProblemsError: no such folder, or not one of ours.
+    """
+    folder = Path(folder)
+    try:
+        description = json.loads((folder / DESCRIPTION).read_text())
+        ranking = description["depth_ranking"]
+        permutations = load_file(folder / PERMUTATIONS)
+    except (OSError, ValueError, KeyError) as error:
+        words = f"is no sorted parent ({error}); run `nemo-elastic sort` (or `train`, which does it) again"
+        raise ProblemsError([Problem(str(folder), words)]) from error
+    return SortedParent(SafetensorsReader(folder), tuple(ranking) if ranking else None, permutations, description)
+
+
+def whole_state(reader: TensorReader, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Everything a reader has, in memory; for small models."""
+    return {tensor.name: tensor.read() for tensor in lazy_tensors(reader, dtype)}

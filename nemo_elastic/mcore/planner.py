@@ -1,0 +1,227 @@
+"""From a budget to the plan of a micro-batch: what the schedule says, what the router chooses, what is pinned.
+
+A pure function of (configuration, router weights, seed, step, global micro-batch index), so that all tensor- and
+pipeline-parallel ranks agree without talking, and data parallelism changes nothing (METHOD section 5). Phases:
+
+    warmup  every budget on its fixed uniform subnet           no router
+    soft    masks mixed by the router's noisy probabilities    full compute
+    hard    the router's choice, repaired to fit exactly       straight-through gates
+    frozen  the choice is pinned for the rest of the run       no router; what is trained is what is extracted
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..budget_cost import BudgetCost
+from ..choices import subnet_of
+from ..config.sections import RouterConfig
+from ..family import Family
+from ..layout import ParamLayout
+from ..router.budget_loss import BudgetSteering, ExpectedCost, budget_loss
+from ..router.model import Router
+from ..router.repair import Chosen, choose
+from ..router.sampling import gumbel_noise, sample_budget
+from ..router.schedule import RouterPoint, resolve_recipe, router_point
+from ..router.selection import soft_masks, straight_through_gates
+from ..search import propose_uniform
+from ..space import DEPTH, Subnet
+from .elastic.plan import Mode, Plan, hard_plan, soft_plan
+
+
+@dataclass(frozen=True)
+class StepState:
+    """What one optimizer step shares over its micro-batches: the schedule's point and the choice per learned budget."""
+
+    step: int
+    phase: str
+    point: RouterPoint
+    chosen: Mapping[str, Chosen]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One micro-batch: its budget, its plan (None: the full network), and the budget loss's inputs when learning."""
+
+    budget: str
+    phase: str
+    plan: Plan | None
+    probabilities: Mapping[str, Tensor] | None = None
+    discrete_error: float = 0.0
+
+
+@dataclass
+class PlannerState:
+    """What must survive a restart beside the weights: lambdas and the pinned subnets."""
+
+    steering: BudgetSteering = field(default_factory=BudgetSteering)
+    frozen: dict[str, Subnet] = field(default_factory=dict)
+
+
+class Planner:
+    """Makes plans for a family.
+
+    Args:
+        layout: the table of this rank's tensor-parallel shard.
+        total_steps: length of the run.
+        mode: how hard plans run.
+        conditions: serving conditions of memory budgets (`BudgetCost`).
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        config: RouterConfig,
+        layout: ParamLayout,
+        *,
+        total_steps: int,
+        seed: int,
+        mode: Mode = "sliced",
+        **conditions: Any,
+    ) -> None:
+        self.family, self.layout, self.mode = family, layout, mode
+        self.config = resolve_recipe(config)
+        self.total_steps, self.seed, self.conditions = total_steps, seed, conditions
+        self.state = PlannerState()
+
+    @cached_property
+    def costs(self) -> dict[str, BudgetCost]:
+        """Cost and target per budget that is neither full nor forced."""
+        return {
+            b.name: BudgetCost(self.family.space, self.family.layout, b, **self.conditions)
+            for b in self.family.budgets
+            if b.name in self.learned
+        }
+
+    @property
+    def learned(self) -> tuple[str, ...]:
+        """Budgets the router decides."""
+        return learned_budgets(self.family)
+
+    @cached_property
+    def uniform(self) -> dict[str, Subnet]:
+        """Uniformly shrunk subnet per learned budget."""
+        return {name: propose_uniform(cost, tolerance=self.config.tolerance) for name, cost in self.costs.items()}
+
+    @cached_property
+    def expected(self) -> dict[str, ExpectedCost]:
+        """Differentiable expected cost per learned budget."""
+        return {name: ExpectedCost(cost) for name, cost in self.costs.items()}
+
+    def phase(self, step: int) -> str:
+        """The schedule's phase; the last `freeze_fraction` of the run is frozen."""
+        if step >= self.total_steps - round(self.config.freeze_fraction * self.total_steps):
+            return "frozen"
+        return router_point(step, self.total_steps, self.config).phase
+
+    def begin_step(self, router: Router | None, step: int) -> StepState:
+        """The choices of a step; pins them when the frozen phase begins."""
+        phase, point = self.phase(step), router_point(step, self.total_steps, self.config)
+        chosen: dict[str, Chosen] = {}
+        if (router is not None and phase in ("soft", "hard")) or (phase == "frozen" and not self.state.frozen):
+            chosen = self.choices(router)
+        if phase == "frozen" and not self.state.frozen:
+            self.state.frozen = {n: self.subnet_of_choice(n, c) for n, c in chosen.items()}
+        return StepState(step, phase, point, chosen)
+
+    @torch.no_grad()
+    def choices(self, router: Router | None) -> dict[str, Chosen]:
+        """Noise-free choice per learned budget, exactly within its budget."""
+        if router is None or not self.learned:
+            return {}
+        found = {}
+        for name in self.learned:
+            output = router(router.budget_vector(name), tau=self.config.tau_end, scale=1.0)
+            pi = {dim: p.cpu() for dim, p in output.probabilities.items()}
+            found[name] = choose(pi, self.costs[name], tolerance=self.config.tolerance, fill=True)
+        return found
+
+    def subnet_of_choice(self, name: str, chosen: Chosen) -> Subnet:
+        """The subnet that a choice names."""
+        return subnet_of(self.family.space, chosen.selection)
+
+    def budget_of(self, probabilities: Mapping[str, float], step: int, global_micro_batch: int) -> str:
+        """The budget a micro-batch is assigned."""
+        return sample_budget(probabilities, self.seed, step, global_micro_batch)
+
+    def pinned(self, name: str, phase: str) -> Subnet | None:
+        """The subnet of a budget that is not the router's to choose now; None when it is."""
+        budget = self.family.budget(name)
+        if budget.is_full:
+            return self.family.space.full_subnet()
+        if name in self.family.forced:
+            return self.family.forced[name]
+        if phase == "warmup":
+            return self.uniform[name]
+        return self.state.frozen[name] if phase == "frozen" else None
+
+    def micro_batch(self, router: Router | None, state: StepState, budget: str, global_micro_batch: int) -> Planned:
+        """The plan of one micro-batch of a training step."""
+        pinned = self.pinned(budget, state.phase)
+        if pinned is not None:
+            return Planned(budget, state.phase, self.plan_of(pinned))
+        noise = gumbel_noise(router.shapes, self.seed, state.step, global_micro_batch)
+        output = router(router.budget_vector(budget), tau=state.point.tau, scale=state.point.scale, noise=noise)
+        pi, chosen = output.probabilities, state.chosen[budget]
+        if state.phase == "soft":
+            masks = soft_masks(self.family.space, pi)
+            units = {n: m[:, : m.shape[1] // self.family.space.dims[n].groups] for n, m in masks.dims.items()}
+            plan = soft_plan(self.layout, self.family.space.full_subnet(), {**units, DEPTH: masks.layers})
+        else:
+            gates = straight_through_gates(self.family.space, pi, chosen.selection)
+            subnet = self.subnet_of_choice(budget, chosen)
+            plan = hard_plan(self.layout, subnet, self.mode, {**gates.dims, DEPTH: gates.layers})
+        return Planned(budget, state.phase, plan, pi, chosen.argmax_error)
+
+    def plan_of(self, subnet: Subnet) -> Plan | None:
+        """A plan without gradients for the router; None (Megatron's own forward) for the whole parent."""
+        if subnet == self.family.space.full_subnet():
+            return None
+        return hard_plan(self.layout, subnet, self.mode)
+
+    def loss(self, planned: Planned) -> Tensor | None:
+        """Budget loss of a micro-batch; None when nothing is being learned."""
+        if planned.probabilities is None:
+            return None
+        expected = self.expected[planned.budget]({n: p.cpu() for n, p in planned.probabilities.items()})
+        weight = self.state.steering.weight(planned.budget, self.config)
+        return budget_loss(expected, planned.discrete_error, weight, self.config).float()
+
+    def end_step(self, state: StepState) -> None:
+        """Steer by the discrete errors of the step's choices."""
+        if state.phase in ("soft", "hard"):
+            for name, chosen in state.chosen.items():
+                self.state.steering.update(name, chosen.argmax_error, self.config)
+
+    def current_subnets(self, router: Router | None, step: int) -> dict[str, Subnet]:
+        """Per budget, the subnet that would be extracted now."""
+        phase = self.phase(step)
+        found, chosen = {}, None
+        for budget in self.family.budgets:
+            subnet = self.pinned(budget.name, phase)
+            if subnet is None:
+                chosen = chosen or self.choices(router)
+                subnet = self.subnet_of_choice(budget.name, chosen[budget.name])
+            found[budget.name] = subnet
+        return found
+
+    def state_dict(self) -> dict:
+        """For checkpoints: plain values."""
+        frozen = {name: subnet.to_dict() for name, subnet in self.state.frozen.items()}
+        return {"steering": self.state.steering.state_dict(), "frozen": frozen}
+
+    def load_state_dict(self, values: Mapping) -> None:
+        """Take up where a checkpoint left off."""
+        self.state.steering.load_state_dict(values["steering"])
+        self.state.frozen = {n: self.family.space.subnet_from_dict(s) for n, s in values["frozen"].items()}
+
+
+def learned_budgets(family: Family) -> tuple[str, ...]:
+    """Budgets the router decides: neither the full network nor forced."""
+    return tuple(b.name for b in family.budgets if not b.is_full and b.name not in family.forced)

@@ -1,0 +1,62 @@
+"""Process groups for verbs that run Megatron without a NeMo trainer (`rank`, `verify`, evaluation).
+
+The same environment as for training: torchrun's variables when present, else a single process. What is already
+initialised (by a trainer in the same process, or by a test pool) is kept when its layout is the wanted one.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from . import cpu
+
+
+def start(tensor_model_parallel_size: int = 1, pipeline_model_parallel_size: int = 1, *, seed: int = 1234) -> int:
+    """Initialise torch.distributed and Megatron's groups for a layout; returns this process' rank.
+
+    Raises:
+        ValueError: when the started processes do not fill the layout.
+    """
+    cpu.install()
+    if not dist.is_initialized():
+        if "RANK" not in os.environ:
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()), RANK="0", WORLD_SIZE="1")
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    wanted = (tensor_model_parallel_size, pipeline_model_parallel_size)
+    world = dist.get_world_size()
+    if world % (wanted[0] * wanted[1]):
+        raise ValueError(
+            f"train.tensor_model_parallel_size={wanted[0]} x train.pipeline_model_parallel_size={wanted[1]} needs a "
+            f"multiple of {wanted[0] * wanted[1]} processes, {world} started; use torchrun --nproc-per-node or --nproc"
+        )
+    if parallel_state.model_parallel_is_initialized():
+        tp = parallel_state.get_tensor_model_parallel_world_size()
+        pp = parallel_state.get_pipeline_model_parallel_world_size()
+        if (tp, pp) == wanted:
+            return dist.get_rank()
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(*wanted)
+    model_parallel_cuda_manual_seed(seed)
+    return dist.get_rank()
+
+
+def is_started() -> bool:
+    """Whether Megatron's groups are there."""
+    return dist.is_initialized() and parallel_state.model_parallel_is_initialized()
+
+
+def is_last_stage() -> bool:
+    """Whether this rank computes losses."""
+    return parallel_state.is_pipeline_last_stage()
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]

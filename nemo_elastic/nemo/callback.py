@@ -1,0 +1,156 @@
+"""`ElasticCallback`: gives every micro-batch its budget and plan, steers the router, evaluates, logs.
+
+Lightning calls the `on_train_*` hooks, NeMo's Megatron step the `on_megatron_*` events. What must survive a restart
+(lambdas, pinned subnets) is the callback's state in the checkpoint; everything else is a pure function of the step.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+
+from nemo_elastic.config.sections import RunConfig
+from nemo_elastic.distill.curriculum import budget_probabilities, stage_at
+from nemo_elastic.mcore.build import unwrapped
+from nemo_elastic.mcore.evaluate import heldout_loss
+from nemo_elastic.mcore.family_model import FamilyModel
+from nemo_elastic.mcore.parallel import broadcast_from_last_stage, data_parallel_rank_and_size
+from nemo_elastic.mcore.planner import Planner, StepState
+from nemo_elastic.nemo.elastic_model import ElasticMambaModel
+from nemo_elastic.runlog import RunLog
+
+logger = logging.getLogger(__name__)
+
+
+class ElasticCallback(pl.Callback):
+    """Runs the elastic side of a training.
+
+    Args:
+        run: the configuration.
+        planner: makes the plans.
+        out: `metrics.jsonl` goes to `out/logs`.
+        heldout: (tokens, labels) batches for validation per budget.
+        progress: called with (step, total, text) after every step on the first rank.
+    """
+
+    def __init__(
+        self,
+        run: RunConfig,
+        planner: Planner,
+        out: Path,
+        heldout: list,
+        progress: Callable[[int, int, str], None] | None = None,
+    ) -> None:
+        self.run, self.planner, self.heldout, self.progress = run, planner, heldout, progress
+        self.records = RunLog(out / "logs")
+        self.model: FamilyModel | None = None
+        self.wrapper: ElasticMambaModel | None = None
+        self.state: StepState | None = None
+        self.step, self.micro_batch = 0, 0
+        self.tokens = dict.fromkeys(run.elastic.budgets, 0)
+        self.last_losses: dict[str, float] = {}
+        self._clock = time.monotonic()
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: ElasticMambaModel) -> None:
+        """Connect the loss to the planner."""
+        self.wrapper = pl_module
+        pl_module.budget_loss = self.planner.loss
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: ElasticMambaModel) -> None:
+        """Zero-shot losses, before the first step of a run."""
+        self.model = unwrapped(pl_module.module)
+        self.step = trainer.global_step
+        if self.step == 0:
+            self._validate(trainer)
+        self._clock = time.monotonic()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: ElasticMambaModel, *_: Any) -> None:
+        """The step's choices, from the router as it stands."""
+        self.step, self.micro_batch = trainer.global_step, 0
+        self.state = self.planner.begin_step(self.model.policy, self.step)
+
+    def on_megatron_microbatch_start(self, step: Any, batch: dict[str, Any], forward_callback: Any) -> None:
+        """Put the micro-batch's plan into its batch; the same on all ranks of a replica."""
+        if self.state is None:
+            return
+        rank, size = data_parallel_rank_and_size()
+        index = self.micro_batch * size + rank
+        stage = stage_at(self.run.train.stages, self.step).stage
+        probabilities = budget_probabilities(stage, tuple(self.run.elastic.budgets))
+        budget = self.planner.budget_of(probabilities, self.step, index)
+        batch["elastic"] = self.planner.micro_batch(self.model.policy, self.state, budget, index)
+        self.micro_batch += 1
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: ElasticMambaModel, *_: Any) -> None:
+        """Steer, log, validate when due."""
+        self.planner.end_step(self.state)
+        self._log_step(trainer)
+        done = trainer.global_step
+        if done % self.run.train.val_every_steps == 0 or done == self.planner.total_steps:
+            self._validate(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Lambdas, pinned subnets, tokens seen per budget."""
+        return {"planner": self.planner.state_dict(), "tokens": dict(self.tokens)}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take up where the checkpoint left off."""
+        self.planner.load_state_dict(state_dict["planner"])
+        self.tokens.update(state_dict["tokens"])
+
+    def _log_step(self, trainer: pl.Trainer) -> None:
+        stats = self.wrapper.training_loss_reduction.stats
+        names = list(self.run.elastic.budgets)
+        flat = [v for n in names for v in (_four(stats.get(n)))]
+        flat = broadcast_from_last_stage(flat)
+        record: dict[str, Any] = {"step": trainer.global_step, "phase": self.state.phase, "budgets": {}}
+        for i, name in enumerate(names):
+            kd, ce, tokens, budget_loss = flat[4 * i : 4 * i + 4]
+            if tokens:
+                self.tokens[name] += int(tokens)
+                record["budgets"][name] = {"kd": kd, "ce": ce, "tokens": int(tokens), "budget_loss": budget_loss}
+        for name, chosen in self.state.chosen.items():
+            record.setdefault("router", {})[name] = {
+                "lambda": self.planner.state.steering.weight(name, self.planner.config),
+                "argmax_error": chosen.argmax_error,
+                "error": chosen.error,
+            }
+        now = time.monotonic()
+        seconds, self._clock = now - self._clock, now
+        record |= {"tau": self.state.point.tau, "lr": _rate(trainer), "seconds": seconds}
+        if trainer.is_global_zero:
+            self.records.write("train", record)
+            if self.progress:
+                losses = "  ".join(f"{n} {b['kd']:.3f}" for n, b in record["budgets"].items())
+                self.progress(trainer.global_step, self.planner.total_steps, f"{self.state.phase}  KD {losses}")
+
+    def _validate(self, trainer: pl.Trainer) -> None:
+        step = trainer.global_step
+        subnets = self.planner.current_subnets(self.model.policy, max(0, step - 1))
+        self.last_losses = {
+            name: heldout_loss(self.model, self.heldout, self.planner.plan_of(subnet))
+            for name, subnet in subnets.items()
+        }
+        if trainer.is_global_zero:
+            record = {
+                "step": step,
+                "losses": self.last_losses,
+                "tokens": dict(self.tokens),
+                "subnets": {n: s.to_dict() for n, s in subnets.items()},
+            }
+            self.records.write("validation", record)
+            logger.info("step %d held-out %s", step, {n: round(v, 4) for n, v in self.last_losses.items()})
+        self._clock = time.monotonic()
+
+
+def _four(stats: Any) -> tuple[float, float, float, float]:
+    return (0.0, 0.0, 0.0, 0.0) if stats is None else (stats.kd, stats.ce, float(stats.tokens), stats.budget_loss)
+
+
+def _rate(trainer: pl.Trainer) -> float:
+    return float(trainer.optimizers[0].param_groups[0]["lr"])

@@ -1,0 +1,197 @@
+"""The elastic run, top to bottom: family, data, model, optimizer, trainer, fit, nested checkpoint."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_elastic.config.load import plain
+from nemo_elastic.config.sections import RunConfig
+from nemo_elastic.cost import BYTE_PROFILES
+from nemo_elastic.distill.curriculum import total_steps
+from nemo_elastic.family import Family, family_of, parallel_problems
+from nemo_elastic.layout import ParamLayout
+from nemo_elastic.mcore.parents import sorted_parent
+from nemo_elastic.mcore.planner import Planner
+from nemo_elastic.nemo.callback import ElasticCallback
+from nemo_elastic.nemo.data import TextDataModule
+from nemo_elastic.nemo.elastic_model import ElasticMambaModel, ElasticSSMConfig
+from nemo_elastic.nemo.tokenizer import load_tokenizer
+from nemo_elastic.nemo.trainer import build_optimizer, build_trainer, plain_model_config
+from nemo_elastic.problems import Problem, raise_if_any
+from nemo_elastic.space import Subnet
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run leaves: the family with its measured ranking, a subnet per budget, and the last checkpoint."""
+
+    family: Family
+    subnets: dict[str, Subnet]
+    checkpoint: Path
+    heldout_losses: dict[str, float]
+    tokens: dict[str, int]
+    model: torch.nn.Module
+
+
+def train(
+    run: RunConfig,
+    out: Path,
+    sorted_folder: Path,
+    *,
+    resume_from: Path | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Trained:
+    """Train a family from a sorted parent.
+
+    Args:
+        out: checkpoints go to `out/checkpoints`, logs to `out/logs`.
+        resume_from: a training checkpoint of the same run.
+        progress: called with (step, total, text) after every step on the first rank.
+
+    Raises:
+        ProblemsError: a layout or curriculum that cannot run.
+    """
+    parent = sorted_parent(sorted_folder)
+    family = family_of(run, parent.depth_ranking)
+    raise_if_any([*parallel_problems(family.architecture, run.train, family.space.ffn_groups), *_stages(run)])
+    steps, stage, settings = total_steps(run.train.stages), run.train.stages[0], run.train.optimizer
+    data = data_module(run, stage.seq_length, stage.global_batch_size)
+    layout = {
+        "tensor_model_parallel_size": run.train.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": run.train.pipeline_model_parallel_size,
+        "sequence_parallel": run.train.sequence_parallel,
+        "precision": run.train.precision,
+    }
+    config = plain_model_config(
+        {**run.model, "seq_length": stage.seq_length},
+        **layout,
+        config_class=ElasticSSMConfig,
+        run=plain(run),
+        sorted_parent=str(sorted_folder),
+        variable_seq_lengths=True,  # stages exchange [s, b, k] of any k ...
+        moe_token_dispatcher_type="alltoall",  # ... which Megatron refuses beside its default, MoE or not
+        **_recompute(run),
+    )
+    optimizer = build_optimizer(
+        settings.lr,
+        precision=run.train.precision,
+        min_lr=settings.min_lr,
+        warmup_steps=min(settings.warmup_steps, steps - 1),
+        max_steps=steps,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.betas[0],
+        adam_beta2=settings.betas[1],
+        clip_grad=settings.clip_grad,
+        use_distributed_optimizer=run.train.use_distributed_optimizer,
+        scale_lr_cond=is_router,
+        lr_mult=run.router.lr / settings.lr,
+        no_weight_decay_cond=lambda name, parameter: is_router(name, parameter) or parameter.dim() == 1,
+    )
+    model = ElasticMambaModel(config, optim=optimizer, tokenizer=data.tokenizer)
+    planner = Planner(
+        family,
+        run.router,
+        ParamLayout(
+            family.architecture, ffn_groups=family.space.ffn_groups, tp_size=run.train.tensor_model_parallel_size
+        ),
+        total_steps=steps,
+        seed=run.train.seed,
+        mode=run.train.mode,
+        batch_size=run.report.batch_size,
+        sequence_length=run.report.sequence_length,
+        profile=BYTE_PROFILES[run.report.profile],
+    )
+    callback = ElasticCallback(run, planner, out, heldout_batches(data, run), progress)
+    trainer = build_trainer(
+        out,
+        max_steps=steps,
+        global_batch_size=stage.global_batch_size,
+        micro_batch_size=run.train.micro_batch_size,
+        use_distributed_optimizer=run.train.use_distributed_optimizer,
+        checkpoint_every=min(run.train.save_every_steps, steps),
+        callbacks=[callback],
+        seed=run.train.seed,
+        **layout,
+    )
+    trainer.fit(model, data, ckpt_path=str(resume_from) if resume_from else None)
+    return Trained(
+        family=family,
+        subnets=planner.current_subnets(callback.model.policy, steps - 1),
+        checkpoint=latest_checkpoint(out),
+        heldout_losses=callback.last_losses,
+        tokens=callback.tokens,
+        model=callback.model,
+    )
+
+
+def is_router(name: str, parameter: Any) -> bool:
+    """The router's parameters: own learning rate, no weight decay."""
+    return ".router." in f".{name}"
+
+
+def data_module(run: RunConfig, seq_length: int, global_batch_size: int) -> TextDataModule:
+    """The run's text."""
+    return TextDataModule(
+        load_tokenizer(run.data.tokenizer),
+        seq_length=seq_length,
+        micro_batch_size=run.train.micro_batch_size,
+        global_batch_size=global_batch_size,
+        seed=run.train.seed,
+        paths=run.data.paths,
+        cache_dir=run.data.cache_dir,
+        num_workers=run.data.num_workers,
+    )
+
+
+def heldout_batches(data: TextDataModule, run: RunConfig) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(tokens, labels) `[micro_batch, s]` of the first `train.val_samples` held-out windows."""
+    windows, size = data.windows("heldout"), run.train.micro_batch_size
+    count = min(run.train.val_samples, max(1, windows.per_epoch))
+    batches = []
+    for first in range(0, count, size):
+        tokens, labels = windows.batch(first, min(size, count - first))
+        batches.append((torch.from_numpy(tokens.astype("int64")), torch.from_numpy(labels.astype("int64"))))
+    return batches
+
+
+def latest_checkpoint(out: Path) -> Path:
+    """The last complete training checkpoint under `out`.
+
+    Raises:
+        ProblemsError: there is none.
+    """
+    found = [p for p in (out / "checkpoints").glob("step=*") if (p / "weights").is_dir()]
+    if not found:
+        raise_if_any([Problem(str(out / "checkpoints"), "has no training checkpoint; run `nemo-elastic train` first")])
+    return max(found, key=lambda p: int(p.name.split("=")[1].split("-")[0]))
+
+
+def _recompute(run: RunConfig) -> dict[str, Any]:
+    kind = run.train.recompute_granularity
+    if kind is None:
+        return {}
+    if kind == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]}
+
+
+def _stages(run: RunConfig) -> list[Problem]:
+    stages = run.train.stages
+    if not stages:
+        return [Problem("train.stages", "is empty; give at least one stage, e.g. [{steps: 100}]")]
+    first = (stages[0].seq_length, stages[0].global_batch_size)
+    return [
+        Problem(
+            f"train.stages.{i}", f"seq_length and global_batch_size must be stage 0's {first} until stages may differ"
+        )
+        for i, stage in enumerate(stages)
+        if (stage.seq_length, stage.global_batch_size) != first
+    ]

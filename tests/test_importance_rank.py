@@ -5,7 +5,7 @@ import torch
 from pool_importance import LENGTH, TINY, build, layout_of, load, logits_of, own_batches, token_batches, whole_tensors
 
 from nemo_elastic.config.sections import RankConfig
-from nemo_elastic.importance.run_state import RunState
+from nemo_elastic.importance.run_state import RunState, forget_states
 from nemo_elastic.importance.sorting import sort_tensors
 from nemo_elastic.importance.store import Importance
 from nemo_elastic.mcore.rank import rank_parent
@@ -131,8 +131,7 @@ def test_ranks_agree_on_the_latest_common_step(tmp_path):
     assert states[0].steps() == [2, 3]
     assert states[1].latest(lambda mine: [s.steps() for s in states]) == 2
     assert states[0].load(2)[1] == {"step": 2}
-    for state in states:
-        state.clear()
+    forget_states(tmp_path)
     assert not list(tmp_path.iterdir())
 
 

@@ -6,6 +6,7 @@ all of them have. A state fits one setting, parent, data and parallel layout: th
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -67,12 +68,10 @@ class RunState:
             raise ProblemsError([Problem("--resume", words)])
         return tensors, json.loads(metadata["values"])
 
-    def clear(self) -> None:
-        """Forget this rank's states."""
-        for step in self.steps():
-            self._path(step).unlink(missing_ok=True)
-        if self.folder.is_dir() and not any(self.folder.iterdir()):
-            self.folder.rmdir()
-
     def _path(self, step: int) -> Path:
         return self.folder / f"rank{self.rank}-{step}.safetensors"
+
+
+def forget_states(folder: str | Path) -> None:
+    """Remove all ranks' states under `folder`, when the scores themselves are written."""
+    shutil.rmtree(Path(folder) / WHERE, ignore_errors=True)

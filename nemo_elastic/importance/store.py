@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ..architecture import Architecture
@@ -78,9 +78,10 @@ class Importance:
             for dim, by_layer in self.widths.items()
             for layer, scores in by_layer.items()
         }
+        content = save(tensors)
+        digest = hashlib.sha256(content).hexdigest()
         temporary = folder / f".{TENSORS}.{os.getpid()}"
-        save_file(tensors, temporary)
-        digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
+        temporary.write_bytes(content)
         os.replace(temporary, folder / TENSORS)
         description = {
             "format": FORMAT,

@@ -152,7 +152,8 @@ def _rank_depth(
     if values:
         ranker.load_state(values)
     progress = ranker.one_shot() if method == "one_shot" else ranker.greedy()
-    report("depth", total, total)
+    if ranker.candidates_done < total:  # fewer candidates than foreseen, where attention layers had to stay
+        report("depth", total, total)
     return progress, {"layer_forwards": ranker.layer_forwards, "naive_layer_forwards": ranker.naive_forwards}
 
 

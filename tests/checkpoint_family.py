@@ -78,7 +78,9 @@ def write_hf_parent(folder: Path, weights: dict[str, torch.Tensor], model: dict 
     per_group = heads // groups
     found = {}
     for name, value in weights.items():
-        new = name.replace("decoder.layers.", "backbone.layers.").replace("embedding.word_embeddings", "backbone.embeddings")
+        new = name.replace("decoder.layers.", "backbone.layers.").replace(
+            "embedding.word_embeddings", "backbone.embeddings"
+        )
         new = new.replace("decoder.final_norm", "backbone.norm_f").replace("output_layer", "lm_head")
         new = new.replace("input_layernorm", "norm").replace("pre_mlp_layernorm", "norm")
         new = new.replace("self_attention.linear_proj", "mixer.o_proj")

@@ -213,11 +213,15 @@ def model_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
 class HuggingFaceReader:
     """`TensorReader` over a NemotronH folder (config.json and safetensors), by canonical names.
 
+    Args:
+        folder: where it is; nothing is looked up on the hub.
+        architecture: what the run's `model` section says; refused where config.json says otherwise.
+
     Raises:
         ProblemsError: no such folder, another kind of model, or tensors that no row of the table has.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, architecture: Architecture | None = None) -> None:
         self.folder = Path(folder)
         file = self.folder / "config.json"
         if not file.is_file():
@@ -228,6 +232,14 @@ class HuggingFaceReader:
             raise ProblemsError([Problem(str(file), f"is no JSON ({error})")]) from error
         self.model = model_from_hf(self.config)
         self._architecture = architecture_of(self.model)
+        if architecture is not None:
+            raise_if_any(
+                Problem(f"model.{name}", f"{wanted} is not what {file} has, {value}; use the parent's own")
+                for (name, wanted), value in zip(
+                    vars(architecture).items(), vars(self._architecture).values(), strict=True
+                )
+                if wanted != value
+            )
         self._raw: TensorReader = SafetensorsReader(self.folder)
         on_disk = {_with_backbone(name): name for name in self._raw.names()}
         layout = ParamLayout(self._architecture, ffn_groups=1)

@@ -170,7 +170,7 @@ class TorchDistReader:
             words = (
                 f"the record of {key} holds {real}, .metadata says {stored.dtype} {list(chunk.sizes)}; copy it again"
             )
-            raise ProblemsError([Problem(str(path), words)])
+            raise ProblemsError([Problem(str(path), f"{words}; copy the checkpoint again")])
         return tensor
 
     def _open(self, file: str) -> int:
@@ -267,6 +267,8 @@ def _read_record(file: int, chunk: Chunk, path: Path) -> Tensor:
     """The tensor of one torch.save record: straight from its bytes when it is one contiguous storage."""
     with zipfile.ZipFile(_FileView(file, chunk.start, chunk.length)) as archive:
         by_name = {info.filename.split("/", 1)[-1]: info for info in archive.infolist()}
+        if any(info.compress_type != zipfile.ZIP_STORED for info in by_name.values()):
+            raise ValueError("it is compressed, which torch.save never does")
         pickled = archive.read(by_name["data.pkl"])  # zipfile checks its CRC
         order = archive.read(by_name["byteorder"]) if "byteorder" in by_name else b"little"
     try:
@@ -276,8 +278,6 @@ def _read_record(file: int, chunk: Chunk, path: Path) -> Tensor:
     info = by_name[f"data/{key}"]
     if offset or stride != _contiguous(size) or numel != torch.Size(size).numel() or order != b"little":
         return _weights_only(file, chunk)
-    if info.compress_type != zipfile.ZIP_STORED:
-        raise ValueError("its storage is compressed")
     header = os.pread(file, 30, chunk.start + info.header_offset)
     start = info.header_offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
     dtype = _STORAGE_DTYPES[kind]

@@ -29,8 +29,6 @@ from nemo_elastic.checkpoint.manifest import (
 )
 from nemo_elastic.checkpoint.nemo_context import read_nemo_context
 from nemo_elastic.checkpoint.reader import (
-    INDEX_FILE,
-    SINGLE_FILE,
     LazyTensor,
     MemoryReader,
     SafetensorsReader,
@@ -42,52 +40,39 @@ from nemo_elastic.checkpoint.tokenizer_files import TOKENIZER_FILE
 from nemo_elastic.checkpoint.writer import atomic_folder, check_target, write_safetensors_file
 from nemo_elastic.cost import parameters
 from nemo_elastic.layout import ParamLayout
-from nemo_elastic.mcore.dist_checkpoint import TorchDistReader, weights_folder
+from nemo_elastic.mcore.dist_checkpoint import TorchDistReader
+from nemo_elastic.mcore.parents import folder_of
 from nemo_elastic.problems import Problem, ProblemsError, raise_if_any
 from nemo_elastic.space import Subnet
 
 logger = logging.getLogger(__name__)
 FORMATS = ("nemo", "hf")
-BUILTIN = "builtin:"
-_ASSETS = Path(__file__).resolve().parent.parent / "assets"
 _EMBEDDING = "embedding.word_embeddings.weight"
 
 
 @dataclass(frozen=True)
-class Parent:
-    """Weights of a trained parent; `model` is its model section where the folder says it (else None)."""
+class ParentDescription:
+    """What a parent's folder says of itself: its model section and where its tokenizer lies (None: it does not say)."""
 
-    reader: TensorReader
     model: Mapping[str, Any] | None
     tokenizer: Path | None
 
 
-def open_parent(path: str | Path) -> Parent:
-    """A parent from a NeMo checkpoint (any TP x PP), a Hugging Face folder, safetensors, or `builtin:NAME`.
+def describe_parent(path: str) -> ParentDescription:
+    """The model section of a NeMo checkpoint (any TP x PP) or Hugging Face folder, without executing anything of it.
 
     Raises:
         ProblemsError: keyed `parent.path` or by the file that is wrong.
     """
-    builtin = str(path).startswith(BUILTIN)
-    folder = _ASSETS / str(path).removeprefix(BUILTIN) if builtin else Path(path)
-    if not folder.exists():
-        what = f"{path} does not exist" if not builtin else f"{path} does not ship with this package"
-        words = f"{what}; give a NeMo checkpoint, a Hugging Face folder, or builtin:tiny_parent"
-        raise ProblemsError([Problem("parent.path", words)])
-    if (folder / "config.json").is_file():
-        hf = HuggingFaceReader(folder)
-        return Parent(hf, hf.model, folder if (folder / TOKENIZER_FILE).is_file() else None)
-    if (weights_folder(folder) / ".metadata").is_file():
+    folder = folder_of(path)
+    beside = folder if (folder / TOKENIZER_FILE).is_file() else None
+    if (folder / "context").is_dir():
         reader = TorchDistReader(folder)
-        if not (folder / "context").is_dir() or _EMBEDDING not in reader.names():
-            return Parent(reader, None, None)
         context = read_nemo_context(folder, reader.shape(_EMBEDDING)[0])
-        return Parent(reader, context.model, context.tokenizer)
-    if folder.is_file() or (folder / SINGLE_FILE).is_file() or (folder / INDEX_FILE).is_file():
-        tokenizer = folder if (folder / TOKENIZER_FILE).is_file() else None
-        return Parent(SafetensorsReader(folder), None, tokenizer)
-    words = f"{path} is no NeMo checkpoint (weights/.metadata), no Hugging Face folder (config.json), no safetensors"
-    raise ProblemsError([Problem("parent.path", words)])
+        return ParentDescription(context.model, context.tokenizer)
+    if (folder / "config.json").is_file():
+        return ParentDescription(HuggingFaceReader(folder).model, beside)
+    return ParentDescription(None, beside)
 
 
 def write_nested(

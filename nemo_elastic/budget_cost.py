@@ -68,7 +68,12 @@ class BudgetCost:
             words = "a latency budget needs a measured table; make one with `nemo-elastic profile`"
             raise ProblemsError([Problem(f"elastic.budgets.{budget.name}", words)])
         self.space, self.layout, self.budget = space, layout, budget
-        self.batch_size, self.sequence_length, self.profile, self.latency = batch_size, sequence_length, profile, latency
+        self.batch_size, self.sequence_length, self.profile, self.latency = (
+            batch_size,
+            sequence_length,
+            profile,
+            latency,
+        )
 
     @cached_property
     def parent(self) -> float:

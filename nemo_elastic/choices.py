@@ -55,7 +55,7 @@ def selection_of(space: ElasticSpace, subnet: Subnet) -> Selection | None:
     for name, (rows, _) in choice_shapes(space).items():
         value = getattr(subnet, name)
         row = value if isinstance(value, tuple) else (value,)
-        if rows == 1 and len(set(row)) > 1 or any(size not in space.dims[name].choices for size in row):
+        if (rows == 1 and len(set(row)) > 1) or any(size not in space.dims[name].choices for size in row):
             return None
         found[name] = tuple(space.dims[name].choices.index(size) for size in row[:rows])
     return found if subnet_of(space, found) == subnet else None

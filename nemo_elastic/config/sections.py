@@ -74,16 +74,16 @@ class RouterConfig:
     tau_end: float = 0.05
     scale_start: float = 1.0
     scale_end: float = 10.0
-    budget_lambda: float = 5.0  # weight of the budget loss when router training starts
-    dual_ascent_rate: float = 0.05  # growth of the weight per step and unit of discrete cost error; 0: fixed
-    max_lambda: float = 50.0
+    budget_lambda: float = 2.0  # quadratic pull of the expected cost to the target
+    dual_ascent_rate: float = 5.0  # growth of a budget's price over the soft phase, per unit of discrete cost error
+    max_price: float = 50.0
     dead_zone: float = 0.0  # relative cost error below which the budget loss is zero
     tolerance: float = 0.01  # relative cost error that counts as met; what overshoots by more is repaired
     warmup_fraction: float = 0.2  # part of the run on fixed uniform subnets before the router moves
     soft_fraction: float = 0.3  # part of the run with soft masks, after the warm-up; then hard
     freeze_fraction: float = 0.4  # last part of the run, with the choices pinned: what is trained is what is extracted
     lr: float = 1e-2
-    recipe: str = "default"  # or paper: lambda 1, no warm-up, no dual ascent, as published
+    recipe: str = "default"  # or paper: lambda 1, no warm-up, no dual ascent, soft to the end, as published
 
 
 @dataclass(frozen=True, kw_only=True)

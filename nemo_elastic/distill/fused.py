@@ -77,7 +77,7 @@ def _logits(hidden: Tensor, weight: Tensor, into: Tensor) -> Tensor:
 
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, teacher_hidden, teacher_weight, labels, weights, config, group, reduce):  # noqa: ANN001, ANN205
+    def forward(ctx, hidden, weight, teacher_hidden, teacher_weight, labels, weights, config, group, reduce):
         count, vocabulary = hidden.shape[0], weight.shape[0]
         length = min(count, fused_chunk_length(config, vocabulary, hidden.device))
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
@@ -112,7 +112,7 @@ class _FusedLoss(torch.autograd.Function):
         return total, kd, ce
 
     @staticmethod
-    def backward(ctx, grad_total, grad_kd, grad_ce):  # noqa: ANN001, ANN205
+    def backward(ctx, grad_total, grad_kd, grad_ce):
         if ctx.ran:
             raise RuntimeError("the fused distillation loss frees its gradients in the backward: it cannot run twice")
         ctx.ran, gradients, ctx.gradients = True, ctx.gradients, None

@@ -97,7 +97,7 @@ def part(teacher: Tensor | TopTokens, rows: slice, buffer: Tensor) -> Tensor | T
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student, teacher, labels, weights, config, group):  # noqa: ANN001, ANN205
+    def forward(ctx, student, teacher, labels, weights, config, group):
         count, vocabulary = student.shape
         length = chunk_length(config, vocabulary, student.device)
         wanted = ctx.needs_input_grad[0]
@@ -128,7 +128,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return total, kd, ce
 
     @staticmethod
-    def backward(ctx, grad_total, grad_kd, grad_ce):  # noqa: ANN001, ANN205
+    def backward(ctx, grad_total, grad_kd, grad_ce):
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:
             raise RuntimeError("the distillation loss frees its gradient in the backward: it cannot run twice")

@@ -6,7 +6,7 @@ With z_s, z_t the logits, T the temperature, p = softmax(z / T), l = logsumexp(z
     reverse KL   T^2 sum p_s (log p_s - log p_t)                   dz_s = T p_s (log p_s - log p_t - KL)
     top-k KL     forward KL over the teacher's k most likely tokens and ONE class for all others, Q = 1 - sum_k p:
                  T^2 [sum_k p_t (log p_t - log p_s) + Q_t (log Q_t - log Q_s)]
-                                                                   dz_s = T (p_s - p_t) on the k, T p_s (1 - Q_t / Q_s) else
+                                                                   dz_s = T (p_s - p_t) there, T p_s (1 - Q_t / Q_s) else
     CE           l_s - z_s[label] at T = 1                         dz_s = p_s - onehot(label)
 
 The class for the rest keeps top-k a true KL: a lower bound of the full one, equal to it at k = v. Buffers are fp32 and
@@ -27,7 +27,7 @@ KINDS = ("forward_kl", "reverse_kl", "topk_kl")
 
 @dataclass(frozen=True)
 class TopTokens:
-    """A teacher reduced to its most likely tokens: log-probabilities (at the loss temperature) and global ids, `[n, k]`."""
+    """A teacher's most likely tokens: log-probabilities (at the loss temperature) and global ids, `[n, k]`."""
 
     log_probabilities: Tensor
     index: Tensor
@@ -112,7 +112,7 @@ def _row_dot(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a[:, None, :], b[:, :, None])[:, 0, 0]
 
 
-def _forward_kl(student, teacher, weights, kd_scale, ce_scale, group, gap, config):  # noqa: ANN001, ANN202
+def _forward_kl(student, teacher, weights, kd_scale, ce_scale, group, gap, config):
     torch.sub(teacher, student, out=gap)
     student_max, teacher_max = student.amax(dim=-1), teacher.amax(dim=-1)
     student_sum = student.sub_(student_max[:, None]).exp_().sum(dim=-1)
@@ -127,7 +127,7 @@ def _forward_kl(student, teacher, weights, kd_scale, ce_scale, group, gap, confi
     return mean_gap - (lse[1] - lse[0]), lse[0]
 
 
-def _reverse_kl(student, teacher, weights, kd_scale, ce_scale, group, gap, config):  # noqa: ANN001, ANN202
+def _reverse_kl(student, teacher, weights, kd_scale, ce_scale, group, gap, config):
     torch.sub(student, teacher, out=gap)
     student_max, teacher_max = student.amax(dim=-1), teacher.amax(dim=-1)
     student_sum = student.sub_(student_max[:, None]).exp_().sum(dim=-1)
@@ -150,7 +150,7 @@ def top_tokens(teacher: Tensor, k: int, group: dist.ProcessGroup | None) -> TopT
     return TopTokens(values - lse[:, None], index)
 
 
-def _top_k_kl(student, teacher, weights, kd_scale, ce_scale, group, scratch, config):  # noqa: ANN001, ANN202
+def _top_k_kl(student, teacher, weights, kd_scale, ce_scale, group, scratch, config):
     if isinstance(teacher, Tensor):
         teacher = top_tokens(teacher, config.top_k, group)
     local = student.shape[-1]

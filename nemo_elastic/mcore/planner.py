@@ -24,11 +24,11 @@ from ..choices import subnet_of
 from ..config.sections import RouterConfig
 from ..family import Family
 from ..layout import ParamLayout
-from ..router.budget_loss import BudgetSteering, ExpectedCost, budget_loss
-from ..router.model import Router
+from ..router.budget_loss import BudgetSteering, ExpectedCost, budget_loss, commitment_loss, cost_probabilities
+from ..router.model import Router, RouterOutput
 from ..router.repair import Chosen, choose
 from ..router.sampling import gumbel_noise, sample_budget
-from ..router.schedule import RouterPoint, resolve_recipe, router_point
+from ..router.schedule import RouterPoint, resolve_recipe, router_point, soft_steps
 from ..router.selection import soft_masks, straight_through_gates
 from ..search import propose_uniform
 from ..space import DEPTH, Subnet
@@ -47,18 +47,19 @@ class StepState:
 
 @dataclass(frozen=True)
 class Planned:
-    """One micro-batch: its budget, its plan (None: the full network), and the budget loss's inputs when learning."""
+    """One micro-batch: its budget, its plan (None: the full network), and the router loss's inputs when learning."""
 
     budget: str
     phase: str
     plan: Plan | None
-    probabilities: Mapping[str, Tensor] | None = None
-    discrete_error: float = 0.0
+    output: RouterOutput | None = None
+    scale: float = 1.0
+    chosen: Chosen | None = None
 
 
 @dataclass
 class PlannerState:
-    """What must survive a restart beside the weights: lambdas and the pinned subnets."""
+    """What must survive a restart beside the weights: prices and the pinned subnets."""
 
     steering: BudgetSteering = field(default_factory=BudgetSteering)
     frozen: dict[str, Subnet] = field(default_factory=dict)
@@ -137,7 +138,7 @@ class Planner:
             return {}
         found = {}
         for name in self.learned:
-            output = router(router.budget_vector(name), tau=self.config.tau_end, scale=1.0)
+            output = router(router.budget_vector(name), tau=1.0, scale=1.0)
             pi = {dim: p.cpu() for dim, p in output.probabilities.items()}
             found[name] = choose(pi, self.costs[name], tolerance=self.config.tolerance, fill=True)
         return found
@@ -171,13 +172,12 @@ class Planner:
         pi, chosen = output.probabilities, state.chosen[budget]
         if state.phase == "soft":
             masks = soft_masks(self.family.space, pi)
-            units = {n: m[:, : m.shape[1] // self.family.space.dims[n].groups] for n, m in masks.dims.items()}
-            plan = soft_plan(self.layout, self.family.space.full_subnet(), {**units, DEPTH: masks.layers})
+            plan = soft_plan(self.layout, self.family.space.full_subnet(), {**masks.dims, DEPTH: masks.layers})
         else:
             gates = straight_through_gates(self.family.space, pi, chosen.selection)
             subnet = self.subnet_of_choice(budget, chosen)
             plan = hard_plan(self.layout, subnet, self.mode, {**gates.dims, DEPTH: gates.layers})
-        return Planned(budget, state.phase, plan, pi, chosen.argmax_error)
+        return Planned(budget, state.phase, plan, output, state.point.scale, chosen)
 
     def plan_of(self, subnet: Subnet) -> Plan | None:
         """A plan without gradients for the router; None (Megatron's own forward) for the whole parent."""
@@ -186,18 +186,23 @@ class Planner:
         return hard_plan(self.layout, subnet, self.mode)
 
     def loss(self, planned: Planned) -> Tensor | None:
-        """Budget loss of a micro-batch; None when nothing is being learned."""
-        if planned.probabilities is None:
+        """The router's own loss: towards the budget while soft, towards its repaired choice while hard; or None."""
+        if planned.output is None:
             return None
-        expected = self.expected[planned.budget]({n: p.cpu() for n, p in planned.probabilities.items()})
-        weight = self.state.steering.weight(planned.budget, self.config)
-        return budget_loss(expected, planned.discrete_error, weight, self.config).float()
+        logits = {n: z.cpu() for n, z in planned.output.logits.items()}
+        if planned.phase == "hard":
+            return commitment_loss(logits, planned.chosen.selection)
+        noisy = {n: p.cpu() for n, p in planned.output.probabilities.items()}
+        pi = cost_probabilities(logits, noisy, planned.scale, self.config)
+        price = self.state.steering.price(planned.budget)
+        return budget_loss(self.expected[planned.budget](pi), price, self.config).float()
 
     def end_step(self, state: StepState) -> None:
         """Steer by the discrete errors of the step's choices."""
-        if state.phase in ("soft", "hard"):
+        if state.phase == "soft":
+            steps = soft_steps(self.total_steps, self.config)
             for name, chosen in state.chosen.items():
-                self.state.steering.update(name, chosen.argmax_error, self.config)
+                self.state.steering.update(name, chosen.argmax_error, steps, self.config)
 
     def current_subnets(self, router: Router | None, step: int) -> dict[str, Subnet]:
         """Per budget, the subnet that would be extracted now."""

@@ -94,6 +94,14 @@ class ElasticCallback(pl.Callback):
         if done % self.run.train.val_every_steps == 0 or done == self.planner.total_steps:
             self._validate(trainer)
 
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: ElasticMambaModel, checkpoint: dict[str, Any]) -> None:
+        """Note which children this checkpoint means: `nest` reads it."""
+        done = trainer.global_step
+        subnets = self.planner.current_subnets(self.model.policy, max(0, done - 1))
+        if trainer.is_global_zero:
+            described = {name: subnet.to_dict() for name, subnet in subnets.items()}
+            self.records.write("checkpoints", {"step": done, "subnets": described, "tokens": dict(self.tokens)})
+
     def state_dict(self) -> dict[str, Any]:
         """Lambdas, pinned subnets, tokens seen per budget."""
         return {"planner": self.planner.state_dict(), "tokens": dict(self.tokens)}
@@ -116,7 +124,7 @@ class ElasticCallback(pl.Callback):
                 record["budgets"][name] = {"kd": kd, "ce": ce, "tokens": int(tokens), "budget_loss": budget_loss}
         for name, chosen in self.state.chosen.items():
             record.setdefault("router", {})[name] = {
-                "lambda": self.planner.state.steering.weight(name, self.planner.config),
+                "price": self.planner.state.steering.price(name),
                 "argmax_error": chosen.argmax_error,
                 "error": chosen.error,
             }

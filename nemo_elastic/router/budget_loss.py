@@ -1,12 +1,16 @@
-"""The pull towards a budget, and what steers its strength.
+"""The pull towards a budget: the expected cost, its price, and the commitment to a choice that meets the budget.
 
-    expected   C(pi) = outer . pi_h + sum_l P(l kept) T_kind(pi_h, pi_...)      (the dims are independent)
-    loss       lambda_b max(0, |C(pi) / target - 1| - dead_zone)
-    steering   lambda_b <- clip(lambda_b + rate |e_b|),  e_b = discrete cost / target - 1, while |e_b| > tolerance
+    expected    r(pi) = C(pi) / target,  C = outer . pi_h + sum_l P(l kept) T_kind(pi_h, ...)     (dims are independent)
+    loss        price_b (r - 1) + (lambda / 2) (r - 1)^2           augmented Lagrangian of "cost == target"
+    steering    price_b <- clip(price_b + rate e_b / soft steps),  e_b = cost of the noise-free argmax / target - 1
+    commitment  mean over rows of -log pi_chosen                   hard phase: chosen is the argmax, repaired to fit
 
-The discrete cost of the argmax is what a child will have, and it parts from the expected one as the router sharpens
-(METHOD section 9); so lambda grows on the DISCRETE error, and with `steer: discrete` the loss takes its value from the
-discrete error and its gradient from the expected cost.
+`|r - 1|` alone chatters: its gradient has one size on both sides of the target and, under Adam, drowns what the
+children's loss says about the dims; the router saturates on whatever was cheapest to cut first (METHOD section 9).
+A price that settles where a parameter is worth what it costs leaves the decision between the dims to the children's
+loss. It is steered by the DISCRETE cost, which is what a child will have. r is taken from `softmax(scale z)`, without
+noise and temperature, so that its gradient is neither random nor vanishes. `recipe: paper` is lambda |r - 1| on the
+noisy probabilities, as published.
 """
 
 from collections.abc import Mapping
@@ -16,9 +20,10 @@ import torch
 from torch import Tensor
 
 from ..budget_cost import BudgetCost
-from ..choices import is_row_per_layer
+from ..choices import Selection, is_row_per_layer
 from ..config.sections import RouterConfig
 from ..space import DEPTH
+from .model import probabilities_of
 from .selection import depth_matrix
 
 
@@ -62,52 +67,62 @@ class ExpectedCost:
         return costs.expand(len(self.layers[kind]))
 
 
-def relative_error_loss(ratio: Tensor, dead_zone: float) -> Tensor:
-    """`max(0, |ratio - 1| - dead_zone)` of a cost ratio to its target."""
-    return torch.relu((ratio - 1).abs() - dead_zone)
+def cost_probabilities(
+    logits: Mapping[str, Tensor], noisy: Mapping[str, Tensor], scale: float, config: RouterConfig
+) -> Mapping[str, Tensor]:
+    """The probabilities a recipe takes the expected cost from."""
+    return noisy if config.recipe == "paper" else probabilities_of(logits, tau=1.0, scale=scale)
 
 
-def budget_loss(expected_ratio: Tensor, discrete_error: float, weight: float, config: RouterConfig) -> Tensor:
-    """lambda-weighted budget loss of one budget.
+def budget_loss(ratio: Tensor, price: float, config: RouterConfig) -> Tensor:
+    """Budget loss of one budget from its expected cost ratio r, with `config.dead_zone` taken off |r - 1|.
 
     Args:
-        expected_ratio: `ExpectedCost(...)`, with gradient.
-        discrete_error: `discrete cost / target - 1` of the noise-free argmax.
-        weight: this budget's lambda (`BudgetSteering.weight`).
+        price: `BudgetSteering.price` of this budget; the paper's recipe has none.
     """
+    gap = ratio - 1
+    gap = torch.sign(gap) * torch.relu(gap.abs() - config.dead_zone)
     if config.recipe == "paper":
-        return weight * relative_error_loss(expected_ratio, config.dead_zone)
-    steered = expected_ratio + (1 + discrete_error - expected_ratio.detach())
-    return weight * relative_error_loss(steered, config.dead_zone)
+        return config.budget_lambda * gap.abs()
+    return price * gap + config.budget_lambda / 2 * gap.square()
 
 
-def full_network_loss(probabilities: Mapping[str, Tensor]) -> Tensor:
-    """Pulls every dim to the parent's size: mean of `-log pi_0` over rows. For a full budget that is not pinned."""
-    rows = torch.cat([p[:, 0] for p in probabilities.values()])
-    return -torch.log(rows.clamp_min(torch.finfo(rows.dtype).tiny)).mean()
+def commitment_loss(logits: Mapping[str, Tensor], selection: Selection) -> Tensor:
+    """Mean over all rows of -log softmax(z) at the selection: makes a repaired choice the router's own."""
+    rows = [torch.log_softmax(z, -1).gather(-1, _column(selection[n], z))[:, 0] for n, z in logits.items()]
+    return -torch.cat(rows).mean()
+
+
+def _column(indices: tuple[int, ...], like: Tensor) -> Tensor:
+    return torch.tensor(indices, device=like.device)[:, None]
+
+
+def full_network_loss(logits: Mapping[str, Tensor]) -> Tensor:
+    """Pulls every dim to the parent's size; for a full budget that is learned instead of pinned."""
+    return commitment_loss(logits, {name: (0,) * z.shape[0] for name, z in logits.items()})
 
 
 @dataclass
 class BudgetSteering:
-    """lambda per budget; explicit state, saved with the run. Equal on all ranks, being fed by noise-free argmaxes."""
+    """Price of the cost per budget; explicit state, saved with the run. Equal on all ranks: it is fed by noise-free
+    argmaxes, once per step and learned budget, whichever budgets the step's micro-batches drew.
+    """
 
-    weights: dict[str, float] = field(default_factory=dict)
+    prices: dict[str, float] = field(default_factory=dict)
 
-    def weight(self, name: str, config: RouterConfig) -> float:
-        """This budget's lambda now."""
-        return self.weights.get(name, config.budget_lambda)
+    def price(self, name: str) -> float:
+        """This budget's price now, in units of loss per relative cost."""
+        return self.prices.get(name, 0.0)
 
-    def update(self, name: str, discrete_error: float, config: RouterConfig) -> None:
-        """Dual ascent on the discrete error, once per step and budget; back towards the start once it is met."""
-        now, size = self.weight(name, config), abs(discrete_error)
-        if size > config.tolerance:
-            now = min(config.max_lambda, now + config.dual_ascent_rate * size)
-        self.weights[name] = now
+    def update(self, name: str, discrete_error: float, soft_steps: int, config: RouterConfig) -> None:
+        """Dual ascent; the rate is per soft phase, so that short and long runs steer alike."""
+        moved = self.price(name) + config.dual_ascent_rate * discrete_error / max(1, soft_steps)
+        self.prices[name] = min(config.max_price, max(-config.max_price, moved))
 
     def state_dict(self) -> dict[str, float]:
         """For the checkpoint."""
-        return dict(self.weights)
+        return dict(self.prices)
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """From the checkpoint."""
-        self.weights = {name: float(weight) for name, weight in state.items()}
+        self.prices = {name: float(price) for name, price in state.items()}

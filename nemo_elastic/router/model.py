@@ -10,6 +10,7 @@ Nemotron Elastic (arXiv 2511.16664), section on the router; Flextron (arXiv 2406
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -102,7 +103,7 @@ def interpolated_budget(values: Mapping[str, float], value: float) -> dict[str, 
     low, high = values[ordered[0]], values[ordered[-1]]
     if not low <= value <= high:
         raise ValueError(f"budget {value:g} is outside the trained range {low:g} to {high:g}; train that budget too")
-    for below, above in zip(ordered, ordered[1:], strict=False):
+    for below, above in pairwise(ordered):
         if values[below] <= value <= values[above]:
             gap = values[above] - values[below]
             share = (value - values[below]) / gap if gap else 0.0

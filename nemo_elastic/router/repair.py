@@ -1,4 +1,4 @@
-"""From the router's argmax to a subnet that meets the budget in exact integers, giving up as little probability as can be.
+"""From the router's argmax to a subnet that meets the budget in exact integers, at the least loss of probability.
 
     minimise   sum over rows of (log pi_argmax - log pi_chosen) + shortfall price
     subject to cost(chosen) <= (1 + tolerance) target
@@ -102,7 +102,9 @@ class _Row:
 
 
 class _Repair:
-    def __init__(self, cost: BudgetCost, losses: Mapping[str, list[list[float]]], tolerance: float, price: float) -> None:
+    def __init__(
+        self, cost: BudgetCost, losses: Mapping[str, list[list[float]]], tolerance: float, price: float
+    ) -> None:
         self.tables: CostTables = cost.tables
         self.target, self.losses, self.price = cost.target, losses, price
         self.highest, self.lowest = cost.target * (1 + tolerance), cost.target * (1 - tolerance)

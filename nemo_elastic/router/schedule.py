@@ -2,8 +2,8 @@
 
 A run is `warmup` (every budget on its fixed uniform subnet, so that the weights adapt before the router moves), then
 `soft` (all choices mixed by their probabilities: exploration), then `hard` (the chosen subnet alone, with
-straight-through gates: what the children will be, and sliced). tau falls and scale rises linearly from the end of the
-warm-up to the end of the run.
+straight-through gates: what the children will be, and sliced). Over the soft phase tau falls geometrically and scale
+rises linearly, so that the mixture has become a choice when the hard phase begins; they stay at their ends then.
 """
 
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ class RouterPoint:
 
 
 def resolve_recipe(config: RouterConfig) -> RouterConfig:
-    """`recipe: paper` as values: lambda 1 and fixed, no warm-up, the schedules of METHOD section 4."""
+    """`recipe: paper` as values: lambda 1 and fixed, soft masks and a moving router all along, linear schedules."""
     if config.recipe != "paper":
         return config
     return replace(
@@ -33,6 +33,8 @@ def resolve_recipe(config: RouterConfig) -> RouterConfig:
         dual_ascent_rate=0.0,
         dead_zone=0.0,
         warmup_fraction=0.0,
+        soft_fraction=1.0,
+        freeze_fraction=0.0,
         tau_start=1.0,
         tau_end=0.05,
         scale_start=1.0,
@@ -51,9 +53,15 @@ def router_point(step: int, total_steps: int, config: RouterConfig) -> RouterPoi
     """Phase, tau and scale at `step` (0-based) of `total_steps`."""
     soft, hard = phase_ends(total_steps, config)
     phase: Phase = "warmup" if step < soft else "soft" if step < hard else "hard"
-    done = min(1.0, max(0.0, (step - soft) / max(1, total_steps - 1 - soft)))
-    return RouterPoint(
-        phase,
-        config.tau_start + (config.tau_end - config.tau_start) * done,
-        config.scale_start + (config.scale_end - config.scale_start) * done,
-    )
+    done = min(1.0, max(0.0, (step - soft) / max(1, hard - 1 - soft)))
+    if config.recipe == "paper":
+        tau = config.tau_start + (config.tau_end - config.tau_start) * done
+    else:
+        tau = config.tau_start * (config.tau_end / config.tau_start) ** done
+    return RouterPoint(phase, tau, config.scale_start + (config.scale_end - config.scale_start) * done)
+
+
+def soft_steps(total_steps: int, config: RouterConfig) -> int:
+    """Length of the soft phase in steps."""
+    soft, hard = phase_ends(total_steps, config)
+    return hard - soft

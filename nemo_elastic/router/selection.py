@@ -1,6 +1,6 @@
 """From probabilities to what a forward needs: the chosen subnet, soft masks, straight-through gates.
 
-    soft:  mask_u = sum_i pi_i [u < k_i]            for unit u of every group, k_i = choice_i / groups
+    soft:  mask_u = sum_i pi_i [u < k_i]            for unit u of EVERY group, k_i = choice_i / groups
     hard:  mask of the chosen size, times a gate whose value is 1 and whose gradient is that of pi_chosen
 
 With one-hot pi the soft mask IS the hard mask. A layer's soft gate is the probability that depth keeps it.
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ..choices import Selection, kept_by_depth
-from ..layout import ParamLayout
 from ..space import DEPTH, ElasticSpace
 
 
@@ -21,7 +20,7 @@ from ..space import DEPTH, ElasticSpace
 class Gates:
     """Straight-through gates of a hard subnet: value 1, gradient of the chosen choice's probability.
 
-    `dims[name]` is `[rows]` (1, or one per layer of the kind); `layers` is `[L]`: 1 for kept layers, 0 for dropped ones.
+    `dims[name]` is `[rows]` (1, or one per layer of the kind); `layers` is `[L]`: 1 where kept, 0 where dropped.
     """
 
     dims: Mapping[str, Tensor]
@@ -30,7 +29,7 @@ class Gates:
 
 @dataclass(frozen=True)
 class SoftMasks:
-    """`dims[name]` is `[rows, this rank's units]`, groups flattened; `layers` is `[L]`, the probability of being kept."""
+    """`dims[name]` is `[rows, units of one group]`; `layers` is `[L]`, the probability of being kept."""
 
     dims: Mapping[str, Tensor]
     layers: Tensor
@@ -57,7 +56,9 @@ def straight_through(value: Tensor, surrogate: Tensor) -> Tensor:
 
 def expected_sizes(space: ElasticSpace, probabilities: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Expected units kept per dim, `[rows]`."""
-    return {n: p @ torch.tensor(space.dims[n].choices, dtype=p.dtype, device=p.device) for n, p in probabilities.items()}
+    return {
+        n: p @ torch.tensor(space.dims[n].choices, dtype=p.dtype, device=p.device) for n, p in probabilities.items()
+    }
 
 
 def kept_layer_probabilities(space: ElasticSpace, probabilities: Mapping[str, Tensor]) -> Tensor:
@@ -86,26 +87,13 @@ def prefix_masks(space: ElasticSpace, name: str, like: Tensor) -> Tensor:
     return (units[None, :] < kept[:, None]).to(like)
 
 
-def local_groups(space: ElasticSpace, name: str, tp_size: int) -> int:
-    """Groups of a dim on one tensor-parallel rank. Hidden and head channels are whole on every rank."""
-    split = name in ("ffn_hidden_size", "mamba_num_heads", "num_attention_heads")
-    return space.dims[name].groups // (tp_size if split else 1)
-
-
-def soft_masks(space: ElasticSpace, probabilities: Mapping[str, Tensor], layout: ParamLayout | None = None) -> SoftMasks:
-    """Differentiable masks, in the form `slicing.unit_mask` takes. `layout` (a shard's) gives the rank's groups."""
-    tp_size = 1 if layout is None else layout.tp_size
-    masks = {}
-    for name, pi in probabilities.items():
-        if name != DEPTH:
-            group = pi @ prefix_masks(space, name, pi)
-            masks[name] = group.repeat(1, local_groups(space, name, tp_size))
+def soft_masks(space: ElasticSpace, probabilities: Mapping[str, Tensor]) -> SoftMasks:
+    """Differentiable masks of one group's units, in the form `slicing.unit_mask` takes: the same on every rank."""
+    masks = {n: pi @ prefix_masks(space, n, pi) for n, pi in probabilities.items() if n != DEPTH}
     return SoftMasks(masks, kept_layer_probabilities(space, probabilities))
 
 
-def straight_through_gates(
-    space: ElasticSpace, probabilities: Mapping[str, Tensor], selection: Selection
-) -> Gates:
+def straight_through_gates(space: ElasticSpace, probabilities: Mapping[str, Tensor], selection: Selection) -> Gates:
     """Gates for a chosen (possibly repaired) selection: exactly 1, carrying the gradient of its probabilities."""
     gates = {}
     for name, pi in probabilities.items():
@@ -118,11 +106,9 @@ def straight_through_gates(
     return Gates(gates, straight_through(hard, kept))
 
 
-def straight_through_masks(
-    space: ElasticSpace, probabilities: Mapping[str, Tensor], selection: Selection, layout: ParamLayout | None = None
-) -> SoftMasks:
+def straight_through_masks(space: ElasticSpace, probabilities: Mapping[str, Tensor], selection: Selection) -> SoftMasks:
     """Hard masks in the forward, the soft masks' gradient in the backward: more signal than gates, masked mode only."""
-    hard = soft_masks(space, one_hot(selection, probabilities), layout)
-    soft = soft_masks(space, probabilities, layout)
+    hard = soft_masks(space, one_hot(selection, probabilities))
+    soft = soft_masks(space, probabilities)
     dims = {name: straight_through(hard.dims[name], mask) for name, mask in soft.dims.items()}
     return SoftMasks(dims, straight_through(hard.layers, soft.layers))

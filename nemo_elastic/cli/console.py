@@ -12,7 +12,6 @@ from typing import Any
 
 from ..problems import ProblemsError
 
-
 NOISY = (
     "megatron",
     "lightning",

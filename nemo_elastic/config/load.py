@@ -32,18 +32,21 @@ class Resolved:
     origins: dict[str, str]
 
 
-def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Resolved:
+def load_config(
+    path: str | Path | None, overrides: Sequence[str] = (), *, base: Mapping[str, Any] | None = None
+) -> Resolved:
     """Read, merge, check.
 
     Args:
         path: a YAML file, also one of the shipped `conf/` by its name; None: defaults only.
         overrides: `dotted.key=value` words, values in YAML.
+        base: plain values to start from (those a checkpoint was made with).
 
     Raises:
         ProblemsError: unreadable files, unknown keys (with a suggestion), wrong types and broken rules, all at once.
     """
     origins: dict[str, str] = {}
-    merged = OmegaConf.create({})
+    merged = OmegaConf.create(dict(base or {}))
     if path is not None:
         merged = _read(_find(path), origins, ())
     merged = _override(merged, overrides, origins)

@@ -85,3 +85,51 @@ def _run(model: nn.Module, batches: list[tuple[Tensor, Tensor]], plan: Plan | No
     for output in outputs:
         total += torch.tensor([float(output["sum"]), float(output["tokens"])], dtype=torch.float64)
     return total
+
+
+@torch.no_grad()
+def whole_logits(model: nn.Module, tokens: Tensor, plan: Plan | None = None) -> Tensor:
+    """Logits `[b, s, v]` of one batch, fp32 on the CPU, the same on every rank of the replica."""
+    core = unwrapped(model)
+    training = core.training
+    core.eval()
+    keywords = {} if plan is None else {"elastic": plan}
+    device = next(core.parameters()).device
+    found: list[Tensor] = []
+
+    def forward_step(iterator, model):
+        ids = next(iterator).to(device)
+        positions = torch.arange(ids.shape[1], device=device).expand_as(ids)
+        out = model(ids, positions, None, **keywords)
+
+        def keep(logits: Tensor):
+            found.append(_over_vocabulary(logits).float().cpu())
+            return logits.float().sum(), {}
+
+        return out, keep
+
+    get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter([tokens]),
+        model=[core],
+        num_microbatches=1,
+        seq_length=tokens.shape[1],
+        micro_batch_size=tokens.shape[0],
+        forward_only=True,
+    )
+    core.train(training)
+    if parallel_state.get_pipeline_model_parallel_world_size() == 1:
+        return found[0]
+    payload = [found[0] if found else None]
+    last = parallel_state.get_pipeline_model_parallel_last_rank()
+    dist.broadcast_object_list(payload, src=last, group=parallel_state.get_pipeline_model_parallel_group())
+    return payload[0]
+
+
+def _over_vocabulary(logits: Tensor) -> Tensor:
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    if size == 1:
+        return logits
+    shards = [torch.empty_like(logits) for _ in range(size)]
+    dist.all_gather(shards, logits.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
+    return torch.cat(shards, dim=-1)

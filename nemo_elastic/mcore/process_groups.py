@@ -46,6 +46,22 @@ def start(tensor_model_parallel_size: int = 1, pipeline_model_parallel_size: int
     return dist.get_rank()
 
 
+def rank() -> int:
+    """This process' number; 0 before anything is started."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def is_started() -> bool:
     """Whether Megatron's groups are there."""
     return dist.is_initialized() and parallel_state.model_parallel_is_initialized()

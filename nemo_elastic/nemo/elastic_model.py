@@ -147,7 +147,8 @@ class ElasticLossReduction(MegatronLossReduction):
         """Mean loss per token of the step; per-budget numbers stay in `stats`."""
         sums = torch.stack([x["sums"] for x in losses_reduced_per_micro_batch]).sum(0)
         torch.distributed.all_reduce(sums, group=data_parallel_group())
-        named = {name: dict(zip(self.FIELDS, row, strict=True)) for name, row in zip(self.budgets, sums.tolist(), strict=True)}
+        rows = zip(self.budgets, sums.tolist(), strict=True)
+        named = {name: dict(zip(self.FIELDS, row, strict=True)) for name, row in rows}
         self.stats = {
             name: BudgetStats(
                 kd=row["kd"] / row["tokens"],

@@ -1,0 +1,54 @@
+"""`extract`: children out of a nested checkpoint, as plain NeMo checkpoints or Hugging Face folders."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..problems import Problem, ProblemsError
+from .arguments import folders, overrides, verb_parser
+from .console import progress_bar, quiet_libraries
+
+EXAMPLES = """examples:
+  nemo-elastic extract runs/tiny/nested --budget small --out runs/tiny/children/small
+  nemo-elastic extract runs/tiny/nested --all --format hf --out runs/tiny/hf"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Register the verb."""
+    help = "one child or all of a nested checkpoint, without any training"
+    flags = ("--budget", "--all", "--format", "--out", "--force", "--json", "--verbose")
+    parser = verb_parser(subparsers, "extract", run, help, flags, epilog=EXAMPLES)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="cast the weights (default: as stored)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write the children; answers with their folders."""
+    (nested,) = folders(arguments, "NESTED")
+    if overrides(arguments):
+        raise ProblemsError([Problem(overrides(arguments)[0], "extract reads everything from the nested checkpoint")])
+    if bool(arguments.budget) == arguments.all:
+        raise ProblemsError([Problem("--budget", "give one budget by --budget NAME, or --all")])
+    quiet_libraries(arguments.verbose)
+    import torch
+
+    from ..nemo.checkpoints import extract, open_nested
+
+    opened = open_nested(nested)
+    names = list(opened.manifest.subnets) if arguments.all else [arguments.budget]
+    base = Path(arguments.out) if arguments.out else Path(nested).parent / "children"
+    targets = {name: base / name if arguments.all or not arguments.out else base for name in names}
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
+    with progress_bar() as bar:
+        for done, (name, target) in enumerate(targets.items()):
+            bar.update("extract", done, len(targets), name)
+            extract(opened, name, target, format=arguments.format, dtype=dtype, force=arguments.force)
+        bar.update("extract", len(targets), len(targets))
+    written = {name: str(target) for name, target in targets.items()}
+    if arguments.json:
+        arguments.answer.json({"format": arguments.format, "children": written})
+    else:
+        for name, target in written.items():
+            arguments.answer.write(f"{name}: {target}")
+    return 0

@@ -1,0 +1,56 @@
+"""`quickstart`: the whole pipeline on the parent and the text that ship with the package, in minutes on two cores."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from .arguments import configuration, folders, restart_under_torchrun, run_folder, verb_parser, write_resolved
+from .console import is_first_rank, progress_bar, quiet_libraries
+from .train import check_unused
+
+EXAMPLES = """examples:
+  nemo-elastic quickstart
+  nemo-elastic quickstart --json --out runs/first
+  nemo-elastic quickstart --nproc 4 train.tensor_model_parallel_size=2 train.pipeline_model_parallel_size=2
+
+exit code 1 when a child differs from its nested subnet"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Register the verb."""
+    help = "rank, train, extract, verify and report the tiny parent that ships with the package"
+    flags = ("--config", "--out", "--json", "--nproc", "--force", "--verbose")
+    verb_parser(subparsers, "quickstart", run, help, flags, epilog=EXAMPLES)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Everything; prints the table, the verdict and the report's path."""
+    folders(arguments)
+    resolved = configuration(arguments, default="tiny_parent.yaml")
+    out = run_folder(arguments, "quickstart")
+    check_unused(out, arguments)
+    restart_under_torchrun(arguments)
+    quiet_libraries(arguments.verbose)
+    from ..nemo.pipeline import Run, quickstart
+
+    with progress_bar() as bar:
+        work = Run(resolved, out, bar.update)
+        write_resolved(out, resolved)
+        bar.say("loading Megatron and NeMo")
+        result = quickstart(work)
+    if not is_first_rank():
+        return 0
+    from ..report.write import write_report
+    from ..report.table import results_table
+
+    path = write_report(out)
+    if arguments.json:
+        arguments.answer.json({**result, "report": str(path)})
+    else:
+        verdict = (
+            "verification passed: every child is its nested subnet" if result["verified"] else "verification FAILED"
+        )
+        arguments.answer.render(results_table(result), verdict)
+        arguments.answer.write(f"report: {path}")
+    return 0 if result["verified"] else 1

@@ -1,0 +1,259 @@
+"""The steps of a run as functions of (configuration, run folder), each done once and skipped when its result is there.
+
+    rank -> sort -> train -> nest -> extract -> verify -> results.json -> report
+
+Every process of a distributed run calls every step; what is written, the first rank writes.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import platform
+import re
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_elastic import __version__
+from nemo_elastic.checkpoint.manifest import Manifest
+from nemo_elastic.config.load import Resolved, plain
+from nemo_elastic.cost import BYTE_PROFILES, memory, parameters
+from nemo_elastic.data.tokenizer import DEFAULT_TOKENIZER
+from nemo_elastic.family import family_of
+from nemo_elastic.files import write_json
+from nemo_elastic.importance.store import Importance
+from nemo_elastic.layout import ParamLayout
+from nemo_elastic.mcore import process_groups
+from nemo_elastic.mcore.build import build_elastic_model, load_weights
+from nemo_elastic.mcore.dist_checkpoint import TorchDistReader
+from nemo_elastic.mcore.elastic.plan import hard_plan
+from nemo_elastic.mcore.evaluate import heldout_loss
+from nemo_elastic.mcore.parents import open_parent, sorted_parent, write_sorted
+from nemo_elastic.nemo.checkpoints import extract, open_nested, write_nested
+from nemo_elastic.nemo.train import Trained, data_module, heldout_batches, latest_checkpoint, train
+from nemo_elastic.nemo.verify import verify
+from nemo_elastic.problems import Problem, ProblemsError
+from nemo_elastic.runlog import RunLog
+from nemo_elastic.space import Subnet
+from nemo_elastic.verification import ChildCheck
+
+logger = logging.getLogger(__name__)
+ROUTER_PREFIX = "module.router.net."
+Progress = Callable[[str, int, int, str], None]
+
+
+class Run:
+    """A run folder and what is in it: `importance/ sorted/ checkpoints/ logs/ nested/ children/ results.json`."""
+
+    def __init__(self, resolved: Resolved, out: Path, progress: Progress | None = None) -> None:
+        self.resolved, self.config, self.out = resolved, resolved.config, out
+        self.progress = progress or (lambda name, done, total, text: None)
+        self.seconds: dict[str, float] = {}
+
+    def start(self) -> None:
+        """Process groups at the run's layout."""
+        settings = self.config.train
+        process_groups.start(
+            settings.tensor_model_parallel_size, settings.pipeline_model_parallel_size, seed=settings.seed
+        )
+
+    def timed(self, name: str, step: Callable[[], Any]) -> Any:
+        """Run a step and note its seconds."""
+        started = time.monotonic()
+        result = step()
+        self.seconds[name] = round(time.monotonic() - started, 1)
+        return result
+
+    def importance(self, *, resume: bool = False) -> Importance:
+        """Measured importance, from disk when it is there."""
+        from nemo_elastic.cli.rank import rank_run
+
+        family = family_of(self.config)
+        if (self.out / "importance" / "importance.json").is_file():
+            return Importance.load(self.out / "importance", family.architecture)
+        return rank_run(self.config, self.out, resume=resume)
+
+    def sort(self, importance: Importance, *, force: bool = False) -> Path:
+        """The sorted parent's folder."""
+        folder, layout = self.out / "sorted", family_of(self.config).layout
+        if process_groups.rank() == 0 and (force or not folder.is_dir()):
+            reader = open_parent(self.config.parent.path, layout)
+            write_sorted(folder, reader, layout, importance, source=str(self.config.parent.path), force=force)
+        process_groups.barrier()
+        return folder
+
+    def train(self, sorted_folder: Path, *, resume_from: Path | None = None) -> Trained:
+        """The elastic run."""
+
+        def show(step: int, total: int, text: str) -> None:
+            self.progress("train", step, total, text)
+
+        return train(self.config, self.out, sorted_folder, resume_from=resume_from, progress=show)
+
+    def resume_point(self) -> Path | None:
+        """The last complete training checkpoint; None when there is none yet."""
+        return latest_checkpoint(self.out) if any((self.out / "checkpoints").glob("step=*/weights")) else None
+
+    def nest(self, checkpoint: Path | None = None, *, force: bool = False) -> Path:
+        """The nested checkpoint, from a training checkpoint (default: the last one). Only the first rank works.
+
+        Raises:
+            ProblemsError: no such checkpoint, or the run's log does not know its children.
+        """
+        folder, parent = self.out / "nested", sorted_parent(self.out / "sorted")
+        checkpoint = checkpoint or latest_checkpoint(self.out)
+        if process_groups.rank() == 0:
+            family = family_of(self.config, parent.depth_ranking)
+            record = self._record_of(checkpoint)
+            with TorchDistReader(checkpoint) as reader:
+                router = {k.removeprefix(ROUTER_PREFIX): k for k in reader.other_keys() if k.startswith(ROUTER_PREFIX)}
+                write_nested(
+                    folder,
+                    reader,
+                    Manifest(
+                        model=dict(self.config.model),
+                        space=family.space,
+                        budgets={b.name: b for b in family.budgets},
+                        subnets={n: family.space.subnet_from_dict(s) for n, s in record["subnets"].items()},
+                        rankings={"depth_ranking": list(parent.depth_ranking or ())},
+                        provenance=self.provenance() | {"step": record["step"], "tokens": record["tokens"]},
+                    ),
+                    tokenizer=self.config.data.tokenizer or DEFAULT_TOKENIZER,
+                    permutations=dict(parent.permutations),
+                    router={name: reader.read_key(key) for name, key in router.items()},
+                    force=force,
+                )
+        process_groups.barrier()
+        return folder
+
+    def _record_of(self, checkpoint: Path) -> dict[str, Any]:
+        """What the run noted when it wrote `checkpoint` (`step=N` is the checkpoint after N + 1 steps)."""
+        found = re.match(r"step=(\d+)", checkpoint.name)
+        records = {r["step"]: r for r in RunLog(self.out / "logs").read("checkpoints")}
+        step = int(found.group(1)) + 1 if found else -1
+        if step not in records:
+            words = f"is no training checkpoint of the run in {self.out} (its log knows steps {sorted(records)})"
+            raise ProblemsError([Problem(str(checkpoint), words)])
+        return records[step]
+
+    def extract_all(self, nested: Path, *, dtype: torch.dtype | None = None, force: bool = False) -> dict[str, Path]:
+        """One plain NeMo checkpoint per budget."""
+        names = list(open_nested(nested).manifest.subnets)
+        folders = {name: self.out / "children" / name for name in names}
+        if process_groups.rank() == 0:
+            for done, (name, folder) in enumerate(folders.items()):
+                self.progress("extract", done, len(folders), name)
+                extract(nested, name, folder, dtype=dtype, force=force)
+        self.progress("extract", len(folders), len(folders), "")
+        process_groups.barrier()
+        return folders
+
+    def batches(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Held-out text."""
+        stage = self.config.train.stages[0]
+        return heldout_batches(data_module(self.config, stage.seq_length, stage.global_batch_size), self.config)
+
+    def verify(self, nested: Path, children: Mapping[str, Path]) -> list[ChildCheck]:
+        """Children against nested subnets."""
+        return verify(
+            nested,
+            children,
+            self.config,
+            self.batches(),
+            report=lambda name, done, total: self.progress(name, done, total, ""),
+        )
+
+    def zero_shot(self, sorted_folder: Path, subnets: Mapping[str, Subnet]) -> dict[str, float]:
+        """Held-out loss of the same children cut from the sorted parent before any training."""
+        self.start()
+        family = family_of(self.config, sorted_parent(sorted_folder).depth_ranking)
+        groups = family.space.ffn_groups
+        model = build_elastic_model(
+            family.architecture, ffn_groups=groups, sequence_parallel=self.config.train.sequence_parallel
+        )
+        load_weights(model, sorted_parent(sorted_folder).reader, family.architecture, ffn_groups=groups)
+        batches = self.batches()
+        return {
+            name: heldout_loss(model, batches, hard_plan(model.layout, subnet, self.config.train.mode))
+            for name, subnet in subnets.items()
+        }
+
+    def results(self, nested: Path, checks: list[ChildCheck], before: Mapping[str, float]) -> dict[str, Any]:
+        """The table of a run as plain values; also written to `results.json`."""
+        manifest = open_nested(nested).manifest
+        result = {
+            "name": self.config.name,
+            "parent": {
+                "parameters": parameters(manifest.layout, manifest.space.full_subnet()),
+                "heldout_loss": before.get(_full_name(manifest)),
+            },
+            "budgets": [self._row(manifest, manifest.layout, check, before) for check in checks],
+            "verified": all(check.ok for check in checks),
+            "seconds": dict(self.seconds),
+            "provenance": self.provenance(),
+        }
+        if process_groups.rank() == 0:
+            write_json(self.out / "results.json", result)
+        process_groups.barrier()
+        return result
+
+    def _row(
+        self, manifest: Manifest, layout: ParamLayout, check: ChildCheck, before: Mapping[str, float]
+    ) -> dict[str, Any]:
+        subnet, serving = manifest.subnet(check.budget), self.config.report
+        bytes_ = memory(
+            layout,
+            subnet,
+            batch_size=serving.batch_size,
+            sequence_length=serving.sequence_length,
+            profile=BYTE_PROFILES[serving.profile],
+        )
+        budget = manifest.budgets[check.budget]
+        return {
+            "name": check.budget,
+            "target": {"kind": budget.kind, "value": budget.value},
+            "subnet": subnet.to_dict(),
+            "parameters": check.parameters,
+            "percent_of_parent": 100 * check.parameters / parameters(layout, manifest.space.full_subnet()),
+            "memory_bytes": bytes_.to_dict(),
+            "heldout_nested": check.loss_nested,
+            "heldout_child": check.loss_child,
+            "heldout_before": before[check.budget],
+            "verified": check.ok,
+            "max_abs_difference": check.comparison.max_abs,
+            "check": check.to_dict(),
+        }
+
+    def provenance(self) -> dict[str, Any]:
+        """Versions, seeds and the configuration: what a result needs to be understood alone."""
+        packages = ("torch", "megatron-core", "nemo-toolkit", "lightning", "transformers")
+        return {
+            "nemo_elastic": __version__,
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in packages},
+            "seed": self.config.train.seed,
+            "processes": process_groups.world_size(),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+            "config": plain(self.config),
+        }
+
+
+def _full_name(manifest: Manifest) -> str | None:
+    return next((name for name, budget in manifest.budgets.items() if budget.is_full), None)
+
+
+def quickstart(run: Run) -> dict[str, Any]:
+    """All of the above, once."""
+    run.start()
+    importance = run.timed("rank", run.importance)
+    sorted_folder = run.timed("sort", lambda: run.sort(importance))
+    trained = run.timed("train", lambda: run.train(sorted_folder))
+    nested = run.timed("nest", run.nest)
+    before = run.timed("zero_shot", lambda: run.zero_shot(sorted_folder, trained.subnets))
+    children = run.timed("extract", lambda: run.extract_all(nested))
+    checks = run.timed("verify", lambda: run.verify(nested, children))
+    return run.results(nested, checks, before)

@@ -1,0 +1,71 @@
+"""How two models that should be one are compared, and what counts as the same. Torch only.
+
+nested subnet(x) == extracted child(x)        on real text: logits, losses, most likely token
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LOSS_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
+LOGIT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Differences of two logits tensors `[b, s, v]`; `relative` is to the largest logit, `kl` nats per token."""
+
+    max_abs: float
+    relative: float
+    kl: float
+    top1_agreement: float
+
+    def to_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def compare_logits(left: Tensor, right: Tensor) -> Comparison:
+    """Compare in fp64."""
+    a, b = left.double(), right.double()
+    gap = (a - b).abs().max().item()
+    log_a, log_b = a.log_softmax(-1), b.log_softmax(-1)
+    kl = (log_a.exp() * (log_a - log_b)).sum(-1).mean().item()
+    agree = (a.argmax(-1) == b.argmax(-1)).double().mean().item()
+    return Comparison(gap, gap / max(a.abs().max().item(), 1e-30), kl, agree)
+
+
+@dataclass(frozen=True)
+class ChildCheck:
+    """What verification found of one child. `ok` is the conjunction of everything below it."""
+
+    budget: str
+    comparison: Comparison
+    loss_nested: float
+    loss_child: float
+    parameters: int
+    numel: int
+    nested_in: tuple[str, ...]
+    dtype: torch.dtype
+
+    @property
+    def ok(self) -> bool:
+        """Same function, same size."""
+        return (
+            abs(self.loss_nested - self.loss_child) <= LOSS_TOLERANCE[self.dtype]
+            and self.comparison.relative <= LOGIT_TOLERANCE[self.dtype]
+            and self.parameters == self.numel
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "budget": self.budget,
+            "ok": self.ok,
+            **self.comparison.to_dict(),
+            "loss_nested": self.loss_nested,
+            "loss_child": self.loss_child,
+            "parameters": self.parameters,
+            "numel": self.numel,
+            "nested_in": list(self.nested_in),
+        }

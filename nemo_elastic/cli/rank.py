@@ -1,48 +1,44 @@
-"""`rank`: importance of widths and layers of a parent, at any parallel layout -> `OUT/importance/`.
+"""`rank`: importance of widths and layers of a parent, at any parallel layout -> `OUT/importance/`."""
 
-nemo-elastic rank --config conf/tiny_parent.yaml
-nemo-elastic rank --config conf/x.yaml rank.samples=1024 rank.depth=one_shot --resume
-torchrun --nproc-per-node 8 -m nemo_elastic rank --config conf/x.yaml train.tensor_model_parallel_size=8
-"""
+from __future__ import annotations
 
 import argparse
-import json
-import logging
-import os
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-logger = logging.getLogger(__name__)
+from .arguments import configuration, folders, restart_under_torchrun, run_folder, verb_parser
+from .console import is_first_rank, progress_bar, quiet_libraries
+
 FOLDER = "importance"
-PHASES = {"widths": "widths", "depth": "layers"}
+PHASES = {"widths": "rank widths", "depth": "rank layers"}
+EXAMPLES = """examples:
+  nemo-elastic rank --config conf/tiny_parent.yaml
+  nemo-elastic rank --config conf/my_parent.yaml --resume rank.samples=1024 rank.depth=one_shot
+  torchrun --nproc-per-node 8 -m nemo_elastic rank --config conf/x.yaml train.tensor_model_parallel_size=8
+
+--resume goes on after an interruption, with the same layout; at most one batch is repeated"""
 
 
 def add_parser(subparsers: Any) -> None:
-    """Declare the verb."""
-    words = {"help": "importance of widths and layers -> OUT/importance/", "description": __doc__}
-    parser = subparsers.add_parser("rank", formatter_class=argparse.RawDescriptionHelpFormatter, **words)
-    parser.add_argument("--config", required=True, help="YAML file, or the name of a shipped one")
-    parser.add_argument("--out", help="folder of the run (default: runs/<name>)")
-    parser.add_argument("--resume", action="store_true", help="go on after an interruption; loses at most one batch")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value")
-    parser.set_defaults(run=run)
+    """Register the verb."""
+    flags = ("--config", "--out", "--json", "--resume", "--nproc", "--verbose")
+    verb_parser(subparsers, "rank", run, "importance of widths and layers -> OUT/importance/", flags, epilog=EXAMPLES)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Rank as the configuration says."""
-    from ..config.load import load_config
-
-    config = load_config(args.config, args.overrides).config
-    out = Path(args.out or f"runs/{config.name}")
-    importance = rank_run(config, out, resume=args.resume)
-    if os.environ.get("RANK", "0") != "0":
-        return 0
+    folders(arguments)
+    config = configuration(arguments).config
+    restart_under_torchrun(arguments)
+    quiet_libraries(arguments.verbose)
+    out = run_folder(arguments, config.name)
+    importance = rank_run(config, out, resume=arguments.resume)
     result = {"importance": str(out / FOLDER), **summary(importance)}
-    sys.stdout.write((json.dumps(result, indent=2) if args.json else as_text(result)) + "\n")
+    if arguments.json:
+        arguments.answer.json(result)
+    else:
+        arguments.answer.write(as_text(result))
     return 0
 
 
@@ -66,13 +62,11 @@ def rank_run(config: Any, out: Path, *, resume: bool = False) -> Any:
     raise_if_any(parallel_problems(family.architecture, train, family.space.ffn_groups))
     reader = open_parent(config.parent.path, family.layout)
     sample, text = calibration(config, folder_of(config.parent.path))
-    first = process_groups.start(
-        train.tensor_model_parallel_size, train.pipeline_model_parallel_size, seed=train.seed
-    ) == 0  # fmt: skip
+    process_groups.start(train.tensor_model_parallel_size, train.pipeline_model_parallel_size, seed=train.seed)
     model = build_plain_model(family.architecture, **precision(train))
     load_weights(model, reader, family.architecture, ffn_groups=family.space.ffn_groups)
     dims = family.space.dims
-    with progress_bars(first) as report:
+    with progress_bar() as bars:
         importance = rank_parent(
             model,
             family.layout,
@@ -83,13 +77,12 @@ def rank_run(config: Any, out: Path, *, resume: bool = False) -> Any:
             folder=out / FOLDER,
             resume=resume,
             source={"parent": config.parent.path, "weights": weights_digest(reader, family.layout), **text},
-            report=report,
+            report=lambda phase, done, total: bars.update(PHASES[phase], done, total),
         )
     dist.barrier()  # nobody needs a state any more
-    if first:
+    if is_first_rank():
         importance.save(out / FOLDER, family.architecture)
         forget_states(out / FOLDER)
-        logger.info("importance written to %s", out / FOLDER)
     dist.barrier()
     return importance
 
@@ -135,40 +128,6 @@ def weights_digest(reader: Any, layout: Any) -> str:
         if spec.numel({}) <= 1 << 16:
             digest.update(name.encode() + tensor_bytes(reader.read(name)))
     return digest.hexdigest()
-
-
-@contextmanager
-def progress_bars(show: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """Bars with the time left on a terminal's stderr; elsewhere a log line per tenth."""
-    if not (show and sys.stderr.isatty()):
-        yield log_tenths if show else lambda phase, done, total: None
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (TextColumn("rank {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True)) as bars:
-        tasks: dict[str, Any] = {}
-
-        def report(phase: str, done: int, total: int) -> None:
-            if phase not in tasks:
-                tasks[phase] = bars.add_task(PHASES[phase], total=total)
-            bars.update(tasks[phase], completed=done, total=total)
-
-        yield report
-
-
-def log_tenths(phase: str, done: int, total: int) -> None:
-    """One line per tenth of a phase."""
-    if done and done * 10 // total != (done - 1) * 10 // total:
-        logger.info("rank %s: %d of %d", PHASES[phase], done, total)
 
 
 def summary(importance: Any) -> dict[str, Any]:

@@ -1,39 +1,37 @@
-"""`sort`: the parent with its units in order of importance -> `OUT/sorted/`. Its function does not change.
+"""`sort`: the parent with its units in order of importance -> `OUT/sorted/`. Its function does not change."""
 
-    nemo-elastic sort --config conf/tiny_parent.yaml
-
-Reads `OUT/importance/`; streams, so that a parent of any size passes through the memory of a few tensors.
-"""
+from __future__ import annotations
 
 import argparse
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
+from .arguments import configuration, folders, run_folder, verb_parser
+from .console import quiet_libraries
+
 FOLDER = "sorted"
+EXAMPLES = """examples:
+  nemo-elastic sort --config conf/tiny_parent.yaml
+
+reads OUT/importance/ (run `rank` first); a parent of any size passes through the memory of a few tensors"""
 
 
 def add_parser(subparsers: Any) -> None:
-    """Declare the verb."""
-    words = {"help": "the parent sorted by importance -> OUT/sorted/", "description": __doc__}
-    parser = subparsers.add_parser("sort", formatter_class=argparse.RawDescriptionHelpFormatter, **words)
-    parser.add_argument("--config", required=True, help="YAML file, or the name of a shipped one")
-    parser.add_argument("--out", help="folder of the run (default: runs/<name>)")
-    parser.add_argument("--force", action="store_true", help="replace OUT/sorted when it exists")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value")
-    parser.set_defaults(run=run)
+    """Register the verb."""
+    flags = ("--config", "--out", "--json", "--force", "--verbose")
+    verb_parser(subparsers, "sort", run, "the parent sorted by importance -> OUT/sorted/", flags, epilog=EXAMPLES)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Sort as `OUT/importance/` says."""
-    from ..config.load import load_config
-
-    config = load_config(args.config, args.overrides).config
-    folder = sort_run(config, Path(args.out or f"runs/{config.name}"), force=args.force)
-    result = {"sorted": str(folder)}
-    sys.stdout.write((json.dumps(result, indent=2) if args.json else f"sorted parent: {folder}") + "\n")
+    folders(arguments)
+    config = configuration(arguments).config
+    quiet_libraries(arguments.verbose)
+    folder = sort_run(config, run_folder(arguments, config.name), force=arguments.force)
+    if arguments.json:
+        arguments.answer.json({"sorted": str(folder)})
+    else:
+        arguments.answer.write(f"sorted parent: {folder}")
     return 0
 
 

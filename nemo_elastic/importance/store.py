@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ..architecture import Architecture
+from ..files import write_json
 from ..layout import ParamLayout
 from ..problems import Problem, ProblemsError, raise_if_any
 from ..space import KIND_OF_DIM, WIDTH_DIMS
@@ -130,13 +131,6 @@ class Importance:
         )
         raise_if_any(loaded.problems(architecture, key))
         return loaded
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON to a temporary name beside `path`, then rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _read_json(folder: Path) -> dict[str, Any]:

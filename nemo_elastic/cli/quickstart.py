@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
+from pathlib import Path
 from typing import Any
 
 from .arguments import configuration, folders, restart_under_torchrun, run_folder, verb_parser, write_resolved
 from .console import is_first_rank, progress_bar, quiet_libraries
 from .train import check_unused
 
+FOLDER_VARIABLE = "NEMO_ELASTIC_QUICKSTART_FOLDER"
 EXAMPLES = """examples:
   nemo-elastic quickstart
   nemo-elastic quickstart --json --out runs/first
@@ -24,11 +27,25 @@ def add_parser(subparsers: Any) -> None:
     verb_parser(subparsers, "quickstart", run, help, flags, epilog=EXAMPLES)
 
 
+def free_folder(first: Path, force: bool) -> Path:
+    """`first`, or the first of `first-2`, `first-3`, ... that no earlier run has used."""
+    if force or "LOCAL_RANK" in os.environ:
+        return Path(os.environ.get(FOLDER_VARIABLE, first))
+    number, folder = 1, first
+    while folder.exists():
+        number += 1
+        folder = first.with_name(f"{first.name}-{number}")
+    os.environ[FOLDER_VARIABLE] = str(folder)  # the processes that --nproc starts take the same
+    return folder
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Everything; prints the table, the verdict and the report's path."""
     folders(arguments)
     resolved = configuration(arguments, default="tiny_parent.yaml")
-    out = run_folder(arguments, "quickstart")
+    out = (
+        run_folder(arguments, "quickstart") if arguments.out else free_folder(Path("runs/quickstart"), arguments.force)
+    )
     check_unused(out, arguments)
     restart_under_torchrun(arguments)
     quiet_libraries(arguments.verbose)

@@ -152,14 +152,15 @@ def data_module(run: RunConfig, seq_length: int, global_batch_size: int) -> Text
 
 
 def heldout_batches(data: TextDataModule, run: RunConfig) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(tokens, labels) `[micro_batch, s]` of the first `train.val_samples` held-out windows."""
+    """(tokens, labels) `[micro_batch, s]` of `train.val_samples` windows, spread evenly over the held-out text."""
     windows, size = data.windows("heldout"), run.train.micro_batch_size
     count = min(run.train.val_samples, max(1, windows.per_epoch))
-    batches = []
-    for first in range(0, count, size):
-        tokens, labels = windows.batch(first, min(size, count - first))
-        batches.append((torch.from_numpy(tokens.astype("int64")), torch.from_numpy(labels.astype("int64"))))
-    return batches
+    chosen = [i * windows.per_epoch // count for i in range(count)]
+    pairs = [tuple(torch.from_numpy(part.astype("int64")) for part in windows.sample(i)) for i in chosen]
+    return [
+        (torch.stack([t for t, _ in pairs[i : i + size]]), torch.stack([y for _, y in pairs[i : i + size]]))
+        for i in range(0, count, size)
+    ]
 
 
 def latest_checkpoint(out: Path) -> Path:

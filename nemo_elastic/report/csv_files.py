@@ -1,0 +1,127 @@
+"""Every number of the report as CSV, at full precision: one file a table, a header line, empty where not known."""
+
+import csv
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..architecture import KIND_NAMES
+from ..space import layer_sizes
+from .budget_rows import KEPT, BudgetRow
+from .layer_figures import layer_scores
+from .run_folder import RunFolder
+from .training_curves import Clock, router_series
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """One CSV file."""
+
+    name: str
+    columns: tuple[str, ...]
+    rows: tuple[Sequence[Any], ...]
+
+    def write(self, folder: Path) -> Path:
+        """Write `folder/name.csv`; lists inside a cell are joined by spaces."""
+        path = folder / f"{self.name}.csv"
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(self.columns)
+            writer.writerows([_cell(value) for value in row] for row in self.rows)
+        return path
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return " ".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else value
+
+
+def sheets(run: RunFolder, rows: list[BudgetRow]) -> list[Sheet]:
+    """Every sheet that has a row."""
+    made = (_budgets(rows), _validation(run), _train(run), _router(run), _importance(run, rows), _children(run, rows))
+    return [sheet for sheet in (*made, _timings(run)) if sheet.rows]
+
+
+def _budgets(rows: list[BudgetRow]) -> Sheet:
+    names = (
+        *("name", "target", *KEPT, "layers", "parameters", "percent_of_parent", "memory_bytes"),
+        *("heldout_before", "heldout_nested", "heldout_child", "verified", "max_abs_difference", "source"),
+    )
+    body = []
+    for r in rows:
+        sizes = [(r.subnet or {}).get(name) for name in KEPT]
+        cost = (r.parameters, r.percent_of_parent, r.memory_bytes)
+        losses = (r.before, r.nested, r.child, r.verified, r.max_abs_difference, r.source)
+        body.append((r.name, r.target, *sizes, r.layers, *cost, *losses))
+    return Sheet("budgets", names, tuple(body))
+
+
+def _validation(run: RunFolder) -> Sheet:
+    clock = Clock(run)
+    body = [
+        (r["step"], clock(r["step"]), name, r.get("tokens", {}).get(name), loss)
+        for r in run.validation
+        for name, loss in r.get("losses", {}).items()
+    ]
+    return Sheet("validation", ("step", "tokens", "budget", "tokens_of_budget", "heldout_loss"), tuple(body))
+
+
+def _train(run: RunFolder) -> Sheet:
+    clock, keys = Clock(run), ("kd", "ce", "tokens", "budget_loss")
+    shared = ("tau", "lr", "seconds")
+    body = [
+        (r["step"], clock(r["step"]), r.get("phase"), name, *(b.get(k) for k in keys), *(r.get(k) for k in shared))
+        for r in run.train
+        for name, b in r.get("budgets", {}).items()
+    ]
+    columns = ("step", "tokens", "phase", "budget", "kd", "ce", "tokens_of_step", "budget_loss", *shared)
+    return Sheet("train", columns, tuple(body))
+
+
+def _router(run: RunFolder) -> Sheet:
+    keys = ("argmax_error", "error", "lambda")
+    body = [(step, name, *(entry.get(k) for k in keys)) for step, name, entry in router_series(run)]
+    return Sheet("router", ("step", "budget", *keys), tuple(body))
+
+
+def _importance(run: RunFolder, rows: list[BudgetRow]) -> Sheet:
+    ranking = list(run.importance.get("depth_ranking") or ())
+    pattern = run.architecture.hybrid_override_pattern if run.architecture else ""
+    kept = [row for row in rows if row.layers]
+    body = [
+        (
+            layer,
+            KIND_NAMES[pattern[layer]] if layer < len(pattern) else None,
+            score,
+            ranking.index(layer) + 1 if layer in ranking else None,
+            *(layer in row.layers for row in kept),
+        )
+        for layer, score in layer_scores(run).items()
+    ]
+    return Sheet("layer_importance", ("layer", "kind", "score", "rank", *(f"kept_{r.name}" for r in kept)), tuple(body))
+
+
+def _children(run: RunFolder, rows: list[BudgetRow]) -> Sheet:
+    body: list[tuple[Any, ...]] = []
+    for row in rows:
+        subnet = run.subnet(row.subnet)
+        for layer, kind in enumerate(run.architecture.hybrid_override_pattern if subnet else ""):
+            sizes, kept = layer_sizes(run.architecture, subnet, layer), layer in subnet.layers
+            values = (sizes.get(name) if kept else None for name in KEPT[:-1])
+            body.append((row.name, layer, KIND_NAMES[kind], kept, *values))
+    return Sheet("children", ("budget", "layer", "kind", "kept", *KEPT[:-1]), tuple(body))
+
+
+def _timings(run: RunFolder) -> Sheet:
+    return Sheet("timings", ("phase", "seconds"), tuple(timings(run)))
+
+
+def timings(run: RunFolder) -> Iterable[tuple[str, float]]:
+    """(phase, seconds): what results say, else the sum of the logged steps."""
+    seconds = run.results.get("seconds")
+    if isinstance(seconds, dict) and seconds:
+        return [(str(phase), value) for phase, value in seconds.items()]
+    logged = [r["seconds"] for r in run.train if isinstance(r.get("seconds"), int | float)]
+    return [("training steps (from the log)", sum(logged))] if logged else []

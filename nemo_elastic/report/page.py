@@ -1,0 +1,152 @@
+"""The HTML page: what the template is given, in words and formatted numbers. No decisions are left to the template."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from ..config.load import leaves
+from .budget_rows import BudgetRow, kept_sizes, parent_loss, parent_parameters
+from .csv_files import timings
+from .palette import DARK, LIGHT, budget_colour
+from .run_folder import RunFolder
+from .training_curves import Clock
+
+DASH = "–"
+TOTALS = ("total", "all")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One figure of the page."""
+
+    name: str
+    heading: str
+    caption: str
+    svg: str
+
+
+def render(run: RunFolder, rows: list[BudgetRow], pictures: list[Picture], files: list[str]) -> str:
+    """The whole page."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(count=count, loss=loss, percent=percent, size=size, seconds=seconds, signed=signed)
+    spent = list(timings(run))
+    longest = max((s for phase, s in spent if phase not in TOTALS), default=0)
+    context = {
+        "title": run.title,
+        "style": Markup((Path(__file__).parent / "style.css.j2").read_text(encoding="utf-8")),
+        "colours": {"light": LIGHT, "dark": DARK},
+        "chips": chips(run, rows),
+        "missing": run.missing,
+        "cards": cards(run, rows),
+        "rows": [(budget_colour(i), row, kept_sizes(row)) for i, row in enumerate(rows)],
+        "sizes": [name for name in kept_sizes(BudgetRow(name="")) if any(kept_sizes(row)[name] for row in rows)],
+        "parent": {"parameters": parent_parameters(run), "loss": parent_loss(run), "sizes": _parent_sizes(run)},
+        "pictures": [(p, Markup(p.svg)) for p in pictures],
+        "timings": [(phase, s, 100 * s / longest if longest and phase not in TOTALS else 0) for phase, s in spent],
+        "provenance": flat(run.results.get("provenance") or {}),
+        "rank_provenance": flat(run.importance.get("provenance") or {}),
+        "config": [(key, value, run.origins.get(key, "default")) for key, value in leaves(run.values)] if run.values else [],
+        "files": files,
+        "memory_words": _memory_words(run),
+        "any_memory": any(row.memory_bytes is not None for row in rows),
+    }
+    return environment.get_template("report.html.j2").render(context)
+
+
+def chips(run: RunFolder, rows: list[BudgetRow]) -> list[tuple[str, str]]:
+    """(tone, words) of the lines under the title."""
+    found = []
+    verified = run.results.get("verified")
+    if verified is True:
+        worst = max((r.max_abs_difference for r in rows if r.max_abs_difference is not None), default=None)
+        found.append(("good", "verified" + (f": largest difference {worst:.2g}" if worst is not None else "")))
+    elif verified is False:
+        failed = ", ".join(r.name for r in rows if r.verified is False)
+        found.append(("bad", f"verification failed{': ' + failed if failed else ''}"))
+    else:
+        found.append(("plain", "not verified yet"))
+    done, total = run.last_step, run.total_steps
+    if done is not None:
+        found.append(("plain", f"{done:,} of {total:,} steps" if total else f"{done:,} steps"))
+        if tokens := Clock(run).end:
+            found.append(("plain", f"{count(tokens)} training tokens"))
+    if run.architecture:
+        found.append(("plain", f"{run.architecture.num_layers} layers in the parent"))
+    return found
+
+
+def cards(run: RunFolder, rows: list[BudgetRow]) -> list[dict[str, Any]]:
+    """The short story of every budget: cost, loss, distance to the parent, and what training won back."""
+    parent, found = parent_loss(run), []
+    for i, row in enumerate(rows):
+        gap = None if parent is None or row.final is None else row.final - parent
+        closed = None
+        if parent is not None and row.final is not None and row.before is not None and row.before - parent > 1e-3:
+            closed = 100 * (row.before - row.final) / (row.before - parent)
+        found.append({"colour": budget_colour(i), "row": row, "gap": gap, "closed": closed})
+    return found
+
+
+def flat(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(dotted key, words) of nested provenance."""
+    return [(key, ", ".join(map(str, v)) if isinstance(v, list) else str(v)) for key, v in leaves(values)] if values else []
+
+
+def _parent_sizes(run: RunFolder) -> dict[str, str]:
+    full = run.family.space.full_subnet() if run.family else None
+    return kept_sizes(BudgetRow(name="parent", subnet=full.to_dict() if full else None))
+
+
+def _memory_words(run: RunFolder) -> str:
+    at = run.conditions
+    return f"{at.batch_size} x {at.sequence_length:,} tokens, {at.profile}"
+
+
+def count(value: float | None) -> str:
+    """12,310,001,152."""
+    return DASH if value is None else f"{value:,.0f}"
+
+
+def loss(value: float | None) -> str:
+    """Nats, four decimals."""
+    return DASH if value is None else f"{value:.4f}"
+
+
+def percent(value: float | None) -> str:
+    """Two decimals."""
+    return DASH if value is None else f"{value:.2f}%"
+
+
+def signed(value: float | None) -> str:
+    """A difference, with its sign."""
+    return DASH if value is None else f"{value:+.4f}".replace("-", "−")
+
+
+def size(value: float | None) -> str:
+    """Bytes in the unit that suits them (decimal, as budgets are given)."""
+    if value is None:
+        return DASH
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if value >= unit:
+            return f"{value / unit:.4g} {name}"
+    return f"{value:.0f} B"
+
+
+def seconds(value: float | None) -> str:
+    """4.2 s, 3 min 05 s, 2 h 10 min."""
+    if value is None:
+        return DASH
+    if value < 60:
+        return f"{value:.1f} s"
+    minutes, rest = divmod(round(value), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,0 +1,55 @@
+"""Colours by name, once for light and once for dark paper.
+
+Figures are drawn in the light colours; in the page every colour is a CSS variable, so that one drawing serves both.
+Each light value is unique: it is the key by which `drawing.py` finds the variable again.
+"""
+
+LIGHT = {
+    "paper": "#fffffe",
+    "ink": "#1b1f27",
+    "muted": "#626b7a",
+    "line": "#c9ced8",
+    "faint": "#eceef2",
+    "good": "#15803d",
+    "bad": "#c81e32",
+    "mamba": "#0f8b8d",
+    "attention": "#d9730d",
+    "mlp": "#7c63c9",
+    "budget-0": "#3a4252",
+    "budget-1": "#2463d6",
+    "budget-2": "#cf2a72",
+    "budget-3": "#3f8f1f",
+    "budget-4": "#b07d00",
+    "budget-5": "#7a3fd0",
+}
+DARK = {
+    "paper": "#14171d",
+    "ink": "#e8eaef",
+    "muted": "#9aa3b2",
+    "line": "#3b424e",
+    "faint": "#22262e",
+    "good": "#4ade80",
+    "bad": "#fb7185",
+    "mamba": "#35c2bd",
+    "attention": "#f5a04a",
+    "mlp": "#ab97f0",
+    "budget-0": "#c9d0dc",
+    "budget-1": "#72a4ff",
+    "budget-2": "#ff78ad",
+    "budget-3": "#86d65c",
+    "budget-4": "#efc04a",
+    "budget-5": "#c39bff",
+}
+KIND_COLOURS = {"M": "mamba", "*": "attention", "-": "mlp"}
+MARKERS = ("D", "o", "s", "^", "v", "P")
+BUDGETS = len(MARKERS)
+
+
+def budget_colour(index: int) -> str:
+    """Palette name of the i-th budget; the first is neutral, as it is usually the parent itself."""
+    return f"budget-{index % BUDGETS}"
+
+
+def budget_marker(index: int) -> str:
+    """Marker of the i-th budget: shape says what colour says."""
+    return MARKERS[index % BUDGETS]

@@ -1,0 +1,75 @@
+"""`write_report`: run folder in, `report/` out. Figures that the run has no data for are left out, and the page says so."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from . import layer_figures, trade_off, training_curves
+from .budget_rows import BudgetRow, budget_rows
+from .csv_files import sheets
+from .drawing import inline_svg, save_png
+from .page import Picture, render
+from .run_folder import RunFolder, read_run
+
+FOLDER, PAGE = "report", "report.html"
+
+
+def write_report(out: Path) -> Path:
+    """Write `out/report/` (report.html, *.png, *.csv); returns the page. The same run gives the same bytes.
+
+    Raises:
+        ProblemsError: `out` holds nothing of a run.
+    """
+    run = read_run(out)
+    rows = budget_rows(run)
+    folder = out / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures, files = [], []
+    for name, heading, caption, draw in figures(run, rows):
+        figure = draw()
+        pictures.append(Picture(name, heading, caption, inline_svg(figure, name, f"{heading}. {caption}")))
+        files.append(save_png(figure, folder / f"{name}.png").name)
+    files += [sheet.write(folder).name for sheet in sheets(run, rows)]
+    for stale in {*folder.glob("*.png"), *folder.glob("*.csv")} - {folder / name for name in files}:
+        stale.unlink()  # of an earlier report: this run's page does not speak of it
+    page = folder / PAGE
+    temporary = folder / f".{PAGE}.{os.getpid()}"
+    temporary.write_text(render(run, rows, pictures, files), encoding="utf-8")
+    os.replace(temporary, page)
+    return page
+
+
+def figures(run: RunFolder, rows: list[BudgetRow]) -> Iterator[tuple[str, str, str, Callable[[], Figure]]]:
+    """(file name, heading, caption, drawing) of every figure this run has data for."""
+    if run.layout and any(run.subnet(row.subnet) for row in rows):
+        caption = (
+            "A cell for each layer of the parent: M Mamba, * attention, - MLP. The fill is the kept share of the layer's "
+            "inner width; a struck-out cell is a layer that the child does not have."
+        )
+        yield "children", "Map of the family", caption, lambda: layer_figures.children(run, rows)
+    if run.validation:
+        caption = (
+            "Held-out loss of the subnet that would be extracted at that moment. Hollow marks are zero-shot, before the "
+            "first step; bands are the phases of the router's schedule; the dashed line is the parent."
+        )
+        yield "loss", "Loss per budget over tokens", caption, lambda: training_curves.losses(run)
+    if any(r.final is not None and (r.parameters is not None or r.memory_bytes is not None) for r in rows):
+        caption = "What each budget costs and what it loses. The dotted line is what training won back."
+        yield "pareto", "Quality against cost", caption, lambda: trade_off.pareto(run, rows)
+    scores = layer_figures.layer_scores(run)
+    if scores and run.architecture:
+        caption = (
+            "Score of each layer when the depth ranking looked at it last, and below it the layers that each child keeps."
+        )
+        yield "layer_importance", "Layer importance", caption, lambda: layer_figures.importance(run, rows)
+    if any(True for _ in training_curves.router_series(run)):
+        caption = (
+            "Cost error of the router's most likely choice before it is repaired to fit (the green band is the tolerance), "
+            "and the weight that steers it."
+        )
+        yield "router", "Router", caption, lambda: training_curves.router(run)
+    if run.architecture and len(run.validation) > 1 and any(r.get("subnets") for r in run.validation):
+        caption = "Kept share of the parent per elastic dim: the subnet that would be extracted at each validation."
+        yield "choices", "What was chosen over time", caption, lambda: training_curves.choices(run)

@@ -1,0 +1,157 @@
+"""A run folder as a run of the tiny parent leaves it, made up in milliseconds; `python -m tests.synthetic_run OUT`.
+
+Every number is a closed formula of step and budget, so that tests know what a report must say.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from nemo_elastic.config.load import load_config
+from nemo_elastic.cost import memory, parameters
+from nemo_elastic.cost import BYTE_PROFILES
+from nemo_elastic.family import family_of
+
+SUBNETS = {
+    "full": {},
+    "large": {"hidden_size": 112, "ffn_hidden_size": 384, "num_attention_heads": 12, "num_layers": 15},
+    "small": {
+        "hidden_size": 96,
+        "ffn_hidden_size": (512, 384, 384, 256, 256, 128, 256),
+        "mamba_num_heads": 12,
+        "num_attention_heads": 8,
+        "num_layers": 12,
+    },
+}
+RANKING = (0, 1, 15, 6, 2, 3, 4, 11, 5, 7, 12, 10, 14, 8, 13, 9)
+PHASES = ((60, "warmup"), (120, "soft"), (180, "hard"), (300, "frozen"))
+PARENT_LOSS = 2.3456
+VAL_EVERY, TOKENS_PER_STEP = 25, 2048
+
+
+def heldout(name: str, step: int) -> float:
+    """Held-out loss of a budget after a step."""
+    floor, zero_shot = {"full": (0.0, 0.0), "large": (0.055, 0.9), "small": (0.21, 3.4)}[name]
+    return PARENT_LOSS + floor + (zero_shot - floor) * math.exp(-step / 55)
+
+
+def train_record(step: int) -> dict[str, Any]:
+    """One line of train.jsonl."""
+    phase = next(name for end, name in PHASES if step <= end)
+    shares = {"full": 1024, "large": 512, "small": 512} if step % 2 else {"large": 1024, "small": 1024}
+    budgets = {
+        name: {
+            "kd": (heldout(name, step) - PARENT_LOSS) * (1 + 0.08 * math.sin(7 * step)) + 0.002,
+            "ce": heldout(name, step) + 0.1,
+            "tokens": tokens,
+            "budget_loss": 0.5 * math.exp(-step / 80) if name != "full" else 0.0,
+        }
+        for name, tokens in shares.items()
+    }
+    record = {"step": step, "phase": phase, "budgets": budgets, "tau": max(0.05, 1 - step / 200), "lr": 1e-3, "seconds": 0.25}
+    if phase in ("soft", "hard"):
+        record["router"] = {
+            name: {
+                "lambda": 5 * (1 + 0.004 * (step - 60) * k),
+                "argmax_error": 0.25 * k * math.exp(-(step - 60) / 40) * math.cos((step - 60) / 17),
+                "error": -0.002 * k,
+            }
+            for k, name in ((1, "large"), (2, "small"))
+        }
+    return record
+
+
+def write_run(out: Path, *, steps: int = 300, results: bool = True, importance: bool = True) -> Path:
+    """Write OUT as it is after `steps` of 300 steps."""
+    resolved = load_config("tiny_parent.yaml")
+    family = family_of(resolved.config, RANKING)
+    subnets = {name: family.space.subnet(**sizes) for name, sizes in SUBNETS.items()}
+    (out / "logs").mkdir(parents=True, exist_ok=True)
+    origins = {key: "conf/tiny_parent.yaml" for key in resolved.origins}
+    _write(out / "config.json", {"values": resolved.values, "origins": origins})
+    seen = dict.fromkeys(SUBNETS, 0)
+    lines: dict[str, list[dict[str, Any]]] = {"train": [], "validation": []}
+    for step in range(steps + 1):
+        if step:
+            lines["train"].append(train_record(step))
+            for name, budget in lines["train"][-1]["budgets"].items():
+                seen[name] += budget["tokens"]
+        if step % VAL_EVERY == 0:
+            chosen = {n: (s if step > 60 or n == "full" else family.space.subnet(num_layers=14 if n == "large" else 12)) for n, s in subnets.items()}
+            lines["validation"].append(
+                {
+                    "step": step,
+                    "losses": {n: heldout(n, step) for n in SUBNETS},
+                    "tokens": dict(seen),
+                    "subnets": {n: s.to_dict() for n, s in chosen.items()},
+                }
+            )
+    for kind, records in lines.items():
+        (out / "logs" / f"{kind}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    if importance:
+        _write_importance(out, family)
+    if results:
+        _write(out / "results.json", make_results(family, subnets))
+    return out
+
+
+def depth_score(layer: int) -> float:
+    """Importance of a layer: falls along the ranking."""
+    return 3.2 * math.exp(-RANKING.index(layer) / 4.5) + 0.01
+
+
+def _write_importance(out: Path, family: Any) -> None:
+    from dataclasses import asdict
+
+    description = {
+        "format": 1,
+        "architecture": asdict(family.architecture),
+        "depth_ranking": list(RANKING),
+        "depth_scores": {str(layer): depth_score(layer) for layer in range(len(RANKING))},
+        "sha256": {"importance.safetensors": "0" * 64},
+        "provenance": {"samples": 64, "seed": 0, "seconds": 21.5},
+    }
+    (out / "importance").mkdir(parents=True, exist_ok=True)
+    _write(out / "importance" / "importance.json", description)
+
+
+def make_results(family: Any, subnets: dict[str, Any]) -> dict[str, Any]:
+    """What `verify` writes."""
+    layout, full = family.layout, parameters(family.layout, family.space.full_subnet())
+    serving = {"batch_size": 1, "sequence_length": 8192, "profile": BYTE_PROFILES["bf16"]}
+    targets = {"full": 1.0, "large": 0.75, "small": 0.5}
+    budgets = [
+        {
+            "name": name,
+            "target": {"kind": "fraction", "value": targets[name]},
+            "subnet": subnet.to_dict(),
+            "parameters": parameters(layout, subnet),
+            "percent_of_parent": 100 * parameters(layout, subnet) / full,
+            "memory_bytes": memory(layout, subnet, **serving).total,
+            "heldout_nested": heldout(name, 300),
+            "heldout_child": heldout(name, 300) + 1e-7,
+            "heldout_before": heldout(name, 0),
+            "verified": True,
+            "max_abs_difference": 1e-7,
+        }
+        for name, subnet in subnets.items()
+    ]
+    return {
+        "parent": {"parameters": full, "heldout_loss": PARENT_LOSS},
+        "budgets": budgets,
+        "verified": True,
+        "seconds": {"rank": 21.5, "train": 187.25, "extract": 2.5, "verify": 9.75, "total": 221.0},
+        "provenance": {"nemo_elastic": "0.1.0", "torch": "2.13.0", "seed": 1234, "git": "0123abc", "python": "3.11.2"},
+    }
+
+
+def _write(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_run(Path(sys.argv[1]))

@@ -24,6 +24,7 @@ from nemo_elastic.checkpoint.manifest import (
     PERMUTATIONS_FILE,
     ROUTER_FILE,
     Manifest,
+    check_hashes,
     load_manifest,
     write_manifest,
 )
@@ -156,11 +157,15 @@ def _state(path: Path) -> dict[str, Tensor]:
 def open_nested(path: str | Path) -> Nested:
     """A nested checkpoint: manifest validated, files there and whole, weights of the manifest's model.
 
+    Small files are hashed here; the `.distcp` files are covered by the CRC-32 of each record that is read (`verify`
+    hashes them too).
+
     Raises:
         ProblemsError: what is wrong, by file or key.
     """
     path = Path(path)
     manifest = load_manifest(path)
+    raise_if_any(check_hashes(path, manifest, [n for n in manifest.files if not n.endswith(".distcp")]))
     reader = TorchDistReader(path)
     check_against_layout(reader, manifest.layout, str(path / "weights"))
     return Nested(path, manifest, reader)

@@ -1,0 +1,168 @@
+"""Hugging Face folders against transformers' own NemotronH, and back.
+
+logits(transformers 5 on the extracted folder) == logits(Megatron on the same child), 1e-4 relative, fp32
+hf(nemo(hf)) == hf, byte by byte per tensor
+"""
+
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from checkpoint_family import MODEL, TOKENIZER, manifest, random_weights, write_hf_parent
+
+from nemo_elastic.checkpoint.extract import child_architecture, child_layout
+from nemo_elastic.checkpoint.hf_folder import write_hf_folder
+from nemo_elastic.checkpoint.huggingface import HuggingFaceReader, hf_config, model_from_hf
+from nemo_elastic.checkpoint.reader import SafetensorsReader, check_against_layout, lazy_tensors
+from nemo_elastic.config.model_fields import architecture_of
+from nemo_elastic.layout import ParamLayout
+from nemo_elastic.problems import ProblemsError
+
+HF_PYTHON = Path(__file__).parent.parent / ".venv-hf" / "bin" / "python"
+CARD = {"name": "child", "parameters": 1, "of_parent": 1.0, "sizes": {}, "provenance": {}}
+
+
+def write_hf(folder: Path, reader: object, layout: ParamLayout, model: dict, **how: object) -> Path:
+    """A folder of a whole model."""
+    folder.mkdir(parents=True)
+    write_hf_folder(folder, list(lazy_tensors(reader)), layout, model, tokenizer=TOKENIZER, card=CARD, **how)
+    return folder
+
+
+def test_hand_made_folder_is_read_by_canonical_names(tmp_path: Path) -> None:
+    weights = random_weights()
+    reader = HuggingFaceReader(write_hf_parent(tmp_path / "hf", weights), architecture_of(MODEL))
+    check_against_layout(reader, ParamLayout(architecture_of(MODEL)), "hf")
+    assert all(torch.equal(reader.read(name), value) for name, value in weights.items())
+    assert all(reader.shape(name) == tuple(value.shape) for name, value in weights.items())
+    assert {k: reader.model[k] for k in MODEL} == MODEL
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hf_to_nemo_to_hf_keeps_every_byte(tmp_path: Path, dtype: torch.dtype) -> None:
+    from nemo_elastic.mcore.dist_checkpoint import TorchDistReader
+    from nemo_elastic.mcore.dist_save import write_torch_dist
+
+    weights = random_weights(dtype=dtype)
+    weights["decoder.layers.0.mixer.A_log"] = weights["decoder.layers.0.mixer.A_log"].float()  # mixed, as some are
+    first, layout = write_hf_parent(tmp_path / "first", weights), ParamLayout(architecture_of(MODEL))
+    write_torch_dist(tmp_path / "weights", lazy_tensors(HuggingFaceReader(first)), layout)
+    second = write_hf(tmp_path / "second", TorchDistReader(tmp_path / "weights"), layout, MODEL, shard_bytes=200_000)
+    assert len(list(second.glob("model-*.safetensors"))) > 2
+    a, b = SafetensorsReader(first), SafetensorsReader(second)
+    assert set(a.names()) == set(b.names())
+    for name in a.names():
+        x, y = a.read(name), b.read(name)
+        assert x.dtype == y.dtype and torch.equal(x.view(-1).view(torch.uint8), y.view(-1).view(torch.uint8)), name
+
+
+def test_config_survives_the_way_there_and_back() -> None:
+    config = hf_config(MODEL, torch.bfloat16, {"eos_token_id": 0})
+    assert {k: model_from_hf(config)[k] for k in MODEL} == MODEL
+    without_pattern = {k: v for k, v in config.items() if k != "hybrid_override_pattern"}
+    without_list = {k: v for k, v in config.items() if k != "layers_block_type"}
+    assert model_from_hf(without_pattern) == model_from_hf(without_list) == model_from_hf(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model_type": "llama"}, "must be 'nemotron_h'"),
+        ({"hybrid_override_pattern": "M-M*-M*"}, "one of them is stale"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"intermediate_size": [80, 40, 40]}, "is a list"),
+        ({"mlp_hidden_act": "swish2"}, "'swish2' is not supported"),
+        ({"layers_block_type": ["moe"] * 8, "hybrid_override_pattern": None}, "mixture of experts"),
+    ],
+)
+def test_other_models_are_refused(change: dict, words: str) -> None:
+    with pytest.raises(ProblemsError, match=words):
+        model_from_hf({**hf_config(MODEL, torch.float32, {}), **change})
+
+
+def test_what_nemotron_h_cannot_say_is_refused() -> None:
+    with pytest.raises(ProblemsError) as error:
+        hf_config({**MODEL, "position_embedding_type": "rope", "add_bias_linear": True}, torch.float32, {})
+    assert {p.key for p in error.value.problems} == {"model.position_embedding_type", "model.add_bias_linear"}
+
+
+def test_damaged_folders(tmp_path: Path) -> None:
+    good = write_hf_parent(tmp_path / "hf", random_weights())
+    with pytest.raises(ProblemsError, match=r"model\.hidden_size: 64 is not what"):
+        HuggingFaceReader(good, architecture_of({**MODEL, "hidden_size": 64}))
+    file = good / "model.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(data[:-100])
+    with pytest.raises(ProblemsError, match="truncated"):
+        HuggingFaceReader(good)
+    file.write_bytes(b"\xff" * 8 + data[8:])
+    with pytest.raises(ProblemsError, match="truncated or no safetensors"):
+        HuggingFaceReader(good)
+    file.unlink()
+    with pytest.raises(ProblemsError, match="has neither"):
+        HuggingFaceReader(good)
+    weights = random_weights()
+    del weights["decoder.final_norm.weight"]
+    with pytest.raises(ProblemsError, match=r"lacks backbone\.norm_f\.weight"):
+        HuggingFaceReader(write_hf_parent(tmp_path / "less", weights))
+    weights = {**random_weights(), "decoder.layers.0.mixer.extra": torch.ones(1)}
+    with pytest.raises(ProblemsError, match=r"has backbone\.layers\.0\.mixer\.extra"):
+        HuggingFaceReader(write_hf_parent(tmp_path / "more", weights))
+
+
+def test_index_that_lies_is_refused(tmp_path: Path) -> None:
+    layout = ParamLayout(architecture_of(MODEL))
+    source = HuggingFaceReader(write_hf_parent(tmp_path / "hf", random_weights()))
+    folder = write_hf(tmp_path / "sharded", source, layout, MODEL, shard_bytes=200_000)
+    index = folder / "model.safetensors.index.json"
+    good = json.loads(index.read_text())
+    name = next(iter(good["weight_map"]))
+    for file, words in (
+        ("../hf/model.safetensors", "not a file of the same folder"),
+        ("gone.safetensors", "not exist"),
+    ):
+        index.write_text(json.dumps({**good, "weight_map": {**good["weight_map"], name: file}}))
+        with pytest.raises(ProblemsError, match=words):
+            SafetensorsReader(folder)
+    last = sorted(set(good["weight_map"].values()))[-1]
+    index.write_text(json.dumps({**good, "weight_map": {**good["weight_map"], name: last}}))
+    with pytest.raises(ProblemsError, match="which lacks it"):
+        SafetensorsReader(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HF_PYTHON.is_file(), reason="make setup-hf makes the venv with transformers 5")
+def test_transformers_gives_megatrons_logits(tmp_path: Path, one_rank: None) -> None:
+    """Parent and children at three budgets, the parent also through HF -> canonical names -> Megatron."""
+    from nemo_elastic.checkpoint.extract import child_tensors, plain_model
+    from nemo_elastic.checkpoint.reader import MemoryReader
+    from nemo_elastic.mcore.build import build_plain_model, load_weights
+
+    family, parent = manifest(), MemoryReader(random_weights(seed=5))
+    tokens = torch.randint(0, MODEL["vocab_size"], (2, 40), generator=torch.Generator().manual_seed(1))
+    folders, expected, counts = [], [], []
+    for budget, subnet in family.subnets.items():
+        architecture = child_architecture(family.space.architecture, subnet)
+        layout, model = child_layout(family.layout, subnet), plain_model(MODEL, architecture)
+        tensors = {t.name: t.read() for t in child_tensors(parent, family.layout, subnet)}
+        folders.append(str(write_hf(tmp_path / budget, MemoryReader(tensors), layout, model)))
+        megatron = build_plain_model(architecture, perform_initialization=False)
+        load_weights(megatron, HuggingFaceReader(folders[-1]), architecture)
+        with torch.no_grad():
+            positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+            expected.append(megatron.eval()(tokens, positions, None).numpy())
+        counts.append(sum(v.numel() for v in tensors.values()))
+    (tmp_path / "tokens.json").write_text(json.dumps(tokens.tolist()))
+    script = Path(__file__).parent / "hf_logits.py"
+    command = [HF_PYTHON, script, tmp_path / "tokens.json", tmp_path / "out.npz", *folders]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    got = np.load(tmp_path / "out.npz")
+    for number, wanted in enumerate(expected):
+        error = np.abs(got[str(number)] - wanted).max() / np.abs(wanted).max()
+        assert error < 1e-4, (folders[number], error)
+        assert got[f"parameters{number}"] == counts[number]
+    assert np.abs(expected[0] - expected[1]).max() > 0.01  # the children do differ

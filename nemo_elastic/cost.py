@@ -122,11 +122,12 @@ def memory(
 def layer_flops(
     layout: ParamLayout, kind: str, sizes: Mapping[str, Any], *, sequence_length: int, chunk_size: int = 128
 ) -> Any:
-    """Forward FLOPs of one layer for one sequence: 2 per multiply-add of its matmuls, convolution not counted.
+    """Forward FLOPs of one layer for one sequence: 2 per multiply-add of its matrix products, and nothing else.
 
-    Attention counts the full (not the causal half of the) score matrix, as a plain kernel computes it. The SSD scan
-    counts, per chunk of Q: C B^T per group, the masked product with x, the chunk states and the read-out of the
-    carried state per head.
+    Elementwise work, norms and the convolution (4 taps) are left out. Attention counts the whole score matrix, not
+    its causal half, as kernels that do not skip blocks compute it. The scan works in chunks of Q = `chunk_size` steps
+    (the last one filled up): per step and chunk C B^T per group (Q G N), the decayed scores times x (Q D), the
+    chunk's state (D N) and what the carried state adds (D N).
     """
     arch, s = layout.architecture, sequence_length
     h = sizes.get("hidden_size", arch.hidden_size)
@@ -136,13 +137,17 @@ def layer_flops(
         q, d, kv = sizes.get("num_attention_heads", arch.num_attention_heads), arch.kv_channels, arch.num_query_groups
         return 2 * s * h * ((q + 2 * kv) * d + q * d) + 2 * 2 * s * s * q * d
     m, p = sizes.get("mamba_num_heads", arch.mamba_num_heads), sizes.get("mamba_head_dim", arch.mamba_head_dim)
-    groups, n, inner, q = arch.mamba_num_groups, arch.mamba_state_dim, m * p, min(chunk_size, sequence_length)
+    groups, n, inner, chunk = arch.mamba_num_groups, arch.mamba_state_dim, m * p, min(chunk_size, s)
     projections = 2 * s * h * (2 * inner + 2 * groups * n + m) + 2 * s * h * inner
-    return projections + 2 * s * q * (groups * n + inner) + 2 * 2 * s * inner * n
+    steps = -(-s // chunk) * chunk
+    return projections + 2 * steps * chunk * (groups * n + inner) + 2 * 2 * steps * inner * n
 
 
 def flops(layout: ParamLayout, subnet: Subnet, *, sequence_length: int, chunk_size: int = 128) -> int:
-    """Forward FLOPs of a child for one sequence, output layer included. A training step is three times that."""
+    """Forward FLOPs of a child for one sequence, output layer included.
+
+    A training step is three times that, plus what its kernels compute again (ours: C B^T; recomputation: a forward).
+    """
     pattern = layout.architecture.hybrid_override_pattern
     layers = (
         layer_flops(layout, pattern[i], layout.sizes(subnet, i), sequence_length=sequence_length, chunk_size=chunk_size)

@@ -7,10 +7,11 @@ always a subset of a larger one. Depth keeps the first n layers of a ranking. No
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 from .architecture import ATTENTION, MAMBA, MLP, Architecture
-from .problems import Problem, ProblemsError, nearest_multiples, raise_if_any
+from .problems import Problem, ProblemsError, did_you_mean, nearest_multiples, raise_if_any
 
 WIDTH_DIMS = ("hidden_size", "ffn_hidden_size", "mamba_num_heads", "mamba_head_dim", "num_attention_heads")
 DEPTH = "num_layers"
@@ -173,24 +174,33 @@ class ElasticSpace:
         `layers=` gives kept layers explicitly, `num_layers=` by the ranking.
 
         Raises:
-            ProblemsError: with every illegal size.
+            ProblemsError: with every illegal or unknown value.
         """
-        arch, values = self.architecture, {}
+        arch, values, found = self.architecture, {}, []
+        for name in sorted(set(sizes) - {*DIMS, "layers"}):
+            found.append(Problem(name, f"no elastic dim{did_you_mean(name, (*DIMS, 'layers'))}"))
         for name in WIDTH_DIMS:
-            size = sizes.pop(name, parent_size(arch, name))
-            if name in PER_LAYER_DIMS:
-                count = len(arch.layers_of(KIND_OF_DIM[name]))
-                size = (int(size),) * count if not isinstance(size, Sequence) else tuple(map(int, size))
+            size = sizes.get(name, parent_size(arch, name))
+            if name in PER_LAYER_DIMS and isinstance(size, Sequence) and not isinstance(size, str):
+                values[name] = tuple(size)
             else:
-                size = int(size)
-            values[name] = size
-        layers = sizes.pop("layers", None)
-        num_layers = sizes.pop(DEPTH, None)
+                values[name] = (size,) * len(arch.layers_of(KIND_OF_DIM[name])) if name in PER_LAYER_DIMS else size
+            row = values[name] if isinstance(values[name], tuple) else (values[name],)
+            wrong = dict.fromkeys(repr(n) for n in row if not _is_integer(n))
+            found += [Problem(name, f"{n} must be an integer") for n in wrong]
+        depth, layers = sizes.get(DEPTH), sizes.get("layers")
+        if depth is not None and not (_is_integer(depth) and 0 < depth <= arch.num_layers):
+            found.append(Problem(DEPTH, f"{depth!r} must be an integer between 1 and the parent's {arch.num_layers}"))
+            depth = None
         if layers is None:
-            layers = self.kept_layers(arch.num_layers if num_layers is None else int(num_layers))
-        if sizes:
-            raise TypeError(f"no elastic dim: {', '.join(sizes)}")
-        subnet = Subnet(**values, layers=tuple(layers))
+            layers = self.kept_layers(arch.num_layers if depth is None else depth)
+        elif not isinstance(layers, Sequence) or not all(map(_is_integer, layers)):
+            found.append(Problem("layers", f"{layers!r} must be a list of layer numbers"))
+        elif depth is not None and depth != len(layers):
+            found.append(Problem(DEPTH, f"{depth} given, but {len(layers)} layers are listed; leave one out"))
+        raise_if_any(found)
+        exact = {n: tuple(map(int, v)) if isinstance(v, tuple) else int(v) for n, v in values.items()}
+        subnet = Subnet(**exact, layers=tuple(map(int, layers)))
         raise_if_any(self.problems(subnet))
         return subnet
 
@@ -200,13 +210,7 @@ class ElasticSpace:
 
     def subnet_from_dict(self, values: Mapping[str, Any]) -> Subnet:
         """Inverse of `Subnet.to_dict`, checked against this space."""
-        unknown = set(values) - {*DIMS, "layers"}
-        if unknown:
-            raise ProblemsError(
-                [Problem(k, f"no elastic dim; known: {', '.join(DIMS)}, layers") for k in sorted(unknown)]
-            )
-        given = {k: v for k, v in values.items() if not (k == DEPTH and "layers" in values)}
-        return self.subnet(**given)
+        return self.subnet(**values)
 
     def problems(self, subnet: Subnet) -> list[Problem]:
         """Every rule of the groups that `subnet` breaks. (Choices are what a router picks from, not a limit here.)"""
@@ -229,6 +233,10 @@ class ElasticSpace:
                 Problem("layers", f"{list(layers)} must be one or more ascending layer numbers below {arch.num_layers}")
             )
         return found
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def parent_size(architecture: Architecture, name: str) -> int:

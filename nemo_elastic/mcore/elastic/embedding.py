@@ -43,7 +43,7 @@ class _SlicedEmbedding(autograd.Function):
 
 
 def embed(embedding: nn.Module, ids: Tensor, position_ids: Tensor | None, spec: ParamSpec, sizes: Sizes) -> Tensor:
-    """Token ids `[b, s]` -> `[s, b, k]` (`[s/tp, b, k]` under sequence parallelism), as Megatron's embedding does it."""
+    """Token ids `[b, s]` -> `[s, b, k]`, `[s/tp, b, k]` under sequence parallelism, as Megatron's embedding does."""
     if is_whole(spec, sizes):
         return embedding(input_ids=ids, position_ids=position_ids)
     config, words = embedding.config, embedding.word_embeddings

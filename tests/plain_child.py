@@ -1,0 +1,46 @@
+"""The extracted child as a plain Megatron model, with per-layer widths too: no elastic code in it.
+
+A plain config has one width a dim. A child whose layers differ is put together from layers of plain models, each built
+with that layer's widths.
+"""
+
+from typing import Any
+
+import torch
+from small_parent import child_architecture, child_pattern
+
+from nemo_elastic.architecture import Architecture
+from nemo_elastic.layout import ParamLayout
+from nemo_elastic.mcore.build import build_plain_model
+from nemo_elastic.slicing import take
+from nemo_elastic.space import KIND_OF_DIM, PER_LAYER_DIMS, WIDTH_DIMS, Subnet
+
+
+def plain_child(arch: Architecture, subnet: Subnet, **more: Any) -> torch.nn.Module:
+    """The child's modules, weights as Megatron initialises them. `more`: fields of the config."""
+    if all(subnet.is_uniform(n) for n in WIDTH_DIMS):
+        return build_plain_model(child_architecture(arch, subnet), **more)
+    layout, built = ParamLayout(arch, ffn_groups=1), {}
+    fields = {f: getattr(arch, f) for f in arch.__dataclass_fields__} | {
+        "hybrid_override_pattern": child_pattern(arch, subnet),
+        "hidden_size": subnet.hidden_size,
+        "mamba_head_dim": subnet.mamba_head_dim,
+    }
+    for number, layer in enumerate(subnet.layers):
+        widths = {n: s for n, s in layout.sizes(subnet, layer).items() if n in KIND_OF_DIM and n in PER_LAYER_DIMS}
+        built[number] = build_plain_model(Architecture(**(fields | widths)), **more)
+    child = built[0]
+    for number, model in built.items():
+        child.decoder.layers[number] = model.decoder.layers[number]
+    return child
+
+
+def load_child(child: torch.nn.Module, weights: dict[str, torch.Tensor], layout: ParamLayout, subnet: Subnet) -> None:
+    """Copy the kept part of the parent's whole weights."""
+    parameters = dict(child.named_parameters())
+    cut = {name: take(weights[spec.name], spec, sizes) for name, spec, sizes in layout.child_params(subnet)}
+    assert cut.keys() == parameters.keys()
+    with torch.no_grad():
+        for name, value in cut.items():
+            assert parameters[name].shape == value.shape, name
+            parameters[name].copy_(value)

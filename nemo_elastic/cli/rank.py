@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from .arguments import configuration, folders, restart_under_torchrun, run_folder, verb_parser
-from .console import is_first_rank, progress_bar, quiet_libraries
+from .console import progress_bar, quiet_libraries
 
-FOLDER = "importance"
 PHASES = {"widths": "rank widths", "depth": "rank layers"}
 EXAMPLES = """examples:
   nemo-elastic rank --config conf/tiny_parent.yaml
@@ -33,101 +30,21 @@ def run(arguments: argparse.Namespace) -> int:
     restart_under_torchrun(arguments)
     quiet_libraries(arguments.verbose)
     out = run_folder(arguments, config.name)
-    importance = rank_run(config, out, resume=arguments.resume)
+    from ..nemo.ranking import FOLDER, rank_run
+
+    with progress_bar() as bars:
+        importance = rank_run(
+            config,
+            out,
+            resume=arguments.resume,
+            report=lambda phase, done, total: bars.update(PHASES[phase], done, total),
+        )
     result = {"importance": str(out / FOLDER), **summary(importance)}
     if arguments.json:
         arguments.answer.json(result)
     else:
         arguments.answer.write(as_text(result))
     return 0
-
-
-def rank_run(config: Any, out: Path, *, resume: bool = False) -> Any:
-    """Rank the parent of a `RunConfig` and save `out/importance/`; returns the `Importance`, the same on every rank.
-
-    Raises:
-        ProblemsError: a layout that cannot run, a missing parent, or samples that do not fill the ranks.
-    """
-    import torch.distributed as dist
-
-    from ..family import family_of, parallel_problems
-    from ..importance.run_state import forget_states
-    from ..mcore import process_groups
-    from ..mcore.build import build_plain_model, load_weights
-    from ..mcore.parents import folder_of, open_parent
-    from ..mcore.rank import rank_parent
-    from ..problems import raise_if_any
-
-    family, train = family_of(config), config.train
-    raise_if_any(parallel_problems(family.architecture, train, family.space.ffn_groups))
-    reader = open_parent(config.parent.path, family.layout)
-    sample, text = calibration(config, folder_of(config.parent.path))
-    process_groups.start(train.tensor_model_parallel_size, train.pipeline_model_parallel_size, seed=train.seed)
-    model = build_plain_model(family.architecture, **precision(train))
-    load_weights(model, reader, family.architecture, ffn_groups=family.space.ffn_groups)
-    dims = family.space.dims
-    with progress_bar() as bars:
-        importance = rank_parent(
-            model,
-            family.layout,
-            config.rank,
-            sample,
-            min_layers=config.rank.min_layers or dims["num_layers"].choices[-1],
-            top_channels=dims["mamba_head_dim"].choices[-1],
-            folder=out / FOLDER,
-            resume=resume,
-            source={"parent": config.parent.path, "weights": weights_digest(reader, family.layout), **text},
-            report=lambda phase, done, total: bars.update(PHASES[phase], done, total),
-        )
-    dist.barrier()  # nobody needs a state any more
-    if is_first_rank():
-        importance.save(out / FOLDER, family.architecture)
-        forget_states(out / FOLDER)
-    dist.barrier()
-    return importance
-
-
-def calibration(config: Any, parent: Path) -> tuple[Callable[[int], Any], dict[str, Any]]:
-    """(token ids `[s]` of calibration sample i, what the text is): windows of the training split, shuffled by seed."""
-    import torch
-
-    from ..data.tokenizer import BPETokenizer
-    from ..data.tokens import load_tokens
-    from ..data.windows import Windows
-
-    own = parent / "tokenizer.json"
-    chosen = config.data.tokenizer or (own if own.is_file() else None)
-    tokenizer = BPETokenizer(chosen) if chosen else BPETokenizer()
-    stream = load_tokens("train", tokenizer, paths=config.data.paths, cache_dir=config.data.cache_dir)
-    windows = Windows(stream, config.rank.seq_length, seed=config.rank.seed)
-
-    def sample(index: int) -> Any:
-        return torch.from_numpy(windows.sample(index)[0].astype("int64"))
-
-    text = {"tokens": len(stream), "tokenizer": tokenizer.sha256, "paths": list(config.data.paths) or "shipped corpus"}
-    return sample, text
-
-
-def precision(train: Any) -> dict[str, Any]:
-    """Fields of Megatron's config that `train.precision` and the layout decide."""
-    import torch
-
-    half = train.precision == "bf16-mixed"
-    fields: dict[str, Any] = {"sequence_parallel": train.sequence_parallel}
-    return fields | ({"bf16": True, "params_dtype": torch.bfloat16} if half else {})
-
-
-def weights_digest(reader: Any, layout: Any) -> str:
-    """SHA-256 over the parent's small tensors (norms, A_log, ...): tells one parent from another in no time."""
-    import hashlib
-
-    from ..checkpoint.writer import tensor_bytes
-
-    digest = hashlib.sha256()
-    for name, spec in layout.table.items():
-        if spec.numel({}) <= 1 << 16:
-            digest.update(name.encode() + tensor_bytes(reader.read(name)))
-    return digest.hexdigest()
 
 
 def summary(importance: Any) -> dict[str, Any]:

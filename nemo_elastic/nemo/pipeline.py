@@ -70,7 +70,7 @@ class Run:
 
     def importance(self, *, resume: bool = False) -> Importance:
         """Measured importance, from disk when it is there."""
-        from nemo_elastic.cli.rank import rank_run
+        from nemo_elastic.nemo.ranking import rank_run
 
         family = family_of(self.config)
         if (self.out / "importance" / "importance.json").is_file():

@@ -1,0 +1,103 @@
+"""Rank the parent of a run: its weights into the plain model, its text into calibration samples, scores to disk.
+
+Sample i is a function of (`rank.seed`, i) and of the text alone, so the scores do not depend on the parallel layout.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..checkpoint.reader import TensorReader
+from ..checkpoint.writer import tensor_bytes
+from ..config.sections import RunConfig, TrainConfig
+from ..data.tokenizer import BPETokenizer
+from ..data.tokens import load_tokens
+from ..data.windows import Windows
+from ..family import family_of, parallel_problems
+from ..importance.run_state import forget_states
+from ..importance.store import Importance
+from ..layout import ParamLayout
+from ..mcore import process_groups
+from ..mcore.build import build_plain_model, load_weights
+from ..mcore.parents import folder_of, open_parent
+from ..mcore.rank import Report, rank_parent
+from ..problems import raise_if_any
+
+FOLDER = "importance"
+SMALL = 1 << 16  # elements of a tensor that the parent's digest reads
+
+
+def rank_run(config: RunConfig, out: Path, *, resume: bool = False, report: Report | None = None) -> Importance:
+    """Rank the parent of a run and save `out/importance/`; returns what was measured, the same on every rank.
+
+    Args:
+        resume: go on from the states that an interrupted call left there.
+        report: called with (`widths` or `depth`, done, total).
+
+    Raises:
+        ProblemsError: a layout that cannot run, a missing parent, or samples that do not fill the ranks.
+    """
+    family, train = family_of(config), config.train
+    raise_if_any(parallel_problems(family.architecture, train, family.space.ffn_groups))
+    reader = open_parent(config.parent.path, family.layout)
+    sample, text = calibration(config, folder_of(config.parent.path))
+    process_groups.start(train.tensor_model_parallel_size, train.pipeline_model_parallel_size, seed=train.seed)
+    model = build_plain_model(family.architecture, **precision(train))
+    load_weights(model, reader, family.architecture, ffn_groups=family.space.ffn_groups)
+    dims = family.space.dims
+    importance = rank_parent(
+        model,
+        family.layout,
+        config.rank,
+        sample,
+        min_layers=config.rank.min_layers or dims["num_layers"].choices[-1],
+        top_channels=dims["mamba_head_dim"].choices[-1],
+        folder=out / FOLDER,
+        resume=resume,
+        source={"parent": config.parent.path, "weights": weights_digest(reader, family.layout), **text},
+        report=report,
+    )
+    dist.barrier()  # nobody needs a state any more
+    if dist.get_rank() == 0:
+        importance.save(out / FOLDER, family.architecture)
+        forget_states(out / FOLDER)
+    dist.barrier()
+    return importance
+
+
+def calibration(config: RunConfig, parent: Path) -> tuple[Callable[[int], Tensor], dict[str, Any]]:
+    """(token ids `[s]` of calibration sample i, what the text is): windows of the training split, shuffled by seed."""
+    own = parent / "tokenizer.json"
+    chosen = config.data.tokenizer or (own if own.is_file() else None)
+    tokenizer = BPETokenizer(chosen) if chosen else BPETokenizer()
+    stream = load_tokens("train", tokenizer, paths=config.data.paths, cache_dir=config.data.cache_dir)
+    windows = Windows(stream, config.rank.seq_length, seed=config.rank.seed)
+
+    def sample(index: int) -> Tensor:
+        return torch.from_numpy(windows.sample(index)[0].astype("int64"))
+
+    text = {"tokens": len(stream), "tokenizer": tokenizer.sha256, "paths": list(config.data.paths) or "shipped corpus"}
+    return sample, text
+
+
+def precision(train: TrainConfig) -> dict[str, Any]:
+    """Fields of Megatron's config that `train.precision` and the layout decide."""
+    half = train.precision == "bf16-mixed"
+    fields: dict[str, Any] = {"sequence_parallel": train.sequence_parallel}
+    return fields | ({"bf16": True, "params_dtype": torch.bfloat16} if half else {})
+
+
+def weights_digest(reader: TensorReader, layout: ParamLayout) -> str:
+    """SHA-256 over the parent's small tensors (norms, A_log, ...): tells one parent from another in no time."""
+    digest = hashlib.sha256()
+    for name, spec in layout.table.items():
+        if spec.numel({}) <= SMALL:
+            digest.update(name.encode() + tensor_bytes(reader.read(name)))
+    return digest.hexdigest()

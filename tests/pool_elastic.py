@@ -1,42 +1,35 @@
 """Cases of the elastic modules that run in the worker pool or in the test's own process."""
 
+import random
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from small_parent import FFN_GROUPS, architecture, random_subnet, space_of
+from torch import Tensor
 
 from nemo_elastic.architecture import Architecture
 from nemo_elastic.layout import ParamLayout
-from nemo_elastic.mcore.build import build_elastic_model, build_plain_model, load_weights, named_global_parameters
-from nemo_elastic.mcore.elastic.plan import hard_plan
-from nemo_elastic.slicing import accumulate, take
-from nemo_elastic.space import Subnet
+from nemo_elastic.mcore.build import build_elastic_model, load_weights, named_global_parameters, whole_tensors
+from nemo_elastic.mcore.elastic.plan import Plan, hard_plan, soft_plan
+from nemo_elastic.space import DEPTH, KIND_OF_DIM, PER_LAYER_DIMS, WIDTH_DIMS, Subnet
 
-FFN_GROUPS = 4
-SMALL = {
-    "hybrid_override_pattern": "M-M*M-*-",
-    "hidden_size": 48,
-    "ffn_hidden_size": 64,
-    "num_attention_heads": 12,
-    "num_query_groups": 4,
-    "kv_channels": 8,
-    "mamba_num_heads": 12,
-    "mamba_head_dim": 8,
-    "mamba_num_groups": 4,
-    "mamba_state_dim": 8,
-    "vocab_size": 64,
-}
+Case = tuple[str, Subnet | None]  # mode and what it runs; "soft" has masks instead of a subnet
 
 
-def architecture(**more: Any) -> Architecture:
-    return Architecture(**(SMALL | more))
+def layout_of(arch: Architecture, tp: int = 1) -> ParamLayout:
+    return ParamLayout(arch, ffn_groups=FFN_GROUPS, tp_size=tp)
 
 
-def random_weights(arch: Architecture, dtype: torch.dtype, seed: int = 0) -> dict[str, torch.Tensor]:
+def random_weights(arch: Architecture, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
     """Whole weights with random norms, biases and A, so that no identity holds by symmetry."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
-    for name, spec in ParamLayout(arch, ffn_groups=FFN_GROUPS).table.items():
+    for name, spec in layout_of(arch).table.items():
         shape = spec.shape({})
         w = torch.randn(shape, generator=generator, dtype=torch.float64)
         if len(shape) > 1:
@@ -49,70 +42,162 @@ def random_weights(arch: Architecture, dtype: torch.dtype, seed: int = 0) -> dic
     return weights
 
 
-def tokens(arch: Architecture, seed: int = 1, batch: int = 2, length: int = 16) -> torch.Tensor:
+def tokens(arch: Architecture, seed: int = 1, batch: int = 2, length: int = 16) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, arch.vocab_size, (batch, length), generator=generator)
 
 
-def child_architecture(arch: Architecture, subnet: Subnet) -> Architecture:
-    """The plain architecture of a child with uniform widths."""
-    pattern = "".join(arch.hybrid_override_pattern[i] for i in subnet.layers)
-    return Architecture(
-        **(
-            {f: getattr(arch, f) for f in SMALL if f != "hybrid_override_pattern"}
-            | {
-                "hybrid_override_pattern": pattern,
-                "hidden_size": subnet.hidden_size,
-                "ffn_hidden_size": subnet.ffn_hidden_size[0],
-                "mamba_num_heads": subnet.mamba_num_heads[0],
-                "mamba_head_dim": subnet.mamba_head_dim,
-                "num_attention_heads": subnet.num_attention_heads[0],
-                "share_embeddings_and_output_weights": arch.share_embeddings_and_output_weights,
-            }
-        )
-    )
+def elastic_model(arch: Architecture, dtype: torch.dtype = torch.float32, seed: int = 0, **more: Any) -> Any:
+    """This rank's elastic model with the random weights of `seed`."""
+    model = build_elastic_model(arch, ffn_groups=FFN_GROUPS, params_dtype=dtype, **more)
+    load_weights(model, random_weights(arch, dtype, seed), arch, ffn_groups=FFN_GROUPS)
+    return model
 
 
-def _loss(logits: torch.Tensor, seed: int = 5) -> torch.Tensor:
+def gates(arch: Architecture, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    """Straight-through scalars of value 1 for every dim, per layer where a dim can be."""
+    rows = {n: len(arch.layers_of(KIND_OF_DIM[n])) if n in PER_LAYER_DIMS else 1 for n in WIDTH_DIMS}
+    return {n: torch.ones(k, dtype=dtype, requires_grad=True) for n, k in {**rows, DEPTH: arch.num_layers}.items()}
+
+
+def units(arch: Architecture) -> dict[str, int]:
+    """Units of one group, per width dim."""
+    axes = layout_of(arch).axes
+    factors = [f for axis in axes.values() for segment in axis for f in segment.factors if f.dim]
+    return {f.dim: f.count for f in factors}
+
+
+def soft_masks(arch: Architecture, seed: int = 3, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    """Random masks in (0.2, 1) for every dim and layer."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {n: (len(g), units(arch)[n]) for n, g in gates(arch).items() if n != DEPTH} | {DEPTH: (arch.num_layers,)}
+    made = {n: 0.2 + 0.8 * torch.rand(shape, generator=generator, dtype=torch.float64) for n, shape in shapes.items()}
+    return {n: m.to(dtype).requires_grad_() for n, m in made.items()}
+
+
+def one_hot_masks(arch: Architecture, subnet: Subnet, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    """The soft masks that mean exactly `subnet`."""
+    found = {}
+    for name, count in units(arch).items():
+        row = getattr(subnet, name)
+        row, full = row if isinstance(row, tuple) else (row,), getattr(arch, name)
+        found[name] = torch.stack([(torch.arange(count) < size * count // full).to(dtype) for size in row])
+    found[DEPTH] = torch.tensor([float(i in subnet.layers) for i in range(arch.num_layers)], dtype=dtype)
+    return {n: m.requires_grad_() for n, m in found.items()}
+
+
+def plan_and_values(arch: Architecture, layout: ParamLayout, case: Case) -> tuple[Plan, dict[str, Tensor]]:
+    """A plan, and the leaves (gates or soft masks) whose gradients are wanted."""
+    mode, subnet = case
+    if mode == "soft":
+        values = soft_masks(arch)
+        return soft_plan(layout, space_of(arch).full_subnet(), values), values
+    values = gates(arch)
+    return hard_plan(layout, subnet, mode, values), values
+
+
+def project(logits: Tensor, seed: int = 5) -> Tensor:
+    """A scalar that depends on every logit."""
     generator = torch.Generator().manual_seed(seed)
     return (logits * torch.randn(logits.shape, generator=generator, dtype=torch.float64).to(logits.dtype)).sum()
 
 
-def run_modes(arch: Architecture, subnets: list[Subnet], dtype: torch.dtype, seed: int = 0) -> list[dict[str, Any]]:
-    """Per subnet: logits and parameter gradients masked, sliced and of the extracted plain child (single process)."""
-    weights, ids = random_weights(arch, dtype, seed), tokens(arch)
-    layout = ParamLayout(arch, ffn_groups=FFN_GROUPS)
-    model = build_elastic_model(arch, ffn_groups=FFN_GROUPS, params_dtype=dtype)
-    load_weights(model, weights, arch, ffn_groups=FFN_GROUPS)
-    results = []
-    for subnet in subnets:
-        found: dict[str, Any] = {}
-        for mode in ("masked", "sliced"):
-            model.zero_grad(set_to_none=True)
-            logits = model(ids, None, None, elastic=hard_plan(layout, subnet, mode))
-            _loss(logits).backward()
-            grads = {
-                n: torch.zeros_like(p) if p.grad is None else p.grad.clone()
-                for n, p in named_global_parameters(model, layout)
-            }
-            found[mode] = (logits.detach().clone(), grads)
-        uniform = all(subnet.is_uniform(n) for n in ("ffn_hidden_size", "mamba_num_heads", "num_attention_heads"))
-        if uniform:
-            child_arch = child_architecture(arch, subnet)
-            child = build_plain_model(child_arch, params_dtype=dtype)
-            cut = {name: take(weights[spec.name], spec, sizes) for name, spec, sizes in layout.child_params(subnet)}
-            load_weights(child, cut, child_arch, ffn_groups=1)
-            logits = child(ids, None, None)
-            _loss(logits).backward()
-            grads = {n: torch.zeros_like(weights[n]) for n in weights}
-            rows = {name: (spec, sizes) for name, spec, sizes in layout.child_params(subnet)}
-            for name, p in named_global_parameters(child, ParamLayout(child_arch, ffn_groups=1)):
-                spec, sizes = rows[name]
-                accumulate(p.grad, spec, sizes, grads[spec.name])
-            found["extracted"] = (logits.detach(), grads)
-        results.append(found)
-    return results
+def gradients(model: Any, layout: ParamLayout) -> dict[str, Tensor]:
+    """Gradients by canonical name: `grad` plus `main_grad`, zeros where there is none."""
+    found: dict[str, Tensor] = {}
+    for name, p in named_global_parameters(model, layout):
+        parts = [g for g in (p.grad, getattr(p, "main_grad", None)) if g is not None]
+        found[name] = sum(parts, torch.zeros_like(p)).detach().clone()
+    return found
 
 
-def rank_of_pool() -> int:
-    return parallel_state.get_tensor_model_parallel_rank()
+def run_plan(model: Any, ids: Tensor, plan: Plan | None, layout: ParamLayout) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits and parameter gradients of one forward and backward."""
+    model.zero_grad(set_to_none=True)
+    logits = model(ids, None, None, elastic=plan)
+    project(logits).backward()
+    return logits.detach().clone(), gradients(model, layout)
+
+
+# What follows runs on every rank of a pool: a few micro-batches of different subnets through Megatron's schedule.
+
+
+def micro_batches(arch: Architecture) -> list[Case]:
+    """Different subnets in flight; masked and soft ones in between (the residual stream then has the full width)."""
+    space, rng = space_of(arch), random.Random(11)
+    full, some = space.full_subnet(), [random_subnet(space, rng, per_layer=True) for _ in range(3)]
+    few = replace(some[0], layers=(2, 5))  # whole pipeline stages without a layer
+    return [("sliced", some[0]), ("masked", some[1]), ("sliced", full), ("sliced", few), ("soft", None)]
+
+
+def schedule_step(
+    *, sp: bool = False, tied: bool = False, ddp: bool = False, order: Iterable[int] | None = None, **more: Any
+) -> dict[str, Any]:
+    """One step: losses (last stage), whole gradients of this stage, gate gradients summed over stages.
+
+    Args:
+        order: which of `micro_batches` to run, default all.
+        more: config fields (recomputation).
+    """
+    arch = architecture(share_embeddings_and_output_weights=tied)
+    layout = layout_of(arch, parallel_state.get_tensor_model_parallel_world_size())
+    model = elastic_model(arch, sequence_parallel=sp, **more)
+    model.train()
+    cases = micro_batches(arch)
+    picked = list(range(len(cases)) if order is None else order)
+    made = {i: plan_and_values(arch, layout, cases[i]) for i in picked}
+    run, config = model, model.config
+    if ddp:
+        run = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
+        run.zero_grad_buffer()
+    config.finalize_model_grads_func = finalize_model_grads if ddp else None
+
+    def forward_step(batches: Any, model: Any) -> tuple[Tensor, Any]:
+        i = next(batches)
+        ids = tokens(arch, seed=100 + i, length=17)
+        output = model(ids[:, :-1], None, None, labels=ids[:, 1:].contiguous(), elastic=made[i][0])
+        return output, lambda losses: (losses.mean(), {"loss": losses.detach().mean()})
+
+    found = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(picked),
+        model=[run],
+        num_microbatches=len(picked),
+        seq_length=16,
+        micro_batch_size=2,
+        forward_only=False,
+    )
+    if not ddp:
+        finish_gradients(model)
+    return {
+        "losses": [r["loss"].item() for r in found],
+        "gradients": dict(whole_tensors(gradients(model, layout).items(), layout)),
+        "gates": {i: summed_over_stages(values) for i, (_, values) in made.items()},
+    }
+
+
+def finish_gradients(model: Any) -> None:
+    """What Megatron's `finalize_model_grads` does to `main_grad`, on plain `grad`."""
+    for p in model.parameters():
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+        if getattr(p, "sequence_parallel", False):
+            torch.distributed.all_reduce(p.grad, group=parallel_state.get_tensor_model_parallel_group())
+    tied = model.share_embeddings_and_output_weights
+    if (
+        tied
+        and parallel_state.get_pipeline_model_parallel_world_size() > 1
+        and (model.pre_process or model.post_process)
+    ):
+        weight = model.shared_embedding_or_output_weight()
+        torch.distributed.all_reduce(weight.grad, group=parallel_state.get_embedding_group())
+
+
+def summed_over_stages(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Gradients of gates: each stage has those of its own layers."""
+    found = {}
+    for name, value in values.items():
+        total = torch.zeros_like(value) if value.grad is None else value.grad.clone()
+        torch.distributed.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
+        found[name] = total
+    return found

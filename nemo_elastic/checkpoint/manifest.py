@@ -186,17 +186,19 @@ def load_manifest(nested: str | os.PathLike[str]) -> Manifest:
     return manifest
 
 
-def check_hashes(
-    nested: str | os.PathLike[str], manifest: Manifest, names: Iterable[str] | None = None
-) -> list[Problem]:
-    """Every listed file (or those of `names`) whose SHA-256 is not the manifest's."""
+def check_hashes(nested: str | os.PathLike[str], manifest: Manifest, names: Iterable[str] | None = None) -> None:
+    """Hash every listed file (or those of `names`).
+
+    Raises:
+        ProblemsError: naming each file whose SHA-256 is not the manifest's.
+    """
     found = []
     for name in manifest.files if names is None else names:
         real = file_sha256(Path(nested) / name)
         if real != manifest.files[name]["sha256"]:
             words = f"has SHA-256 {real[:12]}..., its manifest says {manifest.files[name]['sha256'][:12]}...: damaged"
             found.append(Problem(str(Path(nested) / name), f"{words}, or of another parent; copy it again"))
-    return found
+    raise_if_any(found)
 
 
 def write_manifest(nested: Path, manifest: Manifest, hashes: Mapping[str, str] | None = None) -> Manifest:

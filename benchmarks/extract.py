@@ -1,0 +1,195 @@
+"""Extraction from a large nested checkpoint against copying the bytes it writes: time and memory, as JSON.
+
+    python benchmarks/extract.py [--format nemo] [--repetitions 3] [--folder DIR] [--output FILE]
+
+The checkpoint is synthetic (2 GB of bf16, random bytes repeated). A process that has imported everything extracts each
+child; `peak_rss_above_baseline_mb` is the high-water mark of its resident set above what it had before. The
+copy reads the child's files, writes them elsewhere, syncs and hashes (SHA-256) them. Extract and copy take turns; times
+are the least of the repetitions. `time_ratio_to_copy` is of the worst child, and `cpu_ratio_to_copy` the same of CPU
+seconds (what a busy machine disturbs less).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+GOALS = {"time_ratio_to_copy": 1.5, "peak_rss_above_baseline_mb": 600}
+MODEL = {
+    "hybrid_override_pattern": "M-M-M*-" * 4,
+    "hidden_size": 2048,
+    "ffn_hidden_size": 8192,
+    "num_attention_heads": 32,
+    "num_query_groups": 8,
+    "kv_channels": 128,
+    "mamba_num_heads": 64,
+    "mamba_head_dim": 64,
+    "mamba_num_groups": 8,
+    "mamba_state_dim": 128,
+    "vocab_size": 40960,
+    "seq_length": 4096,
+}
+CUT = {"hidden_size": 1664, "ffn_hidden_size": 6144, "mamba_num_heads": 48, "num_attention_heads": 24}
+
+
+def make(folder: Path) -> None:
+    """Write the nested checkpoint, one tensor at a time."""
+    import torch
+
+    from nemo_elastic.checkpoint.manifest import Manifest
+    from nemo_elastic.config.model_fields import architecture_of
+    from nemo_elastic.data.tokenizer import DEFAULT_TOKENIZER
+    from nemo_elastic.layout import ParamLayout
+    from nemo_elastic.nemo import cpu
+    from nemo_elastic.nemo.checkpoints import write_nested
+    from nemo_elastic.space import Budget, ElasticSpace
+
+    cpu.install()
+    architecture = architecture_of(MODEL)
+    noise = torch.randint(
+        -(1 << 15), 1 << 15, (1 << 24,), dtype=torch.int16, generator=torch.Generator().manual_seed(0)
+    )
+
+    class Synthetic:
+        table = ParamLayout(architecture).table
+
+        def names(self) -> list[str]:
+            return list(self.table)
+
+        def shape(self, name: str) -> tuple[int, ...]:
+            return self.table[name].shape({})
+
+        def dtype(self, name: str) -> torch.dtype:
+            return torch.bfloat16
+
+        def read(self, name: str) -> torch.Tensor:
+            shape = self.shape(name)
+            return (
+                noise.repeat(-(-torch.Size(shape).numel() // len(noise)))[: torch.Size(shape).numel()]
+                .view(torch.bfloat16)
+                .reshape(shape)
+            )
+
+    space = ElasticSpace(architecture=architecture, depth_ranking=tuple(range(architecture.num_layers)))
+    subnets = {
+        "full": space.full_subnet(),
+        "shallow": space.subnet(num_layers=21),
+        "cut": space.subnet(**CUT),
+    }
+    budgets = {n: Budget(name=n, kind="fraction", value=v) for n, v in (("full", 1.0), ("shallow", 0.8), ("cut", 0.6))}
+    manifest = Manifest(model=MODEL, space=space, budgets=budgets, subnets=subnets)
+    write_nested(folder, Synthetic(), manifest, tokenizer=DEFAULT_TOKENIZER)
+
+
+def copy(source: Path, target: Path) -> None:
+    """Read, write, sync and hash every file."""
+    for path in sorted(p for p in source.rglob("*") if p.is_file()):
+        new = target / path.relative_to(source)
+        new.parent.mkdir(parents=True, exist_ok=True)
+        digest = hashlib.sha256()
+        with path.open("rb", buffering=0) as reading, new.open("wb", buffering=0) as writing:
+            while block := reading.read(1 << 23):
+                writing.write(block)
+                digest.update(block)
+            os.fsync(writing.fileno())
+
+
+def memory_mb(field: str) -> float:
+    """`VmRSS` or `VmHWM` of this process."""
+    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)) / 1024
+
+
+def timed(act: Callable[[], object]) -> tuple[float, float]:
+    """(wall, CPU) seconds."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    act()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def measure(folder: Path, format: str, repetitions: int) -> dict:
+    """In this process: everything imported, then extract and copy in turn."""
+    import torch
+
+    from nemo_elastic.nemo import cpu
+    from nemo_elastic.nemo.checkpoints import extract, open_nested
+
+    torch.set_num_threads(1)
+    if format == "nemo":
+        cpu.install()
+        import nemo_elastic.mcore.dist_save
+        import nemo_elastic.nemo.context  # noqa: F401
+    children, nested = {}, folder / "nested"
+    for budget in open_nested(nested).manifest.subnets:
+        times: dict[str, list[tuple[float, float]]] = {"extract": [], "copy": []}
+        peak = 0.0
+        for _ in range(repetitions):
+            child, other = folder / "child", folder / "copy"
+            Path("/proc/self/clear_refs").write_text("5")  # forget the high-water mark
+            before = memory_mb("VmRSS")
+            times["extract"].append(timed(lambda b=budget, c=child: extract(nested, b, c, format=format)))
+            peak = max(peak, memory_mb("VmHWM") - before)
+            times["copy"].append(timed(lambda c=child, o=other: copy(c, o)))
+            size = sum(p.stat().st_size for p in child.rglob("*") if p.is_file())
+            shutil.rmtree(child)
+            shutil.rmtree(other)
+        least = {what: [min(t[i] for t in found) for i in (0, 1)] for what, found in times.items()}
+        children[budget] = {
+            "gigabytes": round(size / 1e9, 3),
+            "extract_seconds": round(least["extract"][0], 3),
+            "copy_seconds": round(least["copy"][0], 3),
+            "time_ratio_to_copy": round(least["extract"][0] / least["copy"][0], 3),
+            "cpu_ratio_to_copy": round(least["extract"][1] / least["copy"][1], 3),
+            "peak_rss_above_baseline_mb": round(peak, 1),
+        }
+    return children
+
+
+def main() -> int:
+    """Make, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--format", choices=("nemo", "hf"), default="nemo")
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument(
+        "--folder", type=Path, help="where to work; needs 7 GB (default: the system's temporary folder)"
+    )
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--step", choices=("make", "measure"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.step == "make":
+        make(arguments.folder / "nested")
+        return 0
+    if arguments.step == "measure":
+        print(json.dumps(measure(arguments.folder, arguments.format, arguments.repetitions)))
+        return 0
+    with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="nemo-elastic-extract-") as folder:
+        answers = {}
+        for step in ("make", "measure"):
+            command = [sys.executable, __file__, "--step", step, "--folder", folder, "--format", arguments.format]
+            command += ["--repetitions", str(arguments.repetitions)]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            answers[step] = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
+        children = json.loads(answers["measure"])
+    worst = {key: max(child[key] for child in children.values()) for key in (*GOALS, "cpu_ratio_to_copy")}
+    result = {**worst, "format": arguments.format, "children": children, "goals": GOALS}
+    result["met"] = all(worst[key] <= goal for key, goal in GOALS.items())
+    text = json.dumps(result, indent=2)
+    print(text)
+    if arguments.output:
+        arguments.output.write_text(text + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -62,8 +62,7 @@ SUBNETS: dict[str, dict[str, Any]] = {
 }
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
-GRADIENT_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
-TOLERANCE = {torch.float32: 5e-5, torch.float64: 1e-10}  # of every parameter by itself
+GRADIENT_TOLERANCE = {torch.float32: 5e-5, torch.float64: 1e-10}  # of every parameter by itself
 # Megatron's mixer computes A and dt in fp32 whatever the model's dtype, so their gradients are rounded to fp32.
 FP32_PARAMETERS = ("A_log", "dt_bias")
 

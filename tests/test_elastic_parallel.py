@@ -1,0 +1,90 @@
+"""The same losses, weight gradients and gate gradients in every parallel layout as in one process.
+
+Five micro-batches of different subnets (sliced with per-layer widths, masked, full, one that leaves whole stages empty,
+soft) go through Megatron's own schedule, so that under pipeline parallelism they are in flight together and change the
+width of the residual stream. The reference runs them one at a time, without recomputation, in one process.
+"""
+
+from typing import Any
+
+import pool_elastic
+import pytest
+import torch
+from worker_pool import WorkerPool
+
+TOLERANCE = 1e-5
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def tied(request: pytest.FixtureRequest) -> bool:
+    return request.param
+
+
+_references: dict[bool, list[dict[str, Any]]] = {}
+
+
+@pytest.fixture
+def one_at_a_time(tied: bool, one_rank: None) -> list[dict[str, Any]]:
+    """Each micro-batch alone, in this process."""
+    if tied not in _references:
+        count = len(pool_elastic.micro_batches(pool_elastic.architecture()))
+        _references[tied] = [pool_elastic.schedule_step(tied=tied, order=[i]) for i in range(count)]
+    return _references[tied]
+
+
+def assert_same(ranks: list[dict[str, Any]], reference: list[dict[str, Any]]) -> None:
+    """`ranks` of one replica against the micro-batches run one at a time (losses are divided by their number)."""
+    count = len(reference)
+    losses = next(r["losses"] for r in ranks if r["losses"])
+    assert losses == pytest.approx([r["losses"][0] for r in reference], rel=TOLERANCE)
+    names = set()
+    for rank in ranks:
+        for name, found in rank["gradients"].items():
+            assert_close(found, sum(r["gradients"][name] for r in reference) / count, name)
+            names.add(name)
+        for i, gates in rank["gates"].items():
+            for dim, found in gates.items():
+                assert_close(found, reference[i]["gates"][i][dim] / count, f"{dim} of micro-batch {i}")
+    assert names == set(reference[0]["gradients"])
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+    error, scale = (found - expected).norm().item(), expected.norm().item()
+    assert error <= TOLERANCE * scale, f"{what}: {error / max(scale, 1e-30):.1e} of {scale:.1e}"
+
+
+def test_interleaved_is_one_at_a_time(one_at_a_time: list[dict[str, Any]], tied: bool) -> None:
+    assert_same([pool_elastic.schedule_step(tied=tied)], one_at_a_time)
+    assert_same([pool_elastic.schedule_step(tied=tied, ddp=True)], one_at_a_time)
+    assert_same([pool_elastic.schedule_step(tied=tied, **FULL)], one_at_a_time)
+
+
+LAYOUTS = {
+    "tp2": {"tp": 2},
+    "tp2_sp": {"tp": 2, "sp": True},
+    "pp2": {"pp": 2},
+    "tp4": {"tp": 4},
+    "tp4_sp": {"tp": 4, "sp": True},
+    "pp4": {"pp": 4},
+    "tp2_pp2": {"tp": 2, "pp": 2},
+    "tp2_pp2_sp": {"tp": 2, "pp": 2, "sp": True},
+}
+QUICK = {("tp2_sp", "ddp"), ("pp2", "ddp_recompute"), ("tp2_pp2_sp", "ddp"), ("tp4", "autograd"), ("pp4", "ddp")}
+CASES = [
+    pytest.param(name, kind, marks=() if (name, kind) in QUICK else pytest.mark.slow, id=f"{name}-{kind}")
+    for name in LAYOUTS
+    for kind in ("ddp", "autograd", "ddp_recompute")
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_a_layout_changes_nothing(
+    request: pytest.FixtureRequest, one_at_a_time: list[dict[str, Any]], tied: bool, name: str, kind: str
+) -> None:
+    layout = LAYOUTS[name]
+    size = layout.get("tp", 1) * layout.get("pp", 1)
+    pool: WorkerPool = request.getfixturevalue(f"pool{size}")
+    more = FULL if kind == "ddp_recompute" else {}
+    ranks = pool.run(pool_elastic.schedule_step, **layout, tied=tied, ddp=kind != "autograd", **more)
+    assert_same(ranks, one_at_a_time)

@@ -92,8 +92,17 @@ def restart_under_torchrun(arguments: argparse.Namespace) -> None:
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    words = sys.argv[1:]
-    os.execv(sys.executable, [*command, "-m", "nemo_elastic", *words])
+    os.execv(sys.executable, [*command, "-m", "nemo_elastic", *_without_nproc(sys.argv[1:])])
+
+
+def _without_nproc(words: list[str]) -> list[str]:
+    """torchrun's parser looks at every word before it hands them on, and `--nproc` is half of two of its own flags."""
+    kept, skip = [], False
+    for word in words:
+        if not skip and word != "--nproc" and not word.startswith("--nproc="):
+            kept.append(word)
+        skip = word == "--nproc"
+    return kept
 
 
 def write_resolved(out: Path, resolved: Resolved) -> None:

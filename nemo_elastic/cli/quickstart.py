@@ -9,7 +9,7 @@ from typing import Any
 
 from .arguments import configuration, folders, restart_under_torchrun, run_folder, verb_parser, write_resolved
 from .console import is_first_rank, progress_bar, quiet_libraries
-from .train import check_unused
+from .train import check_inputs, check_unused
 
 FOLDER_VARIABLE = "NEMO_ELASTIC_QUICKSTART_FOLDER"
 EXAMPLES = """examples:
@@ -46,7 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
     out = (
         run_folder(arguments, "quickstart") if arguments.out else free_folder(Path("runs/quickstart"), arguments.force)
     )
-    check_unused(out, arguments)
+    check_unused(out, force=arguments.force)
+    check_inputs(resolved.config)
     restart_under_torchrun(arguments)
     quiet_libraries(arguments.verbose)
     from ..nemo.pipeline import Run, quickstart
@@ -58,8 +59,8 @@ def run(arguments: argparse.Namespace) -> int:
         result = quickstart(work)
     if not is_first_rank():
         return 0
-    from ..report.write import write_report
     from ..report.table import results_table
+    from ..report.write import write_report
 
     path = write_report(out)
     if arguments.json:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import shutil
+from pathlib import Path
 from typing import Any
 
+from ..family import family_of
+from ..problems import Problem, ProblemsError, raise_if_any
 from .arguments import configuration, folders, restart_under_torchrun, run_folder, verb_parser, write_resolved
 from .console import is_first_rank, progress_bar, quiet_libraries
 
@@ -26,7 +30,8 @@ def run(arguments: argparse.Namespace) -> int:
     folders(arguments)
     resolved = configuration(arguments)
     out = run_folder(arguments, resolved.config.name)
-    check_unused(out, arguments)
+    check_unused(out, force=arguments.force, resume=arguments.resume)
+    check_inputs(resolved.config)
     restart_under_torchrun(arguments)
     quiet_libraries(arguments.verbose)
     from ..nemo.pipeline import Run
@@ -47,20 +52,38 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def check_unused(out: Any, arguments: argparse.Namespace) -> None:
+def check_inputs(config: Any) -> None:
+    """What can be known to fail before anything is started or written: layout, curriculum, budgets, the parent.
+
+    Raises:
+        ProblemsError: all that is wrong, at once.
+    """
+    from ..mcore.parents import open_parent
+    from ..plan import plan
+
+    found = [Problem(p["key"], p["message"]) for p in plan(config)["problems"]]
+    if not config.train.stages:
+        found.append(Problem("train.stages", "is empty; give at least one stage, e.g. [{steps: 100}]"))
+    if not config.elastic.budgets:
+        found.append(Problem("elastic.budgets", "is empty; name at least one, e.g. {full: 1.0, half: 0.5}"))
+    if not found:
+        try:
+            open_parent(config.parent.path, family_of(config).layout)
+        except ProblemsError as error:
+            found += error.problems
+    raise_if_any(found)
+
+
+def check_unused(out: Path, *, force: bool, resume: bool = False) -> None:
     """Never train over another run's checkpoints.
 
     Raises:
         ProblemsError: `out` has checkpoints, and neither `--resume` nor `--force` was given.
     """
-    import shutil
-
-    from ..problems import Problem, ProblemsError
-
     used = [name for name in ("checkpoints", "nested") if (out / name).exists()]
-    if not used or arguments.resume:
+    if not used or resume:
         return
-    if not arguments.force:
+    if not force:
         words = (
             f"already has {' and '.join(used)}; go on with --resume, start over with --force, or choose another --out"
         )

@@ -93,7 +93,7 @@ def train(
         use_distributed_optimizer=run.train.use_distributed_optimizer,
         scale_lr_cond=is_router,
         lr_mult=run.router.lr / settings.lr,
-        no_weight_decay_cond=lambda name, parameter: is_router(name, parameter) or parameter.dim() == 1,
+        no_weight_decay_cond=decays_not,
     )
     model = ElasticMambaModel(config, optim=optimizer, tokenizer=data.tokenizer)
     planner = Planner(
@@ -135,6 +135,11 @@ def train(
 def is_router(name: str, parameter: Any) -> bool:
     """The router's parameters: own learning rate, no weight decay."""
     return ".router." in f".{name}"
+
+
+def decays_not(name: str, parameter: Any) -> bool:
+    """Vectors (norms, biases, A, D) and the router. At module level, so that NeMo can write it into a context."""
+    return is_router(name, parameter) or parameter.dim() == 1
 
 
 def data_module(run: RunConfig, seq_length: int, global_batch_size: int) -> TextDataModule:

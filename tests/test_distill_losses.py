@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 
 from nemo_elastic.config.sections import DistillConfig
 from nemo_elastic.distill.losses import kd_loss
@@ -109,7 +109,9 @@ def test_bf16_logits_are_worked_in_fp32():
     s = student.clone().requires_grad_()
     found = kd_loss(s, teacher, DistillConfig())
     found.total.backward()
-    expected = reference(student, teacher, torch.zeros(TOKENS, BATCH, dtype=torch.long), torch.ones(TOKENS, BATCH), DistillConfig())
+    expected = reference(
+        student, teacher, torch.zeros(TOKENS, BATCH, dtype=torch.long), torch.ones(TOKENS, BATCH), DistillConfig()
+    )
     torch.testing.assert_close(found.total.double(), expected[0], rtol=1e-6, atol=0)
     assert s.grad.dtype == torch.bfloat16
 

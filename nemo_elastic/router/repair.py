@@ -24,6 +24,7 @@ from .selection import argmax_selection
 
 GLOBAL_DIMS = (DEPTH, "hidden_size", "mamba_head_dim")
 EXHAUSTIVE_ROWS = 4_000
+OUT_OF_BAND = 1e4  # more than probabilities ever cost: within the tolerance of the target wins wherever it exists
 SMALLEST_LOG = -80.0
 
 
@@ -65,7 +66,8 @@ def choose(
         probabilities: noise-free, `[rows, choices]` per dim.
         tolerance: relative overshoot that is still accepted.
         fill: also repair a choice that stays below the target by more than `tolerance`.
-        shortfall_price: log-probability that a relative shortfall of 1 beyond the tolerance is worth, in a repair.
+        shortfall_price: log-probability that a relative shortfall of 1 is worth where nothing lies within the tolerance;
+            0: any shortfall will do.
 
     Raises:
         ProblemsError: the space has nothing small enough.
@@ -164,7 +166,8 @@ class _Repair:
         """Loss of a choice of rows; infinite when too large."""
         if cost > self.highest:
             return inf
-        return loss + self.price * max(0.0, self.lowest - cost) / self.target
+        short = max(0.0, self.lowest - cost) / self.target
+        return loss + (OUT_OF_BAND + self.price * short if short and self.price else 0.0)
 
     def _fit(self, base: float, rows: Sequence[_Row], limit: float) -> tuple[float, list[int]] | None:
         """The best (score, choice per row) below `limit`, or None."""

@@ -178,3 +178,72 @@ def rank_depth(method, sp=False, **options):
     progress = getattr(ranker, method)()
     cosine = cosine_scores(ranker.stack.model, ranker.batches)
     return progress.removed, progress.scores, ranker.layer_forwards, cosine
+
+
+def whole_gradients(arch: Architecture, tensors: dict, dtype: torch.dtype, sp: bool) -> tuple[list, dict]:
+    """(this rank's logits, whole gradients of this stage's parameters) through Megatron's own schedule."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from nemo_elastic.mcore.build import named_global_parameters
+    from nemo_elastic.mcore.build import whole_tensors as gathered
+
+    tp, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
+    model, logits = load(build(arch, sp=sp, dtype=dtype), arch, tensors), []
+    part = torch.linspace(-1, 1, arch.vocab_size, dtype=dtype).chunk(tp)[rank]
+
+    def step(batches, model):
+        tokens = next(batches)
+        output = model(tokens, torch.arange(LENGTH).expand(BATCH, LENGTH), None)
+
+        def loss(output):
+            logits.append(output.detach())
+            return (output * part).sum(), {}
+
+        return output, loss
+
+    batches = token_batches(arch, 2)
+    get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=iter(batches),
+        model=[model],
+        num_microbatches=len(batches),
+        seq_length=LENGTH,
+        micro_batch_size=BATCH,
+        forward_only=False,
+    )
+    group = parallel_state.get_tensor_model_parallel_group()
+    gradients = {}
+    local = ParamLayout(arch, ffn_groups=FFN_GROUPS, tp_size=tp)
+    for name, parameter in named_global_parameters(model, local):
+        gradient = parameter.grad
+        if sp and getattr(parameter, "sequence_parallel", False):
+            torch.distributed.all_reduce(gradient, group=group)  # what finalize_model_grads does
+        ((_, gradients[name]),) = gathered([(name, gradient)], local)
+    return logits, gradients
+
+
+def sorting_errors(sp: bool = False) -> dict[str, tuple[float, float]]:
+    """Largest difference of logits and of mapped-back gradients, parent against sorted parent, relative to the
+    largest value of the tensor: every dim alone in fp64, all together in fp64 and fp32."""
+    from nemo_elastic.importance.ranking import random_orders
+    from nemo_elastic.importance.sorting import sort_tensor, sort_tensors
+    from nemo_elastic.space import WIDTH_DIMS
+
+    def difference(a, b):
+        return ((a - b).abs().max() / b.abs().max().clamp_min(1e-3)).item()
+
+    layout, errors = layout_of(TINY), {}
+    for dtype in (torch.float32, torch.float64):
+        tensors = whole_tensors(TINY, dtype)
+        logits, gradients = whole_gradients(TINY, tensors, dtype, sp)
+        for dims in [(dim,) for dim in WIDTH_DIMS if dtype == torch.float64] + [WIDTH_DIMS]:
+            orders = random_orders(layout, dims, torch.Generator().manual_seed(3))
+            in_order = dict(sort_tensors(tensors.items(), layout, orders))
+            assert any(not torch.equal(in_order[name], tensors[name]) for name in tensors)
+            sorted_logits, sorted_gradients = whole_gradients(TINY, in_order, dtype, sp)
+            back = {n: sort_tensor(n, g, layout, orders, inverse=True) for n, g in sorted_gradients.items()}
+            errors[f"{'+'.join(dims)} {dtype}"] = (
+                max((difference(a, b) for a, b in zip(sorted_logits, logits, strict=True)), default=0.0),
+                max(difference(back[name], gradient) for name, gradient in gradients.items()),
+            )
+    return errors

@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from pool_importance import FFN_GROUPS, TINY, build, layout_of, load, logits_of, token_batches, whole_tensors
+from pool_importance import (
+    FFN_GROUPS,
+    TINY,
+    build,
+    layout_of,
+    load,
+    logits_of,
+    sorting_errors,
+    token_batches,
+    whole_tensors,
+)
 
 from nemo_elastic.importance.ranking import (
     dealt_order,
@@ -133,3 +143,24 @@ def test_depth_ranking_is_the_removal_reversed_behind_the_survivors():
     scores = {0: 5.0, 1: 1.0, 2: 2.0, 3: 2.0, 4: 0.1}
     assert depth_ranking([4, 1], scores) == (0, 2, 3, 1, 4)
     assert depth_ranking([4, 1], scores, protected=[3]) == (3, 0, 2, 1, 4)
+
+
+def assert_no_errors(results):
+    for errors in results:
+        assert len(errors) == len(EVERY_DIM) + 1
+        for case, (logits, gradients) in errors.items():
+            double = "float64" in case
+            assert logits < (1e-10 if double else 1e-5), (case, logits)
+            assert gradients < (1e-10 if double else 1e-4), (case, gradients)
+
+
+@pytest.mark.parametrize(("layout", "sp"), [({"tp": 2}, True), ({"pp": 2}, False)], ids=str)
+def test_sorted_parent_is_the_parent_on_two_processes(pool2, layout, sp):
+    assert_no_errors(pool2.run(sorting_errors, sp, **layout))
+
+
+@pytest.mark.parametrize(
+    ("layout", "sp"), [({"tp": 4}, False), ({"pp": 4}, False), ({"tp": 2, "pp": 2}, True)], ids=str
+)
+def test_sorted_parent_is_the_parent_on_four_processes(pool4, layout, sp):
+    assert_no_errors(pool4.run(sorting_errors, sp, **layout))

@@ -68,7 +68,8 @@ def _run(model: nn.Module, batches: list[tuple[Tensor, Tensor]], plan: Plan | No
 
         def loss(losses: Tensor):
             summed = losses.double().sum()
-            return summed, {"sum": summed.detach(), "tokens": losses.numel()}
+            # The schedule divides what is returned by the number of micro-batches, in place: the record is a copy.
+            return summed.clone(), {"sum": summed, "tokens": losses.numel()}
 
         return out, loss
 

@@ -1,0 +1,276 @@
+"""What a training step of a subnet costs: sliced and masked, against the extracted child and the whole model.
+
+    python benchmarks/elastic_step.py [--quick] [--repetitions N] [--threads N] [--budgets 0.75,0.5] [--output FILE]
+
+Forward and backward of one micro-batch in CPU time of this process. All variants run one after the other in every
+repetition, the minimum of a variant counts, and ratios are to the plain model at full size. Every model is wrapped
+in Megatron's DistributedDataParallel, so all of them add their gradients to a buffer, as in training. The extracted
+child is a plain Megatron model of the child's size: its time is what a sliced step is measured by (limit 1.08).
+
+A budget is met by shrinking every width dim alike; no layer is dropped (that costs nothing in either case). The
+optimizer steps all weights of the family whatever ran: its ratio is 1 by construction, the child's own is beside it.
+`memory`: the most bytes of tensors that live at once during a step, weights and gradient buffers not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import sys
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from nemo_elastic.architecture import Architecture
+from nemo_elastic.cost import flops, parameters
+from nemo_elastic.layout import ParamLayout
+from nemo_elastic.mcore import cpu
+from nemo_elastic.space import WIDTH_DIMS, ElasticSpace, Subnet, dim_groups
+
+LIMIT_SLICED, LIMIT_FULL = 1.08, 1.03
+FFN_GROUPS = 8
+FULL = Architecture(
+    hybrid_override_pattern="M-M-M*-M-",
+    hidden_size=768,
+    ffn_hidden_size=3072,
+    num_attention_heads=12,
+    num_query_groups=4,
+    kv_channels=64,
+    mamba_num_heads=24,
+    mamba_head_dim=64,
+    mamba_num_groups=8,
+    mamba_state_dim=64,
+    vocab_size=8192,
+)
+QUICK = Architecture(
+    hybrid_override_pattern="M-*-",
+    hidden_size=128,
+    ffn_hidden_size=512,
+    num_attention_heads=8,
+    num_query_groups=4,
+    kv_channels=16,
+    mamba_num_heads=16,
+    mamba_head_dim=16,
+    mamba_num_groups=8,
+    mamba_state_dim=16,
+    vocab_size=512,
+)
+
+
+def start_megatron() -> None:
+    """One process, its own parallel state."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    cpu.install()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(1234)
+
+
+def subnet_for(space: ElasticSpace, fraction: float) -> Subnet:
+    """The subnet that shrinks every width dim alike and has at most `fraction` of the parent's parameters."""
+    arch, layout = space.architecture, ParamLayout(space.architecture, ffn_groups=space.ffn_groups)
+    steps = dim_groups(arch, space.ffn_groups) | {"hidden_size": 16, "ffn_hidden_size": 64, "mamba_head_dim": 4}
+    parent = parameters(layout, space.full_subnet())
+    for scale in range(1000, 0, -1):
+        sizes = {n: max(1, round(scale / 1000 * getattr(arch, n) / steps[n])) * steps[n] for n in WIDTH_DIMS}
+        subnet = space.subnet(**sizes)
+        if parameters(layout, subnet) <= fraction * parent:
+            return subnet
+    raise ValueError(f"no subnet has {fraction} of the parent's parameters")
+
+
+def child_of(arch: Architecture, subnet: Subnet) -> Architecture:
+    fields = {f: getattr(arch, f) for f in arch.__dataclass_fields__}
+    widths = {n: getattr(subnet, n) for n in WIDTH_DIMS}
+    return Architecture(**(fields | {n: w[0] if isinstance(w, tuple) else w for n, w in widths.items()}))
+
+
+class PeakBytes(TorchDispatchMode):
+    """Bytes of the tensors that operations have made and that still live; `peak` is the most at any time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._seen: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for t in tree_leaves(result):
+            if isinstance(t, torch.Tensor):
+                storage = t.untyped_storage()
+                key = storage._cdata
+                if key not in known and key not in self._seen:
+                    self._seen[key] = weakref.ref(storage, self._forget(key, storage.nbytes()))
+                    self.live += storage.nbytes()
+                    self.peak = max(self.peak, self.live)
+        return result
+
+    def _forget(self, key: int, size: int) -> Callable[[Any], None]:
+        def gone(_: Any) -> None:
+            self.live -= size
+            self._seen.pop(key, None)
+
+        return gone
+
+
+class Step:
+    """A model in Megatron's DDP and what it is to run: one forward and backward."""
+
+    def __init__(self, model: Any, plan: Any, ids: torch.Tensor) -> None:
+        self.model, self.keywords, self.ids = model, {} if plan is None else {"elastic": plan}, ids
+
+    def __call__(self) -> None:
+        labels = self.ids.roll(-1, 1)
+        self.model(self.ids, None, None, labels=labels, **self.keywords).mean().backward()
+
+    def seconds(self) -> float:
+        self.model.zero_grad_buffer()
+        start = time.process_time()
+        self()
+        return time.process_time() - start
+
+    def peak_bytes(self) -> int:
+        self.model.zero_grad_buffer()
+        gc.collect()
+        with PeakBytes() as tracker:
+            self()
+        return tracker.peak
+
+
+def wrapped(model: Any) -> Any:
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    return DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
+
+
+def optimizer_seconds(models: dict[str, Any], repetitions: int) -> dict[str, float]:
+    """CPU seconds of an Adam step on every weight of a model, the least of some."""
+    times: dict[str, list[float]] = {name: [] for name in models}
+    optimizers = {}
+    for name, model in models.items():
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizers[name] = torch.optim.AdamW(model.parameters(), lr=0.0)
+        optimizers[name].step()
+    for _ in range(repetitions):
+        for name, optimizer in optimizers.items():
+            start = time.process_time()
+            optimizer.step()
+            times[name].append(time.process_time() - start)
+    for model in models.values():
+        model.zero_grad(set_to_none=True)
+    return {name: min(t) for name, t in times.items()}
+
+
+def measure(arch: Architecture, fractions: list[float], *, length: int, repetitions: int) -> dict[str, Any]:
+    from nemo_elastic.mcore.build import build_elastic_model, build_plain_model
+    from nemo_elastic.mcore.elastic.plan import hard_plan
+
+    space = ElasticSpace(architecture=arch, ffn_groups=FFN_GROUPS)
+    layout = ParamLayout(arch, ffn_groups=FFN_GROUPS)
+    ids = torch.randint(0, arch.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+    full, subnets = space.full_subnet(), {f: subnet_for(space, f) for f in fractions}
+    elastic, plain = wrapped(build_elastic_model(arch, ffn_groups=FFN_GROUPS)), wrapped(build_plain_model(arch))
+    models = {"plain": plain} | {
+        f"child {f}": wrapped(build_plain_model(child_of(arch, s))) for f, s in subnets.items()
+    }
+    steps = {"plain": Step(plain, None, ids), "elastic": Step(elastic, hard_plan(layout, full, "sliced"), ids)}
+    for f, subnet in subnets.items():
+        steps[f"extracted {f}"] = Step(models[f"child {f}"], None, ids)
+        steps[f"sliced {f}"] = Step(elastic, hard_plan(layout, subnet, "sliced"), ids)
+        steps[f"masked {f}"] = Step(elastic, hard_plan(layout, subnet, "masked"), ids)
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for repetition in range(repetitions + 1):
+        for name, step in steps.items():
+            taken = step.seconds()
+            if repetition:
+                seconds[name].append(taken)
+    least = {name: min(times) for name, times in seconds.items()}
+    peak = {name: step.peak_bytes() for name, step in steps.items()}
+    optimizer = optimizer_seconds(models, repetitions)
+    whole, whole_flops = least["plain"], flops(layout, full, sequence_length=length)
+    budgets = []
+    for f, subnet in subnets.items():
+        time_of, bytes_of = (
+            {kind: source[f"{kind} {f}"] for kind in ("sliced", "masked", "extracted")} for source in (least, peak)
+        )
+        budgets.append(
+            {
+                "budget": f,
+                "parameters_ratio": round(parameters(layout, subnet) / parameters(layout, full), 4),
+                "flops_ratio": round(flops(layout, subnet, sequence_length=length) / whole_flops, 4),
+                **{f"{kind}_time_ratio": round(t / whole, 4) for kind, t in time_of.items()},
+                "sliced_over_extracted": round(time_of["sliced"] / time_of["extracted"], 4),
+                **{f"{kind}_memory_ratio": round(b / peak["plain"], 4) for kind, b in bytes_of.items()},
+                "optimizer_time_ratio": 1.0,
+                "extracted_optimizer_time_ratio": round(optimizer[f"child {f}"] / optimizer["plain"], 4),
+                "subnet": subnet.to_dict(),
+            }
+        )
+    return {
+        "full": {
+            "parameters": parameters(layout, full),
+            "tokens": length,
+            "plain_s": round(whole, 4),
+            "elastic_over_plain": round(least["elastic"] / whole, 4),
+            "optimizer_s": round(optimizer["plain"], 4),
+            "memory_bytes": peak["plain"],
+            "elastic_memory_ratio": round(peak["elastic"] / peak["plain"], 4),
+        },
+        "budgets": budgets,
+        "limits": {"sliced_over_extracted": LIMIT_SLICED, "elastic_over_plain": LIMIT_FULL},
+        "met": all(b["sliced_over_extracted"] <= LIMIT_SLICED for b in budgets)
+        and least["elastic"] / whole <= LIMIT_FULL,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a toy model: shows that it runs, measures overheads only")
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--budgets", default="0.75,0.5,0.25", help="fractions of the parent's parameters")
+    parser.add_argument("--output", type=Path, help="write the JSON there as well")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    start_megatron()
+    fractions = [float(f) for f in options.budgets.split(",")]
+    arch, length = (QUICK, 128) if options.quick else (FULL, 2048)
+    load = os.getloadavg()[0]
+    result = {
+        "machine": {
+            "cpu": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": options.threads,
+            "torch": torch.__version__,
+            "load_average": [round(load, 1), round(os.getloadavg()[0], 1)],
+        },
+        "quick": options.quick,
+        "repetitions": options.repetitions,
+        **measure(arch, fractions, length=length, repetitions=options.repetitions),
+    }
+    result["machine"]["load_average"][1] = round(os.getloadavg()[0], 1)
+    text = json.dumps(result, indent=2)
+    print(text)
+    if options.output:
+        options.output.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

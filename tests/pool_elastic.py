@@ -141,14 +141,13 @@ def schedule_step(
     """
     arch = architecture(share_embeddings_and_output_weights=tied)
     layout = layout_of(arch, parallel_state.get_tensor_model_parallel_world_size())
-    model = elastic_model(arch, sequence_parallel=sp, **more)
-    model.train()
+    model = elastic_model(arch, torch.float64, sequence_parallel=sp, **more).train()
     cases = micro_batches(arch)
     picked = list(range(len(cases)) if order is None else order)
     made = {i: plan_and_values(arch, layout, cases[i]) for i in picked}
     run, config = model, model.config
     if ddp:
-        run = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
+        run = DistributedDataParallel(config, DistributedDataParallelConfig(), model)
         run.zero_grad_buffer()
     config.finalize_model_grads_func = finalize_model_grads if ddp else None
 
@@ -200,4 +199,22 @@ def summed_over_stages(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         total = torch.zeros_like(value) if value.grad is None else value.grad.clone()
         torch.distributed.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
         found[name] = total
+    return found
+
+
+def evaluate_case(sp: bool) -> dict[str, Any]:
+    """Held-out loss and logits of the whole model and of a subnet, on three batches (an odd number for DP2)."""
+    from nemo_elastic.mcore.evaluate import heldout_loss, whole_logits
+    from nemo_elastic.space import ElasticSpace
+
+    arch = architecture()
+    space = ElasticSpace(architecture=arch, ffn_groups=FFN_GROUPS)
+    model = build_elastic_model(arch, ffn_groups=FFN_GROUPS, sequence_parallel=sp)
+    load_weights(model, random_weights(arch, torch.float32), arch, ffn_groups=FFN_GROUPS)
+    batches = [(tokens(arch, seed), tokens(arch, seed + 100)) for seed in range(3)]
+    subnet = space.subnet(hidden_size=32, ffn_hidden_size=32, mamba_num_heads=8, layers=(0, 1, 3, 4, 7))
+    found: dict[str, Any] = {"batches": batches}
+    for name, plan in (("full", None), ("cut", hard_plan(model.layout, subnet, "sliced"))):
+        logits = [whole_logits(model, ids, plan) for ids, _ in batches]
+        found[name] = {"loss": heldout_loss(model, batches, plan), "logits": logits}
     return found

@@ -1,18 +1,19 @@
 """What a ranking is worth: held-out loss of children that were never trained, by order of units and of layers.
 
-    python benchmarks/ranking_quality.py [--windows N] [--orders N] [--output FILE]
+    python benchmarks/ranking_quality.py [--parent DIR] [--dims DIM ...] [--windows N] [--orders N] [--output FILE]
 
-On the shipped parent. For every width dim, and all of them together, at 0.9 / 0.75 / 0.5: the loss of the child that
-keeps the first units of the parent sorted by each named choice of scores, of the parent as it is (`first`) and of the
-parent in random orders. `all` keeps one fraction of every dim so that the child has 0.9 / 0.75 / 0.5 of the parent's
-parameters. For depth: the loss after removing 1 .. k layers by `greedy`, `one_shot`, `cosine`, the last layers and
-`random` (which keeps the first two layers, without which any hybrid falls apart). Children run sliced, on the same
-held-out windows.
+On the shipped parent, or another. For every width dim, and all of them together, at 0.9 / 0.75 / 0.5: the loss of the
+child that keeps the first units of the parent sorted by each named choice of scores, of the parent as it is (`first`)
+and of the parent in random orders. `all` keeps one fraction of every dim but Mamba's head dim, so that the child has
+0.9 / 0.75 / 0.5 of the parent's parameters. For depth: the loss after removing 1 .. k layers by `greedy`, `one_shot`,
+`cosine`, the last layers and `random` (which keeps the first two layers, without which any hybrid falls apart).
+Children run sliced, on the same held-out windows.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import statistics
 import sys
@@ -73,11 +74,11 @@ class Study:
     """The parent, its held-out windows, and the loss of any child in any order."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        folder = ASSETS / "tiny_parent"
+        folder = args.parent
         self.architecture = architecture_of(json.loads((folder / "config.json").read_text()))
         self.layout = ParamLayout(self.architecture)
         process_groups.start()
-        self.weights = whole_state(open_parent("builtin:tiny_parent", self.layout), torch.float32)
+        self.weights = whole_state(open_parent(str(folder), self.layout), torch.float32)
         self.plain = build_plain_model(self.architecture).eval()
         load_weights(self.plain, self.weights, self.architecture)
         self.elastic = build_elastic_model(self.architecture).eval()
@@ -137,9 +138,9 @@ def child_of(study: Study, dim: str, fraction: float) -> Subnet:
     return min((at(s / 200, uniform) for s in range(60, 201)), key=lambda c: abs(parameters(study.layout, c) - wanted))
 
 
-def width_study(study: Study, orders: int) -> dict:
+def width_study(study: Study, names: list[str], orders: int) -> dict:
     scores, results = {}, {}
-    for dim, choices in CHOICES.items():
+    for dim, choices in ((dim, CHOICES[dim]) for dim in names):
         dims = WIDTH_DIMS if dim == "all" else (dim,)
         children = {f: child_of(study, dim, f) for f in FRACTIONS}
         children = {f: c for f, c in children.items() if c != study.space.full_subnet()}
@@ -208,6 +209,11 @@ def keep(depth: int, gone: list[int]) -> tuple[int, ...]:
 
 def main() -> int:
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words.add_argument(
+        "--parent", type=Path, default=ASSETS / "tiny_parent", help="folder with weights, sizes, tokenizer"
+    )
+    words.add_argument("--dims", nargs="*", choices=CHOICES, default=list(CHOICES))
+    words.add_argument("--no-depth", action="store_true")
     words.add_argument("--windows", type=int, default=32, help="held-out windows, spread over the split")
     words.add_argument("--seq-length", type=int, default=256)
     words.add_argument("--samples", type=int, default=64, help="calibration samples, from the training split")
@@ -221,11 +227,12 @@ def main() -> int:
     study = Study(args)
     study.load(None)
     result = {
-        "parent": "builtin:tiny_parent",
+        "parent": args.parent.name,
+        "weights_sha256": hashlib.sha256((args.parent / "model.safetensors").read_bytes()).hexdigest(),
         "parent_loss": study.loss(study.space.full_subnet()),
-        "settings": {k: v for k, v in vars(args).items() if k != "output"},
-        "widths": width_study(study, args.orders),
-        "depth": depth_study(study, args.orders, args.most),
+        "settings": {k: v for k, v in vars(args).items() if k not in ("output", "parent")},
+        "widths": width_study(study, args.dims, args.orders),
+        "depth": None if args.no_depth else depth_study(study, args.orders, args.most),
         "seconds": 0.0,
     }
     result["seconds"] = round(time.time() - started, 1)

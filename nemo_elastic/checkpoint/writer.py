@@ -2,7 +2,8 @@
 
 `atomic_folder` gives a temporary sibling of the target; only when its block ends without an error is everything synced
 and renamed to the target. An existing target is never touched without `force`, and with it is replaced by that one
-rename. What is written through `HashingFile` is hashed on its way, so a hash costs no second pass over the bytes.
+rename. What is written through `HashingFile` is hashed on its way, so a hash costs no second pass over the bytes; a
+second core hashes while the first writes, and `read_ahead` cuts the next tensor meanwhile.
 """
 
 import errno
@@ -13,6 +14,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from .reader import INDEX_FILE, SAFETENSORS_DTYPES, SINGLE_FILE, LazyTensor
 logger = logging.getLogger(__name__)
 PARTIAL = ".partial-"
 SHARD_BYTES = 4 * 2**30
+WORTH_A_THREAD = 1 << 20
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
@@ -36,14 +39,21 @@ class HashingFile:
         self.size = 0
         self._hash = hashlib.sha256()
         self._file = path.open("xb", buffering=0)
+        self._hasher = ThreadPoolExecutor(1)
 
     def write(self, data: bytes | memoryview) -> int:
-        """Write all of `data`."""
+        """Write all of `data`; it may be freed afterwards."""
         view = memoryview(data).cast("B")
-        done = 0
-        while done < len(view):
-            done += self._file.write(view[done:])
-        self._hash.update(view)
+        hashed = self._hasher.submit(self._hash.update, view) if len(view) > WORTH_A_THREAD else None
+        try:
+            done = 0
+            while done < len(view):
+                done += self._file.write(view[done:])
+        finally:
+            if hashed is not None:
+                hashed.result()
+        if hashed is None:
+            self._hash.update(view)
         self.size += len(view)
         return len(view)
 
@@ -62,7 +72,27 @@ class HashingFile:
             if error[0] is None:
                 os.fsync(self._file.fileno())
         finally:
+            self._hasher.shutdown()
             self._file.close()
+
+
+def read_ahead(tensors: Iterable[LazyTensor]) -> Iterator[tuple[LazyTensor, Tensor]]:
+    """Each tensor with its value; the next one is read while the caller works on this one."""
+    with ThreadPoolExecutor(1) as reader:
+        coming: tuple[LazyTensor, Future[Tensor]] | None = None
+        for tensor in tensors:
+            following = tensor, reader.submit(tensor.read)
+            if coming is not None:
+                yield coming[0], _checked(*coming)
+            coming = following
+        if coming is not None:
+            yield coming[0], _checked(*coming)
+
+
+def _checked(tensor: LazyTensor, value: Future[Tensor]) -> Tensor:
+    found = value.result()
+    assert found.dtype == tensor.dtype and tuple(found.shape) == tensor.shape, tensor.name
+    return found
 
 
 @contextmanager
@@ -222,8 +252,6 @@ def write_safetensors_file(path: Path, tensors: Sequence[LazyTensor], metadata: 
     with HashingFile(path) as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
-        for tensor in tensors:
-            value = tensor.read()
-            assert value.dtype == tensor.dtype and tuple(value.shape) == tensor.shape, tensor.name
+        for _, value in read_ahead(tensors):
             file.write(tensor_bytes(value))
     return file.sha256

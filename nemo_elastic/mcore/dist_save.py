@@ -13,7 +13,7 @@ import json
 import os
 import pickle
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from nemo_elastic.architecture import ATTENTION, MAMBA, MLP
 from nemo_elastic.checkpoint.reader import LazyTensor
-from nemo_elastic.checkpoint.writer import SHARD_BYTES, HashingFile
+from nemo_elastic.checkpoint.writer import SHARD_BYTES, HashingFile, read_ahead
 from nemo_elastic.layout import ParamLayout, fused_name
 from nemo_elastic.mcore.dist_checkpoint import PARTS
 from nemo_elastic.mcore.preflight import COMMON_FILE, CONFIG_FILE, METADATA_FILE
@@ -84,8 +84,7 @@ def extra_state_keys(layout: ParamLayout) -> list[str]:
         for layer, kind in enumerate(layout.architecture.hybrid_override_pattern)
         for module in EXTRA_STATES[kind]
     ]
-    tied = layout.architecture.share_embeddings_and_output_weights
-    return [f"{PREFIX}{key}._extra_state/shard_0_1" for key in (*keys, *OUTER_EXTRA_STATES[: 1 if tied else 2])]
+    return [f"{PREFIX}{key}._extra_state/shard_0_1" for key in (*keys, *OUTER_EXTRA_STATES)]
 
 
 def write_torch_dist(
@@ -111,10 +110,10 @@ def write_torch_dist(
     try:
         for key in extra_state_keys(layout):
             writer.add_object(key)
-        for tensor in tensors:
-            writer.add_parts(tensor, stock_parts(tensor, layout))
-        for tensor in extra:
-            writer.add_parts(tensor, [(tensor.name, 0, tensor.shape[0])])
+        for tensor, value in read_ahead(tensors):
+            writer.add_parts(value, stock_parts(tensor, layout))
+        for tensor, value in read_ahead(extra):
+            writer.add_parts(value, [(tensor.name, 0, tensor.shape[0])])
     finally:
         writer.close()
     return writer.finish()
@@ -135,9 +134,7 @@ class _Writer:
         self._state[key] = BytesStorageMetadata()
         file.write(self._none)
 
-    def add_parts(self, tensor: LazyTensor, parts: list[tuple[str, int, int]]) -> None:
-        value = tensor.read()
-        assert value.dtype == tensor.dtype and tuple(value.shape) == tensor.shape, tensor.name
+    def add_parts(self, value: Tensor, parts: list[tuple[str, int, int]]) -> None:
         for key, row, rows in parts:
             self._add(key, value if rows == value.shape[0] else value.narrow(0, row, rows))
 
@@ -193,9 +190,3 @@ def _saved(value: Any) -> bytes:
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
-
-
-def stock_keys(tensors: Iterable[LazyTensor], layout: ParamLayout) -> Iterator[str]:
-    """Every tensor key that `write_torch_dist` makes of `tensors`."""
-    for tensor in tensors:
-        yield from (key for key, _, _ in stock_parts(tensor, layout))

@@ -135,19 +135,16 @@ class DepthAblation:
         """Make the missing activations of this round's network, running only the stretches that lack some."""
         if not self.index.capacity:
             return
-        stride = self.index.stride(removed)
-        left = [layer for layer in range(1, self.depth) if layer not in removed]
-        missing = [n for n in left if n % stride == 0 and entry_of(batch, removed, n) not in self.index]
-        while missing:
-            kept = [n for n in range(1, missing[0]) if entry_of(batch, removed, n) in self.index]
-            stop = missing[0]  # run on to the end of this stretch of missing activations
-            while len(missing) > 1 and not any(
-                entry_of(batch, removed, n) in self.index for n in range(stop, missing[1])
-            ):
-                stop = missing[1]
-                missing.pop(0)
-            self._run(batch, removed, kept[-1] if kept else 0, stop, BASE, stride)
-            missing.pop(0)
+        stride, start, stop = self.index.stride(removed), 0, 0
+        for layer in (n for n in range(1, self.depth) if n not in removed):
+            if entry_of(batch, removed, layer) in self.index:
+                if stop:
+                    self._run(batch, removed, start, stop, BASE, stride)
+                start, stop = layer, 0
+            elif layer % stride == 0:
+                stop = layer
+        if stop:
+            self._run(batch, removed, start, stop, BASE, stride)
 
     def _run(
         self, batch: int, removed: Sequence[int], start: int, stop: int, keep: str | None, stride: int = 1

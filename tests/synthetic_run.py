@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_elastic.config.load import load_config
-from nemo_elastic.cost import memory, parameters
-from nemo_elastic.cost import BYTE_PROFILES
+from nemo_elastic.cost import BYTE_PROFILES, memory, parameters
 from nemo_elastic.family import family_of
 
 SUBNETS = {
@@ -52,7 +51,14 @@ def train_record(step: int) -> dict[str, Any]:
         }
         for name, tokens in shares.items()
     }
-    record = {"step": step, "phase": phase, "budgets": budgets, "tau": max(0.05, 1 - step / 200), "lr": 1e-3, "seconds": 0.25}
+    record = {
+        "step": step,
+        "phase": phase,
+        "budgets": budgets,
+        "tau": max(0.05, 1 - step / 200),
+        "lr": 1e-3,
+        "seconds": 0.25,
+    }
     if phase in ("soft", "hard"):
         record["router"] = {
             name: {
@@ -81,7 +87,10 @@ def write_run(out: Path, *, steps: int = 300, results: bool = True, importance: 
             for name, budget in lines["train"][-1]["budgets"].items():
                 seen[name] += budget["tokens"]
         if step % VAL_EVERY == 0:
-            chosen = {n: (s if step > 60 or n == "full" else family.space.subnet(num_layers=14 if n == "large" else 12)) for n, s in subnets.items()}
+            chosen = {
+                n: (s if step > 60 or n == "full" else family.space.subnet(num_layers=14 if n == "large" else 12))
+                for n, s in subnets.items()
+            }
             lines["validation"].append(
                 {
                     "step": step,

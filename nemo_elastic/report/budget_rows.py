@@ -97,9 +97,9 @@ def _logged_row(run: RunFolder, name: str) -> BudgetRow:
 def parent_parameters(run: RunFolder) -> int | None:
     """The parent's count, as measured or as the configuration says."""
     measured = (run.results.get("parent") or {}).get("parameters")
-    if measured is not None or run.family is None:
+    if measured is not None or not run.layout:
         return measured
-    return run.parameters(run.family.space.full_subnet())
+    return run.parameters(run.subnet({}))
 
 
 def parent_loss(run: RunFolder) -> float | None:

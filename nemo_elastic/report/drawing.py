@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from html import escape
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ STYLE = {
     "svg.fonttype": "none",
     "path.simplify": True,
 }
-LOSS_TICKS = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
+TICKS = ((1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8), (1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,))  # of a decade, thinning
+MOST_TICKS = 7
 
 
 @contextmanager
@@ -58,14 +60,16 @@ def new_figure(height: float) -> Iterator[Figure]:
     """A figure in the house style; axes must be made and filled inside the block."""
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, "backend": "agg", **STYLE}):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        figure.get_layout_engine().set(h_pad=0.07, hspace=0.03)
         FigureCanvasAgg(figure)
         yield figure
 
 
 def save_png(figure: Figure, path: Path) -> Path:
-    """Write the figure as it is."""
+    """Write the figure as it is; its layout is final then, so that the SVG need not find it again."""
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE}):
         figure.savefig(path, format="png", dpi=160, metadata={"Software": None})
+    figure.set_layout_engine("none")
     return path
 
 
@@ -103,30 +107,33 @@ def loss_axis(axes: Axes, values: Sequence[float]) -> None:
     low, high = low / (high / low) ** 0.06 / 1.01, high * (high / low) ** 0.06 * 1.01
     axes.set_yscale("log")
     axes.set_ylim(low, high)
-    ticks = [t * 10.0**e for e in range(-6, 4) for t in LOSS_TICKS]
-    ticks = [t for t in ticks if low <= t <= high]
-    if len(ticks) < 3:
+    for mantissas in TICKS:
+        ticks = [t * 10.0**e for e in range(-9, 6) for t in mantissas if low <= t * 10.0**e <= high]
+        if len(ticks) <= MOST_TICKS:
+            break
+    if len(ticks) < 3:  # under a factor of about 1.3: a linear axis says the same and has ticks of its own
         axes.set_yscale("linear")
         axes.set_ylim(low, high)
         return
-    while len(ticks) > 7:
-        ticks = ticks[::2]
     axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
     axes.set_yticks([], minor=True)
 
 
 def spread(positions: Sequence[float], distance: float) -> list[float]:
-    """Positions moved apart so that labels at them are `distance` apart, order and centre kept."""
+    """Positions moved apart for labels: `distance` between neighbours, order kept, within 0 to 1 if they fit."""
     order = sorted(range(len(positions)), key=lambda i: positions[i])
-    moved = list(positions)
+    moved = [min(max(p, 0.0), 1.0) for p in positions]
     for _ in range(200):
         worst = 0.0
-        for a, b in zip(order, order[1:], strict=False):
+        for a, b in pairwise(order):
             overlap = distance - (moved[b] - moved[a])
             if overlap > 1e-9:
                 moved[a] -= overlap / 2
                 moved[b] += overlap / 2
                 worst = max(worst, overlap)
+        under, over = max(0.0, -min(moved, default=0.0)), max(0.0, max(moved, default=0.0) - 1)
+        if under or over:
+            moved = [p + under - over for p in moved]
         if worst < distance * 1e-3:
             break
     return moved

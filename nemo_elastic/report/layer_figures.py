@@ -15,6 +15,7 @@ from .palette import KIND_COLOURS, LIGHT, budget_colour
 from .run_folder import RunFolder
 
 COLUMNS = 64  # layers side by side in the map; deeper parents go on below
+KIND_WORDS = {"M": "Mamba", "*": "attention", "-": "MLP"}
 LOG_FROM = 30.0  # ratio of scores from which the axis is logarithmic
 
 
@@ -42,8 +43,9 @@ def importance(run: RunFolder, rows: list[BudgetRow]) -> Figure:
             upper.set_ylim(min(positive) / 1.8)
         upper.tick_params(bottom=False)
         kinds = [k for k in KIND_NAMES if k in pattern]
-        handles = [Patch(color=LIGHT[KIND_COLOURS[k]], label=f"{k}  {KIND_NAMES[k]}") for k in kinds]
-        upper.legend(handles=handles, loc="upper right", ncols=3, labelcolor=LIGHT["muted"], fontsize=8.5)
+        handles = [Patch(color=LIGHT[KIND_COLOURS[k]], label=f"{k} {KIND_WORDS[k]}") for k in kinds]
+        place = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0.2, "ncols": 3}
+        upper.legend(handles=handles, labelcolor=LIGHT["muted"], fontsize=8.5, handlelength=1, **place)
         colours = {name: LIGHT[budget_colour(i)] for i, name in enumerate(run.budget_names)}
         _strips(lower, rows, colours, len(pattern))
         step = -(-len(pattern) // 32)
@@ -70,7 +72,7 @@ def _strips(axes: Axes, rows: list[BudgetRow], colours: Mapping[str, str], layer
     axes.set_yticks(range(len(rows)), [row.name for row in rows])
     for label, row in zip(axes.get_yticklabels(), rows, strict=True):
         label.set(color=colours[row.name], fontweight="bold")
-    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_ylim(max(len(rows), 1) - 0.5, -0.5)
     axes.tick_params(bottom=False)
 
 
@@ -86,16 +88,18 @@ def kept_share(architecture: Architecture, subnet: Subnet, layer: int) -> float:
 def children(run: RunFolder, rows: list[BudgetRow]) -> Figure:
     """Parent and children, a cell per layer: kind letter, filled to the kept share of its width, dropped struck out."""
     arch = run.architecture
-    nets = [("parent", "muted", run.family.space.full_subnet() if run.family else None)]
-    nets += [(row.name, budget_colour(i), run.subnet(row.subnet)) for i, row in enumerate(rows)]
+    full = run.subnet({})
+    nets = [(row.name, budget_colour(i), run.subnet(row.subnet)) for i, row in enumerate(rows)]
     nets = [(name, colour, subnet) for name, colour, subnet in nets if subnet is not None]
+    if full not in [subnet for _, _, subnet in nets]:
+        nets.insert(0, ("parent", "muted", full))
     columns = min(COLUMNS, arch.num_layers)
     lines = -(-arch.num_layers // COLUMNS)
-    label = 0.17 * columns + 0.6
-    tall = max(1.35, min(2.2, columns / 22))
+    label = 0.13 * columns + 0.8
+    tall = max(1.35, columns / 24)
     row_height = lines * (tall + 0.18) + 0.42
     height = row_height * len(nets)
-    with new_figure(0.35 + 9.2 * height / (columns + 2 * label) * 1.0) as figure:
+    with new_figure(0.2 + 9.4 * (height + 0.55) / (columns + 1.9 * label)) as figure:
         axes = figure.subplots()
         axes.set_axis_off()
         axes.set_xlim(-label, columns + label * 0.9)
@@ -103,9 +107,10 @@ def children(run: RunFolder, rows: list[BudgetRow]) -> Figure:
         axes.set_aspect("equal")
         for n, (name, colour, subnet) in enumerate(nets):
             top = n * row_height
-            middle = top + lines * (tall + 0.18) / 2
+            middle = top + (lines * (tall + 0.18) - 0.18) / 2
             axes.text(-0.45, middle, name, ha="right", va="center", fontweight="bold", color=LIGHT[colour], fontsize=10)
-            words = f"{subnet.num_layers} layers\nhidden {subnet.hidden_size:,}"
+            words = f"{subnet.num_layers} of {arch.num_layers} layers\n"
+            words += f"hidden {subnet.hidden_size:,} of {arch.hidden_size:,}"
             axes.text(columns + 0.35, middle, words, va="center", fontsize=8.5, color=LIGHT["muted"], linespacing=1.4)
             for layer in range(arch.num_layers):
                 at = (layer % COLUMNS, top + layer // COLUMNS * (tall + 0.18))
@@ -114,7 +119,14 @@ def children(run: RunFolder, rows: list[BudgetRow]) -> Figure:
 
 
 def _cell(
-    axes: Axes, at: tuple[float, float], tall: float, arch: Architecture, subnet: Subnet, layer: int, size: float, net: str
+    axes: Axes,
+    at: tuple[float, float],
+    tall: float,
+    arch: Architecture,
+    subnet: Subnet,
+    layer: int,
+    size: float,
+    net: str,
 ) -> None:
     kind = arch.hybrid_override_pattern[layer]
     colour, kept = LIGHT[KIND_COLOURS[kind]], layer in subnet.layers
@@ -126,14 +138,13 @@ def _cell(
     words = ", ".join(f"{n} {v} of {parent_size(arch, n)}" for n, v in sizes.items())
     tip(frame, f"{net}, layer {layer} ({KIND_NAMES[kind]}): {words if kept else 'dropped'}")
     if not kept:
-        axes.plot([x + 0.1, x + width - 0.1], [y + tall - 0.1, y + 0.1], color=LIGHT["line"], linewidth=1.6)
         axes.text(x + width / 2, y + tall / 2, kind, ha="center", va="center", fontsize=size, color=LIGHT["muted"])
+        axes.plot([x + 0.08, x + width - 0.08], [y + tall - 0.08, y + 0.08], color=LIGHT["bad"], linewidth=1.5)
         return
     share = kept_share(arch, subnet, layer)
     filled = FancyBboxPatch((x, y + tall * (1 - share)), width, tall * share, facecolor=colour, **shape)
     axes.add_patch(filled)
     tip(filled, f"{net}, layer {layer} ({KIND_NAMES[kind]}): {words}")
-    axes.text(
-        x + width / 2, y + tall * (1 - share / 2), kind, ha="center", va="center", fontsize=size,
-        color=LIGHT["paper"], fontweight="bold",
-    )  # fmt: skip
+    inside = tall * share > 0.55
+    place, ink = (1 - share / 2, LIGHT["paper"]) if inside else ((1 - share) / 2, colour)
+    axes.text(x + width / 2, y + tall * place, kind, ha="center", va="center", fontsize=size, color=ink, weight="bold")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from ..config.load import leaves
 from .budget_rows import BudgetRow, kept_sizes, parent_loss, parent_parameters
@@ -38,7 +38,9 @@ def render(run: RunFolder, rows: list[BudgetRow], pictures: list[Picture], files
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(count=count, loss=loss, percent=percent, size=size, seconds=seconds, signed=signed)
+    environment.filters.update(
+        count=count, loss=loss, percent=percent, size=size, seconds=seconds, signed=signed, marked=marked
+    )
     spent = list(timings(run))
     longest = max((s for phase, s in spent if phase not in TOTALS), default=0)
     context = {
@@ -55,7 +57,9 @@ def render(run: RunFolder, rows: list[BudgetRow], pictures: list[Picture], files
         "timings": [(phase, s, 100 * s / longest if longest and phase not in TOTALS else 0) for phase, s in spent],
         "provenance": flat(run.results.get("provenance") or {}),
         "rank_provenance": flat(run.importance.get("provenance") or {}),
-        "config": [(key, value, run.origins.get(key, "default")) for key, value in leaves(run.values)] if run.values else [],
+        "config": [(key, value, run.origins.get(key, "default")) for key, value in leaves(run.values)]
+        if run.values
+        else [],
         "files": files,
         "memory_words": _memory_words(run),
         "any_memory": any(row.memory_bytes is not None for row in rows),
@@ -99,17 +103,27 @@ def cards(run: RunFolder, rows: list[BudgetRow]) -> list[dict[str, Any]]:
 
 def flat(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(dotted key, words) of nested provenance."""
-    return [(key, ", ".join(map(str, v)) if isinstance(v, list) else str(v)) for key, v in leaves(values)] if values else []
+    return (
+        [(key, ", ".join(map(str, v)) if isinstance(v, list) else str(v)) for key, v in leaves(values)]
+        if values
+        else []
+    )
 
 
 def _parent_sizes(run: RunFolder) -> dict[str, str]:
-    full = run.family.space.full_subnet() if run.family else None
+    full = run.subnet({})
     return kept_sizes(BudgetRow(name="parent", subnet=full.to_dict() if full else None))
 
 
 def _memory_words(run: RunFolder) -> str:
     at = run.conditions
     return f"{at.batch_size} x {at.sequence_length:,} tokens, {at.profile}"
+
+
+def marked(words: str) -> Markup:
+    """Words with `code` in backticks."""
+    parts = [escape(part) for part in words.split("`")]
+    return Markup("").join(Markup("<code>{}</code>").format(p) if i % 2 else p for i, p in enumerate(parts))
 
 
 def count(value: float | None) -> str:

@@ -94,8 +94,8 @@ class RunFolder:
             return None
 
     def subnet(self, values: Mapping[str, Any] | None) -> Subnet | None:
-        """A logged subnet as an object; None when it is absent or does not fit the parent."""
-        if not values or not self.layout:
+        """A logged subnet as an object (`{}`: the parent); None when it is absent or does not fit the parent."""
+        if values is None or not self.layout:
             return None
         try:
             space = ElasticSpace(architecture=self.architecture, ffn_groups=self.layout.ffn_groups)
@@ -111,7 +111,9 @@ class RunFolder:
         """Bytes of one serving copy at the report's batch size, length and profile."""
         at = self.conditions
         profile = BYTE_PROFILES.get(at.profile, BYTE_PROFILES["bf16"])
-        total = memory(self.layout, subnet, batch_size=at.batch_size, sequence_length=at.sequence_length, profile=profile)
+        total = memory(
+            self.layout, subnet, batch_size=at.batch_size, sequence_length=at.sequence_length, profile=profile
+        )
         return total.total
 
     @property
@@ -140,7 +142,11 @@ def read_run(folder: Path) -> RunFolder:
     values = saved.get("values") if isinstance(saved.get("values"), Mapping) else {}
     config = _config(values, missing)
     importance = _read_json(folder / IMPORTANCE, "no layer importance; run `nemo-elastic rank`", missing)
-    results = _read_json(folder / RESULTS, "children are not extracted and verified; run `extract`, then `verify`", missing)
+    results = _read_json(
+        folder / RESULTS,
+        "children are not extracted and verified yet; run `nemo-elastic extract`, then `nemo-elastic verify`",
+        missing,
+    )
     log = RunLog(folder / LOGS)
     train, validation = (_records(log, kind) for kind in ("train", "validation"))
     if not train:
@@ -161,7 +167,7 @@ def read_run(folder: Path) -> RunFolder:
     done, total = run.last_step, run.total_steps
     if done is None or total is None or done >= total:
         return run
-    words = f"{done} of {total} are done (in progress or interrupted); go on with `nemo-elastic train --resume`"
+    words = f"{done:,} of {total:,} are done (in progress or interrupted); go on with `nemo-elastic train --resume`"
     return replace(run, missing=(*run.missing, Problem("training steps", words)))
 
 

@@ -48,7 +48,10 @@ def _points(axes: Axes, points: list[tuple[float | None, BudgetRow]]) -> None:
         colour, marker = LIGHT[budget_colour(i)], budget_marker(i)
         if row.before is not None and row.final is not None:
             axes.plot([x, x], [row.before, row.final], color=colour, linewidth=1.2, linestyle=(0, (1, 2)), zorder=2)
-        for loss, face, words in ((row.before, LIGHT["paper"], "before training"), (row.final, colour, "after training")):
+        for loss, face, words in (
+            (row.before, LIGHT["paper"], "before training"),
+            (row.final, colour, "after training"),
+        ):
             if loss is None:
                 continue
             (dot,) = axes.plot(x, loss, marker, color=face, markeredgecolor=colour, markeredgewidth=1.8, markersize=8)

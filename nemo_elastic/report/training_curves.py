@@ -106,11 +106,12 @@ def _heldout(axes: Axes, run: RunFolder, clock: Clock, names: Sequence[str]) -> 
     loss_axis(axes, [v for r in run.validation for v in r.get("losses", {}).values()] + [parent])
     if parent is not None:
         axes.axhline(parent, color=LIGHT["muted"], linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-        box = {"boxstyle": "round,pad=0.15", "facecolor": LIGHT["paper"], "edgecolor": "none"}
         axes.annotate(
-            f"parent {parent:.3f}", (0.5, parent), xycoords=("axes fraction", "data"), xytext=(0, 0),
-            textcoords="offset points", ha="center", va="center", color=LIGHT["muted"], fontsize=8.5, bbox=box,
+            f"parent {parent:.3f}", (0.5, parent), xycoords=("axes fraction", "data"), xytext=(0, -5),
+            textcoords="offset points", ha="center", va="top", color=LIGHT["muted"], fontsize=8.5,
         )  # fmt: skip
+        low, high = axes.get_ylim()
+        axes.set_ylim(min(low, parent / (high / low) ** 0.09), high)
     _end_labels(axes, clock.end, [(names[i], budget_colour(i), y, f"{y:.3f}") for i, y in ends])
 
 
@@ -119,9 +120,7 @@ def _distillation(axes: Axes, run: RunFolder, clock: Clock, names: Sequence[str]
     drawn: list[float] = []
     ends = []
     for i, name in enumerate(names):
-        points = [
-            (clock(r["step"]), r["budgets"][name].get("kd")) for r in run.train if name in r.get("budgets", {})
-        ]
+        points = [(clock(r["step"]), r["budgets"][name].get("kd")) for r in run.train if name in r.get("budgets", {})]
         points = [(x, y) for x, y in points if y is not None and y == y and 0 < y < float("inf")]
         if not points:
             continue
@@ -137,7 +136,7 @@ def _distillation(axes: Axes, run: RunFolder, clock: Clock, names: Sequence[str]
 
 
 def _end_labels(axes: Axes, x: float, ends: Sequence[tuple[str, str, float, str]]) -> None:
-    """The name and last value of every curve at its right end, moved apart."""
+    """The name and last value of every curve where curves end, moved apart."""
     if not ends:
         return
     transform, height = axes.transScale, axes.get_window_extent().height
@@ -145,8 +144,9 @@ def _end_labels(axes: Axes, x: float, ends: Sequence[tuple[str, str, float, str]
     places = [(transform.transform((1, max(y, axes.get_ylim()[0])))[1] - low) / (high - low) for _, _, y, _ in ends]
     for (name, colour, _, value), place in zip(ends, spread(places, 17 / max(height * 0.72, 1)), strict=True):
         axes.annotate(
-            f"{name}  {value}", (1, place), xycoords="axes fraction", xytext=(10, 0), textcoords="offset points",
-            color=LIGHT[colour], va="center", fontweight="bold", fontsize=9, annotation_clip=False,
+            f"{name}  {value}", (x, place), xycoords=("data", "axes fraction"), xytext=(9, 0),
+            textcoords="offset points", color=LIGHT[colour], va="center", fontweight="bold",
+            fontsize=9, annotation_clip=False,
         )  # fmt: skip
 
 
@@ -161,7 +161,7 @@ def _shade(rows: Sequence[Axes], run: RunFolder, clock: Clock) -> None:
         wide = (right - left) >= 0.05 * max(clock.end, 1)
         if wide:
             rows[0].annotate(
-                name, ((left + right) / 2, 1), xycoords=("data", "axes fraction"), xytext=(0, -4),
+                name, ((left + right) / 2, 1), xycoords=("data", "axes fraction"), xytext=(0, -5),
                 textcoords="offset points", ha="center", va="top", fontsize=8.5, color=LIGHT["muted"],
             )  # fmt: skip
 
@@ -192,7 +192,7 @@ def router(run: RunFolder) -> Figure:
         _shade(rows, run, clock)
         for axes, (key, title, scale, form) in zip(rows, panels, strict=True):
             axes.set_title(title)
-            ends = []
+            ends, last = [], 0.0
             for i, name in enumerate(names):
                 points = [(clock(s), scale * e[key]) for s, n, e in router_series(run) if n == name and key in e]
                 if not points:
@@ -200,11 +200,12 @@ def router(run: RunFolder) -> Figure:
                 points = points if len(points) <= 2 * POINTS else binned(points)
                 (line,) = axes.plot(*zip(*points, strict=True), color=LIGHT[budget_colour(i)], linewidth=1.7)
                 tip(line, f"{name}: {title.lower()}")
+                last = max(last, points[-1][0])
                 ends.append((name, budget_colour(i), points[-1][1], form % points[-1][1]))
             axes.yaxis.set_major_locator(MaxNLocator(5))
             axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _, f=form: f % y if y else f.replace("+", "") % 0))
             axes.set_ylim(*axes.get_ylim())
-            _end_labels(axes, clock.end, ends)
+            _end_labels(axes, last, ends)
         tolerance = 100 * run.config.router.tolerance if run.config else 0.0
         rows[0].axhline(0, color=LIGHT["muted"], linewidth=1)
         rows[0].axhspan(-tolerance, tolerance, color=LIGHT["good"], alpha=0.14, linewidth=0)

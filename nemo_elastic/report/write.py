@@ -1,4 +1,4 @@
-"""`write_report`: run folder in, `report/` out. Figures that the run has no data for are left out, and the page says so."""
+"""`write_report`: run folder in, `report/` out. Figures without data are left out; the page says why."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -29,8 +29,8 @@ def write_report(out: Path) -> Path:
     pictures, files = [], []
     for name, heading, caption, draw in figures(run, rows):
         figure = draw()
-        pictures.append(Picture(name, heading, caption, inline_svg(figure, name, f"{heading}. {caption}")))
         files.append(save_png(figure, folder / f"{name}.png").name)
+        pictures.append(Picture(name, heading, caption, inline_svg(figure, name, f"{heading}. {caption}")))
     files += [sheet.write(folder).name for sheet in sheets(run, rows)]
     for stale in {*folder.glob("*.png"), *folder.glob("*.csv")} - {folder / name for name in files}:
         stale.unlink()  # of an earlier report: this run's page does not speak of it
@@ -45,14 +45,14 @@ def figures(run: RunFolder, rows: list[BudgetRow]) -> Iterator[tuple[str, str, s
     """(file name, heading, caption, drawing) of every figure this run has data for."""
     if run.layout and any(run.subnet(row.subnet) for row in rows):
         caption = (
-            "A cell for each layer of the parent: M Mamba, * attention, - MLP. The fill is the kept share of the layer's "
-            "inner width; a struck-out cell is a layer that the child does not have."
+            "A cell for each layer of the parent: M Mamba, * attention, - MLP. The fill is the kept share of the "
+            "layer's inner width; a struck-out cell is a layer that the child does not have."
         )
         yield "children", "Map of the family", caption, lambda: layer_figures.children(run, rows)
     if run.validation:
         caption = (
-            "Held-out loss of the subnet that would be extracted at that moment. Hollow marks are zero-shot, before the "
-            "first step; bands are the phases of the router's schedule; the dashed line is the parent."
+            "Held-out loss of the subnet that would be extracted at that moment. Hollow marks are zero-shot, before "
+            "the first step; bands are the phases of the router's schedule; the dashed line is the parent."
         )
         yield "loss", "Loss per budget over tokens", caption, lambda: training_curves.losses(run)
     if any(r.final is not None and (r.parameters is not None or r.memory_bytes is not None) for r in rows):
@@ -61,13 +61,13 @@ def figures(run: RunFolder, rows: list[BudgetRow]) -> Iterator[tuple[str, str, s
     scores = layer_figures.layer_scores(run)
     if scores and run.architecture:
         caption = (
-            "Score of each layer when the depth ranking looked at it last, and below it the layers that each child keeps."
+            "Each layer's score when the depth ranking last looked at it; below it, the layers that each child keeps."
         )
         yield "layer_importance", "Layer importance", caption, lambda: layer_figures.importance(run, rows)
     if any(True for _ in training_curves.router_series(run)):
         caption = (
-            "Cost error of the router's most likely choice before it is repaired to fit (the green band is the tolerance), "
-            "and the weight that steers it."
+            "Cost error of the router's most likely choice before it is repaired to fit (the green band is the "
+            "tolerance), and the weight that steers it."
         )
         yield "router", "Router", caption, lambda: training_curves.router(run)
     if run.architecture and len(run.validation) > 1 and any(r.get("subnets") for r in run.validation):

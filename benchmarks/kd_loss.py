@@ -111,8 +111,8 @@ def candidates(args: argparse.Namespace, tp: int, rank: int, device: torch.devic
 
         def step(loss: Callable[[], torch.Tensor]) -> Callable[[], None]:
             def run() -> None:
-                student.grad = None
                 loss().backward()
+                student.grad = None
 
             return run
 
@@ -134,14 +134,14 @@ def candidates(args: argparse.Namespace, tp: int, rank: int, device: torch.devic
     weight.requires_grad_()
 
     def plain() -> None:
-        hidden.grad = weight.grad = None
         plain_kl(hidden @ weight.t(), teacher_hidden @ teacher_weight.t(), group).backward()
         if group is not None:
             dist.all_reduce(hidden.grad, group=group)
+        hidden.grad = weight.grad = None
 
     def ours() -> None:
-        hidden.grad = weight.grad = None
         fused_kd_loss(hidden, weight, teacher_hidden, teacher_weight, config, group=group).total.backward()
+        hidden.grad = weight.grad = None
 
     return {"plain": plain, "ours": ours}
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..config.sections import DistillConfig
-from .losses import KDLoss, chunk_length, token_inputs
+from .losses import KDLoss, token_inputs
 from .token_losses import check, chunk_loss
 from .vocab_parallel import sum_over
 
@@ -75,6 +75,9 @@ def _logits(hidden: Tensor, weight: Tensor, into: Tensor) -> Tensor:
     return into.copy_(torch.mm(hidden.to(weight.dtype), weight.t()))
 
 
+CPU_CHUNK_ELEMENTS = 1 << 22  # three fp32 buffers of 16 MB
+
+
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, teacher_hidden, teacher_weight, labels, weights, config, group, reduce):
@@ -130,4 +133,6 @@ def _accumulate(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
 
 def fused_chunk_length(config: DistillConfig, vocabulary: int, device: torch.device) -> int:
     """Tokens per chunk. Matrix products want more rows than the element-wise passes alone, also on a CPU."""
-    return min(config.chunk_tokens, 8 * chunk_length(config, vocabulary, device))
+    if device.type != "cpu":
+        return config.chunk_tokens
+    return max(1, min(config.chunk_tokens, CPU_CHUNK_ELEMENTS // vocabulary))

@@ -16,7 +16,8 @@ from torch import Tensor
 from ..config.sections import DistillConfig
 from .token_losses import TopTokens, check, chunk_loss
 
-CPU_CHUNK_ELEMENTS = 1 << 19  # three fp32 buffers of 2 MB stay in a core's cache
+CPU_CHUNK_ELEMENTS = 1 << 18  # three fp32 buffers of 1 MB stay in a core's cache
+SPLIT_CHUNK_ELEMENTS = 1 << 20  # over several ranks, fewer and longer chunks: each costs two small all-reduces
 
 
 @dataclass(frozen=True)
@@ -82,10 +83,12 @@ def token_inputs(
     return weights.reshape(-1).float(), None if labels is None else labels.reshape(-1)
 
 
-def chunk_length(config: DistillConfig, vocabulary: int, device: torch.device) -> int:
+def chunk_length(config: DistillConfig, vocabulary: int, device: torch.device, *, split: bool) -> int:
     """Tokens per chunk: `chunk_tokens` at most, on a CPU fewer, so that the buffers stay in cache."""
-    most = config.chunk_tokens
-    return max(1, min(most, CPU_CHUNK_ELEMENTS // vocabulary)) if device.type == "cpu" else most
+    if device.type != "cpu":
+        return config.chunk_tokens
+    elements = SPLIT_CHUNK_ELEMENTS if split else CPU_CHUNK_ELEMENTS
+    return max(1, min(config.chunk_tokens, elements // vocabulary))
 
 
 def part(teacher: Tensor | TopTokens, rows: slice, buffer: Tensor) -> Tensor | TopTokens:
@@ -99,7 +102,7 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, teacher, labels, weights, config, group):
         count, vocabulary = student.shape
-        length = chunk_length(config, vocabulary, student.device)
+        length = chunk_length(config, vocabulary, student.device, split=group is not None)
         wanted = ctx.needs_input_grad[0]
         gradient = torch.empty_like(student, memory_format=torch.contiguous_format) if wanted else None
         in_place = wanted and gradient.dtype == torch.float32

@@ -6,7 +6,8 @@ With z_s, z_t the logits, T the temperature, p = softmax(z / T), l = logsumexp(z
     reverse KL   T^2 sum p_s (log p_s - log p_t)                   dz_s = T p_s (log p_s - log p_t - KL)
     top-k KL     forward KL over the teacher's k most likely tokens and ONE class for all others, Q = 1 - sum_k p:
                  T^2 [sum_k p_t (log p_t - log p_s) + Q_t (log Q_t - log Q_s)]
-                                                                   dz_s = T (p_s - p_t) there, T p_s (1 - Q_t / Q_s) else
+                                                                   dz_s = T (p_s - p_t) there,
+                                                                   T p_s (1 - Q_t / Q_s) elsewhere
     CE           l_s - z_s[label] at T = 1                         dz_s = p_s - onehot(label)
 
 The class for the rest keeps top-k a true KL: a lower bound of the full one, equal to it at k = v. Buffers are fp32 and
@@ -112,34 +113,42 @@ def _row_dot(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a[:, None, :], b[:, :, None])[:, 0, 0]
 
 
+def _exponentials(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Both become `exp(z - local max)`; local maxima and sums, `[2, n]`, student first. Returns (maxima, sums, lse)."""
+    maxima = torch.stack([student.amax(dim=-1), teacher.amax(dim=-1)])
+    sums = torch.stack([z.sub_(m[:, None]).exp_().sum(dim=-1) for z, m in zip((student, teacher), maxima, strict=True)])
+    return maxima, sums, maxima + sums.log()
+
+
+def _combine_mean(local_lse: Tensor, local_mean: Tensor, under: int, group: dist.ProcessGroup | None) -> tuple:
+    """Global lse `[2, n]`, and the mean over all ranks of what `local_mean` is under p_s (0) or p_t (1)."""
+    if group is None:
+        return local_lse, local_mean
+    highest = max_over(local_lse.clone(), group)
+    shares = torch.exp(local_lse - highest)
+    sums = sum_over(torch.cat([shares, (shares[under] * local_mean)[None]]), group)
+    return highest + sums[:2].log(), sums[2] / sums[under]
+
+
 def _forward_kl(student, teacher, weights, kd_scale, ce_scale, group, gap, config):
     torch.sub(teacher, student, out=gap)
-    student_max, teacher_max = student.amax(dim=-1), teacher.amax(dim=-1)
-    student_sum = student.sub_(student_max[:, None]).exp_().sum(dim=-1)
-    teacher_sum = teacher.sub_(teacher_max[:, None]).exp_().sum(dim=-1)
-    local = torch.stack([student_max + student_sum.log(), teacher_max + teacher_sum.log()])
-    lse = _combine(local, group)
-    teacher_unit = torch.exp(teacher_max - lse[1])
-    mean_gap = sum_over(_row_dot(teacher, gap) * teacher_unit, group)
-    student_unit = torch.exp(student_max - lse[0])
-    student.mul_((weights * (kd_scale + ce_scale) * student_unit)[:, None])
-    student.addcmul_(teacher, (weights * kd_scale * teacher_unit)[:, None], value=-1)
+    maxima, sums, local = _exponentials(student, teacher)
+    lse, mean_gap = _combine_mean(local, _row_dot(teacher, gap) / sums[1], 1, group)
+    unit = torch.exp(maxima - lse)
+    student.mul_((weights * (kd_scale + ce_scale) * unit[0])[:, None])
+    student.addcmul_(teacher, (weights * kd_scale * unit[1])[:, None], value=-1)
     return mean_gap - (lse[1] - lse[0]), lse[0]
 
 
 def _reverse_kl(student, teacher, weights, kd_scale, ce_scale, group, gap, config):
     torch.sub(student, teacher, out=gap)
-    student_max, teacher_max = student.amax(dim=-1), teacher.amax(dim=-1)
-    student_sum = student.sub_(student_max[:, None]).exp_().sum(dim=-1)
-    teacher_sum = teacher.sub_(teacher_max[:, None]).exp_().sum(dim=-1)
-    lse = _combine(torch.stack([student_max + student_sum.log(), teacher_max + teacher_sum.log()]), group)
-    student_unit = torch.exp(student_max - lse[0])
-    mean_gap = sum_over(_row_dot(student, gap) * student_unit, group)
-    # d = T p_s (gap - mean gap); the shift by l_s - l_t cancels between log p_s - log p_t and KL
+    maxima, sums, local = _exponentials(student, teacher)
+    lse, mean_gap = _combine_mean(local, _row_dot(student, gap) / sums[0], 0, group)
+    # T p_s (gap - mean gap): the shift by l_s - l_t cancels between log p_s - log p_t and KL
     gap.sub_(mean_gap[:, None]).mul_(kd_scale)
     if ce_scale:
         gap.add_(ce_scale)
-    student.mul_(gap).mul_((weights * student_unit)[:, None])
+    student.mul_(gap).mul_((weights * torch.exp(maxima[0] - lse[0]))[:, None])
     return mean_gap - (lse[0] - lse[1]), lse[0]
 
 

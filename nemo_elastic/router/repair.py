@@ -66,8 +66,8 @@ def choose(
         probabilities: noise-free, `[rows, choices]` per dim.
         tolerance: relative overshoot that is still accepted.
         fill: also repair a choice that stays below the target by more than `tolerance`.
-        shortfall_price: log-probability that a relative shortfall of 1 is worth where nothing lies within the tolerance;
-            0: any shortfall will do.
+        shortfall_price: log-probability that a relative shortfall of 1 is worth where nothing lies within the
+            tolerance; 0: any shortfall will do.
 
     Raises:
         ProblemsError: the space has nothing small enough.

@@ -156,12 +156,20 @@ def test_two_processes_rank_like_one(pool2, single, layout, sp):
     assert_like(pool2.run(rank_depth, "greedy", sp, min_layers=4, **layout), single)
 
 
+KEEPS_ALL, KEEPS_THREE = 1e9, 3 * BATCH * LENGTH * TINY.hidden_size * 4
+
+
 @pytest.mark.parametrize(
-    ("layout", "sp"),
-    [({"tp": 2, "pp": 2}, True), ({"pp": 4}, False), ({"pp": 2}, False), ({"tp": 4}, False)],
+    ("layout", "sp", "memory_bytes"),
+    [
+        ({"tp": 2, "pp": 2}, True, KEEPS_ALL),
+        ({"tp": 2, "pp": 2}, False, KEEPS_THREE),
+        ({"pp": 4}, False, KEEPS_ALL),
+        ({"pp": 2}, False, KEEPS_THREE),
+        ({"tp": 4}, False, KEEPS_ALL),
+    ],
     ids=str,
 )
-@pytest.mark.parametrize("memory_bytes", [1e9, 3 * BATCH * LENGTH * TINY.hidden_size * 4], ids=["keeps all", "keeps 3"])
 def test_four_processes_rank_like_one(pool4, single, layout, sp, memory_bytes):
     assert_like(pool4.run(rank_depth, "greedy", sp, min_layers=4, memory_bytes=memory_bytes, **layout), single)
 

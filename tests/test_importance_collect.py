@@ -49,6 +49,7 @@ def test_two_processes_give_the_single_scores(pool2, single, layout, sp):
         assert_same(scores, single[1])
 
 
+@pytest.mark.parametrize("single", SITES[:1], indirect=True, ids="/".join)
 @pytest.mark.parametrize(
     ("layout", "sp"),
     [({"tp": 2, "pp": 2}, True), ({"tp": 4}, False), ({"pp": 4}, False), ({"tp": 2}, False)],

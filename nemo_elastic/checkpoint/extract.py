@@ -67,7 +67,7 @@ def child_architecture(architecture: Architecture, subnet: Subnet) -> Architectu
         Problem(
             f"elastic.dims.{name}.per_layer",
             f"this child has {_named(sizes)} in its {KIND_NAMES[KIND_OF_DIM[name]]} layers; a plain model "
-            "has one value for all and cannot say that; extract it to Hugging Face, or train with per_layer: false",
+            "has one value for all and cannot say that; give --format hf, or train with per_layer: false",
         )
         for name, sizes in per_layer_dims(architecture, subnet).items()
     )

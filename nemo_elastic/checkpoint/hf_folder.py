@@ -20,6 +20,7 @@ def write_hf_folder(
     *,
     tokenizer: str | Path | None,
     card: Mapping[str, Any],
+    config: Mapping[str, Any] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> dict[str, str]:
     """Fill the existing empty `folder`.
@@ -28,6 +29,7 @@ def write_hf_folder(
         tensors: the child's, by canonical name, described by `layout`.
         model: its plain model section.
         tokenizer: a tokenizer folder or tokenizer.json.
+        config: keys of config.json that say per-layer sizes (`schemas.PlainChild.config`).
         card: `name`, `parameters`, `of_parent` (fraction), `sizes`, `provenance` for README.md.
 
     Returns:
@@ -36,7 +38,7 @@ def write_hf_folder(
     ids: dict[str, Any] = {}
     if tokenizer is not None:
         ids = {k: v for k, v in write_tokenizer(folder, tokenizer).items() if k != "vocab_size" and v is not None}
-    _json(folder / "config.json", hf_config(model, tensors[0].dtype, ids))
+    _json(folder / "config.json", {**hf_config(model, tensors[0].dtype, ids), **(config or {})})
     _json(folder / "generation_config.json", {"_from_model_config": True, **ids})
     (folder / "README.md").write_text(model_card(card, model))
     return write_safetensors(folder, list(hf_tensors(list(tensors), layout)), shard_bytes=shard_bytes)

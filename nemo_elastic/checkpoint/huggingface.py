@@ -93,9 +93,8 @@ def hf_names(layout: ParamLayout, name: str) -> tuple[str, ...]:
 
 
 def split_qkv(qkv: Tensor, architecture: Architecture) -> tuple[Tensor, Tensor, Tensor]:
-    """Megatron's `[groups x (Q.. + K + V) x d, h]` to `[q d, h]`, `[kv d, h]`, `[kv d, h]`."""
-    heads, groups, d = architecture.num_attention_heads, architecture.num_query_groups, architecture.kv_channels
-    grid = qkv.view(groups, heads // groups + 2, d, qkv.shape[1])
+    """Megatron's `[groups x (Q.. + K + V) x d, h]` to `[q d, h]`, `[kv d, h]`, `[kv d, h]`; q is the tensor's own."""
+    grid = qkv.view(architecture.num_query_groups, -1, architecture.kv_channels, qkv.shape[1])
     return tuple(part.reshape(-1, qkv.shape[1]) for part in (grid[:, :-2], grid[:, -2], grid[:, -1]))
 
 
@@ -114,7 +113,8 @@ def hf_tensors(tensors: list[LazyTensor], layout: ParamLayout) -> Iterator[LazyT
         if len(names) == 1:
             yield LazyTensor(names[0], tensor.dtype, tensor.shape, tensor.read)
             continue
-        rows = arch.num_attention_heads * arch.kv_channels, *(2 * [arch.num_query_groups * arch.kv_channels])
+        keys = arch.num_query_groups * arch.kv_channels
+        rows = tensor.shape[0] - 2 * keys, keys, keys
         split = _SplitOnce(tensor, arch)
         for number, (name, count) in enumerate(zip(names, rows, strict=True)):
             yield LazyTensor(name, tensor.dtype, (count, tensor.shape[1]), lambda n=number, split=split: split.part(n))

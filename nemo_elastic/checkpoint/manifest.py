@@ -118,6 +118,7 @@ def manifest_from_dict(data: Any) -> Manifest:
     lost = sorted(set(budgets) - set(subnets))
     found = [Problem(f"subnets.{name}", "is missing for this budget") for name in lost]
     found += [Problem(f"files.{name}", "leaves the checkpoint's folder") for name in files if not _is_inside(name)]
+    found += [Problem(f"subnets.{n}", "must be a plain word: a folder gets it") for n in subnets if Path(n).name != n]
     raise_if_any(found)
     manifest = Manifest(
         model=dict(data["model"]),

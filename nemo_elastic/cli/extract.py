@@ -20,6 +20,13 @@ def add_parser(subparsers: Any) -> None:
     help = "one child or all of a nested checkpoint, without any training"
     flags = ("--budget", "--all", "--format", "--out", "--force", "--json", "--verbose")
     parser = verb_parser(subparsers, "extract", run, help, flags, epilog=EXAMPLES)
+    schemas = ("uniform", "list", "per_layer_config")
+    parser.add_argument(
+        "--hf-schema",
+        choices=schemas,
+        default="uniform",
+        help="how a Hugging Face folder says sizes that differ per layer (default: pad with zeros, without loss)",
+    )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="cast the weights (default: as stored)")
 
 
@@ -33,17 +40,25 @@ def run(arguments: argparse.Namespace) -> int:
     quiet_libraries(arguments.verbose)
     import torch
 
-    from ..nemo.checkpoints import extract, open_nested
+    from ..nemo.checkpoints import extract, extract_all, open_nested
 
     opened = open_nested(nested)
-    names = list(opened.manifest.subnets) if arguments.all else [arguments.budget]
     base = Path(arguments.out) if arguments.out else Path(nested).parent / "children"
-    targets = {name: base / name if arguments.all or not arguments.out else base for name in names}
-    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
+    how = {
+        "format": arguments.format,
+        "hf_schema": arguments.hf_schema,
+        "dtype": getattr(torch, arguments.dtype) if arguments.dtype else None,
+        "force": arguments.force,
+    }
     with progress_bar() as bar:
-        for done, (name, target) in enumerate(targets.items()):
-            bar.update("extract", done, len(targets), name)
-            extract(opened, name, target, format=arguments.format, dtype=dtype, force=arguments.force)
+        if arguments.all:
+            targets = extract_all(
+                opened, base, progress=lambda name, done, total: bar.update("extract", done, total, name), **how
+            )
+        else:
+            bar.update("extract", 0, 1, arguments.budget)
+            target = base if arguments.out else base / arguments.budget
+            targets = {arguments.budget: extract(opened, arguments.budget, target, **how)}
         bar.update("extract", len(targets), len(targets))
     written = {name: str(target) for name, target in targets.items()}
     if arguments.json:

@@ -8,7 +8,7 @@ Every folder is written beside its target and renamed when it is complete.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_elastic.checkpoint.extract import child_architecture, child_layout, child_tensors, plain_model
+from nemo_elastic.checkpoint.extract import child_architecture, plain_model
 from nemo_elastic.checkpoint.hf_folder import write_hf_folder
 from nemo_elastic.checkpoint.huggingface import HuggingFaceReader
 from nemo_elastic.checkpoint.manifest import (
@@ -37,6 +37,7 @@ from nemo_elastic.checkpoint.reader import (
     check_against_layout,
     lazy_tensors,
 )
+from nemo_elastic.checkpoint.schemas import plain_child
 from nemo_elastic.checkpoint.tokenizer_files import TOKENIZER_FILE
 from nemo_elastic.checkpoint.writer import atomic_folder, check_target, write_safetensors_file
 from nemo_elastic.cost import parameters
@@ -177,6 +178,7 @@ def extract(
     out: str | Path,
     *,
     format: str = "nemo",
+    hf_schema: str = "uniform",
     dtype: torch.dtype | None = None,
     force: bool = False,
 ) -> Path:
@@ -186,6 +188,7 @@ def extract(
         budget: a name in the manifest.
         out: the child's folder.
         format: `nemo` (plain `SSMConfig`) or `hf` (NemotronH folder).
+        hf_schema: how a Hugging Face folder says sizes that differ per layer (`checkpoint.schemas`).
         dtype: cast to it; None keeps what is stored.
 
     Raises:
@@ -195,16 +198,28 @@ def extract(
         raise ProblemsError([Problem("--format", f"{format!r} must be one of {', '.join(FORMATS)}")])
     check_target(out, force)
     opened = nested if isinstance(nested, Nested) else open_nested(nested)
-    subnet, parent_layout = opened.manifest.subnet(budget), opened.layout
-    layout = child_layout(parent_layout, subnet)
-    model = plain_model(opened.manifest.model, child_architecture(parent_layout.architecture, subnet))
-    tensors = child_tensors(opened.reader, parent_layout, subnet, dtype)
-    with atomic_folder(out, force=force, needs_bytes=sum(t.nbytes for t in tensors)) as folder:
+    subnet = opened.manifest.subnet(budget)
+    if format == "nemo":
+        child_architecture(opened.layout.architecture, subnet)  # refuses what a plain config cannot say
+    child = plain_child(opened.reader, opened.layout, subnet, schema=hf_schema, dtype=dtype)
+    model = plain_model(opened.manifest.model, child.architecture)
+    with atomic_folder(out, force=force, needs_bytes=sum(t.nbytes for t in child.tensors)) as folder:
         if format == "nemo":
-            _write_nemo_child(folder, tensors, layout, model, opened.tokenizer)
+            _write_nemo_child(folder, child.tensors, child.layout, model, opened.tokenizer)
         else:
             card = child_card(opened, budget, subnet)
-            write_hf_folder(folder, tensors, layout, model, tokenizer=opened.tokenizer, card=card)
+            if child.padding:
+                card["sizes"]["padding (zeros)"] = f"{child.padding:,} parameters"
+                logger.warning("%s: %d zeros fill up layers that are smaller than others", budget, child.padding)
+            write_hf_folder(
+                folder,
+                child.tensors,
+                child.layout,
+                model,
+                tokenizer=opened.tokenizer,
+                config=child.config,
+                card=card,
+            )
     logger.info("%s: child %s of %s, format %s", out, budget, opened.path, format)
     return Path(out)
 
@@ -220,20 +235,39 @@ def _write_nemo_child(
 
 
 def extract_all(
-    nested: str | Path, out: str | Path, *, budgets: Iterable[str] | None = None, **how: Any
+    nested: str | Path | Nested,
+    out: str | Path,
+    *,
+    progress: Callable[[str, int, int], None] | None = None,
+    **how: Any,
 ) -> dict[str, Path]:
-    """`extract` for every budget (or those named), each to `out/<budget>`; all targets are checked before the first."""
-    opened = open_nested(nested)
-    names = list(opened.manifest.subnets if budgets is None else budgets)
-    found: list[Problem] = []
-    for name in names:
+    """`extract` for every budget, each to `out/<budget>`; all are checked before the first is written.
+
+    Args:
+        progress: called with (budget, done, total) before each.
+        how: further arguments of `extract`.
+
+    Raises:
+        ProblemsError: all that `extract` would raise for any of them, at once.
+    """
+    opened = nested if isinstance(nested, Nested) else open_nested(nested)
+    targets, found = {name: Path(out) / name for name in opened.manifest.subnets}, []
+    for name, target in targets.items():
         try:
-            check_target(Path(out) / name, how.get("force", False))
-            child_architecture(opened.layout.architecture, opened.manifest.subnet(name))
+            check_target(target, how.get("force", False))
+            if how.get("format", "nemo") == "nemo":
+                child_architecture(opened.layout.architecture, opened.manifest.subnet(name))
+            else:
+                schema = how.get("hf_schema", "uniform")
+                plain_child(opened.reader, opened.layout, opened.manifest.subnet(name), schema=schema)
         except ProblemsError as error:
             found += [replace(p, message=f"{p.message} (budget {name})") for p in error.problems]
     raise_if_any(found)
-    return {name: extract(opened, name, Path(out) / name, **how) for name in names}
+    for done, (name, target) in enumerate(targets.items()):
+        if progress:
+            progress(name, done, len(targets))
+        extract(opened, name, target, **how)
+    return targets
 
 
 def child_card(nested: Nested, budget: str, subnet: Subnet) -> dict[str, Any]:

@@ -6,7 +6,7 @@ are sums of entries (exact on integers), the expected cost under independent cho
 with the probabilities (exact too, for measured latencies as well as for counts). No torch here.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -175,6 +175,29 @@ class CostTables:
     def _index(self, selection: Selection, name: str, row: int) -> int:
         chosen = selection.get(name, (0,))
         return chosen[row] if len(chosen) > 1 else chosen[0]
+
+    def uniform_cost(self, names: tuple[str, ...]) -> Callable[[tuple[int, ...]], float]:
+        """A fast `cost` of one index per dim of `names`, the same in all rows; what is not named is the parent's."""
+        place = {name: i for i, name in enumerate(names)}
+        terms = []
+        for kind, table in self.kinds.items():
+            strides = [prod(table.shape[i + 1 :]) for i in range(len(table.shape))]
+            flat = [(place[n], stride) for n, stride in zip(table.dims, strides, strict=True) if n in place]
+            counts = tuple(len(rows[kind]) for rows in self.rows_kept)
+            terms.append((counts, table.values, flat))
+        hidden, depth = place.get(HIDDEN), place.get(DEPTH)
+
+        def cost(picked: tuple[int, ...]) -> float:
+            total = self.outer[0 if hidden is None else picked[hidden]]
+            kept = 0 if depth is None else picked[depth]
+            for counts, values, flat in terms:
+                at = 0
+                for i, stride in flat:
+                    at += picked[i] * stride
+                total += counts[kept] * values[at]
+            return total
+
+        return cost
 
     def walk(self) -> Iterator[tuple[str, KindTable]]:
         """The kinds of layer this parent has, with their tables."""

@@ -12,7 +12,7 @@ from math import prod
 from .budget_cost import BudgetCost
 from .choices import Selection, choice_shapes, full_selection, smallest_selection, subnet_of
 from .problems import Problem, ProblemsError
-from .space import ElasticSpace, Subnet
+from .space import Subnet
 
 EXHAUSTIVE_LIMIT = 40_000  # uniform selections that are simply all tried
 SPREAD_WEIGHT = 0.1  # a standard deviation of 0.1 between the dims' ratios weighs like 1 % of the target
@@ -31,56 +31,54 @@ def uniform_selection(cost: BudgetCost, *, tolerance: float = 0.01) -> Selection
     """`propose_uniform` as a selection."""
     raise_if_impossible(cost, tolerance)
     shapes = choice_shapes(cost.space)
-    if cost.budget.is_full:
+    if cost.budget.is_full or not shapes:
         return full_selection(cost.space)
-    best: tuple[tuple[float, ...], Selection] | None = None
-    for indices in _uniform_candidates(cost.space, cost):
-        selection = {name: (i,) * shapes[name][0] for name, i in indices.items()}
-        error = cost.error(cost.tables.cost(selection))
-        if error > tolerance:
+    names = tuple(shapes)
+    price = cost.tables.uniform_cost(names)
+    ratios = [[size / cost.space.dims[n].full for size in cost.space.dims[n].choices] for n in names]
+    best: tuple[tuple[float, float], tuple[int, ...]] | None = None
+    for picked in _uniform_candidates(cost, names, ratios):
+        error = cost.error(price(picked))
+        excess = max(0.0, -error - tolerance)
+        if error > tolerance or (best is not None and excess > best[0][0]):
             continue
-        ratios = [cost.space.dims[n].choices[i] / cost.space.dims[n].full for n, i in indices.items()]
-        mean = sum(ratios) / max(1, len(ratios))
-        spread = (sum((r - mean) ** 2 for r in ratios) / max(1, len(ratios))) ** 0.5
-        key = (max(0.0, -error - tolerance) + SPREAD_WEIGHT * spread, abs(error))
+        key = (excess + SPREAD_WEIGHT * _spread([row[i] for row, i in zip(ratios, picked, strict=True)]), abs(error))
         if best is None or key < best[0]:
-            best = key, selection
+            best = key, picked
     assert best is not None, "the smallest selection is a candidate and fits"
-    return best[1]
+    return {name: (i,) * shapes[name][0] for name, i in zip(names, best[1], strict=True)}
 
 
-def _uniform_candidates(space: ElasticSpace, cost: BudgetCost) -> Iterator[dict[str, int]]:
+def _spread(ratios: list[float]) -> float:
+    mean = sum(ratios) / len(ratios)
+    return (sum((r - mean) ** 2 for r in ratios) / len(ratios)) ** 0.5
+
+
+def _uniform_candidates(
+    cost: BudgetCost, names: tuple[str, ...], ratios: list[list[float]]
+) -> Iterator[tuple[int, ...]]:
     """All uniform selections of a small space; of a large one, those around the even-ratio ray."""
-    counts = {name: n for name, (_, n) in choice_shapes(space).items()}
-    names = list(counts)
-    if prod(counts.values()) <= EXHAUSTIVE_LIMIT:
-        for indices in product(*(range(n) for n in counts.values())):
-            yield dict(zip(names, indices, strict=True))
+    if prod(map(len, ratios)) <= EXHAUSTIVE_LIMIT:
+        yield from product(*(range(len(row)) for row in ratios))
         return
-    yield {n: counts[n] - 1 for n in names}
+    yield tuple(len(row) - 1 for row in ratios)
     width = max(1, int((EXHAUSTIVE_LIMIT / 24) ** (1 / len(names))) // 2)
-    shapes = choice_shapes(space)
-    ratios = sorted({c / space.dims[n].full for n in names for c in space.dims[n].choices}, reverse=True)
+    price = cost.tables.uniform_cost(names)
 
-    def near(ratio: float, name: str) -> int:
-        sizes = space.dims[name].choices
-        return min(range(len(sizes)), key=lambda i: abs(sizes[i] / space.dims[name].full - ratio))
+    def near(ratio: float) -> tuple[int, ...]:
+        return tuple(min(range(len(row)), key=lambda i: abs(row[i] - ratio)) for row in ratios)
 
-    def too_large(ratio: float) -> bool:
-        at = {n: (near(ratio, n),) * shapes[n][0] for n in names}
-        return cost.error(cost.tables.cost(at)) > 0
-
-    first = next((i for i, r in enumerate(ratios) if not too_large(r)), len(ratios) - 1)
+    rays = sorted({r for row in ratios for r in row}, reverse=True)
+    first = next((i for i, r in enumerate(rays) if cost.error(price(near(r))) <= 0), len(rays) - 1)
     seen = set()
-    for ratio in ratios[max(0, first - 2) : first + 2]:
-        windows = []
-        for name in names:
-            middle = near(ratio, name)
-            windows.append(range(max(0, middle - width), min(counts[name], middle + width + 1)))
-        for indices in product(*windows):
-            if indices not in seen:
-                seen.add(indices)
-                yield dict(zip(names, indices, strict=True))
+    for ratio in rays[max(0, first - 2) : first + 2]:
+        windows = [
+            range(max(0, i - width), min(len(row), i + width + 1)) for i, row in zip(near(ratio), ratios, strict=True)
+        ]
+        for picked in product(*windows):
+            if picked not in seen:
+                seen.add(picked)
+                yield picked
 
 
 def propose_random(cost: BudgetCost, n: int, *, seed: int, tolerance: float = 0.01, tries: int = 200) -> list[Subnet]:

@@ -167,3 +167,12 @@ def test_an_impossible_budget_names_the_smallest_reachable(kind, value):
         propose_uniform(cost)
     words = f"{smallest}" if kind == "parameters" else f"{cost.in_user_units(smallest):.4g}"
     assert words in str(error.value)
+
+
+def test_the_fast_cost_of_uniform_subnets_is_the_cost():
+    cost = make_cost("memory_gb")
+    names = ("num_layers", "hidden_size", "mamba_num_heads", "ffn_hidden_size")
+    fast = cost.tables.uniform_cost(names)
+    for picked in ((0, 0, 0, 0), (2, 3, 2, 3), (1, 2, 0, 3), (2, 0, 1, 1)):
+        sizes = {n: CHOICES[n][i] for n, i in zip(names, picked, strict=True)}
+        assert fast(picked) == pytest.approx(cost.of(cost.space.subnet(**sizes)), rel=1e-12)

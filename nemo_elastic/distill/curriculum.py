@@ -4,11 +4,10 @@ A stage says steps, sequence length, global batch and how often each budget is d
 then weighted towards the large ones, because uniform sampling in the long second stage hurts the largest model).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..config.sections import StageConfig
-from ..problems import Problem, did_you_mean, raise_if_any
 
 
 @dataclass(frozen=True)
@@ -60,36 +59,3 @@ def budget_probabilities(stage: StageConfig, budgets: Sequence[str]) -> dict[str
     given = stage.budget_probabilities
     total = sum(given.values())
     return {name: given.get(name, 0.0) / total for name in budgets}
-
-
-def stage_problems(stages: Sequence[StageConfig], budgets: Sequence[str], data_parallel: int, micro_batch: int) -> list:
-    """Every stage that cannot run: sizes, batches that do not divide, budgets nobody knows."""
-    found = []
-    for i, stage in enumerate(stages):
-        key = f"train.stages.{i}"
-        for name in ("steps", "seq_length", "global_batch_size"):
-            if getattr(stage, name) < 1:
-                found.append(Problem(f"{key}.{name}", f"{getattr(stage, name)} must be at least 1"))
-        per_micro_batch = data_parallel * micro_batch
-        if stage.global_batch_size % per_micro_batch:
-            words = f"{stage.global_batch_size} must be a multiple of data parallel x train.micro_batch_size"
-            found.append(Problem(f"{key}.global_batch_size", f"{words} = {per_micro_batch}"))
-        given: Mapping[str, float] = stage.budget_probabilities or {}
-        for name, p in given.items():
-            if name not in budgets:
-                words = f"no budget of this name{did_you_mean(name, budgets)}"
-                found.append(Problem(f"{key}.budget_probabilities.{name}", words))
-            if not p >= 0:
-                found.append(Problem(f"{key}.budget_probabilities.{name}", f"{p} must not be negative"))
-        if given and not sum(given.values()) > 0:
-            found.append(Problem(f"{key}.budget_probabilities", "must not all be zero"))
-    return found
-
-
-def check_stages(stages: Sequence[StageConfig], budgets: Sequence[str], data_parallel: int, micro_batch: int) -> None:
-    """Raise all of `stage_problems` at once.
-
-    Raises:
-        ProblemsError: when there is any.
-    """
-    raise_if_any(stage_problems(stages, budgets, data_parallel, micro_batch))

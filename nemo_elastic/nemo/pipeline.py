@@ -34,6 +34,7 @@ from nemo_elastic.mcore.elastic.plan import hard_plan
 from nemo_elastic.mcore.evaluate import heldout_loss
 from nemo_elastic.mcore.parents import open_parent, sorted_parent, write_sorted
 from nemo_elastic.nemo.checkpoints import extract, open_nested, write_nested
+from nemo_elastic.nemo.ranking import rank_run
 from nemo_elastic.nemo.train import Trained, data_module, heldout_batches, latest_checkpoint, train
 from nemo_elastic.nemo.verify import verify
 from nemo_elastic.problems import Problem, ProblemsError
@@ -70,12 +71,15 @@ class Run:
 
     def importance(self, *, resume: bool = False) -> Importance:
         """Measured importance, from disk when it is there."""
-        from nemo_elastic.nemo.ranking import rank_run
-
         family = family_of(self.config)
         if (self.out / "importance" / "importance.json").is_file():
             return Importance.load(self.out / "importance", family.architecture)
-        return rank_run(self.config, self.out, resume=resume)
+        return rank_run(
+            self.config,
+            self.out,
+            resume=resume,
+            report=lambda phase, done, total: self.progress(f"rank {phase}", done, total, ""),
+        )
 
     def sort(self, importance: Importance, *, force: bool = False) -> Path:
         """The sorted parent's folder."""

@@ -14,8 +14,9 @@ import torch
 from checkpoint_family import MODEL, TOKENIZER, manifest, random_weights, write_hf_parent
 
 from nemo_elastic.checkpoint.extract import child_architecture, child_layout
+from nemo_elastic.checkpoint.hf_config import hf_config, model_from_hf
 from nemo_elastic.checkpoint.hf_folder import write_hf_folder
-from nemo_elastic.checkpoint.huggingface import HuggingFaceReader, hf_config, model_from_hf
+from nemo_elastic.checkpoint.huggingface import HuggingFaceReader
 from nemo_elastic.checkpoint.reader import SafetensorsReader, check_against_layout, lazy_tensors
 from nemo_elastic.config.model_fields import architecture_of
 from nemo_elastic.layout import ParamLayout

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ..layout import ParamLayout
-from .huggingface import hf_config, hf_tensors
+from .hf_config import hf_config
+from .huggingface import hf_tensors
 from .reader import LazyTensor
 from .tokenizer_files import write_tokenizer
 from .writer import SHARD_BYTES, write_safetensors

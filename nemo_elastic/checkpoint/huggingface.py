@@ -1,11 +1,11 @@
-"""Hugging Face's NemotronH: names, configuration, and folders in both directions, without `transformers`.
+"""Hugging Face's NemotronH: names of tensors in both directions, and a reader of its folders, without `transformers`.
 
 Names come from one table per kind of layer; all tensors are the same bytes on both sides except attention's fused
 rows, which per query group are `[Q .. Q, K, V]` in Megatron and three tensors in Hugging Face.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from ..architecture import ATTENTION, MAMBA, MLP, Architecture
-from ..config.model_fields import architecture_of, model_problems
+from ..config.model_fields import architecture_of
 from ..layout import ParamLayout
 from ..problems import Problem, ProblemsError, raise_if_any
+from .hf_config import model_from_hf
 from .reader import LazyTensor, SafetensorsReader, TensorReader
 
 PREFIXES = ("backbone.", "model.")
@@ -47,40 +48,6 @@ LAYER_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
         "mlp.linear_fc2.weight": ("mixer.down_proj.weight",),
     },
 }
-BLOCK_TYPES = {MAMBA: "linear_attention", ATTENTION: "full_attention", MLP: "mlp"}
-# Older spellings of the list that transformers has written.
-KIND_OF_BLOCK = {name: kind for kind, name in BLOCK_TYPES.items()} | {"mamba": MAMBA, "attention": ATTENTION}
-# model section <- config.json, where the value is the same.
-CONFIG_FIELDS = {
-    "hidden_size": "hidden_size",
-    "ffn_hidden_size": "intermediate_size",
-    "num_attention_heads": "num_attention_heads",
-    "num_query_groups": "num_key_value_heads",
-    "kv_channels": "head_dim",
-    "mamba_num_heads": "mamba_num_heads",
-    "mamba_head_dim": "mamba_head_dim",
-    "mamba_num_groups": "n_groups",
-    "mamba_state_dim": "ssm_state_size",
-    "vocab_size": "vocab_size",
-    "share_embeddings_and_output_weights": "tie_word_embeddings",
-    "layernorm_epsilon": "layer_norm_epsilon",
-    "seq_length": "max_position_embeddings",
-    "init_method_std": "initializer_range",
-    "hidden_dropout": "hidden_dropout",
-    "attention_dropout": "attention_dropout",
-}
-# What NemotronH can only be: (model field, value that it must have, if given).
-ONLY = {
-    "normalization": "RMSNorm",
-    "layernorm_zero_centered_gamma": False,
-    "position_embedding_type": "none",
-    "add_bias_linear": False,
-    "add_qkv_bias": False,
-    "gated_linear_unit": False,
-    "qk_layernorm": False,
-    "softmax_scale": None,
-}
-ACTIVATIONS = {"squared_relu": "relu2", "relu": "relu", "gelu": "gelu", "silu": "silu"}
 
 
 def hf_names(layout: ParamLayout, name: str) -> tuple[str, ...]:
@@ -131,83 +98,6 @@ class _SplitOnce:
         parts = self._parts or split_qkv(self._tensor.read(), self._architecture)
         self._parts = None if number == 2 else parts
         return parts[number]
-
-
-def hf_config(model: Mapping[str, Any], dtype: torch.dtype, token_ids: Mapping[str, int | None]) -> dict[str, Any]:
-    """config.json of a plain model section, for old and new readers alike.
-
-    Raises:
-        ProblemsError: the model has something that NemotronH cannot say.
-    """
-    arch = architecture_of(model)
-    found = [
-        Problem(f"model.{name}", f"{model[name]!r} cannot be said in Hugging Face's NemotronH, which has {value!r}")
-        for name, value in ONLY.items()
-        if model.get(name, value) != value
-    ]
-    activation = model.get("activation_func", "squared_relu")
-    if activation not in ACTIVATIONS:
-        found.append(Problem("model.activation_func", f"{activation!r} must be one of {', '.join(ACTIVATIONS)}"))
-    raise_if_any(found)
-    values = {**vars(arch), **{n: model[n] for n in CONFIG_FIELDS if n in model and n not in vars(arch)}}
-    return {
-        "architectures": ["NemotronHForCausalLM"],
-        "model_type": "nemotron_h",
-        "dtype": str(dtype).removeprefix("torch."),
-        "torch_dtype": str(dtype).removeprefix("torch."),
-        "hybrid_override_pattern": arch.hybrid_override_pattern,
-        "layers_block_type": [BLOCK_TYPES[kind] for kind in arch.hybrid_override_pattern],
-        "num_hidden_layers": arch.num_layers,
-        **{theirs: values[ours] for ours, theirs in CONFIG_FIELDS.items() if ours in values},
-        "mlp_hidden_act": ACTIVATIONS[activation],
-        "mamba_hidden_act": "silu",
-        "conv_kernel": arch.mamba_conv_kernel,
-        "chunk_size": 128,
-        "use_conv_bias": True,
-        "use_bias": False,
-        "mlp_bias": False,
-        "attention_bias": False,
-        "mamba_proj_bias": False,
-        "residual_in_fp32": False,
-        "use_cache": True,
-        **token_ids,
-    }
-
-
-def model_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The model section that a NemotronH config.json describes.
-
-    Raises:
-        ProblemsError: another kind of model, or one with parts that cannot be elastic here.
-    """
-    if config.get("model_type") != "nemotron_h":
-        words = f"{config.get('model_type')!r} must be 'nemotron_h': no hybrid Mamba-attention model of this family"
-        raise ProblemsError([Problem("config.json: model_type", words)])
-    pattern = config.get("hybrid_override_pattern")
-    blocks = config.get("layers_block_type") or config.get("layer_types")
-    if blocks is not None:
-        listed = "".join(KIND_OF_BLOCK.get(block, "E") for block in blocks)
-        if pattern is not None and pattern != listed:
-            words = f"{pattern} says other layers than layers_block_type, {listed}; one of them is stale"
-            raise ProblemsError([Problem("config.json: hybrid_override_pattern", words)])
-        pattern = listed
-    model = {ours: config[theirs] for ours, theirs in CONFIG_FIELDS.items() if config.get(theirs) is not None}
-    model["hybrid_override_pattern"] = pattern
-    activation = {theirs: ours for ours, theirs in ACTIVATIONS.items()}.get(config.get("mlp_hidden_act", "relu2"))
-    model["activation_func"] = activation
-    switches = ("use_bias", "mlp_bias", "attention_bias", "mamba_proj_bias")
-    found = [
-        Problem(f"config.json: {n}", "true: parameters that no row of the table has") for n in switches if config.get(n)
-    ]
-    if activation is None:
-        found.append(Problem("config.json: mlp_hidden_act", f"{config['mlp_hidden_act']!r} is not supported"))
-    if config.get("conv_kernel", 4) != 4:
-        found.append(Problem("config.json: conv_kernel", f"{config['conv_kernel']} must be 4, as Megatron has it"))
-    if isinstance(model.get("ffn_hidden_size"), list):
-        words = "is a list: a parent needs one size for all MLP layers"
-        raise ProblemsError([*found, Problem("config.json: intermediate_size", words)])
-    raise_if_any([*found, *model_problems(model)])
-    return model
 
 
 class HuggingFaceReader:

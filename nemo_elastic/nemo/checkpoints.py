@@ -1,8 +1,6 @@
-"""Whole checkpoints: parents in, the nested checkpoint, children out. NeMo itself is imported only to write a context.
+"""Checkpoints as folders: children out of a nested checkpoint, and what a parent's folder says of itself.
 
-    nested = weights/ (the parent under stock keys) + context/ + elastic/ (manifest, permutations, router)
-
-Every folder is written beside its target and renamed when it is complete.
+NeMo itself is imported only to write a context. Every folder is written beside its target and renamed when complete.
 """
 
 from __future__ import annotations
@@ -14,38 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from nemo_elastic.checkpoint.extract import child_architecture, plain_model
 from nemo_elastic.checkpoint.hf_folder import write_hf_folder
 from nemo_elastic.checkpoint.huggingface import HuggingFaceReader
-from nemo_elastic.checkpoint.manifest import (
-    FOLDER,
-    PERMUTATIONS_FILE,
-    ROUTER_FILE,
-    Manifest,
-    check_hashes,
-    load_manifest,
-    write_manifest,
-)
 from nemo_elastic.checkpoint.nemo_context import read_nemo_context
-from nemo_elastic.checkpoint.reader import (
-    LazyTensor,
-    MemoryReader,
-    SafetensorsReader,
-    TensorReader,
-    check_against_layout,
-    lazy_tensors,
-)
+from nemo_elastic.checkpoint.reader import LazyTensor
 from nemo_elastic.checkpoint.schemas import plain_child
 from nemo_elastic.checkpoint.tokenizer_files import TOKENIZER_FILE
-from nemo_elastic.checkpoint.writer import atomic_folder, check_target, write_safetensors_file
+from nemo_elastic.checkpoint.writer import atomic_folder, check_target
 from nemo_elastic.cost import parameters
 from nemo_elastic.layout import ParamLayout
 from nemo_elastic.mcore.dist_checkpoint import TorchDistReader
 from nemo_elastic.mcore.parents import folder_of
+from nemo_elastic.nemo.nested import Nested, main_dtype, open_nested, write_nested
 from nemo_elastic.problems import Problem, ProblemsError, raise_if_any
 from nemo_elastic.space import Subnet
+
+__all__ = ["Nested", "describe_parent", "extract", "extract_all", "open_nested", "write_nested"]
 
 logger = logging.getLogger(__name__)
 FORMATS = ("nemo", "hf")
@@ -75,101 +59,6 @@ def describe_parent(path: str) -> ParentDescription:
     if (folder / "config.json").is_file():
         return ParentDescription(HuggingFaceReader(folder).model, beside)
     return ParentDescription(None, beside)
-
-
-def write_nested(
-    out: str | Path,
-    weights: TensorReader | Mapping[str, Tensor],
-    manifest: Manifest,
-    *,
-    tokenizer: str | Path | None = None,
-    permutations: Mapping[str, Tensor] | None = None,
-    router: Mapping[str, Tensor] | None = None,
-    dtype: torch.dtype | None = None,
-    force: bool = False,
-) -> Path:
-    """Write a nested checkpoint.
-
-    Args:
-        weights: the trained full-size weights by canonical name.
-        manifest: everything but `files`.
-        tokenizer: a tokenizer.json or tokenizer folder; it travels in `context/`.
-        permutations: old unit at each new place, by `dim` or `dim.layer`.
-        router: the router's state.
-        dtype: cast the weights; None keeps each as it is.
-
-    Raises:
-        ProblemsError: `out` exists, the disk is full, or the weights are not those of `manifest.model`.
-    """
-    from nemo_elastic.mcore.dist_save import write_torch_dist
-    from nemo_elastic.nemo.context import write_context
-
-    reader = MemoryReader(dict(weights)) if isinstance(weights, Mapping) else weights
-    layout = manifest.layout
-    check_against_layout(reader, layout, "weights")
-    tensors = list(lazy_tensors(reader, dtype))
-    with atomic_folder(out, force=force, needs_bytes=sum(t.nbytes for t in tensors)) as folder:
-        written = write_torch_dist(folder / "weights", tensors, layout)
-        hashes = {f"weights/{name}": digest for name, digest in written.items()}
-        write_context(folder, manifest.model, tokenizer, dtype=_main_dtype(tensors))
-        (folder / FOLDER).mkdir()
-        for name, state in ((PERMUTATIONS_FILE, permutations), (ROUTER_FILE, router)):
-            if state:
-                hashes[name] = write_safetensors_file(folder / name, list(lazy_tensors(MemoryReader(dict(state)))))
-        write_manifest(folder, manifest, hashes)
-    return Path(out)
-
-
-@dataclass(frozen=True)
-class Nested:
-    """An opened nested checkpoint."""
-
-    path: Path
-    manifest: Manifest
-    reader: TorchDistReader
-
-    @property
-    def layout(self) -> ParamLayout:
-        """The table of its weights."""
-        return self.manifest.layout
-
-    @property
-    def tokenizer(self) -> Path | None:
-        """Its tokenizer folder."""
-        found = sorted((self.path / "context").rglob(TOKENIZER_FILE))
-        return found[0].parent if found else None
-
-    def router(self) -> dict[str, Tensor]:
-        """The router's state ({} where none was written)."""
-        return _state(self.path / ROUTER_FILE)
-
-    def permutations(self) -> dict[str, Tensor]:
-        """Old unit at each new place, by `dim` or `dim.layer`."""
-        return _state(self.path / PERMUTATIONS_FILE)
-
-
-def _state(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        return {}
-    reader = SafetensorsReader(path)
-    return {name: reader.read(name) for name in reader.names()}
-
-
-def open_nested(path: str | Path) -> Nested:
-    """A nested checkpoint: manifest validated, files there and whole, weights of the manifest's model.
-
-    Small files are hashed here; the `.distcp` files are covered by the CRC-32 of each record that is read (`verify`
-    hashes them too).
-
-    Raises:
-        ProblemsError: what is wrong, by file or key.
-    """
-    path = Path(path)
-    manifest = load_manifest(path)
-    check_hashes(path, manifest, [n for n in manifest.files if not n.endswith(".distcp")])
-    reader = TorchDistReader(path)
-    check_against_layout(reader, manifest.layout, str(path / "weights"))
-    return Nested(path, manifest, reader)
 
 
 def extract(
@@ -231,7 +120,7 @@ def _write_nemo_child(
     from nemo_elastic.nemo.context import write_context
 
     write_torch_dist(folder / "weights", tensors, layout)
-    write_context(folder, model, tokenizer, dtype=_main_dtype(tensors))
+    write_context(folder, model, tokenizer, dtype=main_dtype(tensors))
 
 
 def extract_all(
@@ -287,11 +176,3 @@ def child_card(nested: Nested, budget: str, subnet: Subnet) -> dict[str, Any]:
             **nested.manifest.provenance,
         },
     }
-
-
-def _main_dtype(tensors: list[LazyTensor]) -> torch.dtype:
-    """The dtype of most elements."""
-    totals: dict[torch.dtype, int] = {}
-    for tensor in tensors:
-        totals[tensor.dtype] = totals.get(tensor.dtype, 0) + tensor.nbytes
-    return max(totals, key=totals.get)

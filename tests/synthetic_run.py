@@ -140,7 +140,7 @@ def make_results(family: Any, subnets: dict[str, Any]) -> dict[str, Any]:
             "subnet": subnet.to_dict(),
             "parameters": parameters(layout, subnet),
             "percent_of_parent": 100 * parameters(layout, subnet) / full,
-            "memory_bytes": memory(layout, subnet, **serving).total,
+            "memory_bytes": memory(layout, subnet, **serving).to_dict(),
             "heldout_nested": heldout(name, 300),
             "heldout_child": heldout(name, 300) + 1e-7,
             "heldout_before": heldout(name, 0),
@@ -154,7 +154,14 @@ def make_results(family: Any, subnets: dict[str, Any]) -> dict[str, Any]:
         "budgets": budgets,
         "verified": True,
         "seconds": {"rank": 21.5, "train": 187.25, "extract": 2.5, "verify": 9.75, "total": 221.0},
-        "provenance": {"nemo_elastic": "0.1.0", "torch": "2.13.0", "seed": 1234, "git": "0123abc", "python": "3.11.2"},
+        "provenance": {
+            "nemo_elastic": "0.1.0",
+            "torch": "2.13.0",
+            "seed": 1234,
+            "git": "0123abc",
+            "config": {"name": "run again"},
+            "python": "3.11.2",
+        },
     }
 
 

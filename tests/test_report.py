@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import re
-from argparse import ArgumentParser
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 from rich.console import Console
 from synthetic_run import PARENT_LOSS, RANKING, depth_score, heldout, train_record, write_run
 
-from nemo_elastic.cli import report as verb
+from nemo_elastic.cli.main import main
 from nemo_elastic.problems import ProblemsError
 from nemo_elastic.report import write
 from nemo_elastic.report.drawing import spread
@@ -136,7 +135,7 @@ def test_every_number_of_the_results_is_on_the_page(finished: Path, page: str) -
         assert entry["name"] in text
         assert f"{entry['parameters']:,}" in text
         assert f"{entry['percent_of_parent']:.2f}%" in text
-        assert f"{entry['memory_bytes'] / 1e6:.4g} MB" in text
+        assert f"{entry['memory_bytes']['total'] / 1e6:.4g} MB" in text
         for key in ("heldout_before", "heldout_nested", "heldout_child"):
             assert f"{entry[key]:.4f}" in text
     small = results["budgets"][2]["subnet"]
@@ -144,6 +143,7 @@ def test_every_number_of_the_results_is_on_the_page(finished: Path, page: str) -
     assert "96 128-512 12 16 8 12" in text
     for words in ("3 min 07 s", "0123abc", "verified: largest difference 1e-07", "300 of 300 steps", "614,400"):
         assert words in text
+    assert "run again" not in text  # the configuration has its own place
 
 
 def test_validation_and_train_sheets_are_the_logs(finished: Path) -> None:
@@ -274,13 +274,10 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_the_verb_writes_and_says_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_verb_writes_and_says_where(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = write_run(tmp_path, steps=50, importance=False)
-    parser = ArgumentParser()
-    verb.add_parser(parser.add_subparsers())
-    args = parser.parse_args(["report", str(out), "--json"])
-    assert args.run(args) == 0
-    said = json.loads(capsys.readouterr().out)
+    assert main(["report", str(out), "--json"]) == 0
+    said = json.loads(capfd.readouterr().out)
     assert said["report"] == str(out / "report" / "report.html")
     assert said["files"] == sorted(
         ["report.html", *(f"{name}.csv" for name in SHEETS - {"layer_importance", "router"})]

@@ -59,14 +59,15 @@ def budget_rows(run: RunFolder) -> list[BudgetRow]:
 
 
 def result_row(entry: Mapping[str, Any], target: str = "") -> BudgetRow:
-    """A row of `results.json`."""
+    """A row of `results.json`; its memory is a number or the terms of one with their `total`."""
+    memory = entry.get("memory_bytes")
     return BudgetRow(
         name=entry["name"],
         target=target_words(entry.get("target")) or target,
         subnet=entry.get("subnet"),
         parameters=entry.get("parameters"),
         percent_of_parent=entry.get("percent_of_parent"),
-        memory_bytes=entry.get("memory_bytes"),
+        memory_bytes=memory.get("total") if isinstance(memory, Mapping) else memory,
         before=entry.get("heldout_before"),
         nested=entry.get("heldout_nested"),
         child=entry.get("heldout_child"),

@@ -55,7 +55,7 @@ def render(run: RunFolder, rows: list[BudgetRow], pictures: list[Picture], files
         "parent": {"parameters": parent_parameters(run), "loss": parent_loss(run), "sizes": _parent_sizes(run)},
         "pictures": [(p, Markup(p.svg)) for p in pictures],
         "timings": [(phase, s, 100 * s / longest if longest and phase not in TOTALS else 0) for phase, s in spent],
-        "provenance": flat(run.results.get("provenance") or {}),
+        "provenance": flat(_without_config(run.results.get("provenance") or {})),
         "rank_provenance": flat(run.importance.get("provenance") or {}),
         "config": [(key, value, run.origins.get(key, "default")) for key, value in leaves(run.values)]
         if run.values
@@ -108,6 +108,11 @@ def flat(values: Mapping[str, Any]) -> list[tuple[str, str]]:
         if values
         else []
     )
+
+
+def _without_config(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The page has the resolved configuration in a place of its own, with origins."""
+    return {key: value for key, value in values.items() if key != "config"}
 
 
 def _parent_sizes(run: RunFolder) -> dict[str, str]:

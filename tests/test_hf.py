@@ -66,6 +66,8 @@ def test_config_survives_the_way_there_and_back() -> None:
     without_pattern = {k: v for k, v in config.items() if k != "hybrid_override_pattern"}
     without_list = {k: v for k, v in config.items() if k != "layers_block_type"}
     assert model_from_hf(without_pattern) == model_from_hf(without_list) == model_from_hf(config)
+    older = {("attention_head_dim" if k == "head_dim" else k): v for k, v in config.items()}
+    assert model_from_hf(older) == model_from_hf(config)
 
 
 @pytest.mark.parametrize(

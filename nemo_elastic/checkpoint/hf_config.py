@@ -108,6 +108,8 @@ def model_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
             raise ProblemsError([Problem("config.json: hybrid_override_pattern", words)])
         pattern = listed
     model = {ours: config[theirs] for ours, theirs in CONFIG_FIELDS.items() if config.get(theirs) is not None}
+    if "kv_channels" not in model and config.get("attention_head_dim") is not None:
+        model["kv_channels"] = config["attention_head_dim"]  # as the first NemotronH configurations name it
     model["hybrid_override_pattern"] = pattern
     activation = {theirs: ours for ours, theirs in ACTIVATIONS.items()}.get(config.get("mlp_hidden_act", "relu2"))
     model["activation_func"] = activation

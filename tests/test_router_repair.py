@@ -110,3 +110,10 @@ def test_an_impossible_budget_is_refused():
     cost = make_cost(0.05)
     with pytest.raises(ProblemsError, match="smallest subnet"):
         choose(random_probabilities(cost.space, 0), cost, tolerance=TOLERANCE)
+
+
+def test_without_repair_the_argmax_and_its_error_come_back():
+    cost = make_cost(0.5)
+    pi = {n: torch.zeros(s).index_fill(1, torch.tensor([0]), 1.0) for n, s in choice_shapes(cost.space).items()}
+    chosen = choose(pi, cost, tolerance=TOLERANCE, repair=False)
+    assert chosen.cost == cost.parent and chosen.error == chosen.argmax_error == pytest.approx(1.0)

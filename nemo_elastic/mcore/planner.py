@@ -126,21 +126,21 @@ class Planner:
         phase, point = self.phase(step), router_point(step, self.total_steps, self.config)
         chosen: dict[str, Chosen] = {}
         if (router is not None and phase in ("soft", "hard")) or (phase == "frozen" and not self.state.frozen):
-            chosen = self.choices(router)
+            chosen = self.choices(router, repair=phase != "soft")
         if phase == "frozen" and not self.state.frozen:
             self.state.frozen = {n: self.subnet_of_choice(n, c) for n, c in chosen.items()}
         return StepState(step, phase, point, chosen)
 
     @torch.no_grad()
-    def choices(self, router: Router | None) -> dict[str, Chosen]:
-        """Noise-free choice per learned budget, exactly within its budget."""
+    def choices(self, router: Router | None, *, repair: bool = True) -> dict[str, Chosen]:
+        """Noise-free choice per learned budget, exactly within its budget; without repair: as it is, to steer by."""
         if router is None or not self.learned:
             return {}
         found = {}
         for name in self.learned:
             output = router(router.budget_vector(name), tau=1.0, scale=1.0)
             pi = {dim: p.cpu() for dim, p in output.probabilities.items()}
-            found[name] = choose(pi, self.costs[name], tolerance=self.config.tolerance, fill=True)
+            found[name] = choose(pi, self.costs[name], tolerance=self.config.tolerance, fill=True, repair=repair)
         return found
 
     def subnet_of_choice(self, name: str, chosen: Chosen) -> Subnet:

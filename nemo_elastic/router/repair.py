@@ -58,6 +58,7 @@ def choose(
     *,
     tolerance: float,
     fill: bool = False,
+    repair: bool = True,
     shortfall_price: float = 1000.0,
 ) -> Chosen:
     """The argmax when it fits, else its cheapest repair.
@@ -66,6 +67,7 @@ def choose(
         probabilities: noise-free, `[rows, choices]` per dim.
         tolerance: relative overshoot that is still accepted.
         fill: also repair a choice that stays below the target by more than `tolerance`.
+        repair: False returns the argmax with its error whatever it costs.
         shortfall_price: log-probability that a relative shortfall of 1 is worth where nothing lies within the
             tolerance; 0: any shortfall will do.
 
@@ -75,7 +77,7 @@ def choose(
     argmax = argmax_selection(probabilities)
     found = cost.tables.cost(argmax)
     error = cost.error(found)
-    if error <= tolerance and not (fill and error < -tolerance):
+    if not repair or (error <= tolerance and not (fill and error < -tolerance)):
         return Chosen(argmax, found, error, error, 0.0)
     raise_if_impossible(cost, tolerance)
     losses = _losses(probabilities)

@@ -13,7 +13,6 @@ from typing import Any
 
 from ..config import Resolved, load_config
 from ..problems import Problem, ProblemsError
-from .console import is_first_rank
 
 FLAGS: dict[str, dict[str, Any]] = {
     "--config": {"metavar": "YAML", "help": "configuration file, or the name of a shipped one"},
@@ -103,11 +102,3 @@ def _without_nproc(words: list[str]) -> list[str]:
             kept.append(word)
         skip = word == "--nproc"
     return kept
-
-
-def write_resolved(out: Path, resolved: Resolved) -> None:
-    """`out/config.json`: values and origins, from the first rank."""
-    if is_first_rank():
-        from ..files import write_json
-
-        write_json(out / "config.json", {"values": resolved.values, "origins": resolved.origins})

@@ -7,9 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .arguments import configuration, folders, restart_under_torchrun, run_folder, verb_parser, write_resolved
+from .arguments import configuration, folders, restart_under_torchrun, run_folder, verb_parser
 from .console import is_first_rank, progress_bar, quiet_libraries
-from .train import check_inputs, check_unused
 
 FOLDER_VARIABLE = "NEMO_ELASTIC_QUICKSTART_FOLDER"
 EXAMPLES = """examples:
@@ -46,15 +45,16 @@ def run(arguments: argparse.Namespace) -> int:
     out = (
         run_folder(arguments, "quickstart") if arguments.out else free_folder(Path("runs/quickstart"), arguments.force)
     )
-    check_unused(out, force=arguments.force)
+    from ..mcore.checks import check_inputs, make_room
+
     check_inputs(resolved.config)
+    make_room(out, force=arguments.force)
     restart_under_torchrun(arguments)
     quiet_libraries(arguments.verbose)
     from ..nemo.pipeline import Run, quickstart
 
     with progress_bar() as bar:
         work = Run(resolved, out, bar.update)
-        write_resolved(out, resolved)
         bar.say("loading Megatron and NeMo")
         result = quickstart(work)
     if not is_first_rank():

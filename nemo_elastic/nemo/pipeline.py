@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from nemo_elastic import __version__
+from nemo_elastic.checkpoint.comparison import ChildCheck
 from nemo_elastic.checkpoint.manifest import Manifest
 from nemo_elastic.config.load import Resolved, plain
 from nemo_elastic.cost import BYTE_PROFILES, memory, parameters
@@ -40,7 +41,6 @@ from nemo_elastic.nemo.verify import verify
 from nemo_elastic.problems import Problem, ProblemsError
 from nemo_elastic.runlog import RunLog
 from nemo_elastic.space import Subnet
-from nemo_elastic.verification import ChildCheck
 
 logger = logging.getLogger(__name__)
 ROUTER_PREFIX = "module.router.net."
@@ -62,6 +62,11 @@ class Run:
             settings.tensor_model_parallel_size, settings.pipeline_model_parallel_size, seed=settings.seed
         )
 
+    def write_config(self) -> None:
+        """`OUT/config.json`: every value and its origin."""
+        if process_groups.rank() == 0:
+            write_json(self.out / "config.json", {"values": self.resolved.values, "origins": self.resolved.origins})
+
     def timed(self, name: str, step: Callable[[], Any]) -> Any:
         """Run a step and note its seconds."""
         started = time.monotonic()
@@ -73,7 +78,12 @@ class Run:
         """Measured importance, from disk when it is there."""
         family = family_of(self.config)
         if (self.out / "importance" / "importance.json").is_file():
-            return Importance.load(self.out / "importance", family.architecture)
+            found = Importance.load(self.out / "importance", family.architecture)
+            measured = found.provenance.get("source", {}).get("parent")
+            if measured != self.config.parent.path:
+                words = f"is of the parent {measured!r}, not {self.config.parent.path!r}; rank again or choose another --out"
+                raise ProblemsError([Problem(str(self.out / "importance"), words)])
+            return found
         return rank_run(
             self.config,
             self.out,
@@ -253,6 +263,7 @@ def _full_name(manifest: Manifest) -> str | None:
 def quickstart(run: Run) -> dict[str, Any]:
     """All of the above, once."""
     run.start()
+    run.write_config()
     importance = run.timed("rank", run.importance)
     sorted_folder = run.timed("sort", lambda: run.sort(importance))
     trained = run.timed("train", lambda: run.train(sorted_folder))

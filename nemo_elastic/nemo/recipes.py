@@ -13,15 +13,6 @@ Text = Optional[str]  # noqa: UP045
 Words = Optional[list[str]]  # noqa: UP045
 
 
-def _call(verb: str, config: str, out: str | None, overrides: list[str] | None, flags: list[str]) -> None:
-    from nemo_elastic.cli.main import main
-
-    words = [verb, "--config", config, *(["--out", out] if out else []), *flags, *(overrides or [])]
-    code = main(words)
-    if code:
-        raise SystemExit(code)
-
-
 @run.cli.entrypoint(namespace="elastic")
 def train(config: str, out: Text = None, resume: bool = False, overrides: Words = None) -> None:
     """The elastic run: one training, one nested checkpoint in OUT/nested.
@@ -32,7 +23,9 @@ def train(config: str, out: Text = None, resume: bool = False, overrides: Words 
         resume: go on where an interrupted run stopped.
         overrides: dotted.key=value words.
     """
-    _call("train", config, out, overrides, ["--resume"] if resume else [])
+    from nemo_elastic.nemo import api
+
+    api.train(config, out, overrides=overrides or [], resume=resume)
 
 
 @run.cli.entrypoint(namespace="elastic")
@@ -45,7 +38,9 @@ def rank(config: str, out: Text = None, resume: bool = False, overrides: Words =
         resume: go on after an interruption.
         overrides: dotted.key=value words.
     """
-    _call("rank", config, out, overrides, ["--resume"] if resume else [])
+    from nemo_elastic.nemo import api
+
+    api.rank(config, out, overrides=overrides or [], resume=resume)
 
 
 @run.cli.factory(target=train, name="tiny_parent")

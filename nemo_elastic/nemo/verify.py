@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from nemo_elastic.checkpoint.comparison import ChildCheck, Comparison, compare_logits
 from nemo_elastic.checkpoint.extract import child_architecture
 from nemo_elastic.checkpoint.manifest import check_hashes
 from nemo_elastic.config.sections import RunConfig
@@ -26,7 +27,6 @@ from nemo_elastic.mcore.evaluate import heldout_loss, whole_logits
 from nemo_elastic.nemo.checkpoints import Nested, open_nested
 from nemo_elastic.problems import Problem, ProblemsError
 from nemo_elastic.space import Subnet
-from nemo_elastic.verification import ChildCheck, Comparison, compare_logits
 
 logger = logging.getLogger(__name__)
 LOGIT_BATCHES = 2

@@ -1,0 +1,78 @@
+"""The package as Python functions: what the verbs and the NeMo-Run recipes call, and what a script may.
+
+    from nemo_elastic.nemo import api
+    nested = api.train("conf/my_parent.yaml", "runs/mine", overrides=["train.tensor_model_parallel_size=8"])
+
+Under torchrun every process calls the same function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nemo_elastic.config import Resolved, load_config
+from nemo_elastic.importance.store import Importance
+from nemo_elastic.mcore.checks import check_inputs, make_room
+from nemo_elastic.nemo.pipeline import Progress, Run, quickstart
+
+__all__ = ["Finished", "quickstart", "rank", "resolved_run", "train"]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What `train` leaves."""
+
+    nested: Path
+    heldout_losses: dict[str, float]
+    tokens: dict[str, int]
+
+
+def resolved_run(
+    config: str | Path | Resolved, out: str | Path | None, overrides: Sequence[str], progress: Progress | None
+) -> Run:
+    """A run folder's steps for a configuration (file, shipped name, or already resolved)."""
+    resolved = config if isinstance(config, Resolved) else load_config(config, list(overrides))
+    return Run(resolved, Path(out) if out else Path("runs") / resolved.config.name, progress)
+
+
+def rank(
+    config: str | Path | Resolved,
+    out: str | Path | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Importance:
+    """Importance of widths and layers -> `OUT/importance/`.
+
+    Raises:
+        ProblemsError: anything wrong with configuration, layout or parent.
+    """
+    return resolved_run(config, out, overrides, progress).importance(resume=resume)
+
+
+def train(
+    config: str | Path | Resolved,
+    out: str | Path | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Finished:
+    """The elastic run, from a parent to `OUT/nested`; ranks and sorts first when that is missing.
+
+    Raises:
+        ProblemsError: anything wrong with configuration, layout, parent, or a run folder that is in use.
+    """
+    run = resolved_run(config, out, overrides, progress)
+    check_inputs(run.config)
+    make_room(run.out, force=force, resume=resume)
+    run.start()
+    run.write_config()
+    sorted_folder = run.sort(run.importance(resume=resume))
+    trained = run.train(sorted_folder, resume_from=run.resume_point() if resume else None)
+    nested = run.nest(force=force or resume)
+    return Finished(nested, trained.heldout_losses, trained.tokens)

@@ -5,6 +5,7 @@ import zlib
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.mamba import MambaModel
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nemo_elastic.architecture import Architecture
@@ -78,6 +79,7 @@ def build(arch: Architecture, *, sp: bool = False, dtype: torch.dtype = torch.fl
         gradient_accumulation_fusion=False,
         bias_activation_fusion=False,
         persist_layer_norm=False,
+        attention_backend=AttnBackend.local,
         is_hybrid_model=True,
         tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
         pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),

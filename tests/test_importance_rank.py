@@ -185,3 +185,18 @@ def test_sorting_a_live_model_is_sorting_its_weights(one_rank):
     other = load(build(TINY), TINY, dict(sort_tensors(whole_tensors(TINY).items(), layout, orders)))
     tokens = own_batches(TINY, 1)[0]
     assert torch.equal(logits_of(model, tokens), logits_of(other, tokens))
+
+
+def test_a_bf16_parent_is_ranked_in_fp32_sums(one_rank, importance):
+    """Weights and activations in bf16, as on a GPU: scores within its rounding, the same layers at both ends."""
+    from nemo_elastic.mcore.build import build_plain_model, load_weights
+
+    model = build_plain_model(TINY, bf16=True, params_dtype=torch.bfloat16).eval()
+    load_weights(model, whole_tensors(TINY), TINY)
+    ranked = rank_parent(model, layout_of(TINY), CONFIG, sample, min_layers=5)
+    for dim, rows in importance.widths.items():
+        for layer, scores in rows.items():
+            assert ranked.widths[dim][layer].dtype == torch.float32
+            torch.testing.assert_close(ranked.widths[dim][layer], scores, rtol=0.05, atol=0.01)
+    assert ranked.depth_ranking[-1] == importance.depth_ranking[-1]
+    assert ranked.depth_scores == pytest.approx(importance.depth_scores, rel=0.05)

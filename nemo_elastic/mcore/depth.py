@@ -125,7 +125,7 @@ class DepthAblation:
                 batch, without, self.index.restart(batch, without), self.depth, CANDIDATE if keep else None
             )
             if self.stack.is_last:
-                self._sums[candidate] += self._energy(self._full[batch] - self.stack.final_norm(hidden))
+                self._sums[candidate] += self._energy(self._full[batch], self.stack.final_norm(hidden))
             self.candidates_done += 1
             if self.on_candidate is not None:
                 self.on_candidate(self)
@@ -186,10 +186,11 @@ class DepthAblation:
         for entry in self.index.take_evicted():
             self._kept.pop(entry, None)
 
-    def _energy(self, x: Tensor) -> float:
-        """`sum x^T G x` of `[s, b, h]`."""
-        x = x.to(self._gram.dtype).flatten(0, -2)
-        return ((x @ self._gram) * x).sum(dtype=torch.float64).item()
+    def _energy(self, x: Tensor, minus: Tensor | None = None) -> float:
+        """`sum d^T G d` of `d = x - minus`, `[s, b, h]`, in the precision of `G`."""
+        d = x.to(self._gram.dtype).flatten(0, -2)
+        d = d if minus is None else d - minus.to(self._gram.dtype).flatten(0, -2)
+        return ((d @ self._gram) * d).sum(dtype=torch.float64).item()
 
     def _gram_of_output(self) -> Tensor:
         weight = self.stack.output_weight().detach()

@@ -81,7 +81,7 @@ class Run:
             found = Importance.load(self.out / "importance", family.architecture)
             measured = found.provenance.get("source", {}).get("parent")
             if measured != self.config.parent.path:
-                words = f"is of the parent {measured!r}, not {self.config.parent.path!r}; rank again or choose another --out"
+                words = f"is of the parent {measured!r}, not {self.config.parent.path!r}; choose another --out"
                 raise ProblemsError([Problem(str(self.out / "importance"), words)])
             return found
         return rank_run(

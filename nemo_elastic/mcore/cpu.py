@@ -113,6 +113,10 @@ def _type_names() -> None:
     torch.Tensor.type = type_
 
 
+def _tied_weight() -> None:
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+
+
 def _random_state() -> None:
     random = importlib.import_module("megatron.core.tensor_parallel.random")
 
@@ -191,6 +195,12 @@ SHIMS: tuple[Shim, ...] = (
         ("optimizer/clip_grads.py:167", "optimizer/optimizer.py:667,686", "optimizer/distrib_optimizer.py:357,416,578"),
         'parameters are sorted into groups by Tensor.type() == "torch.cuda.FloatTensor"',
         _type_names,
+    ),
+    Shim(
+        "tied_weight",
+        ("models/common/language_module/language_module.py:233 setup_embeddings_and_output_layer",),
+        "the last stage's copy of a tied embedding is sent to the GPU before it is made equal to the first stage's",
+        _tied_weight,
     ),
     Shim(
         "random_state",

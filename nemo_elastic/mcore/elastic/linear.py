@@ -41,6 +41,7 @@ def _deliver(weight: Tensor, gradient: Tensor, spec: ParamSpec, sizes: Sizes) ->
 class _SlicedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, spec: ParamSpec, sizes: Sizes) -> Tensor:
+        x = x.contiguous()  # of a transposed [s, b, k] torch would make s small products instead of one
         ctx.save_for_backward(x, weight)
         ctx.spec, ctx.sizes = spec, sizes
         return F.linear(x, take(weight, spec, sizes))
@@ -48,10 +49,11 @@ class _SlicedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple:
         x, weight = ctx.saved_tensors
-        dx = dy.matmul(take(weight, ctx.spec, ctx.sizes)) if ctx.needs_input_grad[0] else None
+        flat = dy.reshape(-1, dy.shape[-1])
+        dx = flat.mm(take(weight, ctx.spec, ctx.sizes)).view_as(x) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return dx, None, None, None
-        dw = dy.flatten(0, -2).t().matmul(x.flatten(0, -2))
+        dw = flat.t().mm(x.view(-1, x.shape[-1]))
         return dx, _deliver(weight, dw, ctx.spec, ctx.sizes), None, None
 
 

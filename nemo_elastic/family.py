@@ -66,10 +66,12 @@ def family_of(config: RunConfig, depth_ranking: tuple[int, ...] | None = None) -
             budgets.append(parse_budget(name, target))
         except ProblemsError as error:
             found += error.problems
-    raise_if_any(found)
-    space = ElasticSpace(
-        architecture=architecture, dims=dims, ffn_groups=config.elastic.ffn_groups, depth_ranking=depth_ranking
-    )
+    try:
+        space = ElasticSpace(
+            architecture=architecture, dims=dims, ffn_groups=config.elastic.ffn_groups, depth_ranking=depth_ranking
+        )
+    except ProblemsError as error:
+        raise ProblemsError((*found, *error.problems)) from error
     forced = {}
     for name, sizes in config.elastic.subnets.items():
         try:

@@ -288,7 +288,7 @@ def resolve_choices(
             sizes.append(value)
         elif 0 < value <= 1:
             size = max(1, round(value * full / groups)) * groups
-            if size != value * full:
+            if abs(size - value * full) > 1e-6:
                 notes.append(f"{name}: ratio {value} of {full} rounded to {size} (multiple of {groups})")
             sizes.append(size)
         else:

@@ -176,11 +176,11 @@ def summary(row: dict) -> dict:
     return {**sort, "first": round(row["first"], 4), "random": f"{row['random_mean']:.4f}+-{row['random_stdev']:.4f}"}
 
 
-def depth_study(study: Study, orders: int, most: int) -> dict:
+def depth_study(study: Study, orders: int, most: int, samples: int) -> dict:
     depth = study.architecture.num_layers
     rules = DepthRules(pattern=study.architecture.hybrid_override_pattern, min_layers=depth - most)
     fair = DepthRules(pattern=rules.pattern, min_layers=depth - most, protected_layers=(0, 1))
-    batches = study.calibration[: max(1, len(study.calibration) // 4)]
+    batches = study.calibration[: max(1, samples // 8)]
     ablation = DepthAblation(study.plain, batches, rules, memory_bytes=2**30)
     removed = {
         "greedy": ablation.greedy().removed,
@@ -217,6 +217,7 @@ def main() -> int:
     words.add_argument("--windows", type=int, default=32, help="held-out windows, spread over the split")
     words.add_argument("--seq-length", type=int, default=256)
     words.add_argument("--samples", type=int, default=64, help="calibration samples, from the training split")
+    words.add_argument("--depth-samples", type=int, default=32, help="those of them that rank layers")
     words.add_argument("--orders", type=int, default=5, help="random orders")
     words.add_argument("--most", type=int, default=8, help="layers to remove at most")
     words.add_argument("--threads", type=int, default=1)
@@ -232,7 +233,7 @@ def main() -> int:
         "parent_loss": study.loss(study.space.full_subnet()),
         "settings": {k: v for k, v in vars(args).items() if k not in ("output", "parent")},
         "widths": width_study(study, args.dims, args.orders),
-        "depth": None if args.no_depth else depth_study(study, args.orders, args.most),
+        "depth": None if args.no_depth else depth_study(study, args.orders, args.most, args.depth_samples),
         "seconds": 0.0,
     }
     result["seconds"] = round(time.time() - started, 1)

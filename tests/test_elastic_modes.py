@@ -26,6 +26,7 @@ from small_parent import FFN_GROUPS, architecture, random_subnet, space_of
 from torch import Tensor
 
 from nemo_elastic.mcore.build import build_elastic_model, build_plain_model, load_weights
+from nemo_elastic.mcore.elastic.model import refuse_overlap
 from nemo_elastic.mcore.elastic.plan import hard_plan, soft_plan
 from nemo_elastic.slicing import accumulate, scatter
 from nemo_elastic.space import Subnet
@@ -350,6 +351,14 @@ def test_the_forward_never_waits_for_a_value(monkeypatch: pytest.MonkeyPatch, ca
         monkeypatch.setattr(torch.Tensor, name, refuse)
     logits = model(ids, None, None, elastic=plan)
     logits.sum().backward()
+
+
+def test_overlapped_communication_is_refused() -> None:
+    from megatron.core.distributed import DistributedDataParallelConfig
+
+    refuse_overlap(DistributedDataParallelConfig())
+    with pytest.raises(ValueError, match="overlap_grad_reduce, overlap_param_gather cannot be true"):
+        refuse_overlap(DistributedDataParallelConfig(overlap_grad_reduce=True, overlap_param_gather=True))
 
 
 def test_positions_are_refused() -> None:

@@ -11,6 +11,24 @@ from .linear import column_parallel
 from .plan import Plan
 
 
+def refuse_overlap(ddp_config: Any) -> None:
+    """Check Megatron's `DistributedDataParallelConfig` (or anything with its fields) for an elastic model.
+
+    Overlapped reduction waits for a gradient of every parameter, which those of dropped layers never get; overlapped
+    gathering waits in the forward of modules whose weights a sliced step reads without calling them.
+
+    Raises:
+        ValueError: naming every field that must be false.
+    """
+    names = ("overlap_grad_reduce", "overlap_param_gather", "align_param_gather")
+    wrong = [name for name in names if getattr(ddp_config, name, False)]
+    if wrong:
+        raise ValueError(
+            f"{', '.join(wrong)} cannot be true for an elastic model: a subnet leaves layers and parts of weights out; "
+            "set it to false in the DistributedDataParallelConfig"
+        )
+
+
 class ElasticMambaModel(MambaModel):
     """Megatron's hybrid model at the parent's size whose forward takes a `Plan`.
 

@@ -248,6 +248,26 @@ def test_buffers_receive_what_autograd_would(tied: bool) -> None:
             assert p.grad is None, name
 
 
+def test_bf16_weights_add_to_fp32_buffers(double: Any) -> None:
+    """Against fp64; the masked mode in bf16 is as far from it as the sliced one."""
+    arch = architecture()
+    model, layout, ids = elastic_model(arch, torch.bfloat16), layout_of(arch), tokens(architecture())
+    subnet, errors = subnet_of("everything"), {}
+    exact, exact_gradients = run_plan(double, ids, hard_plan(layout, subnet, "sliced"), layout)
+    for mode in ("masked", "sliced"):
+        for p in model.parameters():
+            p.main_grad = torch.zeros(p.shape, dtype=torch.float32)
+        logits, _ = run_plan(model, ids, hard_plan(layout, subnet, mode), layout)
+        assert logits.dtype == torch.bfloat16
+        found = torch.cat(
+            [p.main_grad.flatten() + (0 if p.grad is None else p.grad.flatten()) for p in model.parameters()]
+        )
+        expected = torch.cat([exact_gradients[layout.canonical_name(n)].flatten() for n, _ in model.named_parameters()])
+        errors[mode] = [((f - e).norm() / e.norm()).item() for f, e in ((logits, exact), (found, expected))]
+    for masked, sliced in zip(*errors.values(), strict=True):
+        assert sliced < 0.08 and sliced < 1.5 * masked
+
+
 @pytest.mark.parametrize("mode", ["masked", "sliced"])
 def test_dropped_layers_get_no_gradient_and_no_work(double: Any, mode: str) -> None:
     arch, subnet, ids = architecture(), subnet_of("everything"), tokens(architecture())

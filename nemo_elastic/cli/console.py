@@ -39,11 +39,16 @@ class Stdout:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Give stdout back; a program that replaces this one inherits the real one."""
         sys.stdout = self._shown
         if self._saved is not None:
             sys.stderr.flush()
             os.dup2(self._saved, 1)
             os.close(self._saved)
+            self._saved = None
 
     def write(self, text: str) -> None:
         """Print to the real stdout, from the first rank only."""

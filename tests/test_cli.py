@@ -149,3 +149,15 @@ def test_train_never_overwrites_a_run(tmp_path, capsys):
     assert main(["train", *TINY, "--out", str(tmp_path)]) == 2
     assert "go on with --resume, start over with --force" in capsys.readouterr().err
     assert (tmp_path / "checkpoints").is_dir()
+
+
+def test_processes_started_by_nproc_answer_on_stdout(tmp_path):
+    code = (
+        "import os, sys; from types import SimpleNamespace; from nemo_elastic.cli.arguments import restart_under_torchrun;"
+        "from nemo_elastic.cli.console import Stdout;"
+        "os.execv = lambda program, words: (os.write(1, ' '.join(words).encode()), os._exit(0));"
+        "sys.argv = ['nemo-elastic', 'quickstart', '--nproc', '4', '--json', 'a.b=1'];"
+        "answer = Stdout().__enter__(); restart_under_torchrun(SimpleNamespace(nproc=4, answer=answer))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.endswith("--nproc-per-node 4 -m nemo_elastic quickstart --json a.b=1"), done.stderr

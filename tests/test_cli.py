@@ -153,7 +153,8 @@ def test_train_never_overwrites_a_run(tmp_path, capsys):
 
 def test_processes_started_by_nproc_answer_on_stdout(tmp_path):
     code = (
-        "import os, sys; from types import SimpleNamespace; from nemo_elastic.cli.arguments import restart_under_torchrun;"
+        "import os, sys; from types import SimpleNamespace;"
+        "from nemo_elastic.cli.arguments import restart_under_torchrun;"
         "from nemo_elastic.cli.console import Stdout;"
         "os.execv = lambda program, words: (os.write(1, ' '.join(words).encode()), os._exit(0));"
         "sys.argv = ['nemo-elastic', 'quickstart', '--nproc', '4', '--json', 'a.b=1'];"

@@ -228,13 +228,16 @@ class SafetensorsReader:
             return read_tensor(stream.fileno(), entry.offset, entry.dtype, entry.shape, entry.path)
 
 
-def read_tensor(file: int, offset: int, dtype: torch.dtype, shape: tuple[int, ...], path: Path) -> Tensor:
-    """A contiguous tensor from `offset` of an open file descriptor.
+def read_tensor(
+    file: int, offset: int, dtype: torch.dtype, shape: tuple[int, ...], path: Path, into: Tensor | None = None
+) -> Tensor:
+    """A contiguous tensor from `offset` of an open file descriptor, new or `into` a contiguous one that fits.
 
     Raises:
         ProblemsError: when the file ends before the tensor does.
     """
-    tensor = torch.empty(shape, dtype=dtype)
+    fits = into is not None and into.is_contiguous() and into.dtype == dtype and tuple(into.shape) == tuple(shape)
+    tensor = into if fits else torch.empty(shape, dtype=dtype)
     if tensor.numel() == 0:
         return tensor
     view = memoryview(tensor.view(-1).view(torch.uint8).numpy())

@@ -119,39 +119,38 @@ class TorchDistReader:
         whole = torch.empty(self.shape(name), dtype=self.dtype(name))
         row = 0
         for key in keys:
-            part = self.read_key(key)
-            whole[row : row + part.shape[0]] = part
-            row += part.shape[0]
+            rows = self._stored[key].shape[0]
+            self.read_key(key, whole[row : row + rows])
+            row += rows
         return whole
 
     def other_keys(self) -> list[str]:
         """Keys of tensors that are no weight of the model: optimizer state, router, ..."""
         return [key for key in self._stored if split_key(key) is None]
 
-    def read_key(self, key: str) -> Tensor:
-        """One tensor by the checkpoint's own key.
+    def read_key(self, key: str, into: Tensor | None = None) -> Tensor:
+        """One tensor by the checkpoint's own key, new or in place of `into`.
 
         Raises:
             ProblemsError: damaged bytes, or chunks that do not cover the tensor.
         """
         stored = self._stored[key]
-        if len(stored.chunks) == 1 and stored.chunks[0].sizes == stored.shape:
-            return self._read_chunk(key, stored, stored.chunks[0])
-        whole = torch.empty(stored.shape, dtype=stored.dtype)
+        whole = torch.empty(stored.shape, dtype=stored.dtype) if into is None else into
         covered = 0
         for chunk in stored.chunks:
-            place = tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))
-            part = self._read_chunk(key, stored, chunk)
-            whole[place] = part
+            window = whole[tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))]
+            part = self._read_chunk(key, stored, chunk, window)
+            if part is not window:
+                window.copy_(part)
             covered += part.numel()
         if covered != whole.numel():
             raise self._problem(f"has {covered} of the {whole.numel()} elements of {key}: chunks are missing")
         return whole
 
-    def _read_chunk(self, key: str, stored: StoredTensor, chunk: Chunk) -> Tensor:
+    def _read_chunk(self, key: str, stored: StoredTensor, chunk: Chunk, window: Tensor) -> Tensor:
         path = self.path / chunk.file
         try:
-            tensor = read_record(self._open(chunk.file), chunk, path)
+            tensor = read_record(self._open(chunk.file), chunk, path, window)
         except ProblemsError:
             raise
         except RefusedPickle as error:

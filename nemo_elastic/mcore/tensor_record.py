@@ -84,8 +84,12 @@ class _TensorUnpickler(AllowListUnpickler):
         return str(storage_type), str(key), int(numel)
 
 
-def read_record(file: int, chunk: Chunk, path: Path) -> Tensor:
-    """The tensor of one torch.save record: straight from its bytes when it is one contiguous storage."""
+def read_record(file: int, chunk: Chunk, path: Path, into: Tensor | None = None) -> Tensor:
+    """The tensor of one torch.save record: straight from its bytes when it is one contiguous storage.
+
+    Args:
+        into: where to put it, if it fits (else a new tensor is returned).
+    """
     with zipfile.ZipFile(FileView(file, chunk.start, chunk.length)) as archive:
         by_name = {info.filename.split("/", 1)[-1]: info for info in archive.infolist()}
         if any(info.compress_type != zipfile.ZIP_STORED for info in by_name.values()):
@@ -106,7 +110,7 @@ def read_record(file: int, chunk: Chunk, path: Path) -> Tensor:
         raise ValueError("its archive is damaged")
     if start + info.file_size > chunk.length:
         raise ValueError("its storage leaves the record")
-    tensor = read_tensor(file, chunk.start + start, dtype, size, path)
+    tensor = read_tensor(file, chunk.start + start, dtype, size, path, into)
     if info.CRC and zlib.crc32(memoryview(tensor.view(-1).view(torch.uint8).numpy())) != info.CRC:
         raise ValueError("its CRC-32 does not match: a byte has changed")
     return tensor

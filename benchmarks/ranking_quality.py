@@ -52,19 +52,19 @@ CHOICES: dict[str, dict[str, dict[str, str]]] = {
         "linear_fc2_input l2_l2": {"aggregation": "l2_l2"},
     },
     "mamba_num_heads": {
-        "out_proj_input": {},
+        "out_proj_contribution": {},
+        "out_proj_input": {"mamba_site": "out_proj_input"},
         "in_proj_x": {"mamba_site": "in_proj_x"},
-        "out_proj_contribution": {"mamba_site": "out_proj_contribution"},
     },
     "mamba_head_dim": {
-        "out_proj_input": {},
+        "out_proj_contribution": {},
+        "out_proj_input": {"mamba_site": "out_proj_input"},
         "in_proj_x": {"mamba_site": "in_proj_x"},
-        "out_proj_contribution": {"mamba_site": "out_proj_contribution"},
     },
     "num_attention_heads": {"mean_l2": {}, "l2_l2": {"aggregation": "l2_l2"}},
     "all": {
         "default": {},
-        "contribution": {"mamba_site": "out_proj_contribution"},
+        "out_proj_input": {"mamba_site": "out_proj_input"},
         "paper": {"ffn_site": "linear_fc1_output", "mamba_site": "in_proj_x"},
     },
 }

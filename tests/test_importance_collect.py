@@ -63,7 +63,7 @@ def test_four_processes_give_the_single_scores(pool4, single, layout, sp):
 def test_scores_are_those_of_the_formula(one_rank):
     """Independent reference: log whole activations, then METHOD section 3 in two lines per dim."""
     model, batches = load(build(TINY), TINY, whole_tensors(TINY)), token_batches(TINY, 3)
-    scores = collect_widths(model, batches, layout_of(TINY), WidthSettings(top_channels=4))
+    scores = collect_widths(model, batches, layout_of(TINY), WidthSettings(mamba_site="out_proj_input", top_channels=4))
     into_last = {
         "M": lambda layer: layer.mixer.out_proj,
         "*": lambda layer: layer.self_attention.linear_proj,
@@ -97,3 +97,26 @@ def test_hooks_are_gone_afterwards_and_do_not_change_the_model(one_rank):
     collect_widths(model, tokens, layout_of(TINY))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert torch.equal(model(tokens[0], positions, None), before)
+
+
+def test_a_contribution_is_the_norm_of_what_reaches_the_residual_stream(one_rank):
+    """`out_proj_contribution`: through the projection itself, head by head and channel by channel."""
+    model, batches = load(build(TINY), TINY, whole_tensors(TINY)), token_batches(TINY, 2)
+    scores = collect_widths(model, batches, layout_of(TINY), WidthSettings(mamba_site="out_proj_contribution"))
+    inputs, projection = [], model.decoder.layers[0].mixer.out_proj
+    projection.register_forward_hook(lambda m, a, o: inputs.append(a[0].detach()))
+    with torch.no_grad():
+        for tokens in batches:
+            model(tokens, torch.arange(LENGTH).expand(BATCH, LENGTH), None)
+    y, weight = torch.cat(inputs, dim=1), projection.weight.detach()  # [s, b, heads * p], [h, heads * p]
+
+    def importance(per_token):  # [s, b] -> scalar
+        return per_token.mean(0).square().sum().sqrt()
+
+    p, inner = TINY.mamba_head_dim, TINY.mamba_inner_size
+    heads = [(y[..., i : i + p] @ weight[:, i : i + p].t()).norm(dim=-1) for i in range(0, inner, p)]
+    expected = torch.stack([importance(h) for h in heads])
+    torch.testing.assert_close(scores["mamba_num_heads"][0], expected, rtol=1e-5, atol=1e-7)
+    pairs = [importance((y[..., c, None] * weight[:, c]).norm(dim=-1)) for c in range(inner)]
+    expected = torch.stack(pairs).view(-1, p).norm(dim=0)
+    torch.testing.assert_close(scores["mamba_head_dim"][0], expected, rtol=1e-5, atol=1e-7)

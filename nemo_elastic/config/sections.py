@@ -53,7 +53,7 @@ class RankConfig:
     seq_length: int = 256
     micro_batch_size: int = 8
     ffn_site: str = "linear_fc2_input"  # or linear_fc1_output (the paper's formula)
-    mamba_site: str = "out_proj_input"  # or in_proj_x (the paper's), out_proj_contribution
+    mamba_site: str = "out_proj_contribution"  # or out_proj_input, in_proj_x (the paper's)
     aggregation: str = "mean_l2"  # mean over the sequence, L2 over samples; or l2_l2, mean_mean
     depth: str = "greedy"  # or one_shot, cosine, random
     depth_samples: int = 16

@@ -43,7 +43,7 @@ class WidthSettings:
     """Named choices of `RankConfig` that decide a width score; `top_channels` None: all channels of a head."""
 
     ffn_site: str = "linear_fc2_input"
-    mamba_site: str = "out_proj_input"
+    mamba_site: str = "out_proj_contribution"
     aggregation: str = "mean_l2"
     top_channels: int | None = None
 

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from .architecture import Architecture
 from .budget_cost import BudgetCost
 from .config.sections import RunConfig
 from .cost import BYTE_PROFILES, flops, memory, parameters, parameters_by_kind
+from .deployment import deployment, fp8_problems
 from .family import Family, family_of, parallel_problems
 from .problems import Problem, ProblemsError
 from .search import propose_uniform
-from .space import PER_LAYER_DIMS, WIDTH_DIMS, Subnet
+from .space import WIDTH_DIMS, Subnet
 
 
 def plan(run: RunConfig, depth_ranking: tuple[int, ...] | None = None) -> dict[str, Any]:
@@ -35,6 +35,9 @@ def plan(run: RunConfig, depth_ranking: tuple[int, ...] | None = None) -> dict[s
     for budget in family.budgets:
         try:
             budgets.append(_budget(run, family, budget.name))
+            if run.model.get("fp8"):
+                subnet = family.space.subnet_from_dict(budgets[-1]["subnet"])
+                found += fp8_problems(family.layout, subnet, f"elastic.budgets.{budget.name}")
         except ProblemsError as error:
             found += error.problems
     return {
@@ -72,7 +75,7 @@ def _budget(run: RunConfig, family: Family, name: str) -> dict[str, Any]:
         **described,
         "percent_of_parent": 100 * described["parameters"] / total,
         "subnet": subnet.to_dict(),
-        "hugging_face": hugging_face_note(family.architecture, subnet),
+        "deployment": deployment(family.layout, subnet),
     }
 
 
@@ -104,16 +107,6 @@ def _described(run: RunConfig, family: Family, subnet: Subnet) -> dict[str, Any]
         "flops_per_token": flops(layout, subnet, sequence_length=serving.sequence_length) / serving.sequence_length,
         "num_layers": subnet.num_layers,
     }
-
-
-def hugging_face_note(architecture: Architecture, subnet: Subnet) -> str:
-    """Whether a stock Hugging Face config can say the child, in words."""
-    ragged = [name for name in PER_LAYER_DIMS if not subnet.is_uniform(name)]
-    if not ragged:
-        return "loads as NemotronH"
-    if ragged == ["ffn_hidden_size"]:
-        return "per-layer ffn_hidden_size: padded to uniform without loss, or a list for newer readers"
-    return f"per-layer {', '.join(n for n in ragged if n != 'ffn_hidden_size')}: no stock schema can say it"
 
 
 def _notes(family: Family) -> Sequence[str]:

@@ -42,12 +42,12 @@ def _tables(result: dict[str, Any]) -> list[Any]:
     where = f"{serving['batch_size']} x {serving['sequence_length']:,} tokens, {serving['profile']}"
     table = Table(title=f"{escape(result['name'])}   {escape(parent['hybrid_override_pattern'])}", title_justify="left")
     headings = ("budget", "target", "hidden", "ffn", "mamba", "q heads", "layers", "parameters", "%",
-                "memory GB", "GFLOPs/token", "Hugging Face")  # fmt: skip
+                "memory GB", "GFLOPs/token", "runs at")  # fmt: skip
     for heading in headings:
         table.add_column(
             heading,
-            no_wrap=heading != "Hugging Face",
-            justify="left" if heading in ("budget", "target", "Hugging Face") else "right",
+            no_wrap=heading != "runs at",
+            justify="left" if heading in ("budget", "target", "runs at") else "right",
         )
     for b in result["budgets"]:
         s, target = b["subnet"], b["target"]
@@ -57,7 +57,7 @@ def _tables(result: dict[str, Any]) -> list[Any]:
             escape(b["name"]) + mark, f"{target['kind']} {value}", _size(s["hidden_size"]), _size(s["ffn_hidden_size"]),
             f"{_size(s['mamba_num_heads'])} x {s['mamba_head_dim']}", _size(s["num_attention_heads"]),
             str(s["num_layers"]), f"{b['parameters']:,}", f"{b['percent_of_parent']:.2f}",
-            f"{b['memory_bytes']['total'] / 1e9:.3f}", f"{b['flops_per_token'] / 1e9:.3f}", b["hugging_face"],
+            f"{b['memory_bytes']['total'] / 1e9:.3f}", f"{b['flops_per_token'] / 1e9:.3f}", _deployed(b["deployment"]),
         )  # fmt: skip
     parts: list[Any] = [table, f"parent: {parent['parameters']:,} parameters; memory for {where}"]
     if any(b["origin"] == "proposed" for b in result["budgets"]):
@@ -65,6 +65,11 @@ def _tables(result: dict[str, Any]) -> list[Any]:
     parts += [f"note: {escape(note)}" for note in result["notes"]]
     parts += [f"[bold red]problem[/] {escape(p['key'])}: {escape(p['message'])}" for p in result["problems"]]
     return parts
+
+
+def _deployed(found: dict[str, Any]) -> str:
+    tp, pp = (",".join(map(str, found[name])) for name in ("tensor_parallel", "pipeline_parallel"))
+    return f"TP {tp}; PP {pp}; {'FP8' if found['fp8'] else 'no FP8'}; HF: {found['hugging_face']}"
 
 
 def _size(value: Any) -> str:

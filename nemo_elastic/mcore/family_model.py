@@ -54,7 +54,8 @@ class FamilyModel(ElasticMambaModel):
 
     def _split(self, elastic: Plan | None) -> None:
         both = self.decoder.input_tensor
-        width = self.config.hidden_size if elastic is None else elastic.width
+        sliced = elastic is not None and elastic.mode == "sliced"
+        width = elastic.width if sliced else self.config.hidden_size
         student, teacher = both.split([width, both.shape[-1] - width], dim=-1)
         self.decoder.set_input_tensor(student.contiguous())
         self.teacher.decoder.set_input_tensor(teacher.detach().contiguous())

@@ -16,6 +16,7 @@ from nemo_elastic.cost import BYTE_PROFILES
 from nemo_elastic.distill.curriculum import total_steps
 from nemo_elastic.family import Family, family_of, parallel_problems
 from nemo_elastic.layout import ParamLayout
+from nemo_elastic.mcore.elastic.model import refuse_overlap
 from nemo_elastic.mcore.parents import sorted_parent
 from nemo_elastic.mcore.planner import Planner
 from nemo_elastic.nemo.callback import ElasticCallback
@@ -121,6 +122,7 @@ def train(
         seed=run.train.seed,
         **layout,
     )
+    refuse_overlap(trainer.strategy.ddp_config)
     trainer.fit(model, data, ckpt_path=str(resume_from) if resume_from else None)
     return Trained(
         family=family,

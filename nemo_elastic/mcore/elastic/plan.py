@@ -60,7 +60,7 @@ class Plan:
 
     @property
     def width(self) -> int:
-        """Channels of the residual stream as it is exchanged between pipeline stages."""
+        """Channels of the residual stream of a sliced plan, as pipeline stages exchange it (masked: the parent's)."""
         return self.subnet.hidden_size
 
 

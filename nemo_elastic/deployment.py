@@ -1,0 +1,56 @@
+"""Where a model of given sizes may run: tensor and pipeline sizes, FP8, formats. For the parent and for every child.
+
+    TP  divides mamba_num_groups, num_query_groups and the padded vocabulary (then every shard holds whole groups)
+    PP  divides the number of layers
+    FP8 needs (2 D + 2 G N + m) % 16 == 0 per Mamba layer, and hidden and FFN sizes in multiples of 16
+
+No torch here.
+"""
+
+from typing import Any
+
+from .architecture import MAMBA, MLP, Architecture
+from .layout import ParamLayout
+from .problems import Problem
+from .space import PER_LAYER_DIMS, Subnet
+
+LARGEST = 16
+FP8_MULTIPLE = 16
+
+
+def deployment(layout: ParamLayout, subnet: Subnet) -> dict[str, Any]:
+    """Legal parallel sizes (up to 16), whether FP8 linears fit, and what a stock Hugging Face config can say."""
+    arch = layout.architecture
+    groups = (arch.mamba_num_groups, arch.num_query_groups, arch.vocab_size)
+    return {
+        "tensor_parallel": [n for n in range(1, LARGEST + 1) if all(g % n == 0 for g in groups)],
+        "pipeline_parallel": [n for n in range(1, LARGEST + 1) if subnet.num_layers % n == 0],
+        "fp8": not fp8_problems(layout, subnet, ""),
+        "hugging_face": hugging_face_note(arch, subnet),
+    }
+
+
+def fp8_problems(layout: ParamLayout, subnet: Subnet, key: str) -> list[Problem]:
+    """Sizes that FP8 kernels refuse, each once."""
+    arch, found = layout.architecture, {}
+    if subnet.hidden_size % FP8_MULTIPLE:
+        found[f"hidden_size {subnet.hidden_size}"] = None
+    for layer in subnet.layers:
+        kind, sizes = arch.hybrid_override_pattern[layer], layout.sizes(subnet, layer)
+        if kind == MLP and sizes["ffn_hidden_size"] % FP8_MULTIPLE:
+            found[f"ffn_hidden_size {sizes['ffn_hidden_size']}"] = None
+        if kind == MAMBA:
+            rows = sum(s.length(sizes) for s in layout.axes["z+x+B+C+dt"])
+            if rows % FP8_MULTIPLE:
+                found[f"in_proj rows 2D + 2GN + m = {rows} (mamba_num_heads {sizes['mamba_num_heads']})"] = None
+    return [Problem(key, f"{what} must be a multiple of {FP8_MULTIPLE} for FP8") for what in found]
+
+
+def hugging_face_note(architecture: Architecture, subnet: Subnet) -> str:
+    """Whether a stock Hugging Face config can say the child, in words."""
+    ragged = [name for name in PER_LAYER_DIMS if not subnet.is_uniform(name)]
+    if not ragged:
+        return "loads as NemotronH"
+    if ragged == ["ffn_hidden_size"]:
+        return "per-layer ffn_hidden_size: padded to uniform without loss, or a list for newer readers"
+    return f"per-layer {', '.join(n for n in ragged if n != 'ffn_hidden_size')}: no stock schema can say it"

@@ -90,7 +90,7 @@ def _model_arguments(architecture: Architecture) -> dict[str, Any]:
 
 
 def named_global_parameters(model: nn.Module, layout: ParamLayout) -> Iterator[tuple[str, nn.Parameter]]:
-    """(canonical name with the GLOBAL layer number, parameter) of what this rank holds; a router is not of the table."""
+    """(canonical name with the GLOBAL layer number, parameter) of what this rank holds, but for a router."""
     model = unwrapped(model)
     numbers = {i: layer.layer_number - 1 for i, layer in enumerate(model.decoder.layers)}
     for name, parameter in model.named_parameters():

@@ -80,7 +80,7 @@ def compare(method: str, model: torch.nn.Module, batches: list[torch.Tensor], ru
         return rank_by(ranker.score((), range(depth)), rules), ranker.layer_forwards
 
     def reuse() -> tuple[DepthProgress, int]:
-        ranker = DepthAblation(model, batches, rules, memory_bytes=args.memory_gb * 1024**3)
+        ranker = DepthAblation(model, batches, rules, memory_bytes=args.memory_gb * 1024**3, metric="mse")
         return getattr(ranker, method)(), ranker.layer_forwards
 
     seconds = {"naive": [], "reuse": []}

@@ -5,9 +5,9 @@
 On the shipped parent, or another. For every width dim, and all of them together, at 0.9 / 0.75 / 0.5: the loss of the
 child that keeps the first units of the parent sorted by each named choice of scores, of the parent as it is (`first`)
 and of the parent in random orders. `all` keeps one fraction of every dim but Mamba's head dim, so that the child has
-0.9 / 0.75 / 0.5 of the parent's parameters. For depth: the loss after removing 1 .. k layers by `greedy`, `one_shot`,
-`cosine`, the last layers and `random` (which keeps the first two layers, without which any hybrid falls apart).
-Children run sliced, on the same held-out windows.
+0.9 / 0.75 / 0.5 of the parent's parameters. For depth: the loss after removing 1 .. k layers by `greedy` and `one_shot`
+(each by both metrics), `cosine`, the last layers and `random` (which keeps the first two layers, without which any
+hybrid falls apart). Children run sliced, on the same held-out windows.
 """
 
 from __future__ import annotations
@@ -181,22 +181,26 @@ def depth_study(study: Study, orders: int, most: int, samples: int) -> dict:
     rules = DepthRules(pattern=study.architecture.hybrid_override_pattern, min_layers=depth - most)
     fair = DepthRules(pattern=rules.pattern, min_layers=depth - most, protected_layers=(0, 1))
     batches = study.calibration[: max(1, samples // 8)]
-    ablation = DepthAblation(study.plain, batches, rules, memory_bytes=2**30)
+
+    def ablation(metric: str) -> DepthAblation:
+        return DepthAblation(study.plain, batches, rules, memory_bytes=2**30, metric=metric)
+
     removed = {
-        "greedy": ablation.greedy().removed,
-        "one_shot": DepthAblation(study.plain, batches, rules, memory_bytes=2**30).one_shot().removed,
+        "greedy": ablation("centred_mse").greedy().removed,
+        "greedy mse": ablation("mse").greedy().removed,
+        "one_shot": ablation("centred_mse").one_shot().removed,
+        "one_shot mse": ablation("mse").one_shot().removed,
         "cosine": rank_by(cosine_scores(study.plain, batches), rules).removed,
         "last": list(range(depth - 1, depth - 1 - most, -1)),
         **{f"random {seed}": rank_randomly(fair, seed).removed for seed in range(orders)},
     }
     study.load(None)
-    losses = {
-        name: [study.loss(study.space.subnet(layers=keep(depth, gone[:k]))) for k in range(1, most + 1)]
-        for name, gone in removed.items()
-    }
+    kept = {name: [keep(depth, gone[:k]) for k in range(1, most + 1)] for name, gone in removed.items()}
+    loss = {layers: study.loss(study.space.subnet(layers=layers)) for row in kept.values() for layers in row}
+    losses = {name: [loss[layers] for layers in row] for name, row in kept.items()}
     drawn = [values for name, values in losses.items() if name.startswith("random")]
     losses["random"] = [statistics.mean(column) for column in zip(*drawn, strict=True)]
-    named = ("greedy", "one_shot", "cosine", "last", "random")
+    named = [name for name in losses if not name.startswith("random ")]
     best = [min(named, key=lambda name: losses[name][k]) for k in range(most)]
     for name in named:
         print(f"depth {name}: {[round(v, 3) for v in losses[name]]}", file=sys.stderr, flush=True)

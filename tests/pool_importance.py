@@ -162,14 +162,16 @@ def collect(
     return collect_widths(model, own_batches(TINY, 4), layout_of(TINY), settings)
 
 
-def ablation(arch=TINY, *, sp=False, memory_bytes=1e9, dtype=torch.float32, batches=4, on_batch=None, **rules):
-    """A `DepthAblation` of the tiny model in the current layout."""
+def ablation(arch=TINY, *, sp=False, dtype=torch.float32, batches=4, memory_bytes=1e9, on_batch=None, **rest):
+    """A `DepthAblation` of the tiny model in the current layout; `rest`: `metric`, and fields of `DepthRules`."""
     from nemo_elastic.importance.depth import DepthRules
     from nemo_elastic.mcore.depth import DepthAblation
 
     model = load(build(arch, sp=sp, dtype=dtype), arch, whole_tensors(arch, dtype))
-    wanted = DepthRules(pattern=arch.hybrid_override_pattern, **rules)
-    return DepthAblation(model, own_batches(arch, batches), wanted, memory_bytes=memory_bytes, on_batch=on_batch)
+    options = {"memory_bytes": memory_bytes, "on_batch": on_batch, "metric": rest.pop("metric", "centred_mse")}
+    return DepthAblation(
+        model, own_batches(arch, batches), DepthRules(pattern=arch.hybrid_override_pattern, **rest), **options
+    )
 
 
 def rank_depth(method, sp=False, **options):

@@ -27,16 +27,20 @@ ENTRY_FP64 = BATCH * LENGTH * TINY.hidden_size * 8
 SIXTEEN = dataclasses.replace(TINY, hybrid_override_pattern="M-M-M*-M-M-M*-M-")
 
 
-def brute_force(removed, batches):
+def brute_force(removed, batches, centred=True):
     """Normalized error of real logits without `removed`, by running the stock model with those layers taken out."""
     model = load(build(TINY, dtype=torch.float64), TINY, whole_tensors(TINY, torch.float64))
     stock, error, energy = model.decoder.layers, 0.0, 0.0
+
+    def squares(logits):
+        return (logits - logits.mean(-1, keepdim=True) if centred else logits).square().sum().item()
+
     with torch.no_grad():
         for tokens in batches:
             full = logits_of(model, tokens)
             model.decoder.layers = torch.nn.ModuleList(m for n, m in enumerate(stock) if n not in removed)
-            error += (full - logits_of(model, tokens)).square().sum().item()
-            energy += full.square().sum().item()
+            error += squares(full - logits_of(model, tokens))
+            energy += squares(full)
             model.decoder.layers = stock
     return error / energy
 
@@ -64,6 +68,14 @@ def test_greedy_is_brute_force_within_any_memory(reference, entries):
     assert progress.scores == pytest.approx(last_known, rel=1e-9)
     assert len(ranker.index) <= entries
     assert ranker.layer_forwards <= ranker.naive_forwards == 2 * (8 + 8 * 7 + 7 * 6 + 6 * 5 + 5 * 4)
+
+
+def test_the_papers_metric_counts_the_mean_of_the_logits_too(one_rank):
+    scores = ablation(dtype=torch.float64, batches=2, metric="mse").one_shot().scores
+    expected = {n: brute_force([n], token_batches(TINY, 2), centred=False) for n in range(8)}
+    assert scores == pytest.approx(expected, rel=1e-9)
+    with pytest.raises(ValueError, match="did you mean 'centred_mse'"):
+        ablation(metric="centered_mse")
 
 
 def test_one_shot_is_the_first_round(reference):

@@ -11,6 +11,7 @@ ALLOWED = {
     "rank.mamba_site": ("out_proj_input", "in_proj_x", "out_proj_contribution"),
     "rank.aggregation": ("mean_l2", "l2_l2", "mean_mean"),
     "rank.depth": ("greedy", "one_shot", "cosine", "random"),
+    "rank.depth_metric": ("centred_mse", "mse"),
     "router.recipe": ("default", "paper"),
     "distill.loss": ("forward_kl", "reverse_kl", "topk_kl"),
     "train.mode": ("sliced", "masked"),

@@ -56,7 +56,8 @@ class RankConfig:
     mamba_site: str = "out_proj_contribution"  # or out_proj_input, in_proj_x (the paper's)
     aggregation: str = "mean_l2"  # mean over the sequence, L2 over samples; or l2_l2, mean_mean
     depth: str = "greedy"  # or one_shot, cosine, random
-    depth_samples: int = 16
+    depth_metric: str = "centred_mse"  # or mse (the paper's): squared error of the logits, less their mean or as it is
+    depth_samples: int = 32
     min_layers: int | None = None  # stop ranking here; empty: the smallest elastic.dims.num_layers choice
     protected_layers: tuple[int, ...] = ()  # never dropped
     min_attention_layers: int = 0

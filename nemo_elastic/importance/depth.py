@@ -19,6 +19,10 @@ DEPTH_METHODS = {
     "cosine": "1 - cosine of what enters and what leaves the layer, one forward",
     "random": "a seeded shuffle, to compare with",
 }
+DEPTH_METRICS = {
+    "centred_mse": "squared error of the logits less their mean over the vocabulary, which a softmax does not see",
+    "mse": "squared error of the logits as they are (the paper's formula)",
+}
 
 
 @dataclass(frozen=True, kw_only=True)

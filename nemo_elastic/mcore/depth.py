@@ -4,7 +4,8 @@
         = sum (x - x_R)^T G (x - x_R) / sum x^T G x,   G = W^T W
 
 (METHOD section 3). With the Gram matrix `G` `[h, h]`, summed once over the vocabulary's shards, the score is exactly
-that of the logits while no logits are ever made. An ablation restarts at the nearest kept activation
+that of the logits while no logits are ever made. `centred_mse` takes the mean row from `W` first: logits that move
+together change no probability, so their error should not count. An ablation restarts at the nearest kept activation
 (`importance.reuse`) and runs through the pipeline from that stage on: while a later stage works on one candidate, an
 earlier one is at the next.
 """
@@ -18,8 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..importance.depth import DepthProgress, DepthRules, rank_by, rank_greedy, rounds
+from ..importance.depth import DEPTH_METRICS, DepthProgress, DepthRules, rank_by, rank_greedy, rounds
 from ..importance.reuse import BASE, CANDIDATE, ActivationIndex, Entry, entry_of
+from ..problems import did_you_mean
 from .stack_forward import Groups, StackForward
 
 COUNTS = ("layer_forwards", "naive_forwards", "batches_done", "candidates_done")
@@ -30,6 +32,7 @@ class DepthAblation:
 
     Args:
         batches: token ids `[b, s]`, all of one shape (this data-parallel rank's own).
+        metric: one of `DEPTH_METRICS`.
         memory_bytes: for kept activations, per rank; the full model's final states are kept besides.
         on_batch: called after every batch of a round, to save `state()`; `on_candidate` after every ablation.
 
@@ -46,12 +49,15 @@ class DepthAblation:
         rules: DepthRules,
         *,
         memory_bytes: float,
+        metric: str = "centred_mse",
         groups: Groups | None = None,
         on_batch: Callable[[DepthAblation], None] | None = None,
         on_candidate: Callable[[DepthAblation], None] | None = None,
     ) -> None:
         if not batches:
             raise ValueError("rank.depth_samples must be at least one per data-parallel rank")
+        if metric not in DEPTH_METRICS:
+            raise ValueError(f"rank.depth_metric={metric!r} is no choice{did_you_mean(metric, DEPTH_METRICS)}")
         self.groups = groups or Groups.from_megatron()
         self.stack = StackForward(model, self.groups)
         self.batches, self.rules, self.depth = batches, rules, len(rules.pattern)
@@ -64,7 +70,7 @@ class DepthAblation:
         self._sums: dict[int, float] = {}
         self._next_batch = 0
         self._iterates = False  # whether a candidate's activations can serve a next round
-        self._gram = self._gram_of_output() if self.stack.is_last else None
+        self._gram = self._gram_of_output(centred=metric == "centred_mse") if self.stack.is_last else None
 
     def one_shot(self) -> DepthProgress:
         """Score every layer once against the full model."""
@@ -192,9 +198,13 @@ class DepthAblation:
         d = d if minus is None else d - minus.to(self._gram.dtype).flatten(0, -2)
         return ((d @ self._gram) * d).sum(dtype=torch.float64).item()
 
-    def _gram_of_output(self) -> Tensor:
+    def _gram_of_output(self, centred: bool) -> Tensor:
         weight = self.stack.output_weight().detach()
         weight = weight if weight.dtype == torch.float64 else weight.float()
+        if centred:
+            total = weight.sum(0)
+            dist.all_reduce(total, group=self.groups.tp)
+            weight = weight - total / (len(weight) * self.groups.tp.size())
         gram = weight.t() @ weight
         dist.all_reduce(gram, group=self.groups.tp)
         return gram

@@ -145,6 +145,7 @@ def _rank_depth(
         batches,
         rules,
         memory_bytes=config.activation_memory_gb * GIB,
+        metric=config.depth_metric,
         groups=groups,
         on_batch=save,
         on_candidate=lambda ranker: report("depth", min(ranker.candidates_done, total), total),

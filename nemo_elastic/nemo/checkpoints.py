@@ -21,10 +21,11 @@ from nemo_elastic.checkpoint.reader import LazyTensor
 from nemo_elastic.checkpoint.schemas import plain_child
 from nemo_elastic.checkpoint.tokenizer_files import TOKENIZER_FILE
 from nemo_elastic.checkpoint.writer import atomic_folder, check_target
+from nemo_elastic.config.sections import RunConfig
 from nemo_elastic.cost import parameters
 from nemo_elastic.layout import ParamLayout
 from nemo_elastic.mcore.dist_checkpoint import TorchDistReader
-from nemo_elastic.mcore.parents import folder_of
+from nemo_elastic.mcore.parents import BUILTIN, folder_of
 from nemo_elastic.nemo.nested import Nested, main_dtype, open_nested, write_nested
 from nemo_elastic.problems import Problem, ProblemsError, raise_if_any
 from nemo_elastic.space import Subnet
@@ -59,6 +60,21 @@ def describe_parent(path: str) -> ParentDescription:
     if (folder / "config.json").is_file():
         return ParentDescription(HuggingFaceReader(folder).model, beside)
     return ParentDescription(None, beside)
+
+
+def tokenizer_of(run: RunConfig) -> str | None:
+    """`data.tokenizer`, or the parent's own; None means the one that ships with the tiny parent.
+
+    Raises:
+        ProblemsError: a parent that brings no tokenizer, and none given.
+    """
+    if run.data.tokenizer or run.parent.path is None or run.parent.path.startswith(BUILTIN):
+        return run.data.tokenizer
+    found = describe_parent(run.parent.path).tokenizer
+    if found is None:
+        words = f"is not set, and the parent {run.parent.path!r} brings none; give a tokenizer.json"
+        raise ProblemsError([Problem("data.tokenizer", words)])
+    return str(found / TOKENIZER_FILE if found.is_dir() else found)
 
 
 def extract(

@@ -34,7 +34,8 @@ from nemo_elastic.mcore.dist_checkpoint import TorchDistReader
 from nemo_elastic.mcore.elastic.plan import hard_plan
 from nemo_elastic.mcore.evaluate import heldout_loss
 from nemo_elastic.mcore.parents import open_parent, sorted_parent, write_sorted
-from nemo_elastic.nemo.checkpoints import extract, open_nested, write_nested
+from nemo_elastic.nemo.checkpoints import extract, open_nested, tokenizer_of, write_nested
+from nemo_elastic.nemo.logs import quiet
 from nemo_elastic.nemo.ranking import rank_run
 from nemo_elastic.nemo.train import Trained, data_module, heldout_batches, latest_checkpoint, train
 from nemo_elastic.nemo.verify import verify
@@ -57,6 +58,7 @@ class Run:
 
     def start(self) -> None:
         """Process groups at the run's layout."""
+        quiet()
         settings = self.config.train
         process_groups.start(
             settings.tensor_model_parallel_size, settings.pipeline_model_parallel_size, seed=settings.seed
@@ -136,7 +138,7 @@ class Run:
                         rankings={"depth_ranking": list(parent.depth_ranking or ())},
                         provenance=self.provenance() | {"step": record["step"], "tokens": record["tokens"]},
                     ),
-                    tokenizer=self.config.data.tokenizer or DEFAULT_TOKENIZER,
+                    tokenizer=tokenizer_of(self.config) or DEFAULT_TOKENIZER,
                     permutations=dict(parent.permutations),
                     router={name: reader.read_key(key) for name, key in router.items()},
                     force=force,

@@ -26,9 +26,10 @@ from ..importance.store import Importance
 from ..layout import ParamLayout
 from ..mcore import process_groups
 from ..mcore.build import build_plain_model, load_weights
-from ..mcore.parents import folder_of, open_parent
+from ..mcore.parents import open_parent
 from ..mcore.rank import Report, rank_parent
 from ..problems import raise_if_any
+from .checkpoints import tokenizer_of
 
 FOLDER = "importance"
 SMALL = 1 << 16  # elements of a tensor that the parent's digest reads
@@ -47,7 +48,7 @@ def rank_run(config: RunConfig, out: Path, *, resume: bool = False, report: Repo
     family, train = family_of(config), config.train
     raise_if_any(parallel_problems(family.architecture, train, family.space.ffn_groups))
     reader = open_parent(config.parent.path, family.layout)
-    sample, text = calibration(config, folder_of(config.parent.path))
+    sample, text = calibration(config)
     process_groups.start(train.tensor_model_parallel_size, train.pipeline_model_parallel_size, seed=train.seed)
     model = build_plain_model(family.architecture, **precision(train))
     load_weights(model, reader, family.architecture, ffn_groups=family.space.ffn_groups)
@@ -72,10 +73,9 @@ def rank_run(config: RunConfig, out: Path, *, resume: bool = False, report: Repo
     return importance
 
 
-def calibration(config: RunConfig, parent: Path) -> tuple[Callable[[int], Tensor], dict[str, Any]]:
+def calibration(config: RunConfig) -> tuple[Callable[[int], Tensor], dict[str, Any]]:
     """(token ids `[s]` of calibration sample i, what the text is): windows of the training split, shuffled by seed."""
-    own = parent / "tokenizer.json"
-    chosen = config.data.tokenizer or (own if own.is_file() else None)
+    chosen = tokenizer_of(config)
     tokenizer = BPETokenizer(chosen) if chosen else BPETokenizer()
     stream = load_tokens("train", tokenizer, paths=config.data.paths, cache_dir=config.data.cache_dir)
     windows = Windows(stream, config.rank.seq_length, seed=config.rank.seed)

@@ -16,12 +16,16 @@ from nemo_elastic.cost import BYTE_PROFILES
 from nemo_elastic.distill.curriculum import total_steps
 from nemo_elastic.family import Family, family_of, parallel_problems
 from nemo_elastic.layout import ParamLayout
+from nemo_elastic.mcore.dist_checkpoint import weights_folder
 from nemo_elastic.mcore.elastic.model import refuse_overlap
 from nemo_elastic.mcore.parents import sorted_parent
 from nemo_elastic.mcore.planner import Planner
+from nemo_elastic.mcore.preflight import refuse_hostile
 from nemo_elastic.nemo.callback import ElasticCallback
+from nemo_elastic.nemo.checkpoints import tokenizer_of
 from nemo_elastic.nemo.data import TextDataModule
 from nemo_elastic.nemo.elastic_model import ElasticMambaModel, ElasticSSMConfig
+from nemo_elastic.nemo.logs import quiet
 from nemo_elastic.nemo.tokenizer import load_tokenizer
 from nemo_elastic.nemo.trainer import build_optimizer, build_trainer, plain_model_config
 from nemo_elastic.problems import Problem, raise_if_any
@@ -123,6 +127,9 @@ def train(
         **layout,
     )
     refuse_overlap(trainer.strategy.ddp_config)
+    if resume_from:
+        refuse_hostile(weights_folder(resume_from))  # Megatron's loader unpickles
+    quiet()
     trainer.fit(model, data, ckpt_path=str(resume_from) if resume_from else None)
     return Trained(
         family=family,
@@ -147,7 +154,7 @@ def decays_not(name: str, parameter: Any) -> bool:
 def data_module(run: RunConfig, seq_length: int, global_batch_size: int) -> TextDataModule:
     """The run's text."""
     return TextDataModule(
-        load_tokenizer(run.data.tokenizer),
+        load_tokenizer(tokenizer_of(run)),
         seq_length=seq_length,
         micro_batch_size=run.train.micro_batch_size,
         global_batch_size=global_batch_size,

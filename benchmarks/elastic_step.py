@@ -8,7 +8,8 @@ in Megatron's DistributedDataParallel, so all of them add their gradients to a b
 child is a plain Megatron model of the child's size: its time is what a sliced step is measured by (limit 1.08).
 
 A budget is met by shrinking every width dim alike; no layer is dropped (that costs nothing in either case). The
-optimizer steps all weights of the family whatever ran: its ratio is 1 by construction, the child's own is beside it.
+optimizer steps all weights of the family whatever ran, so its ratio is the same for every budget; the child's own is
+beside it.
 `memory`: the most bytes of tensors that live at once during a step, weights and gradient buffers not counted.
 """
 
@@ -203,7 +204,7 @@ def measure(arch: Architecture, fractions: list[float], *, length: int, repetiti
                 seconds[name].append(taken)
     least = {name: min(times) for name, times in seconds.items()}
     peak = {name: step.peak_bytes() for name, step in steps.items()}
-    optimizer = optimizer_seconds(models, repetitions)
+    optimizer = optimizer_seconds({**models, "elastic": elastic}, repetitions)
     whole, whole_flops = least["plain"], flops(layout, full, sequence_length=length)
     budgets = []
     for f, subnet in subnets.items():
@@ -218,7 +219,7 @@ def measure(arch: Architecture, fractions: list[float], *, length: int, repetiti
                 **{f"{kind}_time_ratio": round(t / whole, 4) for kind, t in time_of.items()},
                 "sliced_over_extracted": round(time_of["sliced"] / time_of["extracted"], 4),
                 **{f"{kind}_memory_ratio": round(b / peak["plain"], 4) for kind, b in bytes_of.items()},
-                "optimizer_time_ratio": 1.0,
+                "optimizer_time_ratio": round(optimizer["elastic"] / optimizer["plain"], 4),
                 "extracted_optimizer_time_ratio": round(optimizer[f"child {f}"] / optimizer["plain"], 4),
                 "subnet": subnet.to_dict(),
             }

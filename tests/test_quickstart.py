@@ -14,7 +14,7 @@ SHORT = (
     "train.stages=[{steps: 10, global_batch_size: 8}]",
     "train.val_samples=8",
     "train.val_every_steps=5",
-    "train.save_every_steps=5",
+    "train.save_every_steps=4",
     "rank.samples=8",
     "rank.depth_samples=2",
     "router.warmup_fraction=0.2",
@@ -56,6 +56,11 @@ def test_quickstart_ends_with_a_verified_family_and_a_report(short_run):
     assert "<svg" in page or "data:image/png;base64," in page
     assert (out / "nested" / "elastic" / "manifest.json").is_file()
     assert (out / "config.json").is_file()
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step=3", "step=7", "step=9"]
+    last = json.loads((out / "logs" / "validation.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 10  # what is nested is the end of the run, not the last round number of steps
+    for budget in result["budgets"]:
+        assert abs(budget["heldout_nested"] - last["losses"][budget["name"]]) < 1e-5
     phases = [json.loads(line)["phase"] for line in (out / "logs" / "train.jsonl").read_text().splitlines()]
     assert phases == ["warmup"] * 2 + ["soft"] * 2 + ["hard"] * 3 + ["frozen"] * 3
 

@@ -70,9 +70,11 @@ def _set_layout(current: tuple[int, int] | None, wanted: tuple[int, int]) -> tup
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+    from nemo_elastic.mcore.process_groups import forget_layout
+
     if current != wanted:
         if current is not None:
-            parallel_state.destroy_model_parallel()
+            forget_layout()
         parallel_state.initialize_model_parallel(*wanted)
     model_parallel_cuda_manual_seed(SEED)
     return wanted

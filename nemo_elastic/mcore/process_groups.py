@@ -40,10 +40,21 @@ def start(tensor_model_parallel_size: int = 1, pipeline_model_parallel_size: int
         pp = parallel_state.get_pipeline_model_parallel_world_size()
         if (tp, pp) == wanted:
             return dist.get_rank()
-        parallel_state.destroy_model_parallel()
+        forget_layout()
     parallel_state.initialize_model_parallel(*wanted)
     model_parallel_cuda_manual_seed(seed)
     return dist.get_rank()
+
+
+def forget_layout() -> None:
+    """Drop Megatron's groups AND the communicators behind them.
+
+    Megatron only forgets its groups: under gloo each keeps threads that poll for the rest of the process, and after a
+    few layouts those take the machine.
+    """
+    parallel_state.destroy_model_parallel()
+    for group in [g for g in dist.distributed_c10d._world.pg_map if g is not dist.group.WORLD]:
+        dist.destroy_process_group(group)
 
 
 def rank() -> int:

@@ -47,7 +47,7 @@ class ElasticCallback(pl.Callback):
         progress: Callable[[int, int, str], None] | None = None,
     ) -> None:
         self.run, self.planner, self.heldout, self.progress = run, planner, heldout, progress
-        self.records = RunLog(out / "logs")
+        self.records, self.checkpoints = RunLog(out / "logs"), out / "checkpoints"
         self.model: FamilyModel | None = None
         self.wrapper: ElasticMambaModel | None = None
         self.state: StepState | None = None
@@ -101,6 +101,12 @@ class ElasticCallback(pl.Callback):
         if trainer.is_global_zero:
             described = {name: subnet.to_dict() for name, subnet in subnets.items()}
             self.records.write("checkpoints", {"step": done, "subnets": described, "tokens": dict(self.tokens)})
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: ElasticMambaModel) -> None:
+        """Save the end of the run when `save_every_steps` did not fall on it: the nested checkpoint comes from it."""
+        last = self.checkpoints / f"step={trainer.global_step - 1}"
+        if not (last / "weights").is_dir():
+            trainer.save_checkpoint(f"{last}.ckpt")
 
     def state_dict(self) -> dict[str, Any]:
         """Lambdas, pinned subnets, tokens seen per budget."""

@@ -104,9 +104,10 @@ class ElasticCallback(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: ElasticMambaModel) -> None:
         """Save the end of the run when `save_every_steps` did not fall on it: the nested checkpoint comes from it."""
-        last = self.checkpoints / f"step={trainer.global_step - 1}"
-        if not (last / "weights").is_dir():
-            trainer.save_checkpoint(f"{last}.ckpt")
+        done = trainer.global_step
+        # Decided by numbers that all ranks share: what one rank has begun to write, another may already see.
+        if done % min(self.run.train.save_every_steps, self.planner.total_steps):
+            trainer.save_checkpoint(str(self.checkpoints / f"step={done - 1}.ckpt"))
 
     def state_dict(self) -> dict[str, Any]:
         """Lambdas, pinned subnets, tokens seen per budget."""

@@ -34,7 +34,7 @@ NOT_NEGATIVE = (
     "distill.ce_weight", "train.optimizer.min_lr", "train.optimizer.warmup_steps", "train.optimizer.weight_decay",
     "train.optimizer.clip_grad", "data.num_workers", "rank.min_attention_layers",
 )  # fmt: skip
-FRACTIONS = ("data.heldout_fraction", "router.warmup_fraction", "router.soft_fraction", "router.freeze_fraction")
+FRACTIONS = ("router.warmup_fraction", "router.soft_fraction", "router.freeze_fraction")
 
 
 def rule_problems(config: RunConfig) -> list[Problem]:

@@ -39,8 +39,6 @@ class DataConfig:
 
     paths: tuple[str, ...] = ()  # .txt or .jsonl files or folders; empty: the corpus that ships with the tiny parent
     tokenizer: str | None = None  # a tokenizers .json file; empty: the parent's own
-    text_key: str = "text"  # field of a .jsonl line
-    heldout_fraction: float = 0.03  # of user files, by hash of the document
     cache_dir: str | None = None  # tokenized files; empty: the user's cache folder
     num_workers: int = 0
 

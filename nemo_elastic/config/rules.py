@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from ..problems import Problem, did_you_mean
 from ..space import DIMS
-from .sections import RunConfig
+from .sections import RunConfig, StageConfig
 
 ALLOWED = {
     "rank.ffn_site": ("linear_fc2_input", "linear_fc1_output"),
@@ -24,16 +24,19 @@ ALLOWED = {
 POSITIVE = (
     "elastic.ffn_groups", "rank.samples", "rank.seq_length", "rank.micro_batch_size", "rank.depth_samples",
     "router.hidden_size", "router.tau_start", "router.tau_end", "router.lr", "distill.temperature",
-    "distill.chunk_tokens", "train.micro_batch_size", "train.optimizer.lr", "train.log_every_steps",
+    "distill.chunk_tokens", "distill.budgets_per_batch", "train.micro_batch_size", "train.optimizer.lr",
+    "train.log_every_steps",
     "train.val_every_steps", "train.val_samples", "train.save_every_steps", "report.batch_size",
     "report.sequence_length", "train.tensor_model_parallel_size", "train.pipeline_model_parallel_size",
     "train.context_parallel_size", "train.expert_model_parallel_size",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "router.budget_lambda", "router.dual_ascent_rate", "router.dead_zone", "router.tolerance", "distill.kd_weight",
-    "distill.ce_weight", "train.optimizer.min_lr", "train.optimizer.warmup_steps", "train.optimizer.weight_decay",
+    "distill.ce_weight", "distill.hidden_weight", "train.optimizer.min_lr",
+    "train.optimizer.warmup_steps", "train.optimizer.weight_decay",
     "train.optimizer.clip_grad", "data.num_workers", "rank.min_attention_layers",
 )  # fmt: skip
+PHASES = ("warmup", "soft", "hard", "frozen")  # of the router, in this order
 FRACTIONS = ("router.warmup_fraction", "router.soft_fraction", "router.freeze_fraction")
 
 
@@ -74,18 +77,19 @@ def _elastic_problems(config: RunConfig) -> Iterable[Problem]:
 
 
 def _stage_problems(config: RunConfig) -> Iterable[Problem]:
-    data_parallel_note = "samples are dealt in micro-batches"
+    previous, named = -1, [stage.router is not None for stage in config.train.stages]
+    if any(named) and not all(named):
+        yield Problem("train.stages", "give `router` for every stage or for none")
     for i, stage in enumerate(config.train.stages):
         key = f"train.stages.{i}"
-        for name in ("steps", "seq_length", "global_batch_size"):
-            if getattr(stage, name) < 1:
-                yield Problem(f"{key}.{name}", f"{getattr(stage, name)} must be above 0")
-        micro = config.train.micro_batch_size
-        if micro > 0 and stage.global_batch_size % micro:
-            words = (
-                f"{stage.global_batch_size} must be a multiple of train.micro_batch_size={micro}: {data_parallel_note}"
-            )
-            yield Problem(f"{key}.global_batch_size", words)
+        yield from _stage_sizes(config, stage, key)
+        if stage.router is not None and stage.router not in PHASES:
+            yield Problem(f"{key}.router", f"{stage.router!r} must be one of null, {', '.join(PHASES)}")
+        elif stage.router is not None:
+            if PHASES.index(stage.router) < previous:
+                words = f"{stage.router!r} cannot follow {PHASES[previous]!r}: the order is {', '.join(PHASES)}"
+                yield Problem(f"{key}.router", words)
+            previous = PHASES.index(stage.router)
         if stage.budget_probabilities is None:
             continue
         for name, p in stage.budget_probabilities.items():
@@ -97,3 +101,19 @@ def _stage_problems(config: RunConfig) -> Iterable[Problem]:
                 yield Problem(f"{key}.budget_probabilities.{name}", f"{p} must not be negative")
         if not sum(stage.budget_probabilities.values()) > 0:
             yield Problem(f"{key}.budget_probabilities", "must sum to more than 0")
+
+
+def _stage_sizes(config: RunConfig, stage: StageConfig, key: str) -> Iterable[Problem]:
+    for name in ("steps", "seq_length", "global_batch_size", "micro_batch_size", "lr"):
+        value = getattr(stage, name)
+        if value is not None and not value > 0:
+            remedy = "; give steps or tokens" if name == "steps" else ""
+            yield Problem(f"{key}.{name}", f"{value} must be above 0{remedy}")
+    if stage.tokens is not None and stage.steps != stage.steps_of_tokens():
+        words = f"{stage.tokens} are {stage.steps_of_tokens()} steps, but steps is {stage.steps}; give one of the two"
+        yield Problem(f"{key}.tokens", words)
+    micro = stage.micro_batch_size or config.train.micro_batch_size
+    if micro > 0 and stage.global_batch_size % micro:
+        name = f"{key}.micro_batch_size" if stage.micro_batch_size else "train.micro_batch_size"
+        words = f"{stage.global_batch_size} must be a multiple of {name}={micro}: samples are dealt in micro-batches"
+        yield Problem(f"{key}.global_batch_size", words)

@@ -94,6 +94,9 @@ class DistillConfig:
     temperature: float = 1.0
     kd_weight: float = 1.0
     ce_weight: float = 0.0
+    hidden_weight: float = 0.0  # mean squared error of the final hidden states, over the channels the child keeps
+    budgets_per_batch: int = 1  # budgets that learn from one teacher forward of a micro-batch
+    fuse_output_layer: bool = True  # output layer and loss in token chunks: logits never exist as a whole
     chunk_tokens: int = 256  # tokens whose logits are alive at once
 
 
@@ -111,12 +114,25 @@ class OptimizerSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """One stage of the curriculum."""
+    """One stage of the curriculum. Its length is given in `steps` or in `tokens`."""
 
-    steps: int
+    steps: int = 0
+    tokens: int | None = None  # instead of steps: rounded up to whole steps
     seq_length: int = 256
     global_batch_size: int = 8
+    micro_batch_size: int | None = None  # empty: train.micro_batch_size; longer sequences may want a smaller one
     budget_probabilities: Mapping[str, float] | None = None  # empty: uniform over budgets
+    lr: float | None = None  # a new warm-up and cosine from this rate; empty: the schedule before goes on
+    router: str | None = None  # warmup, soft, hard or frozen for the whole stage; empty: the router's own fractions
+
+    def __post_init__(self) -> None:
+        if self.tokens and not self.steps:
+            object.__setattr__(self, "steps", self.steps_of_tokens())
+
+    def steps_of_tokens(self) -> int:
+        """Whole steps that `tokens` need; 0 where the sizes make no sense."""
+        per_step = self.seq_length * self.global_batch_size
+        return -(-self.tokens // per_step) if self.tokens and per_step > 0 else 0
 
 
 @dataclass(frozen=True, kw_only=True)

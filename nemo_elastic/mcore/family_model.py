@@ -1,14 +1,15 @@
 """Student, router and frozen teacher as one Megatron model, so that one schedule runs all of them.
 
-    first stage .. last stage:   student at its subnet's width  |  teacher at full width
+    first stage .. last stage:   student at its subnet's width  |  more students  |  teacher at full width
 
-Between pipeline stages both travel in one tensor, concatenated on the hidden axis (`[s, b, k + h]`, variable shapes):
-no second schedule, no stored logits, one pipeline fill. The teacher is kept outside the module tree: no gradients, no
-optimizer state, not in checkpoints.
+Between pipeline stages they travel in one tensor, concatenated on the hidden axis (`[s, b, k + h]`, variable shapes):
+no second schedule, no stored logits, one pipeline fill. One teacher forward serves all students of a micro-batch.
+The teacher is kept outside the module tree: no gradients, no optimizer state, not in checkpoints.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from ..router.model import Router
 from .elastic.model import ElasticMambaModel
 from .elastic.plan import Plan
+from .heads import Heads, student_head, teacher_head
 from .router_module import RouterModule
 
 
@@ -36,26 +38,29 @@ class FamilyModel(ElasticMambaModel):
         return None if self.router is None else self.router.net
 
     def forward(self, input_ids: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None, *args: Any,
-                elastic: Plan | None = None, distill: bool = False, **kwargs: Any) -> Any:  # fmt: skip
-        """With `distill`: (student logits, teacher logits) on the last stage, both `[b, s, v/tp]`.
+                elastic: Any = None, distill: bool = False, **kwargs: Any) -> Any:  # fmt: skip
+        """With `distill`: `elastic` is a sequence of plans, one per student; `Heads` on the last stage, lanes before.
 
         Else the elastic model's forward.
         """
         if not distill:
             return super().forward(input_ids, position_ids, attention_mask, *args, elastic=elastic, **kwargs)
-        if not self.pre_process:
-            self._split(elastic)
+        plans: Sequence[Plan | None] = elastic
+        lanes = [None] * len(plans) if self.pre_process else self._split(plans)
         with torch.no_grad():
-            teacher = self.teacher(input_ids, position_ids, attention_mask)
-        student = super().forward(input_ids, position_ids, attention_mask, elastic=elastic)
-        if self.post_process:
-            return student, teacher
-        return torch.cat([student, teacher], dim=-1)
+            teacher = teacher_head(self.teacher, input_ids, position_ids)
+        students = []
+        for plan, lane in zip(plans, lanes, strict=True):
+            if lane is not None:
+                self.decoder.set_input_tensor(lane)
+            x = super().forward(input_ids, position_ids, attention_mask, elastic=plan, hidden_only=True)
+            students.append(student_head(self, x, plan) if self.post_process else x)
+        return Heads(tuple(students), teacher) if self.post_process else torch.cat([*students, teacher], dim=-1)
 
-    def _split(self, elastic: Plan | None) -> None:
-        both = self.decoder.input_tensor
-        sliced = elastic is not None and elastic.mode == "sliced"
-        width = elastic.width if sliced else self.config.hidden_size
-        student, teacher = both.split([width, both.shape[-1] - width], dim=-1)
-        self.decoder.set_input_tensor(student.contiguous())
+    def _split(self, plans: Sequence[Plan | None]) -> list[Tensor]:
+        """The students' lanes of what the stage before sent; the teacher is given its own."""
+        both, whole = self.decoder.input_tensor, self.config.hidden_size
+        widths = [p.width if p is not None and p.mode == "sliced" else whole for p in plans]
+        *students, teacher = both.split([*widths, both.shape[-1] - sum(widths)], dim=-1)
         self.teacher.decoder.set_input_tensor(teacher.detach().contiguous())
+        return [lane.contiguous() for lane in students]

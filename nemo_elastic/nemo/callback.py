@@ -82,8 +82,8 @@ class ElasticCallback(pl.Callback):
         index = self.micro_batch * size + rank
         stage = stage_at(self.run.train.stages, self.step).stage
         probabilities = budget_probabilities(stage, tuple(self.run.elastic.budgets))
-        budget = self.planner.budget_of(probabilities, self.step, index)
-        batch["elastic"] = self.planner.micro_batch(self.model.policy, self.state, budget, index)
+        budgets = self.planner.budgets_of(probabilities, self.step, index, self.run.distill.budgets_per_batch)
+        batch["elastic"] = self.planner.micro_batch(self.model.policy, self.state, budgets, index)
         self.micro_batch += 1
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: ElasticMambaModel, *_: Any) -> None:
@@ -91,7 +91,7 @@ class ElasticCallback(pl.Callback):
         self.planner.end_step(self.state)
         self._log_step(trainer)
         done = trainer.global_step
-        if done % self.run.train.val_every_steps == 0 or done == self.planner.total_steps:
+        if done % self.run.train.val_every_steps == 0 or done == self.planner.timeline.total:
             self._validate(trainer)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: ElasticMambaModel, checkpoint: dict[str, Any]) -> None:
@@ -106,7 +106,7 @@ class ElasticCallback(pl.Callback):
         """Save the end of the run when `save_every_steps` did not fall on it: the nested checkpoint comes from it."""
         done = trainer.global_step
         # Decided by numbers that all ranks share: what one rank has begun to write, another may already see.
-        if done % min(self.run.train.save_every_steps, self.planner.total_steps):
+        if done % min(self.run.train.save_every_steps, self.planner.timeline.total):
             trainer.save_checkpoint(str(self.checkpoints / f"step={done - 1}.ckpt"))
 
     def state_dict(self) -> dict[str, Any]:
@@ -142,7 +142,7 @@ class ElasticCallback(pl.Callback):
             self.records.write("train", record)
             if self.progress:
                 losses = "  ".join(f"{n} {b['kd']:.3f}" for n, b in record["budgets"].items())
-                self.progress(trainer.global_step, self.planner.total_steps, f"{self.state.phase}  KD {losses}")
+                self.progress(trainer.global_step, self.planner.timeline.total, f"{self.state.phase}  KD {losses}")
 
     def _validate(self, trainer: pl.Trainer) -> None:
         step = trainer.global_step

@@ -170,8 +170,7 @@ class Run:
 
     def batches(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Held-out text."""
-        stage = self.config.train.stages[0]
-        return heldout_batches(data_module(self.config, stage.seq_length, stage.global_batch_size), self.config)
+        return heldout_batches(data_module(self.config), self.config)
 
     def verify(self, nested: Path, children: Mapping[str, Path]) -> list[ChildCheck]:
         """Children against nested subnets."""

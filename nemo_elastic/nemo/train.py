@@ -25,10 +25,12 @@ from nemo_elastic.nemo.callback import ElasticCallback
 from nemo_elastic.nemo.checkpoints import tokenizer_of
 from nemo_elastic.nemo.data import TextDataModule
 from nemo_elastic.nemo.elastic_model import ElasticMambaModel, ElasticSSMConfig
+from nemo_elastic.nemo.learning_rate import CurriculumRate
 from nemo_elastic.nemo.logs import quiet
 from nemo_elastic.nemo.tokenizer import load_tokenizer
-from nemo_elastic.nemo.trainer import build_optimizer, build_trainer, plain_model_config
+from nemo_elastic.nemo.trainer import build_optimizer, build_trainer, plain_model_config, started_processes
 from nemo_elastic.problems import Problem, raise_if_any
+from nemo_elastic.router.schedule import Timeline, resolve_recipe
 from nemo_elastic.space import Subnet
 
 logger = logging.getLogger(__name__)
@@ -67,8 +69,8 @@ def train(
     parent = sorted_parent(sorted_folder)
     family = family_of(run, parent.depth_ranking)
     raise_if_any([*parallel_problems(family.architecture, run.train, family.space.ffn_groups), *_stages(run)])
-    steps, stage, settings = total_steps(run.train.stages), run.train.stages[0], run.train.optimizer
-    data = data_module(run, stage.seq_length, stage.global_batch_size)
+    stages, settings = run.train.stages, run.train.optimizer
+    steps, data = total_steps(stages), data_module(run)
     layout = {
         "tensor_model_parallel_size": run.train.tensor_model_parallel_size,
         "pipeline_model_parallel_size": run.train.pipeline_model_parallel_size,
@@ -76,7 +78,7 @@ def train(
         "precision": run.train.precision,
     }
     config = plain_model_config(
-        {**run.model, "seq_length": stage.seq_length},
+        {**run.model, "seq_length": max(stage.seq_length for stage in stages)},
         **layout,
         config_class=ElasticSSMConfig,
         run=plain(run),
@@ -89,8 +91,7 @@ def train(
         settings.lr,
         precision=run.train.precision,
         min_lr=settings.min_lr,
-        warmup_steps=min(settings.warmup_steps, steps - 1),
-        max_steps=steps,
+        schedule=CurriculumRate(plain(stages), plain(settings)),
         weight_decay=settings.weight_decay,
         adam_beta1=settings.betas[0],
         adam_beta2=settings.betas[1],
@@ -107,7 +108,7 @@ def train(
         ParamLayout(
             family.architecture, ffn_groups=family.space.ffn_groups, tp_size=run.train.tensor_model_parallel_size
         ),
-        total_steps=steps,
+        timeline=Timeline.of(resolve_recipe(run.router), steps, stages),
         seed=run.train.seed,
         mode=run.train.mode,
         batch_size=run.report.batch_size,
@@ -118,8 +119,8 @@ def train(
     trainer = build_trainer(
         out,
         max_steps=steps,
-        global_batch_size=stage.global_batch_size,
-        micro_batch_size=run.train.micro_batch_size,
+        global_batch_size=stages[0].global_batch_size,
+        micro_batch_size=stages[0].micro_batch_size or run.train.micro_batch_size,
         use_distributed_optimizer=run.train.use_distributed_optimizer,
         checkpoint_every=min(run.train.save_every_steps, steps),
         callbacks=[callback],
@@ -151,13 +152,15 @@ def decays_not(name: str, parameter: Any) -> bool:
     return is_router(name, parameter) or parameter.dim() == 1
 
 
-def data_module(run: RunConfig, seq_length: int, global_batch_size: int) -> TextDataModule:
-    """The run's text."""
+def data_module(run: RunConfig) -> TextDataModule:
+    """The run's text by its curriculum; held-out text has the last stage's length."""
+    stages = run.train.stages
     return TextDataModule(
         load_tokenizer(tokenizer_of(run)),
-        seq_length=seq_length,
+        seq_length=stages[-1].seq_length,
         micro_batch_size=run.train.micro_batch_size,
-        global_batch_size=global_batch_size,
+        global_batch_size=stages[-1].global_batch_size,
+        stages=plain(stages),
         seed=run.train.seed,
         paths=run.data.paths,
         cache_dir=run.data.cache_dir,
@@ -199,14 +202,16 @@ def _recompute(run: RunConfig) -> dict[str, Any]:
 
 
 def _stages(run: RunConfig) -> list[Problem]:
+    """What the processes that were started, and the stages together, do not allow."""
     stages = run.train.stages
     if not stages:
         return [Problem("train.stages", "is empty; give at least one stage, e.g. [{steps: 100}]")]
-    first = (stages[0].seq_length, stages[0].global_batch_size)
-    return [
-        Problem(
-            f"train.stages.{i}", f"seq_length and global_batch_size must be stage 0's {first} until stages may differ"
-        )
-        for i, stage in enumerate(stages)
-        if (stage.seq_length, stage.global_batch_size) != first
-    ]
+    found = []
+    nodes, devices = started_processes()
+    replicas = nodes * devices // (run.train.tensor_model_parallel_size * run.train.pipeline_model_parallel_size)
+    for i, stage in enumerate(stages):
+        micro = stage.micro_batch_size or run.train.micro_batch_size
+        if replicas and stage.global_batch_size % (micro * replicas):
+            words = f"{stage.global_batch_size} must be a multiple of micro batch {micro} x {replicas} replicas"
+            found.append(Problem(f"train.stages.{i}.global_batch_size", words))
+    return found

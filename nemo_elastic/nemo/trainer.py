@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from nemo.collections import llm
 from nemo.lightning.callback_group import CallbackGroup
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler
+from nemo.lightning.pytorch.optim.base import LRSchedulerModule
 from nemo.lightning.pytorch.strategies.utils import RestoreConfig
 
 from nemo_elastic.mcore.layer_specs import have_transformer_engine, hybrid_stack_spec
@@ -140,6 +141,7 @@ def build_optimizer(
     min_lr: float | None = None,
     warmup_steps: int = 0,
     max_steps: int | None = None,
+    schedule: LRSchedulerModule | None = None,
     weight_decay: float = 0.1,
     adam_beta1: float = 0.9,
     adam_beta2: float = 0.95,
@@ -150,6 +152,7 @@ def build_optimizer(
     """Adam as Megatron runs it; with `min_lr`, cosine decay to it after a linear warm-up.
 
     Args:
+        schedule: a schedule of one's own instead.
         use_distributed_optimizer: None means on a GPU only. On a CPU Megatron falls back to torch's AdamW, whose
             tensor `step` its distributed checkpoint cannot store.
         of_module: `scale_lr_cond`, `lr_mult`, `no_weight_decay_cond` of NeMo's optimizer module.
@@ -157,8 +160,8 @@ def build_optimizer(
     Raises:
         ValueError: `min_lr` without `max_steps`.
     """
-    scheduler = None
-    if min_lr is not None:
+    scheduler = schedule
+    if schedule is None and min_lr is not None:
         if max_steps is None:
             raise ValueError("train.min_lr needs train.max_steps: the cosine ends there")
         scheduler = CosineAnnealingScheduler(

@@ -153,8 +153,7 @@ def build_optimizer(
 
     Args:
         schedule: a schedule of one's own instead.
-        use_distributed_optimizer: None means on a GPU only. On a CPU Megatron falls back to torch's AdamW, whose
-            tensor `step` its distributed checkpoint cannot store.
+        use_distributed_optimizer: None means on a GPU only.
         of_module: `scale_lr_cond`, `lr_mult`, `no_weight_decay_cond` of NeMo's optimizer module.
 
     Raises:
@@ -281,6 +280,7 @@ def build_trainer(
         ckpt_async_save=False,
         ckpt_parallel_load=on_gpu,  # exchanges shards over NCCL
         ckpt_save_optimizer=save_optimizer,
+        ckpt_optim_fully_reshardable=True,  # a run may be resumed at another TP x PP x DP
         replace_progress_bar=False,
         restore_config=None if restore_from is None else RestoreConfig(path=str(restore_from), load_artifacts=False),
     )

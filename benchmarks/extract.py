@@ -1,12 +1,12 @@
 """Extraction from a large nested checkpoint against copying the bytes it writes: time and memory, as JSON.
 
-    python benchmarks/extract.py [--format nemo] [--repetitions 3] [--folder DIR] [--output FILE]
+    python benchmarks/extract.py [--quick] [--format nemo] [--repetitions 3] [--folder DIR] [--output FILE]
 
 The checkpoint is synthetic (2 GB of bf16, random bytes repeated). A process that has imported everything extracts each
 child; `peak_rss_above_baseline_mb` is the high-water mark of its resident set above what it had before. The
 copy reads the child's files, writes them elsewhere, syncs and hashes (SHA-256) them. Extract and copy take turns; times
-are the least of the repetitions. `time_ratio_to_copy` is of the worst child, and `cpu_ratio_to_copy` the same of CPU
-seconds (what a busy machine disturbs less).
+and ratios are medians of the repetitions. `time_ratio_to_copy` is of the worst child, and `cpu_ratio_to_copy` the same
+of CPU seconds (what a busy machine disturbs less). `--quick` takes a checkpoint of 30 MB, once: that it runs.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ import argparse
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -42,10 +44,24 @@ MODEL = {
     "seq_length": 4096,
 }
 CUT = {"hidden_size": 1664, "ffn_hidden_size": 6144, "mamba_num_heads": 48, "num_attention_heads": 24}
+QUICK = {"hidden_size": 256, "ffn_hidden_size": 512, "mamba_num_heads": 8, "num_attention_heads": 8, "vocab_size": 4096}
+QUICK_CUT = {"hidden_size": 192, "ffn_hidden_size": 256}
 
 
-def make(folder: Path) -> None:
+def machine() -> dict:
+    """What the numbers were taken on."""
+    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return {
+        "cpu": names[0] if names else platform.machine(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "load_average_at_start": os.getloadavg()[0],
+    }
+
+
+def make(folder: Path, quick: bool) -> None:
     """Write the nested checkpoint, one tensor at a time."""
+    model, cut = ({**MODEL, **QUICK}, QUICK_CUT) if quick else (MODEL, CUT)
     import torch
 
     from nemo_elastic.checkpoint.manifest import Manifest
@@ -57,7 +73,7 @@ def make(folder: Path) -> None:
     from nemo_elastic.space import Budget, ElasticSpace
 
     cpu.install()
-    architecture = architecture_of(MODEL)
+    architecture = architecture_of(model)
     noise = torch.randint(
         -(1 << 15), 1 << 15, (1 << 24,), dtype=torch.int16, generator=torch.Generator().manual_seed(0)
     )
@@ -86,10 +102,10 @@ def make(folder: Path) -> None:
     subnets = {
         "full": space.full_subnet(),
         "shallow": space.subnet(num_layers=21),
-        "cut": space.subnet(**CUT),
+        "cut": space.subnet(**cut),
     }
     budgets = {n: Budget(name=n, kind="fraction", value=v) for n, v in (("full", 1.0), ("shallow", 0.8), ("cut", 0.6))}
-    manifest = Manifest(model=MODEL, space=space, budgets=budgets, subnets=subnets)
+    manifest = Manifest(model=model, space=space, budgets=budgets, subnets=subnets)
     write_nested(folder, Synthetic(), manifest, tokenizer=DEFAULT_TOKENIZER)
 
 
@@ -144,13 +160,15 @@ def measure(folder: Path, format: str, repetitions: int) -> dict:
             size = sum(p.stat().st_size for p in child.rglob("*") if p.is_file())
             shutil.rmtree(child)
             shutil.rmtree(other)
-        least = {what: [min(t[i] for t in found) for i in (0, 1)] for what, found in times.items()}
+        middle = {what: [statistics.median(t[i] for t in found) for i in (0, 1)] for what, found in times.items()}
+        pairs = list(zip(times["extract"], times["copy"], strict=True))
+        ratios = [statistics.median(ours[i] / theirs[i] for ours, theirs in pairs) for i in (0, 1)]
         children[budget] = {
             "gigabytes": round(size / 1e9, 3),
-            "extract_seconds": round(least["extract"][0], 3),
-            "copy_seconds": round(least["copy"][0], 3),
-            "time_ratio_to_copy": round(least["extract"][0] / least["copy"][0], 3),
-            "cpu_ratio_to_copy": round(least["extract"][1] / least["copy"][1], 3),
+            "extract_seconds": round(middle["extract"][0], 3),
+            "copy_seconds": round(middle["copy"][0], 3),
+            "time_ratio_to_copy": round(ratios[0], 3),
+            "cpu_ratio_to_copy": round(ratios[1], 3),
             "peak_rss_above_baseline_mb": round(peak, 1),
         }
     return children
@@ -159,6 +177,7 @@ def measure(folder: Path, format: str, repetitions: int) -> dict:
 def main() -> int:
     """Make, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="30 MB, once: that it runs")
     parser.add_argument("--format", choices=("nemo", "hf"), default="nemo")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument(
@@ -168,21 +187,30 @@ def main() -> int:
     parser.add_argument("--step", choices=("make", "measure"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.step == "make":
-        make(arguments.folder / "nested")
+        make(arguments.folder / "nested", arguments.quick)
         return 0
     if arguments.step == "measure":
         print(json.dumps(measure(arguments.folder, arguments.format, arguments.repetitions)))
         return 0
+    started_on = machine()
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="nemo-elastic-extract-") as folder:
         answers = {}
         for step in ("make", "measure"):
             command = [sys.executable, __file__, "--step", step, "--folder", folder, "--format", arguments.format]
-            command += ["--repetitions", str(arguments.repetitions)]
+            command += ["--repetitions", str(1 if arguments.quick else arguments.repetitions)]
+            command += ["--quick"] if arguments.quick else []
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             answers[step] = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
         children = json.loads(answers["measure"])
     worst = {key: max(child[key] for child in children.values()) for key in (*GOALS, "cpu_ratio_to_copy")}
-    result = {**worst, "format": arguments.format, "children": children, "goals": GOALS}
+    result = {
+        **worst,
+        "format": arguments.format,
+        "machine": started_on,
+        "repetitions": arguments.repetitions,
+        "children": children,
+        "goals": GOALS,
+    }
     result["met"] = all(worst[key] <= goal for key, goal in GOALS.items())
     text = json.dumps(result, indent=2)
     print(text)

@@ -25,7 +25,7 @@ def is_whole(spec: ParamSpec, sizes: Sizes) -> bool:
 
 def take(tensor: Tensor, spec: ParamSpec, sizes: Sizes) -> Tensor:
     """The child's part of a parent's parameter: the tensor or a view of it where every cut is a prefix, else a copy."""
-    if all(_is_plain(axis, sizes) for axis in spec.axes):
+    if all(is_prefix(axis, sizes) for axis in spec.axes):
         return _narrow(tensor, spec, sizes)
     child = tensor.new_empty(spec.shape(sizes))
     for of_parent, of_child in _paired(tensor, child, spec, sizes):
@@ -47,7 +47,16 @@ def scatter(child: Tensor, spec: ParamSpec, sizes: Sizes, into: Tensor) -> Tenso
     return into
 
 
-def _is_plain(axis: Axis, sizes: Sizes) -> bool:
+def blocks(tensor: Tensor, axis: Axis, sizes: Sizes, at: int, *, whole: bool) -> list[Tensor]:
+    """Views of the kept entries of one axis, standing at dim `at`: that dim becomes (groups, units) of every factor.
+
+    Args:
+        whole: `tensor` is the parent's; else the child's, whose blocks come in the same order with the same sizes.
+    """
+    return [view for view, _ in _expand(tensor, (axis,), sizes, at, parent=whole, key=())]
+
+
+def is_prefix(axis: Axis, sizes: Sizes) -> bool:
     """The kept entries are one run from the start."""
     cut = [f for s in axis for f in s.factors if f.kept(sizes) != f.count]
     if not cut:

@@ -63,3 +63,12 @@ def stock_keys() -> set[str]:
         elif isinstance(node, dict | list):
             pending += node.values() if isinstance(node, dict) else node
     return found
+
+
+def verified(nested: str, children: dict[str, str], batches: list, tp: int) -> list[dict]:
+    """`verify` with the nested side at tensor-parallel size `tp`."""
+    from nemo_elastic.config import load_config
+    from nemo_elastic.nemo.verify import verify
+
+    run = load_config("tiny_parent.yaml", [f"train.tensor_model_parallel_size={tp}"]).config
+    return [check.to_dict() for check in verify(nested, {n: Path(f) for n, f in children.items()}, run, batches)]

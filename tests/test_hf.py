@@ -77,6 +77,7 @@ def test_config_survives_the_way_there_and_back() -> None:
         ({"hybrid_override_pattern": "M-M*-M*"}, "one of them is stale"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"intermediate_size": [80, 40, 40]}, "is a list"),
+        ({"layer_norm_epsilon": 1e-6}, "1e-06 must be 1e-05"),
         ({"mlp_hidden_act": "swish2"}, "'swish2' is not supported"),
         ({"layers_block_type": ["moe"] * 8, "hybrid_override_pattern": None}, "mixture of experts"),
     ],
@@ -90,6 +91,8 @@ def test_what_nemotron_h_cannot_say_is_refused() -> None:
     with pytest.raises(ProblemsError) as error:
         hf_config({**MODEL, "position_embedding_type": "rope", "add_bias_linear": True}, torch.float32, {})
     assert {p.key for p in error.value.problems} == {"model.position_embedding_type", "model.add_bias_linear"}
+    with pytest.raises(ProblemsError, match=r"model\.layernorm_epsilon: 1e-06 must be 1e-05"):
+        hf_config({**MODEL, "layernorm_epsilon": 1e-6}, torch.float32, {})
 
 
 def test_damaged_folders(tmp_path: Path) -> None:

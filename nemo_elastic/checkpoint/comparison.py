@@ -3,6 +3,7 @@
 nested subnet(x) == extracted child(x)        on real text: logits, losses, most likely token
 """
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -29,7 +30,7 @@ class Comparison:
 def compare_logits(left: Tensor, right: Tensor) -> Comparison:
     """Compare in fp64."""
     a, b = left.double(), right.double()
-    gap = (a - b).abs().max().item()
+    gap = (a - b).abs().max().item()  # of a child with a value that is no number, this is none either
     log_a, log_b = a.log_softmax(-1), b.log_softmax(-1)
     kl = (log_a.exp() * (log_a - log_b)).sum(-1).mean().item()
     agree = (a.argmax(-1) == b.argmax(-1)).double().mean().item()
@@ -38,7 +39,15 @@ def compare_logits(left: Tensor, right: Tensor) -> Comparison:
 
 @dataclass(frozen=True)
 class ChildCheck:
-    """What verification found of one child. `ok` is the conjunction of everything below it."""
+    """What verification found of one child. `ok` is the conjunction of everything below it.
+
+    Attributes:
+        parameters: by the cost function (zeros that only fill up included).
+        numel: counted in the model that ran.
+        nested_in: larger budgets that hold all of this one.
+        dtype: fp32, or what the child was cast to.
+        difference: the first layer (or field) that is not the nested subnet's.
+    """
 
     budget: str
     comparison: Comparison
@@ -48,24 +57,31 @@ class ChildCheck:
     numel: int
     nested_in: tuple[str, ...]
     dtype: torch.dtype
+    difference: str | None = None
+    format: str = "nemo"
 
     @property
-    def ok(self) -> bool:
-        """Same function, same size."""
+    def same_logits(self) -> bool:
+        """Within the tolerances of its dtype; never true of something that is no number."""
         return (
             abs(self.loss_nested - self.loss_child) <= LOSS_TOLERANCE[self.dtype]
             and self.comparison.relative <= LOGIT_TOLERANCE[self.dtype]
-            and self.parameters == self.numel
         )
 
+    @property
+    def ok(self) -> bool:
+        """Same tensors, same function, same size."""
+        return self.difference is None and self.same_logits and self.parameters == self.numel
+
     def to_dict(self) -> dict[str, Any]:
+        figures = self.comparison.to_dict() | {"loss_nested": self.loss_nested, "loss_child": self.loss_child}
         return {
             "budget": self.budget,
             "ok": self.ok,
-            **self.comparison.to_dict(),
-            "loss_nested": self.loss_nested,
-            "loss_child": self.loss_child,
+            **{name: value if math.isfinite(value) else None for name, value in figures.items()},
             "parameters": self.parameters,
             "numel": self.numel,
             "nested_in": list(self.nested_in),
+            "format": self.format,
+            "first_difference": self.difference,
         }

@@ -46,6 +46,8 @@ ONLY = {
     "qk_layernorm": False,
     "softmax_scale": None,
 }
+# Megatron has this fixed in the mixer's norm; NemotronH has one epsilon for all norms, so only this one means the same.
+EPSILON = 1e-5
 ACTIVATIONS = {"squared_relu": "relu2", "relu": "relu", "gelu": "gelu", "silu": "silu"}
 
 
@@ -61,6 +63,7 @@ def hf_config(model: Mapping[str, Any], dtype: torch.dtype, token_ids: Mapping[s
         for name, value in ONLY.items()
         if model.get(name, value) != value
     ]
+    found += _epsilon_problems("model.layernorm_epsilon", model.get("layernorm_epsilon", EPSILON))
     activation = model.get("activation_func", "squared_relu")
     if activation not in ACTIVATIONS:
         found.append(Problem("model.activation_func", f"{activation!r} must be one of {', '.join(ACTIVATIONS)}"))
@@ -119,6 +122,7 @@ def model_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
     ]
     if activation is None:
         found.append(Problem("config.json: mlp_hidden_act", f"{config['mlp_hidden_act']!r} is not supported"))
+    found += _epsilon_problems("config.json: layer_norm_epsilon", config.get("layer_norm_epsilon", EPSILON))
     if config.get("conv_kernel", 4) != 4:
         found.append(Problem("config.json: conv_kernel", f"{config['conv_kernel']} must be 4, as Megatron has it"))
     if isinstance(model.get("ffn_hidden_size"), list):
@@ -126,3 +130,8 @@ def model_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
         raise ProblemsError([*found, Problem("config.json: intermediate_size", words)])
     raise_if_any([*found, *model_problems(model)])
     return model
+
+
+def _epsilon_problems(key: str, value: float) -> list[Problem]:
+    words = f"{value} must be {EPSILON}: NemotronH has one for all norms, Megatron's Mamba mixer always has {EPSILON}"
+    return [] if value == EPSILON else [Problem(key, words)]

@@ -187,11 +187,15 @@ def load_manifest(nested: str | os.PathLike[str]) -> Manifest:
     return manifest
 
 
+class HashMismatch(ProblemsError):
+    """Files that are not those that the manifest describes."""
+
+
 def check_hashes(nested: str | os.PathLike[str], manifest: Manifest, names: Iterable[str] | None = None) -> None:
     """Hash every listed file (or those of `names`).
 
     Raises:
-        ProblemsError: naming each file whose SHA-256 is not the manifest's.
+        HashMismatch: naming each file whose SHA-256 is not the manifest's.
     """
     found = []
     for name in manifest.files if names is None else names:
@@ -199,7 +203,8 @@ def check_hashes(nested: str | os.PathLike[str], manifest: Manifest, names: Iter
         if real != manifest.files[name]["sha256"]:
             words = f"has SHA-256 {real[:12]}..., its manifest says {manifest.files[name]['sha256'][:12]}...: damaged"
             found.append(Problem(str(Path(nested) / name), f"{words}, or of another parent; copy it again"))
-    raise_if_any(found)
+    if found:
+        raise HashMismatch(found)
 
 
 def write_manifest(nested: Path, manifest: Manifest, hashes: Mapping[str, str] | None = None) -> Manifest:

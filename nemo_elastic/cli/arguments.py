@@ -21,6 +21,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--budget": {"metavar": "NAME", "help": "one budget of the family"},
     "--all": {"action": "store_true", "help": "every budget of the family"},
     "--format": {"choices": ("nemo", "hf"), "default": "nemo", "help": "NeMo checkpoint or Hugging Face folder"},
+    "--hf-python": {"metavar": "PYTHON", "help": "a Python with transformers 5, for --format hf (default: this one)"},
     "--resume": {"action": "store_true", "help": "go on where an interrupted run stopped"},
     "--force": {"action": "store_true", "help": "replace what is at the target"},
     "--nproc": {"type": int, "metavar": "N", "help": "start N processes on this machine (torchrun)"},

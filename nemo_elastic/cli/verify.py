@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import argparse
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from ..problems import Problem, ProblemsError
 from .arguments import folders, overrides, restart_under_torchrun, verb_parser
-from .console import is_first_rank, progress_bar, quiet_libraries
+from .console import is_first_rank, progress_bar, quiet_libraries, show_problems
 
 EXAMPLES = """examples:
   nemo-elastic verify runs/tiny/nested                                  # all of runs/tiny/children
   nemo-elastic verify runs/tiny/nested runs/tiny/children/small
+  nemo-elastic verify runs/tiny/nested --format hf --hf-python .venv-hf/bin/python   # make setup-hf
   nemo-elastic verify runs/tiny/nested --nproc 2 train.tensor_model_parallel_size=2"""
 
 
 def add_parser(subparsers: Any) -> None:
     """Register the verb."""
-    help = "child against nested subnet on real text: logits, loss, size, hashes"
-    flags = ("--budget", "--nproc", "--json", "--verbose")
+    help = "child against nested subnet on real text: tensors, logits, loss, size, hashes"
+    flags = ("--budget", "--format", "--hf-python", "--nproc", "--json", "--verbose")
     verb_parser(subparsers, "verify", run, help, flags, epilog=EXAMPLES)
 
 
@@ -28,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     nested, *child = folders(arguments, "NESTED", "CHILD", optional=1)
     restart_under_torchrun(arguments)
     quiet_libraries(arguments.verbose)
-    from ..checkpoint.manifest import load_manifest
+    from ..checkpoint.manifest import HashMismatch, load_manifest
     from ..config import load_config
     from ..nemo.train import data_module, heldout_batches
     from ..nemo.verify import verify
@@ -38,20 +40,44 @@ def run(arguments: argparse.Namespace) -> int:
     if not stored:
         raise ProblemsError([Problem(nested, "its manifest holds no run configuration; it was not made by `train`")])
     run_config = load_config(None, overrides(arguments), base=stored).config
-    children = _children(Path(nested), child, arguments.budget, list(manifest.subnets))
+    children = _children(Path(nested), child, arguments.budget, list(manifest.subnets), arguments.format)
     batches = heldout_batches(data_module(run_config), run_config)
-    with progress_bar() as bar:
-        checks = verify(nested, children, run_config, batches, report=bar.update)
-    passed = all(check.ok for check in checks)
+    how = {"format": arguments.format, "python": arguments.hf_python}
+    try:
+        with progress_bar() as bar:
+            checks = verify(nested, children, run_config, batches, report=bar.update, **how)
+    except HashMismatch as error:
+        show_problems(error, verb="verify")
+        return 1
+    passed, pairs = all(check.ok for check in checks), _pairs(manifest)
     if arguments.json:
-        arguments.answer.json({"verified": passed, "children": [check.to_dict() for check in checks]})
+        answer = {"verified": passed, "children": [check.to_dict() for check in checks]}
+        arguments.answer.json({**answer, "files_hashed": len(manifest.files), "pairs": pairs})
     elif is_first_rank():
         arguments.answer.render(_table(checks))
+        for check in checks:
+            if check.difference:
+                arguments.answer.write(f"{check.budget}: first difference: {check.difference}")
+        arguments.answer.write(f"{len(manifest.files)} files of {nested}: SHA-256 as in the manifest")
+        for pair in pairs:
+            words = "nested in" if pair["nested"] else "NOT nested in"
+            arguments.answer.write(f"{pair['smaller']} is {words} {pair['larger']}")
         arguments.answer.write("verification passed" if passed else "verification FAILED")
     return 0 if passed else 1
 
 
-def _children(nested: Path, child: list[str], budget: str | None, known: list[str]) -> dict[str, Path]:
+def _pairs(manifest: Any) -> list[dict[str, Any]]:
+    """Every two budgets: whether each unit and layer of the smaller one is in the larger one."""
+    from ..cost import parameters
+
+    by_size = sorted(manifest.subnets, key=lambda name: parameters(manifest.layout, manifest.subnets[name]))
+    return [
+        {"smaller": a, "larger": b, "nested": manifest.subnets[a].is_nested_in(manifest.subnets[b])}
+        for a, b in combinations(by_size, 2)
+    ]
+
+
+def _children(nested: Path, child: list[str], budget: str | None, known: list[str], format: str) -> dict[str, Path]:
     """budget -> folder."""
     if child:
         name = budget or Path(child[0]).name
@@ -59,10 +85,13 @@ def _children(nested: Path, child: list[str], budget: str | None, known: list[st
             words = f"{name!r} is no budget of this family ({', '.join(known)}); name it with --budget"
             raise ProblemsError([Problem("--budget", words)])
         return {name: Path(child[0])}
-    base = nested.parent / "children"
-    names = [budget] if budget else [n for n in known if (base / n).is_dir()]
+    base, holds = nested.parent / "children", "weights" if format == "nemo" else "config.json"
+    if format == "hf" and (nested.parent / "hf").is_dir():
+        base = nested.parent / "hf"
+    names = [budget] if budget else [n for n in known if (base / n / holds).exists()]
     if not names:
-        words = f"no children at {base}; run `nemo-elastic extract {nested} --all`, or name a child's folder"
+        words = f"no children of format {format} at {base}; run `nemo-elastic extract {nested} --all --format {format}`"
+        words += ", or name a child's folder"
         raise ProblemsError([Problem("CHILD", words)])
     return {name: base / name for name in names}
 
@@ -71,12 +100,24 @@ def _table(checks: list[Any]) -> Any:
     from rich.table import Table
 
     table = Table()
-    for heading in ("budget", "parameters", "loss nested", "loss child", "max |diff|", "relative", "KL", "top-1", ""):
+    for heading in (
+        "budget",
+        "cost",
+        "numel",
+        "loss nested",
+        "loss child",
+        "max |diff|",
+        "relative",
+        "KL",
+        "top-1",
+        "",
+    ):
         table.add_column(heading, justify="left" if heading in ("budget", "") else "right")
     for c in checks:
         d = c.comparison
         table.add_row(
-            c.budget, f"{c.numel:,}", f"{c.loss_nested:.6f}", f"{c.loss_child:.6f}", f"{d.max_abs:.1e}",
-            f"{d.relative:.1e}", f"{d.kl:.1e}", f"{d.top1_agreement:.4f}", "same" if c.ok else "DIFFERS",
+            c.budget, f"{c.parameters:,}", f"{c.numel:,}", f"{c.loss_nested:.6f}", f"{c.loss_child:.6f}",
+            f"{d.max_abs:.1e}", f"{d.relative:.1e}", f"{d.kl:.1e}", f"{d.top1_agreement:.4f}",
+            "same" if c.ok else "DIFFERS",
         )  # fmt: skip
     return table

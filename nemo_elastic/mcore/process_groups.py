@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+from ..problems import ProblemsError, raise_if_any
 from . import cpu
 
 
@@ -71,6 +74,24 @@ def barrier() -> None:
     """Wait for all processes."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def on_first_rank(act: Callable[[], Any]) -> Any:
+    """What `act` returns on the first rank, on all of them; the other ranks wait.
+
+    Raises:
+        ProblemsError: what `act` raised there, on all ranks.
+    """
+    answer: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            answer[0] = act()
+        except ProblemsError as error:
+            answer[1] = error.problems
+    if world_size() > 1:
+        dist.broadcast_object_list(answer, src=0)
+    raise_if_any(answer[1] or ())
+    return answer[0]
 
 
 def is_started() -> bool:

@@ -1,94 +1,120 @@
-"""`verify`: every child on disk against the nested subnet it was read from, on real text, each built on its own.
+"""`verify`: every child on disk against the nested subnet it was read from, each built on its own.
 
-The nested side runs elastic modules at the run's parallel layout; the child side is the plain model that its folder
-describes, without any elastic class, in one process per replica.
+    configuration(child) == configuration(subnet),   tensors(child) == tensors(subnet), bit by bit
+    logits(child) == logits(subnet) on real text,    numel(child) == cost(subnet)
+
+The nested side runs elastic modules at the run's parallel layout. The child side is the plain model that its folder
+describes, without any elastic class: a NeMo child in one process per replica, a Hugging Face child in transformers.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from nemo_elastic.checkpoint.comparison import ChildCheck, Comparison, compare_logits
-from nemo_elastic.checkpoint.extract import child_architecture
+from nemo_elastic.checkpoint.extract import child_architecture, plain_model
+from nemo_elastic.checkpoint.huggingface import HuggingFaceReader
 from nemo_elastic.checkpoint.manifest import check_hashes
+from nemo_elastic.checkpoint.reader import TensorReader, check_against_layout
+from nemo_elastic.checkpoint.schemas import PlainChild, plain_child
 from nemo_elastic.config.sections import RunConfig
 from nemo_elastic.cost import parameters
-from nemo_elastic.layout import ParamLayout
 from nemo_elastic.mcore import process_groups
 from nemo_elastic.mcore.build import build_elastic_model, build_plain_model, load_weights
 from nemo_elastic.mcore.dist_checkpoint import TorchDistReader
 from nemo_elastic.mcore.elastic.plan import hard_plan
 from nemo_elastic.mcore.evaluate import heldout_loss, whole_logits
-from nemo_elastic.nemo.checkpoints import Nested, open_nested
+from nemo_elastic.nemo.checkpoints import FORMATS, Nested, describe_parent, open_nested
+from nemo_elastic.nemo.first_difference import (
+    configuration_difference,
+    hidden_difference,
+    nested_trace,
+    plain_trace,
+    tensor_difference,
+)
+from nemo_elastic.nemo.hf_side import hf_python, run_transformers
+from nemo_elastic.nemo.trainer import ACTIVATIONS
 from nemo_elastic.problems import Problem, ProblemsError
 from nemo_elastic.space import Subnet
 
 logger = logging.getLogger(__name__)
 LOGIT_BATCHES = 2
+NOTHING = Comparison(*[float("nan")] * 4)  # of a child that could not be read
+Batches = Sequence[tuple[Tensor, Tensor]]
+# What the model section says of the arithmetic, beside the sizes.
+SETTINGS = ("layernorm_epsilon", "softmax_scale", "fp32_residual_connection")
+
+
+@dataclass(frozen=True)
+class _Child:
+    """A child's folder, and what it should be."""
+
+    name: str
+    folder: Path
+    subnet: Subnet
+    expected: PlainChild
+    reader: TensorReader
+    model: Mapping[str, Any]
+    dtype: torch.dtype
 
 
 def verify(
     nested_folder: str | Path,
     children: Mapping[str, Path],
     run: RunConfig,
-    batches: list[tuple[torch.Tensor, torch.Tensor]],
+    batches: list[tuple[Tensor, Tensor]],
     *,
+    format: str = "nemo",
+    python: str | None = None,
     report: Callable[[str, int, int], None] | None = None,
 ) -> list[ChildCheck]:
     """Compare children with their nested subnets.
 
     Args:
-        children: budget -> folder of an extracted NeMo child.
+        children: budget -> folder of an extracted child.
         run: parallel layout of the nested side, mode.
-        batches: real (tokens, labels).
+        batches: real (tokens, labels). The losses of Hugging Face children are of the first two alone.
+        format: `nemo` or `hf`, of the children.
+        python: a Python whose transformers knows NemotronH, for `hf`; None: this one, if it does.
 
     Raises:
         ProblemsError: damaged files, an unknown budget, a child that is missing or of another family.
     """
+    if format not in FORMATS:
+        raise ProblemsError([Problem("--format", f"{format!r} must be one of {', '.join(FORMATS)}")])
+    python = hf_python(python) if format == "hf" else None
     nested = open_nested(nested_folder)
     check_hashes(nested.path, nested.manifest)
-    report = report or (lambda what, done, total: None)
-    total = 2 * len(children)
-    layout_sizes = (run.train.tensor_model_parallel_size, run.train.pipeline_model_parallel_size)
-    process_groups.start(*layout_sizes, seed=run.train.seed)
-    ours: dict[str, tuple[list[torch.Tensor], float]] = {}
+    opened = [_open(name, Path(folder), nested, format) for name, folder in children.items()]
+    report, total = report or (lambda what, done, total: None), 2 * len(opened)
+    sizes = (run.train.tensor_model_parallel_size, run.train.pipeline_model_parallel_size)
+    process_groups.start(*sizes, seed=run.train.seed)
     model = elastic_from(nested, sequence_parallel=run.train.sequence_parallel)
-    for done, name in enumerate(children):
+    ours: dict[str, tuple[list[Tensor], float]] = {}
+    for done, child in enumerate(opened):
         report("verify", done, total)
-        subnet = nested.manifest.subnet(name)
-        plan = hard_plan(model.layout, subnet, run.train.mode)
+        plan = hard_plan(model.layout, child.subnet, run.train.mode)
         logits = [whole_logits(model, tokens, plan) for tokens, _ in batches[:LOGIT_BATCHES]]
-        ours[name] = logits, heldout_loss(model, batches, plan)
+        loss = heldout_loss(model, batches, plan) if format == "nemo" else _loss(logits, batches)
+        ours[child.name] = logits, loss
     del model
     process_groups.start(1, 1, seed=run.train.seed)
     checks = []
-    for done, (name, folder) in enumerate(children.items(), start=len(children)):
+    for done, child in enumerate(opened, start=len(opened)):
         report("verify", done, total)
-        subnet = nested.manifest.subnet(name)
-        child, numel = _child(folder, nested, subnet)
-        logits, loss = ours[name]
-        comparisons = [
-            compare_logits(left, whole_logits(child, tokens))
-            for left, (tokens, _) in zip(logits, batches[:LOGIT_BATCHES], strict=True)
-        ]
-        larger = {n: s for n, s in nested.manifest.subnets.items() if n != name and subnet.is_nested_in(s)}
-        checks.append(
-            ChildCheck(
-                budget=name,
-                comparison=_worst(comparisons),
-                loss_nested=loss,
-                loss_child=heldout_loss(child, batches),
-                parameters=parameters(nested.layout, subnet),
-                numel=numel,
-                nested_in=tuple(larger),
-                dtype=torch.float32,
-            )
-        )
+        if python is None:
+            check = _nemo_check(nested, child, *ours[child.name], batches)
+        else:
+            check = process_groups.on_first_rank(lambda c=child: _hf_check(nested, c, *ours[c.name], batches, python))
+        checks.append(check)
     report("verify", total, total)
     return checks
 
@@ -96,32 +122,113 @@ def verify(
 def elastic_from(nested: Nested, *, sequence_parallel: bool = False) -> Any:
     """The elastic model of this rank with a nested checkpoint's weights, fp32."""
     architecture, groups = nested.layout.architecture, nested.layout.ffn_groups
+    settings = _settings(nested.manifest.model)
     model = build_elastic_model(
-        architecture, ffn_groups=groups, sequence_parallel=sequence_parallel, params_dtype=torch.float32
+        architecture, ffn_groups=groups, sequence_parallel=sequence_parallel, params_dtype=torch.float32, **settings
     )
     load_weights(model, nested.reader, architecture, ffn_groups=groups)
     return model
 
 
-def _child(folder: Path, nested: Nested, subnet: Subnet) -> tuple[torch.nn.Module, int]:
-    """The plain child model from its own folder, and its parameter count."""
-    if not (folder / "weights").is_dir():
-        words = f"no NeMo child at {str(folder)!r}; run `nemo-elastic extract` first"
+def _settings(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of Megatron's config that a model section sets beside the sizes."""
+    found = {name: model[name] for name in SETTINGS if model.get(name) is not None}
+    return found | {"activation_func": ACTIVATIONS[model.get("activation_func", "squared_relu")]}
+
+
+def _open(name: str, folder: Path, nested: Nested, format: str) -> _Child:
+    """A child's folder, whose tensors have the names and shapes of its subnet's."""
+    subnet = nested.manifest.subnet(name)
+    if not (folder / ("weights" if format == "nemo" else "config.json")).exists():
+        words = f"no child of format {format} here; run `nemo-elastic extract --format {format}` first"
         raise ProblemsError([Problem(str(folder), words)])
-    architecture = child_architecture(nested.layout.architecture, subnet)
-    model = build_plain_model(architecture, params_dtype=torch.float32)
-    with TorchDistReader(folder) as reader:
-        load_weights(model, reader, architecture, ffn_groups=1)
-    names = set(ParamLayout(architecture, ffn_groups=1).table)
-    numel = sum(p.numel() for p in model.parameters())
-    logger.info("%s: %d tensors, %d parameters", folder, len(names), numel)
-    return model, numel
+    if format == "nemo":
+        child_architecture(nested.layout.architecture, subnet)  # refuses what a plain config cannot say
+    expected = plain_child(nested.reader, nested.layout, subnet)
+    reader = TorchDistReader(folder) if format == "nemo" else HuggingFaceReader(folder)
+    model = describe_parent(str(folder)).model if format == "nemo" else reader.model
+    check_against_layout(reader, expected.layout, str(folder))
+    cast = {reader.dtype(t.name) for t in expected.tensors if reader.dtype(t.name) != t.dtype}
+    dtype = torch.bfloat16 if cast & {torch.bfloat16, torch.float16} else torch.float32
+    return _Child(name, folder, subnet, expected, reader, model or {}, dtype)
+
+
+def _written_difference(nested: Nested, child: _Child) -> str | None:
+    wanted = plain_model(nested.manifest.model, child.expected.architecture)
+    pattern = nested.layout.architecture.hybrid_override_pattern
+    return configuration_difference(child.model, wanted) or tensor_difference(
+        child.reader, child.expected.tensors, child.subnet, pattern
+    )
+
+
+def _nemo_check(nested: Nested, child: _Child, logits: list[Tensor], loss: float, batches: Batches) -> ChildCheck:
+    difference = _written_difference(nested, child)
+    architecture = child.expected.architecture
+    plain = build_plain_model(architecture, params_dtype=torch.float32, **_settings(child.model))
+    numel = sum(p.numel() for p in plain.parameters())
+    try:
+        load_weights(plain, child.reader, architecture, ffn_groups=1)
+    except ProblemsError:
+        if difference is None:
+            raise
+        return _check(nested, child, numel, None, loss, float("nan"), difference)
+    theirs = [whole_logits(plain, tokens) for tokens, _ in batches[:LOGIT_BATCHES]]
+    check = _check(nested, child, numel, (logits, theirs), loss, heldout_loss(plain, batches), difference)
+    if difference is None and not check.same_logits:
+        check = replace(check, difference=_hidden(nested, child, plain_trace(plain, batches[0][0]), batches))
+    return check
+
+
+def _hf_check(
+    nested: Nested, child: _Child, logits: list[Tensor], loss: float, batches: Batches, python: str
+) -> ChildCheck:
+    difference = _written_difference(nested, child)
+    tokens = [t for t, _ in batches[:LOGIT_BATCHES]]
+    (side,) = run_transformers(python, [child.folder], tokens)
+    theirs = _loss(side.logits, batches)
+    check = _check(nested, child, side.parameters, (logits, side.logits), loss, theirs, difference)
+    if difference is None and not check.same_logits:
+        (traced,) = run_transformers(python, [child.folder], tokens[:1], trace=True)
+        check = replace(check, difference=_hidden(nested, child, traced.hidden, batches))
+    return replace(check, format="hf")
+
+
+def _hidden(nested: Nested, child: _Child, theirs: list[Tensor], batches: Batches) -> str:
+    ours = nested_trace(elastic_from(nested).eval(), batches[0][0], child.subnet)
+    return hidden_difference(ours, theirs, child.subnet, nested.layout.architecture.hybrid_override_pattern)
+
+
+def _check(
+    nested: Nested,
+    child: _Child,
+    numel: int,
+    logits: tuple[list[Tensor], list[Tensor]] | None,
+    loss_nested: float,
+    loss_child: float,
+    difference: str | None,
+) -> ChildCheck:
+    larger = [n for n, s in nested.manifest.subnets.items() if n != child.name and child.subnet.is_nested_in(s)]
+    return ChildCheck(
+        budget=child.name,
+        comparison=_worst([compare_logits(a, b) for a, b in zip(*logits, strict=True)]) if logits else NOTHING,
+        loss_nested=loss_nested,
+        loss_child=loss_child,
+        parameters=parameters(nested.layout, child.subnet) + child.expected.padding,
+        numel=numel,
+        nested_in=tuple(larger),
+        dtype=child.dtype,
+        difference=difference,
+    )
+
+
+def _loss(logits: list[Tensor], batches: Batches) -> float:
+    losses = [
+        F.cross_entropy(values.double().flatten(0, 1), labels.flatten())
+        for values, (_, labels) in zip(logits, batches, strict=False)
+    ]
+    return float(torch.stack(losses).mean())
 
 
 def _worst(found: list[Comparison]) -> Comparison:
-    return Comparison(
-        max(c.max_abs for c in found),
-        max(c.relative for c in found),
-        max(c.kl for c in found),
-        min(c.top1_agreement for c in found),
-    )
+    rows = torch.tensor([list(c.to_dict().values()) for c in found], dtype=torch.float64)  # a NaN stays one
+    return Comparison(*rows[:, :3].amax(0).tolist(), float(rows[:, 3].amin()))

@@ -1,0 +1,227 @@
+"""A family served from one copy of its weights: memory, time of a switch, speed by views and from a compact copy.
+
+    python benchmarks/serving.py [--quick] [--repetitions 5] [--threads 1] [--output FILE]
+
+Two families, fp32 on the CPU, neither of them trained: `tiny` is the shipped parent through a nested checkpoint on
+disk, `wide` is a random parent (`--quick` leaves it out). Per budget: time of a prefill (256 tokens) and of a decoded
+token, by views (`views`) and from one compact copy of the child (`compact`); both take turns, least of the repetitions.
+A switch is timed alone and with the first token behind it. Memory is that of the tensors, and (`wide`) the resident set
+of processes of their own that hold the parent alone, the family after running every budget, or one model per budget.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from nemo_elastic.checkpoint.extract import child_architecture, child_tensors, plain_model
+from nemo_elastic.checkpoint.manifest import Manifest
+from nemo_elastic.checkpoint.reader import MemoryReader
+from nemo_elastic.config import load_config
+from nemo_elastic.config.model_fields import architecture_of
+from nemo_elastic.cost import parameters
+from nemo_elastic.layout import ParamLayout
+from nemo_elastic.mcore.parents import open_parent, whole_state
+from nemo_elastic.serving import ElasticFamily
+from nemo_elastic.space import Budget, ElasticSpace
+
+GOALS = {"memory_ratio_to_parent": 1.02, "switch_ms": 50.0}
+FRACTIONS = {"full": 1.0, "large": 0.75, "small": 0.5}
+CUTS = {
+    "large": {"hidden_size": 0.875, "ffn_hidden_size": 0.75, "mamba_num_heads": 0.75, "num_attention_heads": 0.75},
+    "small": {"hidden_size": 0.75, "ffn_hidden_size": 0.5, "mamba_num_heads": 0.5, "num_attention_heads": 0.5},
+}
+WIDE = {
+    "hybrid_override_pattern": "M-M*-M-M*-",
+    "hidden_size": 1024,
+    "ffn_hidden_size": 4096,
+    "num_attention_heads": 16,
+    "num_query_groups": 4,
+    "kv_channels": 64,
+    "mamba_num_heads": 32,
+    "mamba_head_dim": 64,
+    "mamba_num_groups": 8,
+    "mamba_state_dim": 128,
+    "vocab_size": 16384,
+    "seq_length": 4096,
+}
+
+
+def machine() -> dict:
+    """What the numbers were taken on."""
+    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return {
+        "cpu": names[0] if names else platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "load_average_at_start": os.getloadavg()[0],
+    }
+
+
+def family_of(model: dict) -> Manifest:
+    """Budgets full, large and small of a parent: every width cut, no layer dropped."""
+    space = ElasticSpace(architecture=architecture_of(model))
+    sizes = {name: {dim: int(part * model[dim]) for dim, part in cut.items()} for name, cut in CUTS.items()}
+    subnets = {"full": space.full_subnet(), **{name: space.subnet(**cut) for name, cut in sizes.items()}}
+    budgets = {name: Budget(name=name, kind="fraction", value=value) for name, value in FRACTIONS.items()}
+    return Manifest(model=model, space=space, budgets=budgets, subnets=subnets)
+
+
+def tiny() -> ElasticFamily:
+    """The shipped parent, through a nested checkpoint."""
+    from nemo_elastic.nemo import cpu
+    from nemo_elastic.nemo.nested import write_nested
+
+    cpu.install()
+    model = dict(load_config("tiny_parent.yaml").config.model)
+    manifest = family_of(model)
+    with tempfile.TemporaryDirectory() as folder:
+        weights = whole_state(open_parent("builtin:tiny_parent", manifest.layout))
+        write_nested(Path(folder) / "nested", weights, manifest)
+        return ElasticFamily.load(Path(folder) / "nested", dtype=torch.float32)
+
+
+def wide(manifest: Manifest) -> dict[str, torch.Tensor]:
+    """Random weights."""
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    for name, spec in manifest.layout.table.items():
+        found[name] = torch.randn(spec.shape({}), generator=generator) * 0.02
+        if name.endswith("norm.weight"):
+            found[name] += 1
+    return found
+
+
+def best(act: Callable[[], object], repetitions: int) -> float:
+    """Least seconds."""
+    times = []
+    for _ in range(repetitions):
+        start = time.perf_counter()
+        act()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def measure(family: ElasticFamily, repetitions: int, decoded: int, prompt: int) -> dict:
+    """Speed and memory of every budget."""
+    tokens = torch.randint(0, family.layout.architecture.vocab_size, (1, prompt))
+    parent = family.memory_bytes()["weights"]
+    answers = {}
+    for name, subnet in family.subnets.items():
+        times: dict[str, list[float]] = {}
+        memory = {}
+        for _ in range(repetitions):
+            for kind in ("views", "compact"):
+                alone = best(lambda n=name, k=kind: family.switch(n, compact=k == "compact"), 1)
+                first = best(lambda: family.logits(tokens[:, :1]), 1)
+                memory[kind] = family.memory_bytes()["active"]
+                prefill = best(lambda: family.logits(tokens, last_only=True), 1)
+                cache = family.new_cache()
+                family.logits(tokens, cache, last_only=True)
+                decode = best(lambda c=cache: [family.logits(tokens[:, :1], c) for _ in range(decoded)], 1) / decoded
+                for what, value in (("switch", alone), ("switch_and_first_token", alone + first)):
+                    times.setdefault(f"{kind}_{what}_ms", []).append(1e3 * value)
+                times.setdefault(f"{kind}_prefill_ms", []).append(1e3 * prefill)
+                times.setdefault(f"{kind}_token_ms", []).append(1e3 * decode)
+        answers[name] = {
+            "parameters": parameters(family.layout, subnet),
+            **{key: round(min(found), 3) for key, found in times.items()},
+            "slowest_switch_ms": round(max(times["views_switch_ms"]), 3),
+            "views_memory_ratio_to_parent": round(1 + memory["views"] / parent, 5),
+            "compact_memory_ratio_to_parent": round(1 + memory["compact"] / parent, 5),
+        }
+    children = sum(4 * parameters(family.layout, s) for s in family.subnets.values())
+    return {
+        "parent_mb": round(parent / 1e6, 2),
+        "separate_children_ratio_to_parent": round(children / parent, 4),
+        "budgets": answers,
+    }
+
+
+def resident_mb() -> float:
+    """Resident set of this process."""
+    return int(re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)) / 1024
+
+
+def hold(what: str) -> float:
+    """MB that a process holds after running `parent` alone, every budget of a `family`, or `separate` models."""
+    manifest, tokens = family_of(WIDE), torch.zeros(1, 16, dtype=torch.int64)
+    before = resident_mb()
+    weights = wide(manifest)
+    alive = []
+    if what == "separate":
+        for subnet in manifest.subnets.values():
+            architecture = child_architecture(manifest.space.architecture, subnet)
+            cut = child_tensors(MemoryReader(weights), manifest.layout, subnet)
+            alone = {"full": ElasticSpace(architecture=architecture).full_subnet()}
+            own = ParamLayout(architecture, ffn_groups=manifest.layout.ffn_groups)
+            alive.append(ElasticFamily({t.name: t.read() for t in cut}, own, plain_model(WIDE, architecture), alone))
+        del weights, cut
+    else:
+        alive.append(ElasticFamily(weights, manifest.layout, WIDE, manifest.subnets))
+    for served in alive:
+        for name in served.budgets if what != "parent" else ("full",):
+            served.switch(name)
+            served.logits(tokens)
+    return resident_mb() - before
+
+
+def main() -> int:
+    """Measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the shipped parent only, once: that it runs")
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--hold", choices=("parent", "family", "separate"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    if arguments.hold:
+        print(hold(arguments.hold))
+        return 0
+    repetitions = 1 if arguments.quick else arguments.repetitions
+    result = {"machine": machine(), "repetitions": repetitions, "goals": GOALS}
+    result["tiny"] = measure(tiny(), repetitions, 4 if arguments.quick else 32, 64 if arguments.quick else 256)
+    if not arguments.quick:
+        manifest = family_of(WIDE)
+        served = ElasticFamily(wide(manifest), manifest.layout, WIDE, manifest.subnets)
+        result["wide"] = measure(served, repetitions, 8, 256)
+        del served
+        resident = {}
+        for what in ("parent", "family", "separate"):
+            command = [sys.executable, __file__, "--hold", what, "--threads", str(arguments.threads)]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            resident[what] = round(float(done.stdout.split()[-1]), 1)
+        result["wide"]["resident_mb"] = resident
+        result["wide"]["resident_ratio_to_parent"] = {k: round(v / resident["parent"], 4) for k, v in resident.items()}
+    budgets = result["tiny"]["budgets"].values()
+    worst = {
+        "memory_ratio_to_parent": max(b["views_memory_ratio_to_parent"] for b in budgets),
+        "switch_ms": max(b["views_switch_and_first_token_ms"] for b in budgets),
+    }
+    result = {**worst, "met": all(worst[key] <= goal for key, goal in GOALS.items()), **result}
+    text = json.dumps(result, indent=2)
+    print(text)
+    if arguments.output:
+        arguments.output.write_text(text + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

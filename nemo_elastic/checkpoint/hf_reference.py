@@ -1,0 +1,80 @@
+"""Logits of Hugging Face folders by transformers' own NemotronH, in a Python that need not have this package.
+
+    PYTHON hf_reference.py REQUEST.json OUT.safetensors ANSWER.json
+
+REQUEST: `folders`, `tokens` (lists `[n, b, s]`), `trace`. OUT holds `logits.F.N` (folder F, batch N), or with `trace`
+`hidden.F.I`: the final norm of what layer I leaves of the first row of the first batch. ANSWER: per folder the class,
+the parameter count, and what transformers missed, did not expect or found misshapen. Only safetensors are read, no code
+of a folder is run, and nothing is looked up on the hub. It imports torch, transformers and safetensors, nothing else.
+"""
+
+import json
+import os
+import sys
+from typing import Any
+
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+
+
+def main(request: str, out: str, answer: str) -> None:
+    """See the module's docstring."""
+    os.environ.update(OFFLINE)
+    import torch
+    import transformers
+    from safetensors.torch import save_file
+
+    with open(request) as file:
+        wanted = json.load(file)
+    batches = [torch.tensor(batch) for batch in wanted["tokens"]]
+    found: dict[str, Any] = {}
+    folders = []
+    for number, folder in enumerate(wanted["folders"]):
+        model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            output_loading_info=True,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+        model.eval()
+        trace = _follow(model) if wanted["trace"] else None
+        with torch.no_grad():
+            for place, batch in enumerate(batches):
+                if trace is not None:
+                    model(input_ids=batch[:1], use_cache=False)
+                    for layer, hidden in trace.items():
+                        found[f"hidden.{number}.{layer}"] = model.model.norm_f(hidden)[0].float().contiguous()
+                    break
+                logits = model(input_ids=batch, use_cache=False).logits
+                found[f"logits.{number}.{place}"] = logits.float().contiguous()
+        folders.append(
+            {
+                "class": f"{type(model).__module__}.{type(model).__name__}",
+                "parameters": sum(p.numel() for p in model.parameters()),
+                "loading": {name: sorted(map(str, value)) for name, value in loading.items() if value},
+            }
+        )
+        del model
+    save_file(found, out)
+    with open(answer, "w") as file:
+        json.dump({"transformers": transformers.__version__, "torch": torch.__version__, "folders": folders}, file)
+
+
+def _follow(model: Any) -> dict[int, Any]:
+    """What every layer leaves, filled by the next forward."""
+    trace: dict[int, Any] = {}
+
+    def keep(layer: int) -> Any:
+        def hook(module: Any, inputs: Any, output: Any) -> None:
+            trace[layer] = (output[0] if isinstance(output, tuple) else output).detach()
+
+        return hook
+
+    for layer, block in enumerate(model.model.layers):
+        block.register_forward_hook(keep(layer))
+    return trace
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,99 @@
+"""Children in Hugging Face format, run by transformers in the Python that has it, as a process of its own.
+
+NeMo's pins exclude the transformers that knows NemotronH, so the reference usually lives in a venv of its own
+(`make setup-hf`). Tokens and logits travel as files.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from nemo_elastic.checkpoint import hf_reference
+from nemo_elastic.problems import Problem, ProblemsError
+
+KEY = "--hf-python"
+
+
+@dataclass(frozen=True)
+class HfSide:
+    """What transformers says of a folder: logits `[b, s, v]` per batch, or normed hidden states `[s, k]` per layer."""
+
+    logits: list[Tensor]
+    hidden: list[Tensor]
+    parameters: int
+
+
+def hf_python(given: str | None) -> str:
+    """The Python to ask: `given`, or this one where its transformers knows NemotronH.
+
+    Raises:
+        ProblemsError: neither.
+    """
+    if given is not None:
+        found = shutil.which(given)
+        if found is None:
+            raise ProblemsError([Problem(KEY, f"{given!r} is no program; give e.g. .venv-hf/bin/python")])
+        return found
+    if importlib.util.find_spec("transformers") and importlib.util.find_spec("transformers.models.nemotron_h"):
+        return sys.executable
+    words = (
+        "is not given, and the transformers of this Python does not know NemotronH; name a Python with transformers 5: "
+        "`make setup-hf` makes .venv-hf/bin/python"
+    )
+    raise ProblemsError([Problem(KEY, words)])
+
+
+def run_transformers(
+    python: str, folders: Sequence[Path], batches: Sequence[Tensor], *, trace: bool = False
+) -> list[HfSide]:
+    """Logits of every folder for every batch of tokens `[b, s]`.
+
+    Args:
+        trace: give the hidden states of the first row of the first batch instead.
+
+    Raises:
+        ProblemsError: that Python lacks transformers, or it could not load a folder whole.
+    """
+    with tempfile.TemporaryDirectory(prefix="nemo-elastic-hf-") as place:
+        request, out, answer = (Path(place) / name for name in ("request.json", "out.safetensors", "answer.json"))
+        tokens = [batch.tolist() for batch in batches]
+        request.write_text(json.dumps({"folders": [str(f) for f in folders], "tokens": tokens, "trace": trace}))
+        command = [python, "-I", hf_reference.__file__, *map(str, (request, out, answer))]
+        done = subprocess.run(command, env=_environment(), capture_output=True, text=True)
+        if done.returncode:
+            last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no message")
+            words = f"{python} could not run {', '.join(str(f) for f in folders)}: {last[:300]}"
+            raise ProblemsError([Problem(KEY, words)])
+        described: dict[str, Any] = json.loads(answer.read_text())
+        tensors = load_file(out)
+    sides = []
+    for number, (folder, said) in enumerate(zip(folders, described["folders"], strict=True)):
+        if said["loading"] or not said["class"].startswith("transformers.models.nemotron_h."):
+            words = (
+                f"transformers {described['transformers']} does not load it whole: {said['class']} {said['loading']}"
+            )
+            raise ProblemsError([Problem(str(folder), words[:600])])
+        logits = [tensors[f"logits.{number}.{n}"] for n in range(len(batches))] if not trace else []
+        layers = sum(name.startswith(f"hidden.{number}.") for name in tensors)
+        hidden = [tensors[f"hidden.{number}.{n}"] for n in range(layers)]
+        sides.append(HfSide(logits, hidden, said["parameters"]))
+    return sides
+
+
+def _environment() -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return kept | hf_reference.OFFLINE | {"OMP_NUM_THREADS": str(torch.get_num_threads())}

@@ -51,7 +51,7 @@ def plan(run: RunConfig, depth_ranking: tuple[int, ...] | None = None) -> dict[s
         except ProblemsError as error:
             found += error.problems
     return described_plan(run.name, family, serving, budgets) | {
-        "notes": [*family.notes, *_notes(family), *_misses(budgets, run.router.tolerance)],
+        "notes": [*family.notes, *_notes(family), *misses(budgets, run.router.tolerance)],
         "problems": [{"key": p.key, "message": p.message} for p in dict.fromkeys(found)],
     }
 
@@ -134,16 +134,14 @@ def described(family: Family, serving: Serving, subnet: Subnet) -> dict[str, Any
     return about
 
 
-def _misses(budgets: Iterable[Mapping[str, Any]], tolerance: float) -> list[str]:
-    """Budgets that their subnet does not meet: the space has nothing nearer, or a forced subnet is another size."""
+def misses(budgets: Iterable[Mapping[str, Any]], tolerance: float) -> list[str]:
+    """Budgets that their subnet does not meet: a budget is a limit, and what stays below it is given away."""
     found = []
     for b in budgets:
         if abs(b["error"]) > tolerance:
             side = "below" if b["error"] < 0 else "ABOVE"
-            why = "its forced subnet" if b["origin"] == "forced" else "the nearest subnet of elastic.dims"
-            found.append(
-                f"{b['name']}: {why} is {abs(b['error']):.1%} {side} the budget (router.tolerance {tolerance:g})"
-            )
+            words = f"its {b['origin']} subnet is {abs(b['error']):.1%} {side} the budget"
+            found.append(f"{b['name']}: {words} (router.tolerance {tolerance:g})")
     return found
 
 

@@ -100,21 +100,21 @@ class _Line:
         self.depths = (len(smaller.layers) - len(base), len(larger.layers) - len(base))
 
     def best(self, tolerance: float) -> Subnet:
-        """The nearest point of the line, improved by single steps."""
+        """Per depth the nearest point of the line, improved by single steps; of all depths the best."""
+        found = [self._at_depth(extra, tolerance) for extra in range(min(self.depths), max(self.depths) + 1)]
+        _, point, extra = min(found, key=lambda f: f[0])
+        return self._subnet(point, extra)
+
+    def _at_depth(self, extra: int, tolerance: float) -> tuple:
         found = None
-        for extra in range(min(self.depths), max(self.depths) + 1):
-            for i in range(STEPS + 1):
-                point = [row.at(i / STEPS) for row in self.rows]
-                found = self._better(found, point, extra, tolerance)
-                if not self.rows:
-                    break
-        while True:
+        for i in range(STEPS + 1 if self.rows else 1):
+            found = self._better(found, [row.at(i / STEPS) for row in self.rows], extra, tolerance)
+        before = None
+        while found is not before:
             before = found
-            _, point, extra = before
-            for moved in self._neighbours(point):
+            for moved in self._neighbours(before[1]):
                 found = self._better(found, moved, extra, tolerance)
-            if found is before:
-                return self._subnet(point, extra)
+        return found
 
     def _better(self, best: tuple | None, point: list[int], extra: int, tolerance: float) -> tuple:
         error = self.cost.error(self.cost.of(self._subnet(point, extra)))

@@ -22,6 +22,7 @@ VERBS = (
     "sort",
     "train",
     "nest",
+    "profile",
     "extract",
     "verify",
     "report",

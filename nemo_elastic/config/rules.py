@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable
 
-from ..problems import Problem, did_you_mean
+from ..problems import Problem, ProblemsError, did_you_mean
+from ..serving_conditions import byte_profile
 from ..space import DIMS
 from .sections import RunConfig, StageConfig
 
@@ -19,7 +20,6 @@ ALLOWED = {
     "train.recompute_granularity": (None, "full", "selective"),
     "export.dtype": ("bfloat16", "float32"),
     "export.hf_schema": ("uniform", "list", "per_layer_config"),
-    "report.profile": ("bf16", "fp32", "fp8_kv", "fp8", "int8", "fp4"),
 }
 POSITIVE = (
     "elastic.ffn_groups", "rank.samples", "rank.seq_length", "rank.micro_batch_size", "rank.depth_samples",
@@ -57,7 +57,7 @@ def rule_problems(config: RunConfig) -> list[Problem]:
         found.append(
             Problem("distill.kd_weight", "0 with distill.ce_weight=0 leaves nothing to learn; set one above 0")
         )
-    return [*found, *_elastic_problems(config), *_stage_problems(config)]
+    return [*found, *_profile_problems(config), *_elastic_problems(config), *_stage_problems(config)]
 
 
 def _get(config: RunConfig, key: str) -> object:
@@ -65,6 +65,13 @@ def _get(config: RunConfig, key: str) -> object:
     for name in key.split("."):
         value = getattr(value, name)
     return value
+
+
+def _profile_problems(config: RunConfig) -> Iterable[Problem]:
+    try:
+        byte_profile(config.report.profile)
+    except ProblemsError as error:
+        yield from error.problems
 
 
 def _elastic_problems(config: RunConfig) -> Iterable[Problem]:

@@ -83,6 +83,7 @@ class RouterConfig:
     freeze_fraction: float = 0.4  # last part of the run, with the choices pinned: what is trained is what is extracted
     lr: float = 1e-2
     recipe: str = "default"  # or paper: lambda 1, no warm-up, no dual ascent, soft to the end, as published
+    frozen: bool = False  # nothing is learned or random: elastic.subnets as given, even shrinking for other budgets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +175,8 @@ class ReportConfig:
     title: str | None = None
     batch_size: int = 1
     sequence_length: int = 8192
-    profile: str = "bf16"  # bytes per element: bf16, fp32, fp8_kv, fp8, int8, fp4
+    profile: Any = "bf16"  # bytes per element: bf16, fp32, fp8_kv, fp8, int8, fp4, a mapping, or a .yaml file
+    latency_table: str | None = None  # what `nemo-elastic profile` wrote; latency_ms budgets need it
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from nemo_elastic import __version__
 from nemo_elastic.checkpoint.comparison import ChildCheck
 from nemo_elastic.checkpoint.manifest import Manifest
 from nemo_elastic.config.load import Resolved, plain
-from nemo_elastic.cost import BYTE_PROFILES, memory, parameters
+from nemo_elastic.cost import memory, parameters
 from nemo_elastic.data.tokenizer import DEFAULT_TOKENIZER
 from nemo_elastic.family import family_of
 from nemo_elastic.files import write_json
@@ -41,6 +41,7 @@ from nemo_elastic.nemo.train import Trained, data_module, heldout_batches, lates
 from nemo_elastic.nemo.verify import verify
 from nemo_elastic.problems import Problem, ProblemsError
 from nemo_elastic.runlog import RunLog
+from nemo_elastic.serving_conditions import serving_of
 from nemo_elastic.space import Subnet
 
 logger = logging.getLogger(__name__)
@@ -219,14 +220,8 @@ class Run:
     def _row(
         self, manifest: Manifest, layout: ParamLayout, check: ChildCheck, before: Mapping[str, float]
     ) -> dict[str, Any]:
-        subnet, serving = manifest.subnet(check.budget), self.config.report
-        bytes_ = memory(
-            layout,
-            subnet,
-            batch_size=serving.batch_size,
-            sequence_length=serving.sequence_length,
-            profile=BYTE_PROFILES[serving.profile],
-        )
+        subnet = manifest.subnet(check.budget)
+        bytes_ = memory(layout, subnet, **serving_of(self.config.report).memory_conditions)
         budget = manifest.budgets[check.budget]
         return {
             "name": check.budget,

@@ -12,7 +12,6 @@ import torch
 
 from nemo_elastic.config.load import plain
 from nemo_elastic.config.sections import RunConfig
-from nemo_elastic.cost import BYTE_PROFILES
 from nemo_elastic.distill.curriculum import total_steps
 from nemo_elastic.family import Family, family_of, parallel_problems
 from nemo_elastic.layout import ParamLayout
@@ -31,6 +30,7 @@ from nemo_elastic.nemo.tokenizer import load_tokenizer
 from nemo_elastic.nemo.trainer import build_optimizer, build_trainer, plain_model_config, started_processes
 from nemo_elastic.problems import Problem, raise_if_any
 from nemo_elastic.router.schedule import Timeline, resolve_recipe
+from nemo_elastic.serving_conditions import serving_of
 from nemo_elastic.space import Subnet
 
 logger = logging.getLogger(__name__)
@@ -111,9 +111,7 @@ def train(
         timeline=Timeline.of(resolve_recipe(run.router), steps, stages),
         seed=run.train.seed,
         mode=run.train.mode,
-        batch_size=run.report.batch_size,
-        sequence_length=run.report.sequence_length,
-        profile=BYTE_PROFILES[run.report.profile],
+        **serving_of(run.report, family.architecture).conditions,
     )
     callback = ElasticCallback(run, planner, out, heldout_batches(data, run), progress)
     trainer = build_trainer(

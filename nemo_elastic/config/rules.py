@@ -7,6 +7,7 @@ from ..space import DIMS
 from .sections import RunConfig
 
 ALLOWED = {
+    "data.chat.layout": ("padded", "packed"),
     "rank.ffn_site": ("linear_fc2_input", "linear_fc1_output"),
     "rank.mamba_site": ("out_proj_input", "in_proj_x", "out_proj_contribution"),
     "rank.aggregation": ("mean_l2", "l2_l2", "mean_mean"),
@@ -54,7 +55,7 @@ def rule_problems(config: RunConfig) -> list[Problem]:
         found.append(
             Problem("distill.kd_weight", "0 with distill.ce_weight=0 leaves nothing to learn; set one above 0")
         )
-    return [*found, *_elastic_problems(config), *_stage_problems(config)]
+    return [*found, *_data_problems(config), *_elastic_problems(config), *_stage_problems(config)]
 
 
 def _get(config: RunConfig, key: str) -> object:
@@ -62,6 +63,16 @@ def _get(config: RunConfig, key: str) -> object:
     for name in key.split("."):
         value = getattr(value, name)
     return value
+
+
+def _data_problems(config: RunConfig) -> Iterable[Problem]:
+    if config.data.paths and config.data.blend:
+        yield Problem("data.blend", "cannot stand beside data.paths; name every source in data.blend")
+    for i, source in enumerate(config.data.blend):
+        if not 0 < source.weight < float("inf"):
+            yield Problem(f"data.blend.{i}.weight", f"{source.weight} must be above 0; leave the source out instead")
+    if config.data.chat.end == "":
+        yield Problem("data.chat.end", "'' must end a turn; give a marker, or null for the end-of-text token")
 
 
 def _elastic_problems(config: RunConfig) -> Iterable[Problem]:

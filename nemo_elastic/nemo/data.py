@@ -10,7 +10,7 @@ with every checkpoint and given back to the sampler: a resumed run reads on wher
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -21,9 +21,12 @@ from nemo.lightning import io
 from nemo.lightning.data import WrappedDataLoader
 from torch.utils.data import Dataset
 
+from nemo_elastic.config.sections import BlendSource, ChatConfig
+from nemo_elastic.data.blend import Source
 from nemo_elastic.data.corpus import DEFAULT_LIST
 from nemo_elastic.data.tokens import load_tokens
 from nemo_elastic.data.windows import Windows
+from nemo_elastic.nemo.sources import open_windows
 from nemo_elastic.nemo.tokenizer import ElasticTokenizer
 
 # The sampler counts samples in a dataset of some length; windows have no end, so this is only "long enough".
@@ -33,18 +36,18 @@ _ENDLESS = 2**40
 class WindowDataset(Dataset):
     """Windows as the dictionary that NeMo's GPT and SSM models read: tokens, labels, loss_mask, position_ids."""
 
-    def __init__(self, windows: Windows, length: int) -> None:
+    def __init__(self, windows: Source, length: int) -> None:
         self.windows, self.length = windows, length
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        tokens, labels = (torch.from_numpy(np.array(a)) for a in self.windows.sample(index))
+        tokens, labels, *mask = (torch.from_numpy(np.array(a)) for a in self.windows.sample(index))
         return {
             "tokens": tokens,
             "labels": labels,
-            "loss_mask": torch.ones(len(tokens)),
+            "loss_mask": mask[0] if mask else torch.ones(len(tokens)),
             "position_ids": torch.arange(len(tokens)),
         }
 
@@ -62,6 +65,9 @@ class TextDataModule(pl.LightningDataModule, io.IOMixin):
         corpus_list: another list of the corpus' files than the shipped one.
         cache_dir: folder of tokenized text; None is the user's cache folder.
         num_workers: processes that read ahead.
+        blend: weighted sources instead of `paths`: `data.blend` as plain values.
+        chat: `data.chat` as plain values.
+        vocab_size: rows of the model's embedding, that tokenized sources must fit; None: the tokenizer's.
 
     Raises:
         ValueError: at `setup`, when the text is missing or too short.
@@ -78,19 +84,29 @@ class TextDataModule(pl.LightningDataModule, io.IOMixin):
         corpus_list: str | None = None,
         cache_dir: str | None = None,
         num_workers: int = 0,
+        blend: Sequence[Mapping[str, Any]] = (),
+        chat: Mapping[str, Any] | None = None,
+        vocab_size: int | None = None,
     ) -> None:
         super().__init__()
         self.tokenizer, self.seq_length, self.seed = tokenizer, seq_length, seed
         self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
         self.paths, self.corpus_list = tuple(paths), str(corpus_list or DEFAULT_LIST)
         self.cache_dir, self.num_workers = cache_dir, num_workers
+        self.blend, self.chat = tuple(BlendSource(**dict(b)) for b in blend), ChatConfig(**dict(chat or {}))
+        self.vocab_size = vocab_size or tokenizer.vocab_size
         self.data_sampler = nl.MegatronDataSampler(
             seq_len=seq_length, micro_batch_size=micro_batch_size, global_batch_size=global_batch_size
         )
-        self._windows: dict[str, Windows] = {}
+        self._windows: dict[str, Source] = {}
 
-    def windows(self, split: str) -> Windows:
+    def windows(self, split: str) -> Source:
         """Windows of `train` (shuffled) or `heldout` (in order), tokenizing the text at first use."""
+        if split not in self._windows and self.blend:
+            self._windows[split] = open_windows(
+                split, self.tokenizer.bpe, self.seq_length, blend=self.blend, chat=self.chat,
+                vocab_size=self.vocab_size, seed=self.seed, shuffle=split == "train", cache_dir=self.cache_dir,
+            )  # fmt: skip
         if split not in self._windows:
             stream = load_tokens(
                 split, self.tokenizer.bpe, paths=self.paths, corpus_list=self.corpus_list, cache_dir=self.cache_dir
@@ -123,7 +139,8 @@ class TextDataModule(pl.LightningDataModule, io.IOMixin):
         """Position and what it is a position in."""
         steps = self.trainer.global_step - self.data_sampler.init_global_step
         consumed = self.data_sampler.compute_consumed_samples(steps)
-        return {"consumed_samples": consumed, "seed": self.seed, "seq_length": self.seq_length}
+        blend = [[b.path, b.weight] for b in self.blend]
+        return {"consumed_samples": consumed, "seed": self.seed, "seq_length": self.seq_length, "blend": blend}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Read on after the last consumed sample.
@@ -132,6 +149,9 @@ class TextDataModule(pl.LightningDataModule, io.IOMixin):
             ValueError: the checkpoint was made with another `data.seed` or `data.seq_length`, where the position
                 would mean other text.
         """
+        blend = [[b.path, b.weight] for b in self.blend]
+        if state_dict.get("blend", blend) != blend:
+            raise ValueError(f"data.blend differs from the checkpoint's {state_dict['blend']}; keep it or start anew")
         for key in ("seed", "seq_length"):
             if state_dict.get(key, getattr(self, key)) != getattr(self, key):
                 raise ValueError(

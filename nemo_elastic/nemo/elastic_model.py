@@ -157,9 +157,9 @@ class ElasticLossReduction(MegatronLossReduction):
                 budget_loss=row["budget_loss"] / row["micro_batches"],
             )
             for name, row in named.items()
-            if row["micro_batches"]
+            if row["tokens"]  # a micro-batch of masked samples may have none
         }
-        return sums[:, 0].sum() / sums[:, 3].sum()
+        return sums[:, 0].sum() / sums[:, 3].sum().clamp(min=1)
 
 
 class ElasticMambaModel(llm.MambaModel):

@@ -13,6 +13,7 @@ import torch
 from nemo_elastic.config.load import plain
 from nemo_elastic.config.sections import RunConfig
 from nemo_elastic.cost import BYTE_PROFILES
+from nemo_elastic.data.blend import spread
 from nemo_elastic.distill.curriculum import total_steps
 from nemo_elastic.family import Family, family_of, parallel_problems
 from nemo_elastic.layout import ParamLayout
@@ -26,6 +27,7 @@ from nemo_elastic.nemo.checkpoints import tokenizer_of
 from nemo_elastic.nemo.data import TextDataModule
 from nemo_elastic.nemo.elastic_model import ElasticMambaModel, ElasticSSMConfig
 from nemo_elastic.nemo.logs import quiet
+from nemo_elastic.nemo.sources import collate
 from nemo_elastic.nemo.tokenizer import load_tokenizer
 from nemo_elastic.nemo.trainer import build_optimizer, build_trainer, plain_model_config
 from nemo_elastic.problems import Problem, raise_if_any
@@ -162,19 +164,16 @@ def data_module(run: RunConfig, seq_length: int, global_batch_size: int) -> Text
         paths=run.data.paths,
         cache_dir=run.data.cache_dir,
         num_workers=run.data.num_workers,
+        blend=plain(run.data.blend),
+        chat=plain(run.data.chat),
+        vocab_size=run.model["vocab_size"],
     )
 
 
-def heldout_batches(data: TextDataModule, run: RunConfig) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(tokens, labels) `[micro_batch, s]` of `train.val_samples` windows, spread evenly over the held-out text."""
-    windows, size = data.windows("heldout"), run.train.micro_batch_size
-    count = min(run.train.val_samples, max(1, windows.per_epoch))
-    chosen = [i * windows.per_epoch // count for i in range(count)]
-    pairs = [tuple(torch.from_numpy(part.astype("int64")) for part in windows.sample(i)) for i in chosen]
-    return [
-        (torch.stack([t for t, _ in pairs[i : i + size]]), torch.stack([y for _, y in pairs[i : i + size]]))
-        for i in range(0, count, size)
-    ]
+def heldout_batches(data: TextDataModule, run: RunConfig) -> list[tuple[torch.Tensor, ...]]:
+    """(tokens, labels[, mask]) `[micro_batch, s]` of `train.val_samples` windows, spread evenly over held-out text."""
+    samples, size = spread(data.windows("heldout"), run.train.val_samples), run.train.micro_batch_size
+    return [collate(samples[i : i + size]) for i in range(0, len(samples), size)]
 
 
 def latest_checkpoint(out: Path) -> Path:

@@ -36,7 +36,7 @@ def verify(
     nested_folder: str | Path,
     children: Mapping[str, Path],
     run: RunConfig,
-    batches: list[tuple[torch.Tensor, torch.Tensor]],
+    batches: list[tuple[torch.Tensor, ...]],
     *,
     report: Callable[[str, int, int], None] | None = None,
 ) -> list[ChildCheck]:
@@ -45,7 +45,7 @@ def verify(
     Args:
         children: budget -> folder of an extracted NeMo child.
         run: parallel layout of the nested side, mode.
-        batches: real (tokens, labels).
+        batches: real (tokens, labels[, mask]).
 
     Raises:
         ProblemsError: damaged files, an unknown budget, a child that is missing or of another family.
@@ -62,7 +62,7 @@ def verify(
         report("verify", done, total)
         subnet = nested.manifest.subnet(name)
         plan = hard_plan(model.layout, subnet, run.train.mode)
-        logits = [whole_logits(model, tokens, plan) for tokens, _ in batches[:LOGIT_BATCHES]]
+        logits = [whole_logits(model, tokens, plan) for tokens, *_ in batches[:LOGIT_BATCHES]]
         ours[name] = logits, heldout_loss(model, batches, plan)
     del model
     process_groups.start(1, 1, seed=run.train.seed)
@@ -74,7 +74,7 @@ def verify(
         logits, loss = ours[name]
         comparisons = [
             compare_logits(left, whole_logits(child, tokens))
-            for left, (tokens, _) in zip(logits, batches[:LOGIT_BATCHES], strict=True)
+            for left, (tokens, *_) in zip(logits, batches[:LOGIT_BATCHES], strict=True)
         ]
         larger = {n: s for n, s in nested.manifest.subnets.items() if n != name and subnet.is_nested_in(s)}
         checks.append(

@@ -35,6 +35,7 @@ NOT_NEGATIVE = (
     "distill.ce_weight", "train.optimizer.min_lr", "train.optimizer.warmup_steps", "train.optimizer.weight_decay",
     "train.optimizer.clip_grad", "data.num_workers", "rank.min_attention_layers",
 )  # fmt: skip
+LOGGERS = ("tensorboard", "wandb")
 FRACTIONS = ("router.warmup_fraction", "router.soft_fraction", "router.freeze_fraction")
 
 
@@ -49,6 +50,9 @@ def rule_problems(config: RunConfig) -> list[Problem]:
     found += [Problem(k, f"{_get(config, k)} must be above 0") for k in POSITIVE if not _get(config, k) > 0]
     found += [Problem(k, f"{_get(config, k)} must not be negative") for k in NOT_NEGATIVE if not _get(config, k) >= 0]
     found += [Problem(k, f"{_get(config, k)} must be from 0 to 1") for k in FRACTIONS if not 0 <= _get(config, k) <= 1]
+    for i, name in enumerate(config.train.loggers):
+        if name not in LOGGERS:
+            found.append(Problem(f"train.loggers.{i}", f"{name!r} is no logger{did_you_mean(name, LOGGERS)}"))
     if len(config.train.optimizer.betas) != 2:
         found.append(Problem("train.optimizer.betas", f"{list(config.train.optimizer.betas)} must be two numbers"))
     if config.distill.kd_weight == 0 and config.distill.ce_weight == 0:

@@ -160,6 +160,9 @@ class TrainConfig:
     val_every_steps: int = 100
     val_samples: int = 32
     save_every_steps: int = 100
+    loggers: tuple[str, ...] = ()  # tensorboard, wandb; logs/metrics.csv is always written
+    wandb_project: str | None = None  # empty: nemo-elastic
+    preemption: bool = True  # SIGTERM saves a checkpoint and stops after the step
 
 
 @dataclass(frozen=True, kw_only=True)

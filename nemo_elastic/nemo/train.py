@@ -26,11 +26,14 @@ from nemo_elastic.nemo.callback import ElasticCallback
 from nemo_elastic.nemo.checkpoints import tokenizer_of
 from nemo_elastic.nemo.data import TextDataModule
 from nemo_elastic.nemo.elastic_model import ElasticMambaModel, ElasticSSMConfig
+from nemo_elastic.nemo.guard import FiniteGuard
+from nemo_elastic.nemo.loggers import loggers_of
 from nemo_elastic.nemo.logs import quiet
+from nemo_elastic.nemo.resume import StopOnSignal, steps_done, whole_checkpoints
 from nemo_elastic.nemo.sources import collate
 from nemo_elastic.nemo.tokenizer import load_tokenizer
 from nemo_elastic.nemo.trainer import build_optimizer, build_trainer, plain_model_config
-from nemo_elastic.problems import Problem, raise_if_any
+from nemo_elastic.problems import Problem, Stopped, raise_if_any
 from nemo_elastic.space import Subnet
 
 logger = logging.getLogger(__name__)
@@ -64,7 +67,8 @@ def train(
         progress: called with (step, total, text) after every step on the first rank.
 
     Raises:
-        ProblemsError: a layout or curriculum that cannot run.
+        ProblemsError: a layout or curriculum that cannot run; a NaN or Inf on the way.
+        Stopped: SIGTERM; the state is saved.
     """
     parent = sorted_parent(sorted_folder)
     family = family_of(run, parent.depth_ranking)
@@ -116,7 +120,8 @@ def train(
         sequence_length=run.report.sequence_length,
         profile=BYTE_PROFILES[run.report.profile],
     )
-    callback = ElasticCallback(run, planner, out, heldout_batches(data, run), progress)
+    guard = FiniteGuard()
+    callback = ElasticCallback(run, planner, out, heldout_batches(data, run), guard, progress)
     trainer = build_trainer(
         out,
         max_steps=steps,
@@ -124,15 +129,24 @@ def train(
         micro_batch_size=run.train.micro_batch_size,
         use_distributed_optimizer=run.train.use_distributed_optimizer,
         checkpoint_every=min(run.train.save_every_steps, steps),
-        callbacks=[callback],
+        callbacks=[callback, guard, *([StopOnSignal()] if run.train.preemption else [])],
+        loggers=loggers_of(run, out, steps_done(resume_from)),
+        log_every_n_steps=run.train.log_every_steps,
         seed=run.train.seed,
         **layout,
     )
     refuse_overlap(trainer.strategy.ddp_config)
+    trainer.strategy.ddp_config.check_for_nan_in_grad = (
+        False  # one rank would raise; the guard stops all, and says where
+    )
     if resume_from:
         refuse_hostile(weights_folder(resume_from))  # Megatron's loader unpickles
     quiet()
     trainer.fit(model, data, ckpt_path=str(resume_from) if resume_from else None)
+    callback.catch_up(trainer, model)
+    if trainer.global_step < steps:
+        saved = f"after step {trainer.global_step} of {steps} and saved {latest_checkpoint(out)}"
+        raise Stopped(f"stopped {saved}; go on with --resume")
     return Trained(
         family=family,
         subnets=planner.current_subnets(callback.model.policy, steps - 1),
@@ -182,10 +196,10 @@ def latest_checkpoint(out: Path) -> Path:
     Raises:
         ProblemsError: there is none.
     """
-    found = [p for p in (out / "checkpoints").glob("step=*") if (p / "weights").is_dir()]
+    found = whole_checkpoints(out)
     if not found:
         raise_if_any([Problem(str(out / "checkpoints"), "has no training checkpoint; run `nemo-elastic train` first")])
-    return max(found, key=lambda p: int(p.name.split("=")[1].split("-")[0]))
+    return found[-1]
 
 
 def _recompute(run: RunConfig) -> dict[str, Any]:

@@ -209,7 +209,7 @@ def metrics_of(run: RunConfig, planner: Planner, out: Path) -> Metrics:
     """The scalars' file, with a column for everything that this family can log."""
     shapes, full = list(choice_shapes(planner.family.space)), planner.family.space.full_subnet()
     columns = scalar_names(dict.fromkeys(run.elastic.budgets, full), dict.fromkeys(planner.learned, shapes))
-    return Metrics(out / "logs", columns, every=run.train.log_every_steps, total_steps=planner.total_steps)
+    return Metrics(out / "logs", columns, every=run.train.log_every_steps, total_steps=planner.timeline.total)
 
 
 def _four(stats: Any) -> tuple[float, float, float, float]:

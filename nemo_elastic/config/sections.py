@@ -116,6 +116,7 @@ class DistillConfig:
     ce_weight: float = 0.0
     hidden_weight: float = 0.0  # mean squared error of the final hidden states, over the channels the child keeps
     budgets_per_batch: int = 1  # budgets that learn from one teacher forward of a micro-batch
+    teacher_cache: str | None = None  # folder for the teacher's final hidden states: filled first, then it never runs
     fuse_output_layer: bool = True  # output layer and loss in token chunks: logits never exist as a whole
     chunk_tokens: int = 256  # tokens whose logits are alive at once
 

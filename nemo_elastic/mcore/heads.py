@@ -76,9 +76,18 @@ def teacher_head(model: nn.Module, ids: Tensor, position_ids: Tensor | None) -> 
     hidden = model.decoder(hidden_states=x, attention_mask=None)
     if not model.post_process:
         return hidden
+    return _head(model, hidden, _output_weight(model), model.config.hidden_size)
+
+
+def cached_head(model: nn.Module, hidden: Tensor) -> Head:
+    """Head of hidden states `[s, b, h]` that a cache has kept; of all tokens whatever the layout."""
+    weight = _output_weight(model)
+    return Head(hidden.to(weight.device), weight, model.config.hidden_size, bool(model.config.sequence_parallel))
+
+
+def _output_weight(model: nn.Module) -> Tensor:
     tied = model.share_embeddings_and_output_weights
-    weight = model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
-    return _head(model, hidden, weight, model.config.hidden_size)
+    return model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
 
 
 def _head(model: nn.Module, hidden: Tensor, weight: Tensor, kept: int | Tensor) -> Head:

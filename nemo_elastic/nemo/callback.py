@@ -22,6 +22,7 @@ from nemo_elastic.mcore.evaluate import heldout_loss
 from nemo_elastic.mcore.family_model import FamilyModel
 from nemo_elastic.mcore.parallel import broadcast_from_last_stage, data_parallel_rank_and_size
 from nemo_elastic.mcore.planner import Planner, StepState
+from nemo_elastic.nemo.cached_teacher import CachedTeacher
 from nemo_elastic.nemo.elastic_model import ElasticMambaModel
 from nemo_elastic.nemo.guard import FiniteGuard
 from nemo_elastic.nemo.metrics import Metrics
@@ -49,6 +50,7 @@ class ElasticCallback(pl.Callback):
         heldout: (tokens, labels) batches for validation per budget.
         guard: measures gradient norms; without one they are not logged.
         progress: called with (step, total, text) after every step on the first rank.
+        teacher: its states on disk, instead of the teacher itself.
     """
 
     def __init__(
@@ -59,9 +61,11 @@ class ElasticCallback(pl.Callback):
         heldout: list,
         guard: FiniteGuard | None = None,
         progress: Callable[[int, int, str], None] | None = None,
+        teacher: CachedTeacher | None = None,
     ) -> None:
         self.run, self.planner, self.heldout, self.progress = run, planner, heldout, progress
         self.records, self.checkpoints = RunLog(out / "logs"), out / "checkpoints"
+        self.teacher = teacher
         self.guard, self.metrics = guard, metrics_of(run, planner, out)
         self.model: FamilyModel | None = None
         self.wrapper: ElasticMambaModel | None = None
@@ -82,6 +86,8 @@ class ElasticCallback(pl.Callback):
         self.step = trainer.global_step
         if trainer.is_global_zero:
             self.metrics.start(self.step)
+        if self.teacher is not None:
+            self.teacher.prepare(self.model)
         if self.step == 0:
             self._validate(trainer)
         self._clock = time.monotonic()
@@ -101,6 +107,8 @@ class ElasticCallback(pl.Callback):
         probabilities = budget_probabilities(stage, tuple(self.run.elastic.budgets))
         budgets = self.planner.budgets_of(probabilities, self.step, index, self.run.distill.budgets_per_batch)
         batch["elastic"] = self.planner.micro_batch(self.model.policy, self.state, budgets, index)
+        if self.teacher is not None:
+            batch["teacher"] = self.teacher.of_micro_batch(self.step, index)
         self.micro_batch += 1
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: ElasticMambaModel, *_: Any) -> None:

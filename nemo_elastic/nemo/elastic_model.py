@@ -44,6 +44,7 @@ def elastic_forward_step(model: llm.MambaModel, batch: Mapping[str, Any]) -> Any
         attention_mask=None,
         elastic=[p.plan for p in planned],
         distill=True,
+        cached=batch.get("teacher"),
     )
 
 

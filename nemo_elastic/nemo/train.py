@@ -21,6 +21,7 @@ from nemo_elastic.mcore.elastic.model import refuse_overlap
 from nemo_elastic.mcore.parents import sorted_parent
 from nemo_elastic.mcore.planner import Planner
 from nemo_elastic.mcore.preflight import refuse_hostile
+from nemo_elastic.nemo.cached_teacher import CachedTeacher
 from nemo_elastic.nemo.callback import ElasticCallback
 from nemo_elastic.nemo.checkpoints import tokenizer_of
 from nemo_elastic.nemo.data import TextDataModule
@@ -119,8 +120,9 @@ def train(
         mode=run.train.mode,
         **serving_of(run.report, family.architecture).conditions,
     )
+    teacher = CachedTeacher(run, data, sorted_folder, config.params_dtype) if run.distill.teacher_cache else None
     guard = FiniteGuard()
-    callback = ElasticCallback(run, planner, out, heldout_batches(data, run), guard, progress)
+    callback = ElasticCallback(run, planner, out, heldout_batches(data, run), guard, progress, teacher)
     trainer = build_trainer(
         out,
         max_steps=steps,

@@ -8,6 +8,7 @@ from ..space import DIMS
 from .sections import RunConfig, StageConfig
 
 ALLOWED = {
+    "data.chat.layout": ("padded", "packed"),
     "rank.ffn_site": ("linear_fc2_input", "linear_fc1_output"),
     "rank.mamba_site": ("out_proj_input", "in_proj_x", "out_proj_contribution"),
     "rank.aggregation": ("mean_l2", "l2_l2", "mean_mean"),
@@ -38,6 +39,7 @@ NOT_NEGATIVE = (
     "train.optimizer.clip_grad", "data.num_workers", "rank.min_attention_layers",
 )  # fmt: skip
 PHASES = ("warmup", "soft", "hard", "frozen")  # of the router, in this order
+LOGGERS = ("tensorboard", "wandb")
 FRACTIONS = ("router.warmup_fraction", "router.soft_fraction", "router.freeze_fraction", "router.settle_fraction")
 
 
@@ -52,13 +54,22 @@ def rule_problems(config: RunConfig) -> list[Problem]:
     found += [Problem(k, f"{_get(config, k)} must be above 0") for k in POSITIVE if not _get(config, k) > 0]
     found += [Problem(k, f"{_get(config, k)} must not be negative") for k in NOT_NEGATIVE if not _get(config, k) >= 0]
     found += [Problem(k, f"{_get(config, k)} must be from 0 to 1") for k in FRACTIONS if not 0 <= _get(config, k) <= 1]
+    for i, name in enumerate(config.train.loggers):
+        if name not in LOGGERS:
+            found.append(Problem(f"train.loggers.{i}", f"{name!r} is no logger{did_you_mean(name, LOGGERS)}"))
     if len(config.train.optimizer.betas) != 2:
         found.append(Problem("train.optimizer.betas", f"{list(config.train.optimizer.betas)} must be two numbers"))
     if config.distill.kd_weight == 0 and config.distill.ce_weight == 0:
         found.append(
             Problem("distill.kd_weight", "0 with distill.ce_weight=0 leaves nothing to learn; set one above 0")
         )
-    return [*found, *_profile_problems(config), *_elastic_problems(config), *_stage_problems(config)]
+    return [
+        *found,
+        *_profile_problems(config),
+        *_data_problems(config),
+        *_elastic_problems(config),
+        *_stage_problems(config),
+    ]
 
 
 def _get(config: RunConfig, key: str) -> object:
@@ -73,6 +84,16 @@ def _profile_problems(config: RunConfig) -> Iterable[Problem]:
         byte_profile(config.report.profile)
     except ProblemsError as error:
         yield from error.problems
+
+
+def _data_problems(config: RunConfig) -> Iterable[Problem]:
+    if config.data.paths and config.data.blend:
+        yield Problem("data.blend", "cannot stand beside data.paths; name every source in data.blend")
+    for i, source in enumerate(config.data.blend):
+        if not 0 < source.weight < float("inf"):
+            yield Problem(f"data.blend.{i}.weight", f"{source.weight} must be above 0; leave the source out instead")
+    if config.data.chat.end == "":
+        yield Problem("data.chat.end", "'' must end a turn; give a marker, or null for the end-of-text token")
 
 
 def _elastic_problems(config: RunConfig) -> Iterable[Problem]:

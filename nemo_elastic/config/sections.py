@@ -34,10 +34,29 @@ class ElasticConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BlendSource:
+    """One source of a blend."""
+
+    path: str  # prefix of a Megatron .bin/.idx pair, .txt/.jsonl file or folder, chat .jsonl, or builtin:corpus
+    weight: float = 1.0  # share of the samples, in any unit
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatConfig:
+    """How conversations become tokens."""
+
+    start: str = "<|{role}|>\n"  # in front of every turn; names of special tokens are those tokens
+    end: str | None = None  # behind every turn; empty: the end-of-text token
+    layout: str = "padded"  # one conversation a sample; or packed: end to end, state runs on across conversations
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Training and evaluation text."""
 
     paths: tuple[str, ...] = ()  # .txt or .jsonl files or folders; empty: the corpus that ships with the tiny parent
+    blend: tuple[BlendSource, ...] = ()  # weighted sources, instead of paths
+    chat: ChatConfig = field(default_factory=ChatConfig)
     tokenizer: str | None = None  # a tokenizers .json file; empty: the parent's own
     cache_dir: str | None = None  # tokenized files; empty: the user's cache folder
     num_workers: int = 0
@@ -160,6 +179,9 @@ class TrainConfig:
     val_every_steps: int = 100
     val_samples: int = 32
     save_every_steps: int = 100
+    loggers: tuple[str, ...] = ()  # tensorboard, wandb; logs/metrics.csv is always written
+    wandb_project: str | None = None  # empty: nemo-elastic
+    preemption: bool = True  # SIGTERM saves a checkpoint and stops after the step
 
 
 @dataclass(frozen=True, kw_only=True)

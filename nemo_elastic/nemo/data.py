@@ -17,11 +17,13 @@ from nemo.lightning.data import WrappedDataLoader
 from torch.utils.data import Dataset
 
 from nemo_elastic.config.load import plain
-from nemo_elastic.config.sections import StageConfig
+from nemo_elastic.config.sections import BlendSource, ChatConfig, StageConfig
+from nemo_elastic.data.blend import Source
 from nemo_elastic.data.corpus import DEFAULT_LIST
 from nemo_elastic.data.tokens import load_tokens
 from nemo_elastic.data.windows import Windows
 from nemo_elastic.distill.curriculum import history
+from nemo_elastic.nemo.sources import open_windows
 from nemo_elastic.nemo.staged_data import CurriculumSampler
 from nemo_elastic.nemo.tokenizer import ElasticTokenizer
 
@@ -32,20 +34,20 @@ _ENDLESS = 2**40
 class WindowDataset(Dataset):
     """Windows as the dictionary that NeMo's GPT and SSM models read: tokens, labels, loss_mask, position_ids."""
 
-    def __init__(self, windows: Windows, length: int) -> None:
+    def __init__(self, windows: Source, length: int) -> None:
         self.windows, self.length = windows, length
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return as_sample(*self.windows.sample(index))
+        return as_sample(self.windows.sample(index))
 
 
 class CurriculumDataset(Dataset):
     """Training windows by (sample, sequence length), as `CurriculumBatches` asks for them."""
 
-    def __init__(self, windows: Mapping[int, Windows]) -> None:
+    def __init__(self, windows: Mapping[int, Source]) -> None:
         self.windows = windows
 
     def __len__(self) -> int:
@@ -53,15 +55,16 @@ class CurriculumDataset(Dataset):
 
     def __getitem__(self, at: tuple[int, int]) -> dict[str, torch.Tensor]:
         index, seq_length = at
-        return as_sample(*self.windows[seq_length].sample(index))
+        return as_sample(self.windows[seq_length].sample(index))
 
 
-def as_sample(tokens: np.ndarray, labels: np.ndarray) -> dict[str, torch.Tensor]:
-    """One sample `[s]` as NeMo's models read it."""
+def as_sample(arrays: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
+    """(tokens, labels[, mask]) `[s]` as NeMo's models read them."""
+    tokens, labels, *mask = (torch.from_numpy(np.array(a)) for a in arrays)
     return {
-        "tokens": torch.from_numpy(np.array(tokens)),
-        "labels": torch.from_numpy(np.array(labels)),
-        "loss_mask": torch.ones(len(tokens)),
+        "tokens": tokens,
+        "labels": labels,
+        "loss_mask": mask[0] if mask else torch.ones(len(tokens)),
         "position_ids": torch.arange(len(tokens)),
     }
 
@@ -80,6 +83,9 @@ class TextDataModule(pl.LightningDataModule, io.IOMixin):
         corpus_list: another list of the corpus' files than the shipped one.
         cache_dir: folder of tokenized text; None is the user's cache folder.
         num_workers: processes that read ahead.
+        blend: weighted sources instead of `paths`: `data.blend` as plain values.
+        chat: `data.chat` as plain values.
+        vocab_size: rows of the model's embedding, that tokenized sources must fit; None: the tokenizer's.
 
     Raises:
         ValueError: at `setup`, when the text is missing or too short.
@@ -97,20 +103,30 @@ class TextDataModule(pl.LightningDataModule, io.IOMixin):
         corpus_list: str | None = None,
         cache_dir: str | None = None,
         num_workers: int = 0,
+        blend: Sequence[Mapping[str, Any]] = (),
+        chat: Mapping[str, Any] | None = None,
+        vocab_size: int | None = None,
     ) -> None:
         super().__init__()
         self.tokenizer, self.seq_length, self.seed = tokenizer, seq_length, seed
         self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
         self.paths, self.corpus_list = tuple(paths), str(corpus_list or DEFAULT_LIST)
         self.cache_dir, self.num_workers = cache_dir, num_workers
+        self.blend, self.chat = tuple(BlendSource(**dict(b)) for b in blend), ChatConfig(**dict(chat or {}))
+        self.vocab_size = vocab_size or tokenizer.vocab_size
         only = StageConfig(steps=1, seq_length=seq_length, global_batch_size=global_batch_size)
         self.stages = tuple(StageConfig(**s) for s in stages) or (only,)
         self.data_sampler = CurriculumSampler(self.stages, micro_batch_size)
-        self._windows: dict[tuple[str, int], Windows] = {}
+        self._windows: dict[tuple[str, int], Source] = {}
 
-    def windows(self, split: str, seq_length: int | None = None) -> Windows:
+    def windows(self, split: str, seq_length: int | None = None) -> Source:
         """Windows of `train` (shuffled) or `heldout` (in order), tokenizing the text at first use."""
         length = seq_length or self.seq_length
+        if (split, length) not in self._windows and self.blend:
+            self._windows[split, length] = open_windows(
+                split, self.tokenizer.bpe, length, blend=self.blend, chat=self.chat,
+                vocab_size=self.vocab_size, seed=self.seed, shuffle=split == "train", cache_dir=self.cache_dir,
+            )  # fmt: skip
         if (split, length) not in self._windows:
             stream = load_tokens(
                 split, self.tokenizer.bpe, paths=self.paths, corpus_list=self.corpus_list, cache_dir=self.cache_dir
@@ -143,7 +159,9 @@ class TextDataModule(pl.LightningDataModule, io.IOMixin):
         """Position, and what it is a position in."""
         step = self.trainer.global_step
         consumed = self.data_sampler.compute_consumed_samples(step - self.data_sampler.init_global_step)
-        return {"step": step, "consumed_samples": consumed, "seed": self.seed, "stages": plain(self.stages)}
+        blend = [[b.path, b.weight] for b in self.blend]
+        position = {"step": step, "consumed_samples": consumed}
+        return {**position, "seed": self.seed, "stages": plain(self.stages), "blend": blend}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Read on after the last consumed sample; the stages to come may differ from those of the checkpoint.
@@ -152,6 +170,9 @@ class TextDataModule(pl.LightningDataModule, io.IOMixin):
             ValueError: the checkpoint was made with another seed, or its steps had other sizes: the position would
                 mean other text.
         """
+        blend = [[b.path, b.weight] for b in self.blend]
+        if state_dict.get("blend", blend) != blend:
+            raise ValueError(f"data.blend differs from the checkpoint's {state_dict['blend']}; keep it or start anew")
         if state_dict["seed"] != self.seed:
             raise ValueError(
                 f"train.seed={self.seed} differs from the checkpoint's {state_dict['seed']}; a resumed run must keep "

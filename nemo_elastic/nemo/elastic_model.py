@@ -157,9 +157,9 @@ class ElasticLossReduction(MegatronLossReduction):
                 hidden=row["hidden"] / row["tokens"],
             )
             for name, row in named.items()
-            if row["tokens"]
+            if row["tokens"]  # a micro-batch of masked samples may have none
         }
-        return sums[:, 0].sum() / sums[:, 1].sum()
+        return sums[:, 0].sum() / sums[:, 1].sum().clamp(min=1e-6)
 
 
 class ElasticMambaModel(llm.MambaModel):

@@ -37,6 +37,7 @@ from nemo_elastic.mcore.parents import open_parent, sorted_parent, write_sorted
 from nemo_elastic.nemo.checkpoints import extract, open_nested, tokenizer_of, write_nested
 from nemo_elastic.nemo.logs import quiet
 from nemo_elastic.nemo.ranking import rank_run
+from nemo_elastic.nemo.resume import remove_unfinished, whole_checkpoints
 from nemo_elastic.nemo.train import Trained, data_module, heldout_batches, latest_checkpoint, train
 from nemo_elastic.nemo.verify import verify
 from nemo_elastic.problems import Problem, ProblemsError
@@ -112,8 +113,12 @@ class Run:
         return train(self.config, self.out, sorted_folder, resume_from=resume_from, progress=show)
 
     def resume_point(self) -> Path | None:
-        """The last complete training checkpoint; None when there is none yet."""
-        return latest_checkpoint(self.out) if any((self.out / "checkpoints").glob("step=*/weights")) else None
+        """The last whole training checkpoint, None when there is none yet; what a kill left unfinished is removed."""
+        if process_groups.rank() == 0:
+            remove_unfinished(self.out)
+        process_groups.barrier()
+        found = whole_checkpoints(self.out)
+        return found[-1] if found else None
 
     def nest(self, checkpoint: Path | None = None, *, force: bool = False) -> Path:
         """The nested checkpoint, from a training checkpoint (default: the last one). Only the first rank works.

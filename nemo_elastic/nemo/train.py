@@ -12,6 +12,7 @@ import torch
 
 from nemo_elastic.config.load import plain
 from nemo_elastic.config.sections import RunConfig
+from nemo_elastic.data.blend import spread
 from nemo_elastic.distill.curriculum import total_steps
 from nemo_elastic.family import Family, family_of, parallel_problems
 from nemo_elastic.layout import ParamLayout
@@ -24,11 +25,15 @@ from nemo_elastic.nemo.callback import ElasticCallback
 from nemo_elastic.nemo.checkpoints import tokenizer_of
 from nemo_elastic.nemo.data import TextDataModule
 from nemo_elastic.nemo.elastic_model import ElasticMambaModel, ElasticSSMConfig
+from nemo_elastic.nemo.guard import FiniteGuard
 from nemo_elastic.nemo.learning_rate import CurriculumRate
+from nemo_elastic.nemo.loggers import loggers_of
 from nemo_elastic.nemo.logs import quiet
+from nemo_elastic.nemo.resume import StopOnSignal, steps_done, whole_checkpoints
+from nemo_elastic.nemo.sources import collate
 from nemo_elastic.nemo.tokenizer import load_tokenizer
 from nemo_elastic.nemo.trainer import build_optimizer, build_trainer, plain_model_config, started_processes
-from nemo_elastic.problems import Problem, raise_if_any
+from nemo_elastic.problems import Problem, Stopped, raise_if_any
 from nemo_elastic.router.schedule import Timeline, resolve_recipe
 from nemo_elastic.serving_conditions import serving_of
 from nemo_elastic.space import Subnet
@@ -64,7 +69,8 @@ def train(
         progress: called with (step, total, text) after every step on the first rank.
 
     Raises:
-        ProblemsError: a layout or curriculum that cannot run.
+        ProblemsError: a layout or curriculum that cannot run; a NaN or Inf on the way.
+        Stopped: SIGTERM; the state is saved.
     """
     parent = sorted_parent(sorted_folder)
     family = family_of(run, parent.depth_ranking)
@@ -113,7 +119,8 @@ def train(
         mode=run.train.mode,
         **serving_of(run.report, family.architecture).conditions,
     )
-    callback = ElasticCallback(run, planner, out, heldout_batches(data, run), progress)
+    guard = FiniteGuard()
+    callback = ElasticCallback(run, planner, out, heldout_batches(data, run), guard, progress)
     trainer = build_trainer(
         out,
         max_steps=steps,
@@ -121,15 +128,24 @@ def train(
         micro_batch_size=stages[0].micro_batch_size or run.train.micro_batch_size,
         use_distributed_optimizer=run.train.use_distributed_optimizer,
         checkpoint_every=min(run.train.save_every_steps, steps),
-        callbacks=[callback],
+        callbacks=[callback, guard, *([StopOnSignal()] if run.train.preemption else [])],
+        loggers=loggers_of(run, out, steps_done(resume_from)),
+        log_every_n_steps=run.train.log_every_steps,
         seed=run.train.seed,
         **layout,
     )
     refuse_overlap(trainer.strategy.ddp_config)
+    trainer.strategy.ddp_config.check_for_nan_in_grad = (
+        False  # one rank would raise; the guard stops all, and says where
+    )
     if resume_from:
         refuse_hostile(weights_folder(resume_from))  # Megatron's loader unpickles
     quiet()
     trainer.fit(model, data, ckpt_path=str(resume_from) if resume_from else None)
+    callback.catch_up(trainer, model)
+    if trainer.global_step < steps:
+        saved = f"after step {trainer.global_step} of {steps} and saved {latest_checkpoint(out)}"
+        raise Stopped(f"stopped {saved}; go on with --resume")
     return Trained(
         family=family,
         subnets=planner.current_subnets(callback.model.policy, steps - 1),
@@ -163,19 +179,16 @@ def data_module(run: RunConfig) -> TextDataModule:
         paths=run.data.paths,
         cache_dir=run.data.cache_dir,
         num_workers=run.data.num_workers,
+        blend=plain(run.data.blend),
+        chat=plain(run.data.chat),
+        vocab_size=run.model["vocab_size"],
     )
 
 
-def heldout_batches(data: TextDataModule, run: RunConfig) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(tokens, labels) `[micro_batch, s]` of `train.val_samples` windows, spread evenly over the held-out text."""
-    windows, size = data.windows("heldout"), run.train.micro_batch_size
-    count = min(run.train.val_samples, max(1, windows.per_epoch))
-    chosen = [i * windows.per_epoch // count for i in range(count)]
-    pairs = [tuple(torch.from_numpy(part.astype("int64")) for part in windows.sample(i)) for i in chosen]
-    return [
-        (torch.stack([t for t, _ in pairs[i : i + size]]), torch.stack([y for _, y in pairs[i : i + size]]))
-        for i in range(0, count, size)
-    ]
+def heldout_batches(data: TextDataModule, run: RunConfig) -> list[tuple[torch.Tensor, ...]]:
+    """(tokens, labels[, mask]) `[micro_batch, s]` of `train.val_samples` windows, spread evenly over held-out text."""
+    samples, size = spread(data.windows("heldout"), run.train.val_samples), run.train.micro_batch_size
+    return [collate(samples[i : i + size]) for i in range(0, len(samples), size)]
 
 
 def latest_checkpoint(out: Path) -> Path:
@@ -184,10 +197,10 @@ def latest_checkpoint(out: Path) -> Path:
     Raises:
         ProblemsError: there is none.
     """
-    found = [p for p in (out / "checkpoints").glob("step=*") if (p / "weights").is_dir()]
+    found = whole_checkpoints(out)
     if not found:
         raise_if_any([Problem(str(out / "checkpoints"), "has no training checkpoint; run `nemo-elastic train` first")])
-    return max(found, key=lambda p: int(p.name.split("=")[1].split("-")[0]))
+    return found[-1]
 
 
 def _recompute(run: RunConfig) -> dict[str, Any]:

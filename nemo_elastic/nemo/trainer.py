@@ -241,7 +241,7 @@ def build_trainer(
     """A `nl.Trainer` on `nl.MegatronStrategy`, on a GPU or a CPU, alone or under torchrun.
 
     Batch sizes are those of the data module's sampler; they are only checked against the layout here. Checkpoints go
-    to `out/checkpoints/step=N`, N counted from zero as NeMo does, and its log files to `out/logs`.
+    to `out/checkpoints/step=N`, N counted from zero as NeMo does, and its log files to `out/logs/nemo`.
 
     Args:
         checkpoint_every: steps between checkpoints, all kept; None saves nothing.
@@ -305,7 +305,7 @@ def build_trainer(
         **{"log_every_n_steps": 1} | trainer_arguments,
     )
     nl.NeMoLogger(
-        explicit_log_dir=str(Path(out) / "logs"),
+        explicit_log_dir=str(Path(out) / "logs" / "nemo"),  # NeMo moves every file it finds there out of its way
         update_logger_directory=False,
         ckpt=None if checkpoint_every is None else _checkpoints(Path(out), checkpoint_every, save_optimizer),
     ).setup(trainer)

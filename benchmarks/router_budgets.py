@@ -41,6 +41,7 @@ from nemo_elastic.router.repair import Chosen, choose
 from nemo_elastic.router.sampling import gumbel_noise
 from nemo_elastic.router.schedule import Timeline, resolve_recipe
 from nemo_elastic.router.selection import one_hot, soft_masks
+from nemo_elastic.search import uniform_selection
 from nemo_elastic.space import Budget, ElasticSpace
 
 RECIPES = {"default": RouterConfig(), "paper": RouterConfig(recipe="paper")}
@@ -152,6 +153,7 @@ def outcome(space: ElasticSpace, costs: Mapping[str, BudgetCost], config: Router
                     "after": chosen.error,
                     "repaired": chosen.is_repaired,
                     "lost": lost,
+                    "uniform": objective.lost(soft_masks(space, one_hot(uniform_selection(cost), pi))).item(),
                 }
             )
     return rows
@@ -176,6 +178,7 @@ def main() -> None:
     seeds, steps = (1, 20) if args.quick else (args.seeds, args.steps)
     torch.set_num_threads(1)
     started, results = time.monotonic(), []
+    print("| space | budget | recipe | expected | before | after | repaired | lost | uniform |\n|" + "---|" * 9)
     for space_name, (run, space) in spaces().items():
         for kind_name, (kind, values) in BUDGETS.items():
             costs = costs_of(run, space, kind, values)
@@ -189,13 +192,14 @@ def main() -> None:
                     own = [row for row in found if row["budget"] == budget]
                     summary = {key: worst([row[key] for row in own]) for key in ("expected", "before", "after")}
                     summary["lost"] = sum(row["lost"] for row in own) / len(own)
+                    summary["uniform"] = own[0]["uniform"]
                     summary["repaired"] = sum(row["repaired"] for row in own)
                     what = {"space": space_name, "counts": kind_name, "budget": budget, "recipe": recipe}
                     results.append({**what, **summary, "seeds": own})
                     print(
                         f"| {space_name} | {kind_name} {budget} | {recipe} | {summary['expected']:+.1%} | "
                         f"{summary['before']:+.1%} | {summary['after']:+.1%} | {summary['repaired']} of {seeds} | "
-                        f"{summary['lost']:.3f} |",
+                        f"{summary['lost']:.3f} | {summary['uniform']:.3f} |",
                         flush=True,
                     )
     report = {

@@ -14,7 +14,7 @@ from nemo_elastic.router.budget_loss import (
     ExpectedCost,
     budget_loss,
     commitment_loss,
-    cost_probabilities,
+    soft_phase_loss,
 )
 from nemo_elastic.router.model import Router, interpolated_budget
 from nemo_elastic.router.repair import choose
@@ -104,8 +104,8 @@ def train(toy: Toy, config: RouterConfig, seed: int, steps: int, noise: float):
             if point.phase == "hard":
                 total = total + commitment_loss(output.logits, chosen.selection)
                 continue
-            pi = cost_probabilities(output.logits, output.probabilities, point.scale, config)
-            total = total + budget_loss(expected[name](pi), steering.price(name), config)
+            price = steering.price(name)
+            total = total + soft_phase_loss(output, expected[name], price, point.settle, chosen.selection, config)
             jitter = 1 + noise * torch.randn((), generator=generator)
             total = total + toy.loss(soft_masks(toy.space, output.probabilities)) * jitter
             steering.update(name, chosen.argmax_error, Timeline.of(config, steps).soft_steps, config)

@@ -32,14 +32,15 @@ POSITIVE = (
     "train.context_parallel_size", "train.expert_model_parallel_size",
 )  # fmt: skip
 NOT_NEGATIVE = (
-    "router.budget_lambda", "router.dual_ascent_rate", "router.dead_zone", "router.tolerance", "distill.kd_weight",
+    "router.budget_lambda", "router.dual_ascent_rate", "router.dead_zone", "router.tolerance", "router.settle_weight",
+    "distill.kd_weight",
     "distill.ce_weight", "distill.hidden_weight", "train.optimizer.min_lr",
     "train.optimizer.warmup_steps", "train.optimizer.weight_decay",
     "train.optimizer.clip_grad", "data.num_workers", "rank.min_attention_layers",
 )  # fmt: skip
 PHASES = ("warmup", "soft", "hard", "frozen")  # of the router, in this order
 LOGGERS = ("tensorboard", "wandb")
-FRACTIONS = ("router.warmup_fraction", "router.soft_fraction", "router.freeze_fraction")
+FRACTIONS = ("router.warmup_fraction", "router.soft_fraction", "router.freeze_fraction", "router.settle_fraction")
 
 
 def rule_problems(config: RunConfig) -> list[Problem]:

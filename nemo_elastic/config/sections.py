@@ -100,8 +100,10 @@ class RouterConfig:
     warmup_fraction: float = 0.2  # part of the run on fixed uniform subnets before the router moves
     soft_fraction: float = 0.3  # part of the run with soft masks, after the warm-up; then hard
     freeze_fraction: float = 0.4  # last part of the run, with the choices pinned: what is trained is what is extracted
+    settle_fraction: float = 0.7  # last part of the soft phase, in which the router is led to a choice that fits
+    settle_weight: float = 3.0  # of that pull at the end of the soft phase; 0: none
     lr: float = 1e-2
-    recipe: str = "default"  # or paper: lambda 1, no warm-up, no dual ascent, soft to the end, as published
+    recipe: str = "default"  # or paper: lambda 1, no warm-up, dual ascent or settling, soft to the end, as published
     frozen: bool = False  # nothing is learned or random: elastic.subnets as given, even shrinking for other budgets
 
 

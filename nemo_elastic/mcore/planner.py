@@ -24,7 +24,7 @@ from ..choices import subnet_of
 from ..config.sections import RouterConfig
 from ..family import Family
 from ..layout import ParamLayout
-from ..router.budget_loss import BudgetSteering, ExpectedCost, budget_loss, commitment_loss, cost_probabilities
+from ..router.budget_loss import BudgetSteering, ExpectedCost, commitment_loss, soft_phase_loss
 from ..router.model import Router, RouterOutput
 from ..router.repair import Chosen, choose
 from ..router.sampling import gumbel_noise, sample_budgets
@@ -53,7 +53,7 @@ class Planned:
     phase: str
     plan: Plan | None
     output: RouterOutput | None = None
-    scale: float = 1.0
+    settle: float = 0.0
     chosen: Chosen | None = None
     weight: float = 1.0  # this budget's share of the micro-batch's loss
 
@@ -122,7 +122,7 @@ class Planner:
         phase = point.phase
         chosen: dict[str, Chosen] = {}
         if (router is not None and phase in ("soft", "hard")) or (phase == "frozen" and not self.state.frozen):
-            chosen = self.choices(router, repair=phase != "soft")
+            chosen = self.choices(router, repair=phase != "soft" or point.settle > 0)
         if phase == "frozen" and not self.state.frozen:
             self.state.frozen = {n: self.subnet_of_choice(n, c) for n, c in chosen.items()}
         return StepState(step, phase, point, chosen)
@@ -183,7 +183,7 @@ class Planner:
             gates = straight_through_gates(self.family.space, pi, chosen.selection)
             subnet = self.subnet_of_choice(budget, chosen)
             plan = hard_plan(self.layout, subnet, self.mode, {**gates.dims, DEPTH: gates.layers})
-        return Planned(budget, state.phase, plan, output, state.point.scale, chosen)
+        return Planned(budget, state.phase, plan, output, state.point.settle, chosen)
 
     def plan_of(self, subnet: Subnet) -> Plan | None:
         """A plan without gradients for the router; None (Megatron's own forward) for the whole parent."""
@@ -198,10 +198,9 @@ class Planner:
         logits = {n: z.cpu() for n, z in planned.output.logits.items()}
         if planned.phase == "hard":
             return commitment_loss(logits, planned.chosen.selection)
-        noisy = {n: p.cpu() for n, p in planned.output.probabilities.items()}
-        pi = cost_probabilities(logits, noisy, planned.scale, self.config)
-        price = self.state.steering.price(planned.budget)
-        return budget_loss(self.expected[planned.budget](pi), price, self.config).float()
+        output = RouterOutput(logits, {n: p.cpu() for n, p in planned.output.probabilities.items()})
+        price, expected = self.state.steering.price(planned.budget), self.expected[planned.budget]
+        return soft_phase_loss(output, expected, price, planned.settle, planned.chosen.selection, self.config).float()
 
     def end_step(self, state: StepState) -> None:
         """Steer by the discrete errors of the step's choices."""

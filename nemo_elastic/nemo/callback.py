@@ -17,6 +17,7 @@ import lightning.pytorch as pl
 from nemo_elastic.choices import choice_shapes
 from nemo_elastic.config.sections import RunConfig
 from nemo_elastic.distill.curriculum import budget_probabilities, stage_at
+from nemo_elastic.mcore.budget_notes import notes_at
 from nemo_elastic.mcore.build import unwrapped
 from nemo_elastic.mcore.evaluate import heldout_loss
 from nemo_elastic.mcore.family_model import FamilyModel
@@ -95,7 +96,11 @@ class ElasticCallback(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: ElasticMambaModel, *_: Any) -> None:
         """The step's choices, from the router as it stands."""
         self.step, self.micro_batch = trainer.global_step, 0
+        first = self.state is None
         self.state = self.planner.begin_step(self.model.policy, self.step)
+        if trainer.is_global_zero:
+            for note in notes_at(self.planner, self.state, first):
+                logger.warning("step %d: %s", self.step, note)
 
     def on_megatron_microbatch_start(self, step: Any, batch: dict[str, Any], forward_callback: Any) -> None:
         """Put the micro-batch's plan into its batch; the same on all ranks of a replica."""

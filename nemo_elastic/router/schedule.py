@@ -3,7 +3,8 @@
 A run is `warmup` (every budget on its fixed uniform subnet, so that the weights adapt before the router moves), then
 `soft` (all choices mixed by their probabilities: exploration), then `hard` (the chosen subnet alone, with
 straight-through gates: what the children will be, and sliced). Over the soft phase tau falls geometrically and scale
-rises linearly, so that the mixture has become a choice when the hard phase begins; they stay at their ends then. In
+rises linearly, so that the mixture has become a choice when the hard phase begins; they stay at their ends then.
+Over the last `settle_fraction` of the soft phase the router is led to a choice that meets its budget (`settle`). In
 the last phase, `frozen`, the choices are pinned. The phases are fractions of the run, or named stage by stage.
 """
 
@@ -18,11 +19,12 @@ Phase = Literal["warmup", "soft", "hard", "frozen"]
 
 @dataclass(frozen=True)
 class RouterPoint:
-    """Where the router's schedule stands at one step."""
+    """Where the router's schedule stands. `settle`: weight of the pull to a choice that fits, in the soft phase."""
 
     phase: Phase
     tau: float
     scale: float
+    settle: float = 0.0
 
 
 def resolve_recipe(config: RouterConfig) -> RouterConfig:
@@ -33,6 +35,7 @@ def resolve_recipe(config: RouterConfig) -> RouterConfig:
         config,
         budget_lambda=1.0,
         dual_ascent_rate=0.0,
+        settle_weight=0.0,
         dead_zone=0.0,
         warmup_fraction=0.0,
         soft_fraction=1.0,
@@ -93,4 +96,7 @@ class Timeline:
             tau = config.tau_start + (config.tau_end - config.tau_start) * done
         else:
             tau = config.tau_start * (config.tau_end / config.tau_start) ** done
-        return RouterPoint(self.phase(step), tau, config.scale_start + (config.scale_end - config.scale_start) * done)
+        scale = config.scale_start + (config.scale_end - config.scale_start) * done
+        gone = 1 - (1 - done) / config.settle_fraction if config.settle_fraction else float(done == 1)
+        settle = config.settle_weight * max(0.0, gone)
+        return RouterPoint(self.phase(step), tau, scale, settle)

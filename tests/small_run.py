@@ -7,6 +7,7 @@
 Every run goes through the command line's `main`, as a user's does.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -166,6 +167,7 @@ def callbacks(poison: dict[str, Any] | None, signal_at: int | None) -> list[Any]
 
 
 def _child(message: dict[str, Any], rank: int, port: int) -> int:
+    os.setsid()  # its helpers are ended with it: see `_wait`
     log = os.open(message["log"], os.O_WRONLY | os.O_CREAT | (os.O_APPEND if rank else os.O_TRUNC), 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -198,6 +200,9 @@ def _wait(pids: Sequence[int], timeout: float) -> list[int | None]:
     for pid in [p for p, code in codes.items() if code is None]:
         os.kill(pid, 9)
         os.waitpid(pid, 0)
+    for pid in pids:  # what writes Megatron's checkpoints outlives a process that was killed
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, 9)
     return list(codes.values())
 
 

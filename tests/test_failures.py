@@ -48,9 +48,7 @@ def test_a_bad_gradient_is_named_and_never_reaches_the_weights(small_runs: Serve
     out = small_runs.ranked(f"gradient_{layout}_{value}")
     poison = {"step": 5, "layer": 5, "kind": "gradient", "value": value}
     text = small_runs.run(out, *overrides, "train.save_every_steps=1", codes=[2], size=size, poison=poison)
-    assert "step 5: budgets " in text and "the gradient of decoder.layers.5.mixer.in_proj.weight" in text.replace(
-        "layers.1.mixer", "layers.5.mixer"
-    )
+    assert "step 5: budgets " in text and "the gradient of decoder.layers.5.mixer.in_proj.weight" in text
     assert checkpoints(out) == [f"step={n}" for n in range(4)]
 
 

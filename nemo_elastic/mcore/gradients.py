@@ -7,6 +7,7 @@ Under the distributed optimizer a rank's reduced gradients are those of its own 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,10 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor, nn
+
+from .build import unwrapped
+
+LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 
 
 @torch.no_grad()
@@ -54,10 +59,14 @@ def _local_gradients(model: nn.Module, optimizers: list[Any]) -> Iterator[tuple[
 
 
 def last_bad_gradient(model: nn.Module) -> str | None:
-    """Name of the last parameter, in the order of the model, whose gradient is not finite: where the backward broke."""
-    found = None
-    for name, p in model.named_parameters():
+    """The last parameter, in the order of the model, whose gradient is not finite: where the backward broke.
+
+    Its name has the layer's number in the whole network.
+    """
+    core, found = unwrapped(model), None
+    for name, p in core.named_parameters():
         grad = getattr(p, "main_grad", p.grad)
         if grad is not None and not bool(torch.isfinite(grad).all()):
             found = name
-    return found
+    numbers = [layer.layer_number - 1 for layer in core.decoder.layers]
+    return found and LAYER.sub(lambda m: f"decoder.layers.{numbers[int(m[1])]}.", found).removeprefix("module.")

@@ -37,10 +37,13 @@ class FiniteGuard(pl.Callback):
         """A new step."""
         self.batches, self.loss = [], 0.0
 
+    def on_megatron_microbatches_start(self, step: Any) -> None:
+        """The shape of the step's micro-batches."""
+        self.shape = (step.micro_batch_size, step.seq_length)
+
     def on_megatron_microbatch_start(self, step: Any, batch: dict[str, Any], forward_callback: Any) -> None:
         """Keep the micro-batches of the step: token ids and plans, to look at again if need be."""
         if "elastic" in batch:
-            self.shape = (step.micro_batch_size, step.seq_length)
             self.batches.append(batch)
 
     def on_megatron_reduce_microbatches_end(self, step: Any, reduced: torch.Tensor, **_: Any) -> None:
@@ -75,9 +78,5 @@ class FiniteGuard(pl.Callback):
         torch.distributed.all_gather_object(gradients, last_bad_gradient(unwrapped(pl_module.module)))
         named = next((g for g in reversed(gradients) if g), None)
         budgets = ", ".join(sorted({budget for _, budget, _, _ in cases}))
-        where = (
-            f"the gradient of {named.split('module.')[-1]}"
-            if named
-            else "the distillation loss (all outputs are finite)"
-        )
+        where = f"the gradient of {named}" if named else "the distillation loss (all outputs are finite)"
         return f"budgets {budgets}: {where} has a NaN or Inf. Nothing was changed or saved by this step; {REMEDY}"

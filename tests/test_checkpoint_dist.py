@@ -16,7 +16,8 @@ from nemo_elastic.config.model_fields import architecture_of
 from nemo_elastic.layout import ParamLayout
 from nemo_elastic.mcore.dist_checkpoint import TorchDistReader
 from nemo_elastic.mcore.dist_save import write_torch_dist
-from nemo_elastic.mcore.preflight import read_metadata, refuse_hostile
+from nemo_elastic.mcore.held_checkpoint import refuse_hostile
+from nemo_elastic.mcore.preflight import read_metadata
 from nemo_elastic.slicing import unshard
 
 LAYOUT = ParamLayout(architecture_of(MODEL))

@@ -26,6 +26,7 @@ from nemo.lightning.callback_group import CallbackGroup
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler
 from nemo.lightning.pytorch.strategies.utils import RestoreConfig
 
+from nemo_elastic.mcore.held_checkpoint import HeldCheckpoint
 from nemo_elastic.mcore.layer_specs import have_transformer_engine, hybrid_stack_spec
 from nemo_elastic.mcore.versions import AttnBackend, DistributedDataParallelConfig, OptimizerConfig, squared_relu
 from nemo_elastic.nemo import cpu
@@ -265,6 +266,7 @@ def build_trainer(
     pl.seed_everything(seed, verbose=False)
     on_gpu = torch.cuda.is_available()
     dtype = DTYPES[precision]
+    restored = None if restore_from is None else HeldCheckpoint(restore_from)  # Megatron's loader unpickles
     strategy = nl.MegatronStrategy(
         tensor_model_parallel_size=tensor_model_parallel_size,
         pipeline_model_parallel_size=pipeline_model_parallel_size,
@@ -279,7 +281,7 @@ def build_trainer(
         ckpt_parallel_load=on_gpu,  # exchanges shards over NCCL
         ckpt_save_optimizer=save_optimizer,
         replace_progress_bar=False,
-        restore_config=None if restore_from is None else RestoreConfig(path=str(restore_from), load_artifacts=False),
+        restore_config=None if restored is None else RestoreConfig(path=str(restored.path), load_artifacts=False),
     )
     trainer = nl.Trainer(
         accelerator="gpu" if on_gpu else "cpu",
@@ -301,6 +303,7 @@ def build_trainer(
         limit_val_batches=limit_val_batches if val_check_interval else 0,
         **{"log_every_n_steps": 1} | trainer_arguments,
     )
+    trainer.restored = restored  # its files are there for as long as the trainer is
     nl.NeMoLogger(
         explicit_log_dir=str(Path(out) / "logs"),
         update_logger_directory=False,

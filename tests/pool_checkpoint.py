@@ -142,6 +142,14 @@ def stock_load(folder: str) -> dict[str, tuple[int, torch.Tensor]]:
     return {name: (rank, p.detach().clone()) for name, p in named_global_parameters(model, layout)}
 
 
+def stock_copy(folder: str, target: str) -> None:
+    """Load a checkpoint into a fresh model by stock Megatron, and save that model by stock Megatron."""
+    model = plain(seed=None)
+    state = dist_checkpointing.load(model.sharded_state_dict(prefix="module."), folder)
+    model.load_state_dict({name.removeprefix("module."): value for name, value in state.items()}, strict=False)
+    _save(model.sharded_state_dict(prefix="module."), target)
+
+
 def stock_keys() -> set[str]:
     """Keys of everything that stock Megatron stores for the plain model on this rank."""
     found: set[str] = set()

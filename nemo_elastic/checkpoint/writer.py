@@ -120,8 +120,8 @@ def atomic_folder(out: str | os.PathLike[str], *, force: bool = False, needs_byt
         sync_folder(temporary)
         _replace(out, temporary, force)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise _disk_full(out, "it filled up while writing") from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise _disk_full(out, f"it filled up while writing ({error.strerror})") from error
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

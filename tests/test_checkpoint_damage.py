@@ -163,8 +163,10 @@ def test_full_disk_for_real(nested: Path, tmp_path: Path) -> None:
         small.rmdir()
         pytest.skip("mounting a tmpfs is not allowed here")
     try:
-        with pytest.raises(ProblemsError, match=r"the disk of .* is full"):
-            extract(nested, "full", small / "child", format="hf")
+        for format in ("hf", "nemo"):
+            with pytest.raises(ProblemsError, match=r"the disk of .* is full"):
+                extract(nested, "full", small / "child", format=format)
+            assert not list(small.iterdir())
         old = extract(nested, "small", small / "child", format="hf")  # this one fits
         before = contents(old)
         with pytest.raises(ProblemsError, match=r"the disk of .* is full"):

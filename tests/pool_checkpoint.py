@@ -2,6 +2,8 @@
 
 import multiprocessing
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from checkpoint_family import MODEL, random_weights
@@ -24,16 +26,107 @@ def plain(seed: int | None = 0) -> torch.nn.Module:
 
 def stock_save(folder: str, seed: int = 0) -> None:
     """`dist_checkpointing.save` of the plain model, under the prefix that NeMo gives it."""
+    _save(plain(seed).sharded_state_dict(prefix="module."), folder)
+
+
+def _save(state: dict, folder: str) -> None:
+    """`dist_checkpointing.save` from a process of a pool."""
     if torch.distributed.get_rank() == 0:
         Path(folder).mkdir(parents=True)
     torch.distributed.barrier()
     settings = multiprocessing.current_process()._config
     daemon, settings["daemon"] = settings.get("daemon"), False  # the save starts processes, which a daemon may not
     try:
-        dist_checkpointing.save(plain(seed).sharded_state_dict(prefix="module."), folder)
+        dist_checkpointing.save(state, folder)
     finally:
         filesystem_async._results_queue = None  # ends the process that serves it
         settings["daemon"] = daemon
+
+
+def optimizer_state(model: torch.nn.Module, optimizer: Any, kind: str, loading: bool) -> dict:
+    """What NeMo saves of a step: model, distributed optimizer, and plain values."""
+    parameters = model.sharded_state_dict(prefix="module.")
+    state = optimizer.sharded_state_dict(parameters, is_loading=loading, metadata={"distrib_optim_sharding_type": kind})
+    return {"state_dict": parameters, "optimizer": [state], "global_step": 3, "epoch": 0}
+
+
+class FusedAdam(torch.optim.Optimizer):
+    """Adam that counts its steps in the group, as Transformer Engine's does: Megatron cannot save torch's."""
+
+    def __init__(
+        self, params: Any, lr: float, betas: tuple, eps: float, weight_decay: float, adam_w_mode: bool
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            a, b = group["betas"]
+            for p in (p for p in group["params"] if p.grad is not None):
+                state = self.state[p]
+                for name in ("exp_avg", "exp_avg_sq"):
+                    state.setdefault(name, torch.zeros_like(p))
+                state["exp_avg"].lerp_(p.grad, 1 - a)
+                state["exp_avg_sq"].lerp_(p.grad**2, 1 - b)
+                p.sub_(group["lr"] * state["exp_avg"] / (state["exp_avg_sq"].sqrt() + group["eps"]))
+
+
+def optimizer_round_trip(folder: str, kind: str) -> tuple[float, float, int]:
+    """Save a model with the distributed optimizer after a step, load it from what `HeldCheckpoint` hands on.
+
+    Returns the sums of weights after one more step of both, and the number of byte objects in the checkpoint.
+    """
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    adam = {"Adam": FusedAdam}
+    with (
+        patch.multiple(optimizer, USING_PYTORCH_OPTIMIZER=False, **adam),
+        patch.multiple(distrib_optimizer, HAVE_APEX_OR_TE=True, USING_TE_OPTIMIZER=True, **adam),
+    ):
+        return _optimizer_round_trip(folder, kind)
+
+
+def _optimizer_round_trip(folder: str, kind: str) -> tuple[float, float, int]:
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    from nemo_elastic.mcore.held_checkpoint import HeldCheckpoint, refuse_hostile
+
+    def made() -> tuple[Any, Any]:
+        core = plain()
+        settings = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+        model = DistributedDataParallel(core.config, settings, core)
+        config = OptimizerConfig(optimizer="adam", lr=0.1, use_distributed_optimizer=True, params_dtype=torch.float32)
+        return model, get_megatron_optimizer(config, [model])
+
+    def total(model: Any) -> float:
+        return float(sum(p.detach().double().abs().sum() for p in model.parameters()))
+
+    def step(model: Any, optimizer: Any, gradient: float) -> None:
+        for parameter in model.parameters():
+            parameter.main_grad.fill_(gradient)
+        model.finish_grad_sync()
+        optimizer.step()
+
+    model, optimizer = made()
+    step(model, optimizer, 0.01)
+    _save(optimizer_state(model.module, optimizer, kind, False), folder)
+    torch.distributed.barrier()
+    objects = len(refuse_hostile(folder).objects)
+    again, its_optimizer = made()
+    step(again, its_optimizer, -0.02)
+    assert total(again) != total(model)
+    wanted = optimizer_state(again.module, its_optimizer, kind, True)
+    with HeldCheckpoint(folder) as checked:
+        state = dist_checkpointing.load(wanted, str(checked / "weights"))
+    again.module.load_state_dict({n.removeprefix("module."): v for n, v in state["state_dict"].items()}, strict=False)
+    with torch.no_grad():
+        its_optimizer.load_state_dict(state["optimizer"][0])
+    for one, other in ((model, optimizer), (again, its_optimizer)):
+        step(one, other, 0.03)  # the same only if the moments came back, too
+    return total(model), total(again), objects
 
 
 def stock_load(folder: str) -> dict[str, tuple[int, torch.Tensor]]:
@@ -47,6 +140,14 @@ def stock_load(folder: str) -> dict[str, tuple[int, torch.Tensor]]:
     )
     layout = ParamLayout(architecture_of(MODEL), tp_size=size)
     return {name: (rank, p.detach().clone()) for name, p in named_global_parameters(model, layout)}
+
+
+def stock_copy(folder: str, target: str) -> None:
+    """Load a checkpoint into a fresh model by stock Megatron, and save that model by stock Megatron."""
+    model = plain(seed=None)
+    state = dist_checkpointing.load(model.sharded_state_dict(prefix="module."), folder)
+    model.load_state_dict({name.removeprefix("module."): value for name, value in state.items()}, strict=False)
+    _save(model.sharded_state_dict(prefix="module."), target)
 
 
 def stock_keys() -> set[str]:

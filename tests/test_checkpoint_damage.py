@@ -21,6 +21,7 @@ from nemo_elastic.checkpoint import writer
 from nemo_elastic.checkpoint.manifest import MANIFEST_FILE, check_hashes, load_manifest, manifest_from_dict
 from nemo_elastic.checkpoint.reader import LazyTensor
 from nemo_elastic.checkpoint.writer import atomic_folder, write_safetensors
+from nemo_elastic.cli.main import main
 from nemo_elastic.nemo.checkpoints import extract, open_nested, write_nested
 from nemo_elastic.problems import ProblemsError
 
@@ -152,7 +153,7 @@ def test_full_disk_is_foreseen_or_cleaned_up(nested: Path, monkeypatch: pytest.M
         return stock(self, data)
 
     monkeypatch.setattr(writer.HashingFile, "write", fill)
-    refused(nested, "filled up while writing; nothing was changed")
+    refused(nested, r"filled up while writing \(No space left on device\); nothing was changed")
 
 
 def test_full_disk_for_real(nested: Path, tmp_path: Path) -> None:
@@ -162,8 +163,10 @@ def test_full_disk_for_real(nested: Path, tmp_path: Path) -> None:
         small.rmdir()
         pytest.skip("mounting a tmpfs is not allowed here")
     try:
-        with pytest.raises(ProblemsError, match=r"the disk of .* is full"):
-            extract(nested, "full", small / "child", format="hf")
+        for format in ("hf", "nemo"):
+            with pytest.raises(ProblemsError, match=r"the disk of .* is full"):
+                extract(nested, "full", small / "child", format=format)
+            assert not list(small.iterdir())
         old = extract(nested, "small", small / "child", format="hf")  # this one fits
         before = contents(old)
         with pytest.raises(ProblemsError, match=r"the disk of .* is full"):
@@ -172,6 +175,56 @@ def test_full_disk_for_real(nested: Path, tmp_path: Path) -> None:
     finally:
         subprocess.run(["umount", small], check=True)
         small.rmdir()
+
+
+LIMITED = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+from nemo_elastic.cli.main import main
+sys.exit(main(["extract", sys.argv[1], "--budget", "large", "--out", sys.argv[2], "--format", sys.argv[3]]))
+"""
+
+
+@pytest.mark.parametrize("format", ["nemo", "hf"])
+def test_a_write_that_the_system_refuses_leaves_nothing(nested: Path, format: str) -> None:
+    """As a user without the right to mount meets it: a limit on the size of a file, in both formats."""
+    command = [sys.executable, "-c", LIMITED, str(nested), str(nested.parent / "child"), format]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 2 and "is full: it filled up while writing" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and [p.name for p in nested.parent.iterdir()] == ["nested"]
+
+
+def truncated(nested: Path) -> None:
+    shard = nested / "weights" / "__0_0.distcp"
+    os.truncate(shard, shard.stat().st_size - 1000)
+
+
+def flipped(nested: Path) -> None:
+    shard = nested / "weights" / "__0_0.distcp"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+
+
+DAMAGES = {
+    "truncated shard": truncated,
+    "flipped byte": flipped,
+    "missing file": lambda nested: (nested / "weights" / ".metadata").unlink(),
+    "wrong version": lambda nested: edited(nested, version=99),
+    "other parent": lambda nested: edited(nested, model={**MODEL, "hidden_size": 64}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_every_damage_is_one_message_and_exit_code_2(nested: Path, damage: str, capsys: pytest.CaptureFixture) -> None:
+    """By the command; `verify` leaves with 1 where only a hash differs (tests/test_verify.py)."""
+    DAMAGES[damage](nested)
+    target = str(nested.parent / "child")
+    assert main(["extract", str(nested), "--budget", "full", "--out", target, "--format", "hf"]) == 2
+    shown = capsys.readouterr()
+    assert str(nested) in shown.err and "Traceback" not in shown.err and shown.out == ""
+    assert sorted(p.name for p in nested.parent.iterdir()) == ["nested"]
 
 
 KILLED = """
@@ -184,15 +237,16 @@ def write(self, data):
         os.kill(os.getpid(), signal.SIGKILL)
     return stock(self, data)
 writer.HashingFile.write = write
-extract(sys.argv[1], "large", sys.argv[2], format="hf", force=True)
+extract(sys.argv[1], "large", sys.argv[2], format=sys.argv[3], force=True)
 """
 
 
-def test_killed_extract_leaves_the_target_as_it_was(nested: Path) -> None:
+@pytest.mark.parametrize("format", ["nemo", "hf"])
+def test_killed_extract_leaves_the_target_as_it_was(nested: Path, format: str) -> None:
     target = nested.parent / "child"
 
     def kill() -> None:
-        command = [sys.executable, "-c", KILLED, str(nested), str(target)]
+        command = [sys.executable, "-c", KILLED, str(nested), str(target), format]
         done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
         assert done.returncode == -signal.SIGKILL, done.stderr
 

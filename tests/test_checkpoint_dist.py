@@ -16,7 +16,8 @@ from nemo_elastic.config.model_fields import architecture_of
 from nemo_elastic.layout import ParamLayout
 from nemo_elastic.mcore.dist_checkpoint import TorchDistReader
 from nemo_elastic.mcore.dist_save import write_torch_dist
-from nemo_elastic.mcore.preflight import read_metadata, refuse_hostile
+from nemo_elastic.mcore.held_checkpoint import refuse_hostile
+from nemo_elastic.mcore.preflight import read_metadata
 from nemo_elastic.slicing import unshard
 
 LAYOUT = ParamLayout(architecture_of(MODEL))
@@ -77,6 +78,21 @@ def test_stock_megatron_loads_what_we_write(written: Path, pool4: WorkerPool, tp
 def test_saved_at_two_by_two_loads_the_same_at_one(stock: Path, one_rank: None) -> None:
     loaded = {name: value for name, (_, value) in pool_checkpoint.stock_load(str(stock)).items()}
     assert all(same_bytes(loaded[name], value) for name, value in random_weights(seed=3).items())
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (4, 1), (1, 4)])
+def test_there_and_back_through_another_layout(
+    stock: Path, tmp_path: Path, pool4: WorkerPool, tp: int, pp: int
+) -> None:
+    """TP2 x PP2 -> stock load and save at another layout -> our reader -> our writer -> stock load at TP2 x PP2."""
+    pool4.run(pool_checkpoint.stock_copy, str(stock), str(tmp_path / "there"), tp=tp, pp=pp)
+    with TorchDistReader(tmp_path / "there") as reader:
+        weights = random_weights(seed=3)
+        assert all(same_bytes(reader.read(name), value) for name, value in weights.items())
+        write_torch_dist(tmp_path / "ours", lazy_tensors(reader), LAYOUT)
+    for folder in ("there", "ours"):
+        loaded = assemble(pool4.run(pool_checkpoint.stock_load, str(tmp_path / folder), tp=2, pp=2), 2)
+        assert set(loaded) == set(weights) and all(same_bytes(loaded[name], weights[name]) for name in weights)
 
 
 def test_keys_are_exactly_those_of_stock_megatron(written: Path, one_rank: None) -> None:

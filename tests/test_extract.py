@@ -197,6 +197,70 @@ def test_nested_carries_router_permutations_and_hashes(nested: Path) -> None:
     assert set(opened.manifest.files) == names
 
 
+def test_plain_nemo_builds_the_parent_from_the_nested_checkpoint(nested: Path) -> None:
+    from nemo.collections import llm
+    from nemo.lightning import io
+
+    model = io.load_context(nested / "context", subpath="model")
+    assert type(model) is llm.MambaModel and model.config.num_layers == 8 and model.config.hidden_size == H
+    assert "nemo_elastic" not in (nested / "context" / "io.json").read_text()
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files."""
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+
+
+def test_nested_is_under_a_thousandth_larger_than_parent_and_router(tmp_path: Path) -> None:
+    """The parent: its own NeMo checkpoint. Orders of every unit of every layer are in the nested one."""
+    wide = {
+        "hidden_size": 1024,
+        "ffn_hidden_size": 4096,
+        "mamba_num_heads": 32,
+        "mamba_head_dim": 64,
+        "num_attention_heads": 32,
+        "vocab_size": 8192,
+    }
+    family = manifest({**MODEL, **wide})
+    dims = family.space.dims
+    dims = {**dims, "hidden_size": replace(dims["hidden_size"], full=1024, choices=(512, 1024))}
+    family = replace(family, space=replace(family.space, dims=dims))
+    subnet = family.space.full_subnet()
+    family = replace(family, subnets={"full": subnet}, budgets={"full": family.budgets["full"]})
+    weights = {n: torch.zeros(s.shape({}), dtype=torch.bfloat16) for n, s in family.layout.table.items()}
+    orders = {f"{layer}.{kind}": torch.randperm(4096) for layer in range(3) for kind in ("ffn_hidden_size", "x")}
+    router = {"net.0.weight": torch.zeros(128, 128)}
+    nested = write_nested(tmp_path / "nested", weights, family, tokenizer=TOKENIZER, permutations=orders, router=router)
+    parent = size_of(extract(nested, "full", tmp_path / "parent"))
+    assert parent > 100e6
+    routers = (nested / "elastic" / "router.safetensors").stat().st_size
+    assert size_of(nested) - routers - parent < 1e-3 * parent
+    opened = open_nested(nested)
+    assert all(torch.equal(opened.permutations()[name], order) for name, order in orders.items())
+
+
+@pytest.mark.parametrize("schema", ["uniform", "list", "per_layer_config"])
+def test_the_verb_takes_every_schema(tmp_path: Path, capsys: pytest.CaptureFixture, schema: str) -> None:
+    from nemo_elastic.cli.main import main
+
+    family = manifest()
+    varied = family.space.subnet(ffn_hidden_size=[80, 40, 56])
+    family = replace(family, subnets={"varied": varied}, budgets={})
+    nested = write_nested(tmp_path / "nested", random_weights(), family, tokenizer=TOKENIZER)
+    out = tmp_path / "out"
+    words = ["extract", str(nested), "--all", "--out", str(out), "--format", "hf", "--hf-schema", schema, "--json"]
+    assert main(words) == 0
+    assert json.loads(capsys.readouterr().out)["children"] == {"varied": str(out / "varied")}
+    config = json.loads((out / "varied" / "config.json").read_text())
+    said = {"uniform": (80, None), "list": ([80, 40, 56], None)}
+    per_layer = {str(n): {"intermediate_size": size} for n, size in ((1, 80), (4, 40), (7, 56))}
+    wanted = said.get(schema, (80, per_layer))
+    assert (config["intermediate_size"], config.get("per_layer_config")) == wanted
+    stored = SafetensorsReader(out / "varied")
+    rows = [stored.shape(f"backbone.layers.{n}.mixer.up_proj.weight")[0] for n in (1, 4, 7)]
+    assert rows == ([80, 80, 80] if schema == "uniform" else [80, 40, 56])
+
+
 def test_per_layer_widths_are_refused_by_plain_nemo(tmp_path: Path) -> None:
     family = manifest()
     space = family.space

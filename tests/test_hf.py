@@ -119,6 +119,14 @@ def test_damaged_folders(tmp_path: Path) -> None:
         HuggingFaceReader(write_hf_parent(tmp_path / "more", weights))
 
 
+def test_file_that_is_exchanged_meanwhile_is_not_read(tmp_path: Path) -> None:
+    folder = write_hf_parent(tmp_path / "hf", random_weights())
+    other = write_hf_parent(tmp_path / "other", random_weights(seed=1))
+    reader = HuggingFaceReader(folder)
+    (other / "model.safetensors").rename(folder / "model.safetensors")
+    assert all(torch.equal(reader.read(name), value) for name, value in random_weights().items())
+
+
 def test_index_that_lies_is_refused(tmp_path: Path) -> None:
     layout = ParamLayout(architecture_of(MODEL))
     source = HuggingFaceReader(write_hf_parent(tmp_path / "hf", random_weights()))

@@ -5,21 +5,27 @@ way, so that the others are known to be able to fail.
 """
 
 import io
+import json
+import os
 import pickle
 import shutil
+import stat
 import zipfile
 from pathlib import Path
 
+import pool_checkpoint
 import pytest
 import torch
 from checkpoint_family import MODEL, random_weights
+from worker_pool import WorkerPool
 
 from nemo_elastic.checkpoint.reader import MemoryReader, lazy_tensors
 from nemo_elastic.config.model_fields import architecture_of
 from nemo_elastic.layout import ParamLayout
 from nemo_elastic.mcore.dist_checkpoint import TorchDistReader
 from nemo_elastic.mcore.dist_save import write_torch_dist
-from nemo_elastic.mcore.preflight import parse_metadata, read_metadata, refuse_hostile
+from nemo_elastic.mcore.held_checkpoint import HeldCheckpoint, refuse_hostile
+from nemo_elastic.mcore.preflight import parse_metadata, read_metadata
 from nemo_elastic.problems import ProblemsError
 
 KEY = "module.decoder.layers.0.mixer.in_proj._extra_state/shard_0_1"
@@ -63,9 +69,9 @@ def saved(value: object) -> bytes:
     return buffer.getvalue()
 
 
-def point_to_new_record(weights: Path, key: str, data: bytes) -> None:
+def point_to_new_record(weights: Path, key: str, data: bytes, file: str = "__0_0.distcp") -> None:
     """Append `data` to the shard and let `key` lie there."""
-    shard = weights / "__0_0.distcp"
+    shard = weights / file
     start = shard.stat().st_size
     with shard.open("ab") as file:
         file.write(data)
@@ -156,6 +162,137 @@ def test_paths_that_leave_the_folder_are_refused(weights: Path, target: str) -> 
     edit_metadata(weights, edit)
     with pytest.raises(ProblemsError, match="outside the folder"):
         TorchDistReader(weights)
+
+
+def test_what_is_exchanged_after_the_check_is_not_read(weights: Path, tmp_path: Path, one_rank: None) -> None:
+    """Every file of the folder is replaced by a hostile one between check and load."""
+    from megatron.core import dist_checkpointing
+
+    key = "module.decoder.final_norm.weight"
+    expected = random_weights()["decoder.final_norm.weight"]
+    with TorchDistReader(weights) as reader, HeldCheckpoint(weights) as checked:
+        for path in list(weights.iterdir()):
+            (tmp_path / "other").write_bytes(pickle.dumps(Bomb(tmp_path / "boom")))
+            (tmp_path / "other").rename(path)
+        assert torch.equal(reader.read("decoder.final_norm.weight"), expected)
+        state = {key: sharded(key, torch.empty(48))}
+        found = dist_checkpointing.load(state, str(checked / "weights"))
+        assert torch.equal(found[key], expected)
+        assert stat.S_IMODE(checked.stat().st_mode) == 0o700
+    assert not checked.exists() and not (tmp_path / "boom").exists()
+    with pytest.raises(ProblemsError):  # what lies there now
+        HeldCheckpoint(weights)
+    assert not (tmp_path / "boom").exists()
+
+
+def sharded(key: str, tensor: torch.Tensor) -> object:
+    """A tensor that a stock load fills."""
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    return ShardedTensor.from_rank_offsets(key, tensor)
+
+
+def test_small_files_that_are_rewritten_in_place_are_not_read(weights: Path, tmp_path: Path, one_rank: None) -> None:
+    from megatron.core import dist_checkpointing
+
+    key, bomb = "module.decoder.final_norm.weight", pickle.dumps(Bomb(tmp_path / "boom"))
+    with HeldCheckpoint(weights) as checked:
+        for name in (".metadata", "common.pt", "metadata.json"):
+            with (weights / name).open("r+b") as file:
+                file.write(bomb)
+        dist_checkpointing.load({key: sharded(key, torch.empty(48))}, str(checked / "weights"))
+    assert not (tmp_path / "boom").exists()
+
+
+def test_only_what_was_checked_is_handed_on(weights: Path, tmp_path: Path) -> None:
+    """Files that other loaders of the stock chain would unpickle if they were there."""
+    (weights / "modelopt_state").mkdir()
+    (weights / "modelopt_state" / "common.pt").write_bytes(pickle.dumps(Bomb(tmp_path / "boom")))
+    (weights / "module.x.pt").write_bytes(pickle.dumps(Bomb(tmp_path / "boom")))
+    with HeldCheckpoint(weights.parent) as checked:
+        names = {p.relative_to(checked).as_posix() for p in checked.rglob("*")}
+        files = (".metadata", "common.pt", "metadata.json", "__0_0.distcp")
+        assert names == {"weights", *(f"weights/{name}" for name in files)}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"sharded_backend": "zarr", "sharded_backend_version": 1}', "only torch_dist is read"),
+        ('{"sharded_backend": "torch_dist", "common_backend": "mine"}', "only torch_dist is read"),
+        ("[]", "is damaged"),
+        (None, "is missing"),
+    ],
+)
+def test_other_loaders_cannot_be_chosen(weights: Path, text: str | None, words: str) -> None:
+    (weights / "metadata.json").unlink()
+    if text is not None:
+        (weights / "metadata.json").write_text(text)
+    with pytest.raises(ProblemsError, match=rf"metadata\.json: .*{words}"):
+        HeldCheckpoint(weights)
+
+
+def test_what_is_no_file_is_refused(weights: Path) -> None:
+    (weights / "__0_0.distcp").unlink()
+    os.mkfifo(weights / "__0_0.distcp")  # opening it would block for ever
+    for read in (TorchDistReader, refuse_hostile):
+        with pytest.raises(ProblemsError, match=r"__0_0\.distcp: is missing"):
+            read(weights)
+
+
+@pytest.mark.parametrize("kind", ["fully_sharded_model_space", "fully_reshardable", "dp_reshardable"])
+def test_distributed_optimizer_passes_and_is_loaded_from_what_was_checked(
+    pool2: WorkerPool, tmp_path: Path, kind: str
+) -> None:
+    for saved_sum, loaded_sum, objects in pool2.run(pool_checkpoint.optimizer_round_trip, str(tmp_path / "w"), kind):
+        assert saved_sum == loaded_sum and objects > 0
+    metadata = read_metadata(tmp_path / "w")
+    assert any(key.startswith("optimizer.") for key in (*metadata.tensors, *metadata.objects))
+    if metadata.objects:
+        key = next(k for k in metadata.objects)
+        point_to_new_record(tmp_path / "w", key, saved([Bomb(tmp_path / "boom")]), f"{metadata.objects[key].file}")
+        with pytest.raises(ProblemsError, match="holds a pickle that is not plain data"):
+            refuse_hostile(tmp_path / "w")
+    assert not (tmp_path / "boom").exists()
+
+
+def test_hostile_tokenizer_is_copied_as_data(tmp_path: Path) -> None:
+    """A tokenizer folder that brings code, a pickle and a class of its own: only plain data is copied."""
+    from checkpoint_family import TOKENIZER
+
+    from nemo_elastic.checkpoint.tokenizer_files import write_tokenizer
+
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    shutil.copy(TOKENIZER, folder / "tokenizer.json")
+    bomb = f"open({str(tmp_path / 'boom')!r}, 'w')\n"
+    (folder / "tokenization_mine.py").write_text(bomb)
+    (folder / "tokenizer.pkl").write_bytes(pickle.dumps(Bomb(tmp_path / "boom")))
+    said = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["tokenization_mine.Mine", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**said, "eos_token": "<|endoftext|>"}))
+    write_tokenizer(tmp_path / "out", folder)
+    assert {p.name for p in (tmp_path / "out").iterdir()} <= {"tokenizer.json", "tokenizer_config.json"}
+    config = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert "auto_map" not in config and config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert config["eos_token"] == "<|endoftext|>" and not (tmp_path / "boom").exists()
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model.bin.index.json", "model.safetensors"])
+def test_hf_folder_with_a_pickle_is_refused(tmp_path: Path, name: str) -> None:
+    """Weights as a pickle, by its own name or under that of safetensors."""
+    from checkpoint_family import write_hf_parent
+
+    from nemo_elastic.checkpoint.huggingface import HuggingFaceReader
+
+    folder = write_hf_parent(tmp_path / "hf", random_weights())
+    (folder / "model.safetensors").unlink()
+    (folder / name).write_bytes(saved(Bomb(tmp_path / "boom")))
+    (folder / "configuration_mine.py").write_text(f"open({str(tmp_path / 'boom')!r}, 'w')\n")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoConfig": "configuration_mine.Mine"}}))
+    with pytest.raises(ProblemsError, match=r"has neither|truncated or no safetensors"):
+        HuggingFaceReader(folder)
+    assert not (tmp_path / "boom").exists()
 
 
 def test_garbage_metadata_is_an_error_of_the_user(weights: Path) -> None:

@@ -4,7 +4,8 @@ Canonical names are those of `ParamLayout.table`. A reader knows names, shapes a
 holds no tensor itself, and never maps a file into memory (mapped pages count as the process's own). `LazyTensor` is
 one entry of what a writer is given: it is read when its turn comes.
 
-`SafetensorsReader` reads the format with plain JSON and offsets: nothing in a file is executed.
+`SafetensorsReader` reads the format with plain JSON and offsets, through handles that it keeps: nothing in a file is
+executed, and a file that is exchanged meanwhile is not read.
 """
 
 import json
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from ..layout import ParamLayout
 from ..problems import Problem, ProblemsError, raise_if_any
+from .held_files import HeldFolder
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -143,6 +145,7 @@ class SafetensorsReader:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._entries: dict[str, _Entry] = {}
+        self._held = HeldFolder(self.path.parent if self.path.is_file() else self.path)
         self.metadata: dict[str, str] = {}
         for file, wanted in self._files():
             found = self._header(file)
@@ -176,12 +179,11 @@ class SafetensorsReader:
     def _header(self, file: Path) -> dict[str, _Entry]:
         if not file.is_file():
             raise _problem(file, "does not exist; the folder is incomplete, copy it again")
-        total = file.stat().st_size
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if total < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, total - 8):
-                raise _problem(file, f"has {total} bytes and a header of {length}: truncated or no safetensors file")
-            raw = stream.read(length)
+        total = self._held.size(file.name)
+        length = int.from_bytes(self._held.read(file.name, 0, 8), "little")
+        if total < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, total - 8):
+            raise _problem(file, f"has {total} bytes and a header of {length}: truncated or no safetensors file")
+        raw = self._held.read(file.name, 8, length)
         try:
             header = json.loads(raw)
             self.metadata |= header.pop("__metadata__", {})
@@ -224,8 +226,7 @@ class SafetensorsReader:
     def read(self, name: str) -> Tensor:
         """Read one tensor from its file."""
         entry = self._entries[name]
-        with entry.path.open("rb", buffering=0) as stream:
-            return read_tensor(stream.fileno(), entry.offset, entry.dtype, entry.shape, entry.path)
+        return read_tensor(self._held.open(entry.path.name), entry.offset, entry.dtype, entry.shape, entry.path)
 
 
 def read_tensor(

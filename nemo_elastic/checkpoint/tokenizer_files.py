@@ -1,7 +1,7 @@
 """A tokenizer as the folder of files that Hugging Face's `AutoTokenizer` (and NeMo's, which wraps it) reads.
 
 Given one `tokenizer.json`, the small companion files are written from its special tokens; given a folder, its own
-companion files are copied byte by byte.
+companion files are copied byte by byte, but for what names code to run.
 """
 
 import json
@@ -49,6 +49,7 @@ def write_tokenizer(folder: Path, source: str | Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise ProblemsError([Problem(str(file), f"is no tokenizer.json ({error!r})")]) from error
     config = folder / "tokenizer_config.json"
+    _without_code(config)
     names = _special_names(config, ids) if config.is_file() else _default_names(ids)
     if not config.is_file():
         config.write_text(
@@ -65,6 +66,15 @@ def token_ids(file: Path) -> dict[str, int]:
     vocab = data["model"]["vocab"]
     ids = dict(vocab) if isinstance(vocab, dict) else {token: i for i, (token, _) in enumerate(vocab)}
     return {**ids, **{t["content"]: t["id"] for t in data.get("added_tokens", [])}}
+
+
+def _without_code(config: Path) -> None:
+    """Drop what names Python code of the folder or of a hub (`auto_map`), and the class that it would have been."""
+    data = json.loads(config.read_text()) if config.is_file() else {}
+    if "auto_map" in data:
+        kept = {name: value for name, value in data.items() if name != "auto_map"}
+        kept["tokenizer_class"] = "PreTrainedTokenizerFast"  # tokenizer.json says what it does
+        config.write_text(json.dumps(kept, indent=2) + "\n")
 
 
 def _default_names(ids: dict[str, int]) -> dict[str, str | None]:

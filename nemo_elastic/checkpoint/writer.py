@@ -119,12 +119,22 @@ def atomic_folder(out: str | os.PathLike[str], *, force: bool = False, needs_byt
         yield temporary
         sync_folder(temporary)
         _replace(out, temporary, force)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise _disk_full(out, "it filled up while writing") from error
-        raise
+    except Exception as error:
+        full = _refused_write(error)
+        if full is None:
+            raise
+        raise _disk_full(out, f"it filled up while writing ({full.strerror})") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _refused_write(error: BaseException | None) -> OSError | None:
+    """The "no room" that lies behind an error: torch.save answers a failing write with an error of its own."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def check_target(out: str | os.PathLike[str], force: bool) -> None:

@@ -5,8 +5,8 @@ Saved at any TP x PP: chunks are put together by the offsets in `.metadata`. Sto
 
     in_proj.weight = [z; x; B; C; dt]      conv1d.{weight,bias} = [x; B; C]      (rows)
 
-No pickle is executed: `.metadata` goes through `preflight`, tensors through `tensor_record`. Files are opened once, by
-their own name in the folder, and read through those handles.
+No pickle is executed: `.metadata` goes through `preflight`, tensors through `tensor_record`. Every file is
+opened with the folder and read through that handle.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nemo_elastic.checkpoint.held_files import HeldFolder
 from nemo_elastic.layout import FUSED_NORM_NAMES
 from nemo_elastic.mcore.preflight import Chunk, RefusedPickle, StoredTensor, read_metadata
 from nemo_elastic.mcore.tensor_record import read_record
@@ -67,8 +68,8 @@ class TorchDistReader:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = weights_folder(path)
-        self._stored = read_metadata(self.path).tensors
-        self._files: dict[str, int] = {}
+        self._held = HeldFolder(self.path)
+        self._stored = read_metadata(self._held).tensors
         self._keys: dict[str, list[str]] = {}
         by_part: dict[str, dict[str | None, str]] = {}
         for key in self._stored:
@@ -89,14 +90,10 @@ class TorchDistReader:
             for chunk in stored.chunks:
                 ends[chunk.file] = max(ends.get(chunk.file, 0), chunk.start + chunk.length)
         for file, end in ends.items():
-            path = self.path / file
-            if not path.is_file():
-                raise self._problem(f"lacks {file}: not a whole checkpoint; copy it again")
-            size = path.stat().st_size
+            size = self._held.size(file)
             if size < end:
-                raise ProblemsError(
-                    [Problem(str(path), f"has {size} bytes, {end} are described: truncated; copy it again")]
-                )
+                words = f"has {size} bytes, {end} are described: truncated; copy it again"
+                raise ProblemsError([Problem(str(self.path / file), words)])
 
     def names(self) -> list[str]:
         """Canonical names of all weights."""
@@ -150,7 +147,7 @@ class TorchDistReader:
     def _read_chunk(self, key: str, stored: StoredTensor, chunk: Chunk, window: Tensor) -> Tensor:
         path = self.path / chunk.file
         try:
-            tensor = read_record(self._open(chunk.file), chunk, path, window)
+            tensor = read_record(self._held.open(chunk.file), chunk, path, window)
         except ProblemsError:
             raise
         except RefusedPickle as error:
@@ -166,24 +163,14 @@ class TorchDistReader:
             raise ProblemsError([Problem(str(path), f"{words}; copy the checkpoint again")])
         return tensor
 
-    def _open(self, file: str) -> int:
-        if file not in self._files:
-            self._files[file] = os.open(self.path / file, os.O_RDONLY | os.O_CLOEXEC)
-        return self._files[file]
-
     def close(self) -> None:
-        """Close the files."""
-        for file in self._files.values():
-            os.close(file)
-        self._files.clear()
+        """Close the files (a later read opens them again)."""
+        self._held.close()
 
     def __enter__(self) -> TorchDistReader:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
         self.close()
 
     def _problem(self, message: str) -> ProblemsError:

@@ -3,14 +3,13 @@
 A torch_dist folder has pickles in three places: `.metadata` (which tensor chunk lies where), `common.pt`, and byte
 objects inside the `.distcp` files. Stock loaders unpickle the first and the last with no restriction, so a hostile
 file runs code. Here `.metadata` goes through an unpickler that knows an exact list of (module, name) pairs and gives
-an inert record for each: not even the listed classes are imported. `refuse_hostile` checks all three places, for
-the cases where a stock loader (NeMo's resume) must read the folder afterwards.
+an inert record for each: not even the listed classes are imported. `held_checkpoint.py` checks all three places, for
+the cases where a stock loader (NeMo's resume) must read the folder afterwards, and hands it what was checked.
 """
 
 from __future__ import annotations
 
 import io
-import os
 import pickle
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -19,7 +18,8 @@ from typing import Any
 
 import torch
 
-from nemo_elastic.problems import Problem, ProblemsError, raise_if_any
+from nemo_elastic.checkpoint.held_files import HeldFolder
+from nemo_elastic.problems import Problem, ProblemsError
 
 METADATA_FILE = ".metadata"
 COMMON_FILE = "common.pt"
@@ -73,12 +73,25 @@ _RECORDS |= {
     for name in ("MCoreMetadata", "MCoreSavePlan")
 }
 _RECORDS[("torch.distributed.checkpoint.filesystem", "_StorageInfo")] = _record("_StorageInfo")
+_RECORDS[("numpy", "dtype")] = _record("dtype")
+
+
+def _numpy_integer(dtype: Any, data: Any) -> int:
+    """A numpy integer, as the distributed optimizer writes the bounds of its pieces."""
+    kind = dtype.args[0] if isinstance(dtype, Record) and dtype.args else None
+    if kind not in ("i4", "i8", "u4", "u8") or not isinstance(data, bytes) or len(data) != int(kind[1]):
+        raise pickle.UnpicklingError(f"refused numpy scalar of {kind!r}")
+    return int.from_bytes(data, "little", signed=kind[0] == "i")
+
+
 _DTYPES = {str(d).removeprefix("torch."): d for d in vars(torch).values() if isinstance(d, torch.dtype)}
 _ALLOWED: dict[tuple[str, str], Any] = {
     **_RECORDS,
     **{("torch", name): dtype for name, dtype in _DTYPES.items()},
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): lambda name: name,
+    ("numpy.core.multiarray", "scalar"): _numpy_integer,
+    ("numpy._core.multiarray", "scalar"): _numpy_integer,
     ("collections", "OrderedDict"): OrderedDict,
     ("builtins", "set"): set,
     ("builtins", "slice"): slice,
@@ -209,55 +222,14 @@ def _place(info: Record) -> tuple[str, int, int]:
     return file, start, length
 
 
-def refuse_hostile(weights: str | os.PathLike[str]) -> DistMetadata:
-    """Check every pickle of a torch_dist folder before a stock loader reads it.
-
-    `.metadata` by the allow-list, `common.pt` and each byte object with torch's weights-only unpickler. Check and load
-    are two acts: for a folder that somebody else can write to, copy it to a private place first.
-
-    Raises:
-        ProblemsError: naming each refused or damaged file or object; nothing of them was executed.
-    """
-    weights = Path(weights)
-    metadata = read_metadata(weights)
-    found = []
-    common = weights / COMMON_FILE
-    if common.is_file():
-        found += _weights_only_problems(common.read_bytes(), str(common))
-    by_file: dict[str, list[tuple[str, StoredObject]]] = {}
-    for key, item in metadata.objects.items():
-        by_file.setdefault(item.file, []).append((key, item))
-    for file, items in by_file.items():
-        if not (weights / file).is_file():
-            found.append(Problem(str(weights / file), "is missing; copy the checkpoint again"))
-            continue
-        with (weights / file).open("rb") as stream:
-            for key, item in items:
-                stream.seek(item.start)
-                found += _weights_only_problems(stream.read(item.length), f"{weights / file} ({key})")
-    raise_if_any(found)
-    return metadata
-
-
-def read_metadata(weights: Path) -> DistMetadata:
+def read_metadata(weights: Path | HeldFolder) -> DistMetadata:
     """Parse `.metadata` of a folder.
 
     Raises:
         ProblemsError: no torch_dist checkpoint, or from `parse_metadata`.
     """
-    path = weights / METADATA_FILE
-    if not path.is_file():
+    held = weights if isinstance(weights, HeldFolder) else HeldFolder(weights)
+    if not (held.folder / METADATA_FILE).is_file():
         words = f"has no {METADATA_FILE}: no torch_dist checkpoint (a NeMo checkpoint has one in weights/)"
-        raise ProblemsError([Problem(str(weights), words)])
-    return parse_metadata(path.read_bytes(), path)
-
-
-def _weights_only_problems(data: bytes, what: str) -> list[Problem]:
-    try:
-        torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0][:200]
-        return [Problem(what, f"holds a pickle that is not plain data, refused and not executed ({reason})")]
-    except Exception as error:  # a damaged archive can raise nearly anything
-        return [Problem(what, f"is damaged ({type(error).__name__}: {str(error)[:120]}); copy the checkpoint again")]
-    return []
+        raise ProblemsError([Problem(str(held.folder), words)])
+    return parse_metadata(held.read(METADATA_FILE), held.folder / METADATA_FILE)

@@ -73,7 +73,8 @@ def write_nested(
         hashes = {f"weights/{name}": digest for name, digest in written.items()}
         write_context(folder, manifest.model, tokenizer, dtype=main_dtype(tensors))
         (folder / FOLDER).mkdir()
-        for name, state in ((PERMUTATIONS_FILE, permutations), (ROUTER_FILE, router)):
+        orders = {name: _narrow(order) for name, order in (permutations or {}).items()}
+        for name, state in ((PERMUTATIONS_FILE, orders), (ROUTER_FILE, router)):
             if state:
                 hashes[name] = write_safetensors_file(folder / name, list(lazy_tensors(MemoryReader(dict(state)))))
         write_manifest(folder, manifest, hashes)
@@ -105,7 +106,12 @@ class Nested:
 
     def permutations(self) -> dict[str, Tensor]:
         """Old unit at each new place, by `dim` or `dim.layer`."""
-        return _state(self.path / PERMUTATIONS_FILE)
+        return {name: order.to(torch.int64) for name, order in _state(self.path / PERMUTATIONS_FILE).items()}
+
+
+def _narrow(order: Tensor) -> Tensor:
+    """Orders are integers by the million for a large parent: two bytes each where that is enough."""
+    return order.to(torch.int16 if order.numel() <= torch.iinfo(torch.int16).max else torch.int32)
 
 
 def _state(path: Path) -> dict[str, Tensor]:

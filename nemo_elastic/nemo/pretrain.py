@@ -12,6 +12,7 @@ import json
 import logging
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import nemo.lightning as nl
 import torch
 from nemo.collections import llm
 
+from nemo_elastic.mcore.held_checkpoint import HeldCheckpoint
 from nemo_elastic.mcore.versions import OptimizerConfig
 from nemo_elastic.nemo.budget_schedule import BudgetClock, BudgetCosine
 from nemo_elastic.nemo.data import TextDataModule
@@ -198,5 +200,6 @@ def pretrain(
             "budget_used": round(schedule.used(step), 4),
         }
 
-    trainer.fit(model, data, ckpt_path=str(resume_from) if resume_from else None)
+    with HeldCheckpoint(resume_from) if resume_from else nullcontext() as checked:
+        trainer.fit(model, data, ckpt_path=None if checked is None else str(checked))
     return megatron_module(model), facts(trainer.global_step)

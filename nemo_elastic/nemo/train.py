@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,10 @@ from nemo_elastic.data.blend import spread
 from nemo_elastic.distill.curriculum import total_steps
 from nemo_elastic.family import Family, family_of, parallel_problems
 from nemo_elastic.layout import ParamLayout
-from nemo_elastic.mcore.dist_checkpoint import weights_folder
 from nemo_elastic.mcore.elastic.model import refuse_overlap
+from nemo_elastic.mcore.held_checkpoint import HeldCheckpoint
 from nemo_elastic.mcore.parents import sorted_parent
 from nemo_elastic.mcore.planner import Planner
-from nemo_elastic.mcore.preflight import refuse_hostile
 from nemo_elastic.nemo.cached_teacher import CachedTeacher
 from nemo_elastic.nemo.callback import ElasticCallback
 from nemo_elastic.nemo.checkpoints import tokenizer_of
@@ -137,13 +137,12 @@ def train(
         **layout,
     )
     refuse_overlap(trainer.strategy.ddp_config)
-    trainer.strategy.ddp_config.check_for_nan_in_grad = (
-        False  # one rank would raise; the guard stops all, and says where
-    )
-    if resume_from:
-        refuse_hostile(weights_folder(resume_from))  # Megatron's loader unpickles
+    # One rank alone would raise in Megatron's own check; the guard stops all, and says where.
+    trainer.strategy.ddp_config.check_for_nan_in_grad = False
     quiet()
-    trainer.fit(model, data, ckpt_path=str(resume_from) if resume_from else None)
+    # Megatron's loader unpickles: it is given what was checked.
+    with HeldCheckpoint(resume_from) if resume_from else nullcontext() as checked:
+        trainer.fit(model, data, ckpt_path=None if checked is None else str(checked))
     callback.catch_up(trainer, model)
     if trainer.global_step < steps:
         saved = f"after step {trainer.global_step} of {steps} and saved {latest_checkpoint(out)}"

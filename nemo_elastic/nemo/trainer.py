@@ -27,6 +27,7 @@ from nemo.lightning.pytorch.optim import CosineAnnealingScheduler
 from nemo.lightning.pytorch.optim.base import LRSchedulerModule
 from nemo.lightning.pytorch.strategies.utils import RestoreConfig
 
+from nemo_elastic.mcore.held_checkpoint import HeldCheckpoint
 from nemo_elastic.mcore.layer_specs import have_transformer_engine, hybrid_stack_spec
 from nemo_elastic.mcore.versions import AttnBackend, DistributedDataParallelConfig, OptimizerConfig, squared_relu
 from nemo_elastic.nemo import cpu
@@ -267,6 +268,7 @@ def build_trainer(
     pl.seed_everything(seed, verbose=False)
     on_gpu = torch.cuda.is_available()
     dtype = DTYPES[precision]
+    restored = None if restore_from is None else HeldCheckpoint(restore_from)  # Megatron's loader unpickles
     strategy = nl.MegatronStrategy(
         tensor_model_parallel_size=tensor_model_parallel_size,
         pipeline_model_parallel_size=pipeline_model_parallel_size,
@@ -282,7 +284,7 @@ def build_trainer(
         ckpt_save_optimizer=save_optimizer,
         ckpt_optim_fully_reshardable=True,  # a run may be resumed at another TP x PP x DP
         replace_progress_bar=False,
-        restore_config=None if restore_from is None else RestoreConfig(path=str(restore_from), load_artifacts=False),
+        restore_config=None if restored is None else RestoreConfig(path=str(restored.path), load_artifacts=False),
     )
     trainer = nl.Trainer(
         accelerator="gpu" if on_gpu else "cpu",
@@ -304,6 +306,7 @@ def build_trainer(
         limit_val_batches=limit_val_batches if val_check_interval else 0,
         **{"log_every_n_steps": 1} | trainer_arguments,
     )
+    trainer.restored = restored  # its files are there for as long as the trainer is
     nl.NeMoLogger(
         explicit_log_dir=str(Path(out) / "logs" / "nemo"),  # NeMo moves every file it finds there out of its way
         update_logger_directory=False,

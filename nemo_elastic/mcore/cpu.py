@@ -156,11 +156,13 @@ def _mamba_kernels() -> None:
 
 
 def _adam_steps() -> None:
-    cls = importlib.import_module("megatron.core.optimizer.distrib_optimizer").DistributedOptimizer
+    module = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
+    cls = module.DistributedOptimizer
     save, load, place = cls.state_dict, cls.load_state_dict, cls._set_main_param_and_optimizer_states
 
     def state_dict(self: Any) -> dict:
-        for parameter in (p for group in self.optimizer.param_groups for p in group["params"]):
+        of_torch = not module.HAVE_APEX_OR_TE  # Apex and TE keep the step beside the weights' states
+        for parameter in (p for group in self.optimizer.param_groups for p in group["params"] if of_torch):
             state = self.optimizer.state[parameter]
             if not state:
                 zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
@@ -170,12 +172,13 @@ def _adam_steps() -> None:
     def load_state_dict(self: Any, values: dict) -> None:
         load(self, values)
         for state in self.optimizer.state.values():
-            state["step"] = state["step"].clone()
+            if "step" in state:
+                state["step"] = state["step"].clone()
 
     def set_states(self: Any, model_param: torch.Tensor, tensors: dict) -> None:
         group, order = self.model_param_group_index_map[model_param]
         own = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
-        place(self, model_param, {"step": own["step"], **tensors})
+        place(self, model_param, {**{k: v for k, v in own.items() if k == "step"}, **tensors})
 
     cls.state_dict, cls.load_state_dict = state_dict, load_state_dict
     cls._set_main_param_and_optimizer_states = set_states

@@ -9,6 +9,7 @@ No torch here.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Any
 
 from .budget_cost import BudgetCost
@@ -93,7 +94,7 @@ def _proposals(cost: BudgetCost, method: Method, damage: Damage | None, run: Run
 
 
 def greedy_selection(cost: BudgetCost, damage: Damage, *, tolerance: float = 0.01) -> Selection:
-    """Shrink the parent step by step until it fits, then give back what still fits.
+    """Shrink the parent step by step until it fits, then give back what still fits, at last one step for another.
 
     Raises:
         ProblemsError: no subnet of the space is small enough.
@@ -110,12 +111,21 @@ def greedy_selection(cost: BudgetCost, damage: Damage, *, tolerance: float = 0.0
         assert moves, "raise_if_impossible has seen a selection that fits"
         now = min(moves, key=lambda m: m[0])[1]
     while True:
-        before = damage.of(now)
-        better = [(damage.of(after), after) for after in _moves(cost, now, -1) if price(after) <= limit]
-        better = [b for b in better if b[0] < before]
-        if not better:
+        larger = list(_moves(cost, now, -1))
+        better = _less_damage(damage, now, [after for after in larger if price(after) <= limit])
+        if better is None:
+            swaps = [s for after in larger for s in _moves(cost, after, 1) if s != now and price(s) <= limit]
+            better = _less_damage(damage, now, swaps)
+        if better is None:
             return now
-        now = min(better, key=lambda b: b[0])[1]
+        now = better
+
+
+def _less_damage(damage: Damage, now: Selection, candidates: list[Selection]) -> Selection | None:
+    """The best of `candidates`, when it loses less than `now`."""
+    scored = [(damage.of(c), i) for i, c in enumerate(candidates)]
+    best = min(scored, default=(inf, 0))
+    return candidates[best[1]] if best[0] < damage.of(now) - 1e-12 else None
 
 
 def _moves(cost: BudgetCost, selection: Selection, step: int) -> Iterator[Selection]:

@@ -22,6 +22,13 @@ from .problems import Problem, ProblemsError
 from .space import DEPTH, KIND_OF_DIM, Budget, ElasticSpace, Subnet
 
 BYTES_PER_GB = 1e9
+UNITS = {
+    "fraction": "of the parent's parameters",
+    "parameters": "parameters",
+    "active_parameters": "active parameters",
+    "memory_gb": "GB",
+    "latency_ms": "ms",
+}
 HIDDEN = "hidden_size"
 
 
@@ -124,6 +131,12 @@ class BudgetCost:
     def in_user_units(self, cost: float) -> float:
         """A cost as the user wrote the budget (a fraction of the parent's parameters for `fraction`)."""
         return cost / self.parent if self.budget.kind == "fraction" else cost
+
+    def words(self, cost: float) -> str:
+        """A cost with its unit, as the user wrote the budget."""
+        value = self.in_user_units(cost)
+        exact = self.budget.kind.endswith("parameters")
+        return f"{int(value)} {UNITS[self.budget.kind]}" if exact else f"{value:.4g} {UNITS[self.budget.kind]}"
 
     @cached_property
     def tables(self) -> "CostTables":

@@ -1,22 +1,27 @@
 """A configured family: the parent's architecture, the space of its children, and the budgets they have to meet."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from .architecture import Architecture
+from .budget_cost import BudgetCost
 from .config.model_fields import architecture_of
 from .config.sections import RunConfig, TrainConfig
 from .layout import ParamLayout
 from .problems import Problem, ProblemsError, raise_if_any
+from .search import propose_uniform
+from .serving_conditions import serving_of
 from .space import DIMS, Budget, ElasticDim, ElasticSpace, Subnet, dim_groups, parent_size, resolve_choices
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """Parent, space and budgets. `forced` holds the subnets of budgets that are given instead of learned."""
+    """Parent, space and budgets. `forced` holds the subnets of budgets that are given instead of learned (all of them
+    when `router.frozen`).
+    """
 
     architecture: Architecture
     space: ElasticSpace
@@ -83,7 +88,33 @@ def family_of(config: RunConfig, depth_ranking: tuple[int, ...] | None = None) -
                 Problem(f"elastic.subnets.{name}", f"{sizes!r} must map dims ({', '.join(DIMS)}) to sizes: {error}")
             )
     raise_if_any(found)
+    for name in (b.name for b in budgets if b.is_full and b.name in forced):
+        if forced.pop(name) != space.full_subnet():
+            words = "is another network, but this budget is the parent itself; remove it or lower the budget"
+            raise ProblemsError([Problem(f"elastic.subnets.{name}", words)])
+    free = [b for b in budgets if b.name not in forced and not b.is_full]
+    if config.router.frozen and free:
+        forced |= _uniform(config, space, free)
     return Family(architecture=architecture, space=space, budgets=tuple(budgets), forced=forced, notes=tuple(notes))
+
+
+def _uniform(config: RunConfig, space: ElasticSpace, budgets: Iterable[Budget]) -> dict[str, Subnet]:
+    """What a frozen router means for budgets without a subnet of their own: the even shrink that meets them."""
+    layout = ParamLayout(space.architecture, ffn_groups=space.ffn_groups)
+    conditions = serving_of(config.report, space.architecture).conditions
+    found: list[Problem] = []
+    subnets = {}
+    for budget in budgets:
+        try:
+            cost = BudgetCost(space, layout, budget, **conditions)
+            subnets[budget.name] = propose_uniform(cost, tolerance=config.router.tolerance)
+        except ProblemsError as error:
+            found += error.problems
+    raise_if_any(found)
+    return subnets
+
+
+SHORT_KINDS = {"latency": "latency_ms", "memory": "memory_gb"}
 
 
 def parse_budget(name: str, target: Any) -> Budget:
@@ -92,6 +123,7 @@ def parse_budget(name: str, target: Any) -> Budget:
     if isinstance(target, Mapping):
         unknown = set(target) - {"kind", "value"}
         kind, value = target.get("kind"), target.get("value")
+        kind = SHORT_KINDS.get(kind, kind) if isinstance(kind, str) else kind
         if unknown or not isinstance(kind, str) or not _is_number(value):
             words = f"{dict(target)!r} must be {{kind: {'|'.join(Budget.KINDS)}, value: number}}"
             raise ProblemsError([Problem(key, words)])

@@ -24,6 +24,10 @@ class ProblemsError(ValueError):
         super().__init__("\n".join(map(str, self.problems)))
 
 
+class Stopped(Exception):
+    """A run was asked to stop (SIGTERM), has saved its state and can go on. Exit code 143."""
+
+
 def raise_if_any(problems: Iterable[Problem]) -> None:
     """Raise `ProblemsError` with all of `problems`, or return when there are none."""
     problems = tuple(problems)

@@ -126,11 +126,8 @@ def raise_if_impossible(cost: BudgetCost, tolerance: float = 0.01) -> None:
     smallest = cost.tables.cost(smallest_selection(cost.space))
     if cost.error(smallest) <= tolerance:
         return
-    unit = {"fraction": "of the parent's parameters", "parameters": "parameters", "memory_gb": "GB"}
-    reach, kind = cost.in_user_units(smallest), cost.budget.kind
-    words = f"{int(reach)}" if kind == "parameters" else f"{reach:.4g}"
     message = (
-        f"{cost.budget.value:g} cannot be reached: the smallest subnet of elastic.dims needs {words} "
-        f"{unit.get(kind, 'ms')}; raise the budget or add smaller choices to elastic.dims"
+        f"{cost.budget.value:g} cannot be reached: the smallest subnet of elastic.dims needs {cost.words(smallest)}; "
+        "raise the budget or add smaller choices to elastic.dims"
     )
     raise ProblemsError([Problem(f"elastic.budgets.{cost.budget.name}", message)])

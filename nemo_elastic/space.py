@@ -109,13 +109,16 @@ def _row(subnet: Subnet, name: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What a child may cost, `value` in units of `kind`: `fraction` (of the parent's parameters) or one of KINDS."""
+    """What a child may cost, `value` in units of `kind`: `fraction` (of the parent's parameters) or one of KINDS.
+
+    `active_parameters` are those that one token passes through: all of them without a mixture of experts.
+    """
 
     name: str
     kind: str
     value: float
 
-    KINDS = ("fraction", "parameters", "memory_gb", "latency_ms")
+    KINDS = ("fraction", "parameters", "active_parameters", "memory_gb", "latency_ms")
 
     def __post_init__(self) -> None:
         key = f"elastic.budgets.{self.name}"

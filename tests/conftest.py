@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
+from small_run import Server
 from worker_pool import WorkerPool, find_free_port, open_pool
 
 
@@ -36,6 +37,15 @@ def one_rank() -> Iterator[None]:
     yield
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def small_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Runs of seconds in processes that may die; `whole` is one of 16 steps that nobody disturbed."""
+    server = Server(tmp_path_factory.mktemp("small_runs"))
+    server.run(server.folder / "whole", "train.loggers=[tensorboard]")
+    yield server
+    server.close()
 
 
 @pytest.fixture

@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("text", type=Path)
     parser.add_argument("--resume", type=Path)
+    parser.add_argument("--blend", type=json.loads, default=[])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     cpu.install()
@@ -48,7 +49,8 @@ def main() -> None:
         seq_length=SIZES["seq_length"],
         micro_batch_size=2,
         global_batch_size=4,
-        paths=[str(arguments.text)],
+        paths=[] if arguments.blend else [str(arguments.text)],
+        blend=arguments.blend,
         cache_dir=str(arguments.text.parent / "cache"),
     )
     config = PretrainConfig(max_steps=4, warmup_steps=1, log_every_steps=1, checkpoint_every_steps=2)

@@ -119,7 +119,7 @@ def test_latency_is_interpolated_and_never_extrapolated():
     with pytest.raises(ProblemsError, match=r"9 was not measured \(10 to 20 were\)"):
         grid.at({"hidden_size": 9, "ffn_hidden_size": 100})
     table = latency_table()
-    assert LatencyTable.from_json(table.to_json()) == table
+    assert LatencyTable.from_dict(table.to_dict()) == table
     with pytest.raises(ProblemsError, match="nemo-elastic profile"):
         BudgetCost(make_space(), make_layout(), BUDGETS["latency_ms"])
 

@@ -86,7 +86,7 @@ def test_an_impossible_budget_names_what_is_reachable(capsys):
         (["plan", *TINY, "some/folder"], "1 given (some/folder), wanted: none"),
         (["train", *TINY, "parent.path=/no/such/parent"], "nothing at '/no/such/parent'"),
         (["extract", "/no/such/nested", "--all"], "/no/such/nested"),
-        (["extract", "/no/such/nested"], "give one budget by --budget NAME, or --all"),
+        (["extract", "/no/such/nested"], "give one budget by --budget NAME, or --all, or --subnet YAML"),
         (["verify"], "wanted: NESTED CHILD"),
         (["report", "/no/such/run"], "/no/such/run"),
     ],

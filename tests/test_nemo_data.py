@@ -23,12 +23,28 @@ def run(out: Path, text: Path, *more: str) -> list[dict]:
     return [json.loads(line) for line in (out / "progress.jsonl").read_text().splitlines()]
 
 
-def test_resumed_run_reads_on_and_its_checkpoint_carries_the_tokenizer(tmp_path: Path) -> None:
+def blend_of(folder: Path, text: Path) -> list[dict]:
+    """Megatron's ids, text and conversations, 50 : 30 : 20."""
+    import test_sources
+
+    test_sources.write_pair(folder / "pair", test_sources.documents())
+    lines = [json.dumps({"prompt": f"{i} squared is ", "completion": str(i * i)}) for i in range(80)]
+    (folder / "chat.jsonl").write_text("\n".join(lines))
+    return [
+        {"path": str(folder / "pair"), "weight": 50},
+        {"path": str(text), "weight": 30},
+        {"path": str(folder / "chat.jsonl"), "weight": 20},
+    ]
+
+
+@pytest.mark.parametrize("kind", ["text", "blend"])
+def test_resumed_run_reads_on_and_its_checkpoint_carries_the_tokenizer(tmp_path: Path, kind: str) -> None:
     text = tmp_path / "text.txt"
     text.write_text("".join(f"line {i} says {i * i % 97} and {i**3 % 89}\n" for i in range(6000)))
-    whole = run(tmp_path / "whole", text)
+    more = ["--blend", json.dumps(blend_of(tmp_path, text))] if kind == "blend" else []
+    whole = run(tmp_path / "whole", text, *more)
     half, _ = sorted((tmp_path / "whole" / "checkpoints").iterdir(), key=lambda folder: folder.stat().st_mtime)
-    resumed = run(tmp_path / "resumed", text, "--resume", str(half))
+    resumed = run(tmp_path / "resumed", text, "--resume", str(half), *more)
 
     losses = {r["step"]: r["train_loss"] for r in whole if "train_loss" in r}
     again = {r["step"]: r["train_loss"] for r in resumed if "train_loss" in r}
@@ -62,3 +78,40 @@ def test_data_parallel_ranks_share_out_the_same_global_batch() -> None:
     together = [ranks[rank][k] for k in range(12) for rank in (0, 1)]
     assert together == alone == [[2 * k, 2 * k + 1] for k in range(24)]
     assert batches(1, 2, 16) == ranks[1][4:]
+
+
+def test_data_parallel_ranks_cover_exactly_the_global_batches_of_a_blend(tmp_path: Path) -> None:
+    from nemo.lightning.data import add_megatron_sampler
+    from torch.utils.data import DataLoader
+
+    from nemo_elastic.nemo.data import TextDataModule, WindowDataset
+    from nemo_elastic.nemo.tokenizer import load_tokenizer
+
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"line {i} says {i * i % 97} and {i**3 % 89}\n" for i in range(3000)))
+    data = TextDataModule(
+        load_tokenizer(), seq_length=32, blend=blend_of(tmp_path, text), cache_dir=str(tmp_path / "cache")
+    )
+    windows = data.windows("train")
+
+    def batches(rank: int, size: int, consumed: int) -> list[dict]:
+        loader = DataLoader(WindowDataset(windows, 40))
+        loader = add_megatron_sampler(
+            loader, micro_batch_size=2, global_batch_size=8, consumed_samples=consumed, rank=rank, world_size=size
+        )
+        return list(loader)
+
+    ranks = [batches(rank, 2, 0) for rank in (0, 1)]
+    together = [ranks[rank][k] for k in range(10) for rank in (0, 1)]
+    for step in range(5):
+        rows = [row for batch in together[4 * step : 4 * step + 4] for row in range(2)]
+        assert len(rows) == 8
+        for i in range(8):
+            tokens, labels, *mask = windows.sample(8 * step + i)
+            batch, row = together[4 * step + i // 2], i % 2
+            assert batch["tokens"][row].tolist() == tokens.tolist()
+            assert batch["labels"][row].tolist() == labels.tolist()
+            assert batch["loss_mask"][row].tolist() == (mask[0].tolist() if mask else [1.0] * 32)
+    assert sum(len(windows.sample(i)) == 3 for i in range(40)) == 8  # 20 % conversations, with a mask
+    resumed = batches(1, 2, 16)
+    assert all((a["tokens"] == b["tokens"]).all() for a, b in zip(resumed, ranks[1][4:], strict=True))

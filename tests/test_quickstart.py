@@ -11,7 +11,10 @@ import pytest
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = (
-    "train.stages=[{steps: 10, global_batch_size: 8}]",
+    # The stages change length, batch and rate between two checkpoints.
+    "train.stages=[{steps: 5, seq_length: 128, global_batch_size: 8}, "
+    "{tokens: 5120, seq_length: 256, global_batch_size: 4, micro_batch_size: 2, lr: 5.0e-4}]",
+    "distill.budgets_per_batch=2",
     "train.val_samples=8",
     "train.val_every_steps=5",
     "train.save_every_steps=4",

@@ -2,9 +2,16 @@
 
 import math
 
+import pytest
 import torch
 
-from nemo_elastic.router.sampling import gumbel_noise, sample_budget
+from nemo_elastic.router.sampling import gumbel_noise, sample_budgets
+
+
+def sample_budget(*arguments) -> str:
+    (name,) = sample_budgets(*arguments)
+    return name
+
 
 SHAPES = {"ffn_hidden_size": (3, 5), "hidden_size": (1, 4)}
 
@@ -17,6 +24,25 @@ def test_budgets_come_as_often_as_they_should():
             counts[sample_budget(probabilities, 17, step, micro_batch)] += 1
     chi_square = sum((counts[b] - n * p) ** 2 / (n * p) for b, p in probabilities.items())
     assert chi_square < 13.8  # 99.9 % of a chi-square with two degrees of freedom
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_shares_of_a_shared_teacher_have_the_same_expectation(count: int):
+    probabilities = {"12B": 0.5, "9B": 0.3, "6B": 0.2}
+    n, totals = 6000, dict.fromkeys(probabilities, 0.0)
+    for step in range(n):
+        shares = sample_budgets(probabilities, 17, step, 0, count)
+        assert math.isclose(sum(shares.values()), 1.0) and len(shares) <= count
+        for name, share in shares.items():
+            assert abs(share - probabilities[name]) < 1 / count + 1e-9  # systematic: never a whole point off
+            totals[name] += share
+    for name, p in probabilities.items():
+        assert abs(totals[name] / n - p) < 4 / count * math.sqrt(0.25 / n)
+
+
+def test_as_many_draws_as_equal_budgets_take_each_once():
+    fair = dict.fromkeys("abc", 1 / 3)
+    assert all(set(sample_budgets(fair, 5, s, 0, 3)) == set("abc") for s in range(500))
 
 
 def test_neighbouring_draws_are_independent():

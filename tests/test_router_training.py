@@ -8,18 +8,18 @@ from router_spaces import make_layout, make_space
 
 from nemo_elastic.budget_cost import BudgetCost
 from nemo_elastic.choices import choice_shapes
-from nemo_elastic.config.sections import RouterConfig
+from nemo_elastic.config.sections import RouterConfig, StageConfig
 from nemo_elastic.router.budget_loss import (
     BudgetSteering,
     ExpectedCost,
     budget_loss,
     commitment_loss,
-    cost_probabilities,
+    soft_phase_loss,
 )
 from nemo_elastic.router.model import Router, interpolated_budget
 from nemo_elastic.router.repair import choose
 from nemo_elastic.router.sampling import gumbel_noise
-from nemo_elastic.router.schedule import phase_ends, resolve_recipe, router_point, soft_steps
+from nemo_elastic.router.schedule import Timeline, resolve_recipe
 from nemo_elastic.router.selection import argmax_selection, soft_masks
 from nemo_elastic.space import Budget
 
@@ -92,7 +92,7 @@ def train(toy: Toy, config: RouterConfig, seed: int, steps: int, noise: float):
     expected = {name: ExpectedCost(cost) for name, cost in toy.costs.items()}
     steering, generator = BudgetSteering(), torch.Generator().manual_seed(seed)
     for step in range(steps):
-        point = router_point(step, steps, config)
+        point = Timeline.of(config, steps).point(step, config)
         if point.phase == "warmup":
             continue
         total = torch.zeros(())
@@ -104,11 +104,11 @@ def train(toy: Toy, config: RouterConfig, seed: int, steps: int, noise: float):
             if point.phase == "hard":
                 total = total + commitment_loss(output.logits, chosen.selection)
                 continue
-            pi = cost_probabilities(output.logits, output.probabilities, point.scale, config)
-            total = total + budget_loss(expected[name](pi), steering.price(name), config)
+            price = steering.price(name)
+            total = total + soft_phase_loss(output, expected[name], price, point.settle, chosen.selection, config)
             jitter = 1 + noise * torch.randn((), generator=generator)
             total = total + toy.loss(soft_masks(toy.space, output.probabilities)) * jitter
-            steering.update(name, chosen.argmax_error, soft_steps(steps, config), config)
+            steering.update(name, chosen.argmax_error, Timeline.of(config, steps).soft_steps, config)
         optimizer.zero_grad()
         total.backward()
         torch.nn.utils.clip_grad_norm_(router.parameters(), 1.0)
@@ -128,7 +128,7 @@ def outcome(toy: Toy, router: Router):
 def test_the_best_allocation_is_found_at_every_budget():
     toy = Toy()
     best = {name: toy.best(name) for name in BUDGETS}
-    config = RouterConfig(warmup_fraction=0.0, soft_fraction=0.85)
+    config = RouterConfig(warmup_fraction=0.0, soft_fraction=0.85, freeze_fraction=0.0)
     for seed in range(5):
         found = outcome(toy, train(toy, config, seed, steps=240, noise=0.1))
         for name in BUDGETS:
@@ -138,13 +138,13 @@ def test_the_best_allocation_is_found_at_every_budget():
 
 def test_a_short_run_meets_its_budgets_before_any_repair():
     toy = Toy()
-    config = RouterConfig(warmup_fraction=0.1, soft_fraction=0.4)
+    config = RouterConfig(warmup_fraction=0.1, soft_fraction=0.4, freeze_fraction=0.0)
     found = outcome(toy, train(toy, config, 0, steps=60, noise=0.1))
     assert max(abs(error) for _, error in found.values()) <= TOLERANCE
 
 
 def test_training_the_router_twice_gives_the_same_bits():
-    toy, config = Toy(), RouterConfig(soft_fraction=0.6)
+    toy, config = Toy(), RouterConfig(soft_fraction=0.6, freeze_fraction=0.0)
     first, second = (train(toy, config, 3, steps=12, noise=0.1).state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -171,18 +171,31 @@ def test_a_router_starts_from_its_own_generator_in_fp32():
 
 
 def test_schedules_are_pure_and_meet_their_ends():
-    config = RouterConfig(warmup_fraction=0.2, soft_fraction=0.3)
-    assert phase_ends(100, config) == (20, 50)
-    points = [router_point(step, 100, config) for step in range(100)]
-    assert [points[i].phase for i in (0, 19, 20, 49, 50, 99)] == ["warmup"] * 2 + ["soft"] * 2 + ["hard"] * 2
+    config = RouterConfig(warmup_fraction=0.2, soft_fraction=0.3, freeze_fraction=0.4)
+    line = Timeline.of(config, 100)
+    assert line == Timeline(20, 50, 60, 100) and line.soft_steps == 30
+    points = [line.point(step, config) for step in range(100)]
+    ends = {0: "warmup", 19: "warmup", 20: "soft", 49: "soft", 50: "hard", 59: "hard", 60: "frozen", 99: "frozen"}
+    assert {i: points[i].phase for i in ends} == ends
     assert (points[20].tau, points[20].scale) == (1.0, 1.0)
     assert points[49].tau == pytest.approx(0.05) and points[49].scale == pytest.approx(10.0)
     assert all(a.tau >= b.tau and a.scale <= b.scale for a, b in pairwise(points))
     paper = resolve_recipe(RouterConfig(recipe="paper"))
-    assert {router_point(s, 100, paper).phase for s in range(100)} == {"soft"}
+    assert {Timeline.of(paper, 100).phase(s) for s in range(100)} == {"soft"}
     assert (paper.budget_lambda, paper.dual_ascent_rate) == (1.0, 0.0)
-    halfway = router_point(50, 101, paper)
+    halfway = Timeline.of(paper, 101).point(50, paper)
     assert halfway.tau == pytest.approx(0.525) and halfway.scale == pytest.approx(5.5)
+
+
+def test_a_curriculum_may_name_the_phase_of_every_stage():
+    config = RouterConfig()
+    stages = [
+        StageConfig(steps=n, router=phase) for n, phase in ((5, "warmup"), (3, "soft"), (4, "soft"), (8, "frozen"))
+    ]
+    assert Timeline.of(config, 20, stages) == Timeline(5, 12, 12, 20)
+    assert Timeline.of(config, 4, [StageConfig(steps=4, router="frozen")]) == Timeline(0, 0, 0, 4)
+    with pytest.raises(ValueError, match="every stage or for none"):
+        Timeline.of(config, 20, [*stages[:3], StageConfig(steps=8)])
 
 
 def test_the_papers_loss_is_the_relative_error_and_ours_has_a_price():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from .console import progress_bar, quiet_libraries
 
 EXAMPLES = """examples:
   nemo-elastic extract runs/tiny/nested --budget small --out runs/tiny/children/small
+  nemo-elastic extract runs/tiny/nested --subnet subnet.yaml
   nemo-elastic extract runs/tiny/nested --all --format hf --out runs/tiny/hf"""
 
 
@@ -27,6 +29,7 @@ def add_parser(subparsers: Any) -> None:
         default="uniform",
         help="how a Hugging Face folder says sizes that differ per layer (default: pad with zeros, without loss)",
     )
+    parser.add_argument("--subnet", metavar="YAML", help="children that `plan NESTED --output YAML` wrote")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="cast the weights (default: as stored)")
 
 
@@ -35,14 +38,17 @@ def run(arguments: argparse.Namespace) -> int:
     (nested,) = folders(arguments, "NESTED")
     if overrides(arguments):
         raise ProblemsError([Problem(overrides(arguments)[0], "extract reads everything from the nested checkpoint")])
-    if bool(arguments.budget) == arguments.all:
-        raise ProblemsError([Problem("--budget", "give one budget by --budget NAME, or --all")])
+    if sum(map(bool, (arguments.budget, arguments.all, arguments.subnet))) != 1:
+        raise ProblemsError([Problem("--budget", "give one budget by --budget NAME, or --all, or --subnet YAML")])
     quiet_libraries(arguments.verbose)
     import torch
 
     from ..nemo.checkpoints import extract, extract_all, open_nested
+    from ..nested_plan import with_subnets
 
     opened = open_nested(nested)
+    if arguments.subnet:
+        opened = replace(opened, manifest=with_subnets(opened.manifest, arguments.subnet))
     base = Path(arguments.out) if arguments.out else Path(nested).parent / "children"
     how = {
         "format": arguments.format,
@@ -51,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
         "force": arguments.force,
     }
     with progress_bar() as bar:
-        if arguments.all:
+        if not arguments.budget:
             targets = extract_all(
                 opened, base, progress=lambda name, done, total: bar.update("extract", done, total, name), **how
             )

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from ..problems import ProblemsError
+from ..problems import ProblemsError, Stopped
 from .console import Stdout, show_problems
 
 VERBS = (
@@ -22,6 +22,7 @@ VERBS = (
     "sort",
     "train",
     "nest",
+    "profile",
     "extract",
     "verify",
     "report",
@@ -44,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb; returns the exit code: 0 done, 1 a check failed, 2 bad input, 130 interrupted."""
+    """Run a verb; returns the exit code: 0 done, 1 a check failed, 2 bad input, 130 interrupted, 143 stopped."""
     parser = build_parser()
     arguments = parser.parse_args(argv)
     with Stdout() as answer:
@@ -54,6 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (ProblemsError, ValueError) as error:
             show_problems(error, verb=arguments.verb)
             return 2
+        except Stopped as stopped:
+            show_problems(ValueError(stopped), verb=arguments.verb)
+            return 143
         except KeyboardInterrupt:
             sys.stderr.write("nemo-elastic: interrupted\n")
             return 130

@@ -1,16 +1,22 @@
-"""`plan`: what every budget will be, on a laptop, in a second."""
+"""`plan`: what every budget will be, on a laptop, in a second; and what a trained family has between its budgets."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
-from .arguments import configuration, folders, verb_parser
+from ..problems import Problem, ProblemsError, raise_if_any
+from .arguments import configuration, folders, overrides, verb_parser
 
 EXAMPLES = """examples:
   nemo-elastic plan --config conf/nemotron_nano_12b_v2.yaml
   nemo-elastic plan --config conf/nemotron_nano_12b_v2.yaml --json report.sequence_length=32768 report.profile=fp8
   nemo-elastic plan --config conf/my_parent.yaml train.tensor_model_parallel_size=4
+  nemo-elastic plan --config conf/tiny_parent.yaml --search greedy --ranking runs/tiny --score
+  nemo-elastic plan runs/tiny/nested --budget 0.6 --output subnet.yaml
+  nemo-elastic extract runs/tiny/nested --subnet subnet.yaml
+  nemo-elastic plan runs/tiny/nested --budget memory_gb:12 report.sequence_length=131072
 
 exit code 2 when the plan has problems; it is printed all the same"""
 
@@ -18,59 +24,101 @@ exit code 2 when the plan has problems; it is printed all the same"""
 def add_parser(subparsers: Any) -> None:
     """Register the verb."""
     help = "sizes, parameters, memory, FLOPs and legality of every budget"
-    verb_parser(subparsers, "plan", run, help, ("--config", "--json"), epilog=EXAMPLES)
+    parser = verb_parser(subparsers, "plan", run, help, ("--config", "--json", "--force", "--verbose"), epilog=EXAMPLES)
+    parser.add_argument("--search", metavar="HOW", help="propose subnets by uniform, random:N or greedy")
+    parser.add_argument(
+        "--ranking", metavar="RUN", help="the folder that `rank` wrote: scores and measured depth ranking"
+    )
+    parser.add_argument(
+        "--score", action="store_true", help="held-out loss of every proposal (RUN/sorted, loads torch)"
+    )
+    parser.add_argument(
+        "--budget",
+        metavar="VALUE",
+        help="of NESTED: 0.6, a number of parameters, KIND:VALUE, or a trained budget's name",
+    )
+    parser.add_argument("--output", metavar="YAML", help="of NESTED: write the subnets, to force (base:) or to extract")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan; 2 when it has problems."""
-    from ..plan import plan
+    raise_if_any(_misplaced(arguments))
+    found = folders(arguments, "NESTED", optional=1) if not arguments.config else folders(arguments)
+    if found:
+        result = _of_nested(arguments, found[0])
+    elif arguments.search:
+        result = _proposals(arguments)
+    else:
+        from ..plan import plan
 
-    folders(arguments)
-    result = plan(configuration(arguments).config)
+        result = plan(configuration(arguments).config, _depth_ranking(arguments))
     if arguments.json:
         arguments.answer.json(result)
     else:
-        arguments.answer.render(*_tables(result))
+        from .plan_table import plan_tables
+
+        arguments.answer.render(*plan_tables(result))
     return 2 if result["problems"] else 0
 
 
-def _tables(result: dict[str, Any]) -> list[Any]:
-    from rich.markup import escape
-    from rich.table import Table
-
-    serving, parent = result["serving"], result["parent"]
-    where = f"{serving['batch_size']} x {serving['sequence_length']:,} tokens, {serving['profile']}"
-    table = Table(title=f"{escape(result['name'])}   {escape(parent['hybrid_override_pattern'])}", title_justify="left")
-    headings = ("budget", "target", "hidden", "ffn", "mamba", "q heads", "layers", "parameters", "%",
-                "memory GB", "GFLOPs/token", "runs at")  # fmt: skip
-    for heading in headings:
-        table.add_column(
-            heading,
-            no_wrap=heading != "runs at",
-            justify="left" if heading in ("budget", "target", "runs at") else "right",
-        )
-    for b in result["budgets"]:
-        s, target = b["subnet"], b["target"]
-        value = f"{target['value']:.4g}" if target["value"] < 1000 else f"{target['value']:,.0f}"
-        mark = "" if b["origin"] != "proposed" else " *"
-        table.add_row(
-            escape(b["name"]) + mark, f"{target['kind']} {value}", _size(s["hidden_size"]), _size(s["ffn_hidden_size"]),
-            f"{_size(s['mamba_num_heads'])} x {s['mamba_head_dim']}", _size(s["num_attention_heads"]),
-            str(s["num_layers"]), f"{b['parameters']:,}", f"{b['percent_of_parent']:.2f}",
-            f"{b['memory_bytes']['total'] / 1e9:.3f}", f"{b['flops_per_token'] / 1e9:.3f}", _deployed(b["deployment"]),
-        )  # fmt: skip
-    parts: list[Any] = [table, f"parent: {parent['parameters']:,} parameters; memory for {where}"]
-    if any(b["origin"] == "proposed" for b in result["budgets"]):
-        parts.append("* proposed by even shrinking; training learns the sizes")
-    parts += [f"note: {escape(note)}" for note in result["notes"]]
-    parts += [f"[bold red]problem[/] {escape(p['key'])}: {escape(p['message'])}" for p in result["problems"]]
-    return parts
+def _misplaced(arguments: argparse.Namespace) -> list[Problem]:
+    nested = not arguments.config and any("=" not in word for word in arguments.words)
+    found = [Problem(f"--{name}", "is for `plan NESTED`; budgets of a configuration are in elastic.budgets")
+             for name in ("budget", "output") if getattr(arguments, name) and not nested]  # fmt: skip
+    found += [Problem(f"--{name}", "is for `plan --config`, not for a nested checkpoint")
+              for name in ("search", "ranking", "score") if getattr(arguments, name) and nested]  # fmt: skip
+    if arguments.score and not (arguments.search and arguments.ranking):
+        found.append(Problem("--score", "needs --search and --ranking RUN, with RUN/sorted in it"))
+    return found
 
 
-def _deployed(found: dict[str, Any]) -> str:
-    tp, pp = (",".join(map(str, found[name])) for name in ("tensor_parallel", "pipeline_parallel"))
-    return f"TP {tp}; PP {pp}; {'FP8' if found['fp8'] else 'no FP8'}; HF: {found['hugging_face']}"
+def _depth_ranking(arguments: argparse.Namespace) -> tuple[int, ...] | None:
+    if not arguments.ranking:
+        return None
+    from ..config.model_fields import architecture_of
+    from ..damage import read_scores
+
+    return read_scores(arguments.ranking, architecture_of(configuration(arguments).config.model)).depth_ranking
 
 
-def _size(value: Any) -> str:
-    return str(value) if isinstance(value, int) else f"{min(value)}..{max(value)}"
+def _proposals(arguments: argparse.Namespace) -> dict[str, Any]:
+    from ..proposals import parse_method, search
+
+    resolved, method = configuration(arguments), parse_method(arguments.search)
+    result = search(resolved.config, method, arguments.ranking)
+    if arguments.score:
+        _score(arguments, resolved, result)
+    return result
+
+
+def _score(arguments: argparse.Namespace, resolved: Any, result: dict[str, Any]) -> None:
+    """Held-out loss of every proposal, cut from the sorted parent without any training."""
+    run = Path(arguments.ranking)
+    run = run.parent if run.name == "importance" else run
+    if not (run / "sorted").is_dir():
+        words = f"needs a sorted parent at {str(run / 'sorted')!r}; run `nemo-elastic sort --out {run}`"
+        raise ProblemsError([Problem("--score", words)])
+    from .console import quiet_libraries
+
+    quiet_libraries(arguments.verbose)
+    from ..family import family_of
+    from ..nemo.pipeline import Run
+
+    space = family_of(resolved.config).space
+    keyed = {str(i): space.subnet_from_dict(b["subnet"]) for i, b in enumerate(result["budgets"])}
+    losses = Run(resolved, run).zero_shot(run / "sorted", keyed)
+    for i, row in enumerate(result["budgets"]):
+        row["heldout_loss"] = losses[str(i)]
+
+
+def _of_nested(arguments: argparse.Namespace, folder: str) -> dict[str, Any]:
+    from ..checkpoint.manifest import load_manifest
+    from ..nested_plan import plan_nested, write_subnets
+
+    result = plan_nested(load_manifest(folder), arguments.budget, overrides(arguments))
+    if arguments.output:
+        out = Path(arguments.output)
+        if out.exists() and not arguments.force:
+            raise ProblemsError([Problem("--output", f"{str(out)!r} is there already; replace it with --force")])
+        write_subnets(out, result)
+    return result

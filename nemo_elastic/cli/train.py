@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from ..problems import raise_if_any
 from .arguments import configuration, folders, restart_under_torchrun, run_folder, verb_parser
 from .console import progress_bar, quiet_libraries
 
@@ -26,9 +27,11 @@ def run(arguments: argparse.Namespace) -> int:
     folders(arguments)
     resolved = configuration(arguments)
     out = run_folder(arguments, resolved.config.name)
+    from ..data.entries import entry_problems
     from ..mcore.checks import check_inputs, make_room
 
     check_inputs(resolved.config)
+    raise_if_any(entry_problems(resolved.config.data))
     make_room(out, force=arguments.force, resume=arguments.resume)
     restart_under_torchrun(arguments)
     quiet_libraries(arguments.verbose)

@@ -41,8 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ProblemsError([Problem(nested, "its manifest holds no run configuration; it was not made by `train`")])
     run_config = load_config(None, overrides(arguments), base=stored).config
     children = _children(Path(nested), child, arguments.budget, list(manifest.subnets), arguments.format)
-    stage = run_config.train.stages[0]
-    batches = heldout_batches(data_module(run_config, stage.seq_length, stage.global_batch_size), run_config)
+    batches = heldout_batches(data_module(run_config), run_config)
     how = {"format": arguments.format, "python": arguments.hf_python}
     try:
         with progress_bar() as bar:

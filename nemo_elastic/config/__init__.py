@@ -2,6 +2,8 @@
 
 from .load import Resolved, load_config, load_values
 from .sections import (
+    BlendSource,
+    ChatConfig,
     DataConfig,
     DimConfig,
     DistillConfig,
@@ -18,6 +20,8 @@ from .sections import (
 )
 
 __all__ = [
+    "BlendSource",
+    "ChatConfig",
     "DataConfig",
     "DimConfig",
     "DistillConfig",

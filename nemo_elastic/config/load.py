@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from ..problems import Problem, ProblemsError, did_you_mean, raise_if_any
+from ..serving_conditions import inlined_profile
 from .model_fields import model_problems
 from .sections import RunConfig
 
@@ -55,6 +56,7 @@ def load_config(
     except OmegaConfBaseException as error:
         raise ProblemsError([Problem(str(path), f"cannot be resolved: {_first_line(error)}")]) from error
     problems: list[Problem] = []
+    values = _with_profile(values, problems)
     config = _build(RunConfig, values, "", problems)
     problems += model_problems(values.get("model") or {})
     if not problems:
@@ -63,6 +65,18 @@ def load_config(
         problems += rule_problems(config)
     raise_if_any(problems)
     return Resolved(config, plain(config), origins)
+
+
+def _with_profile(values: dict[str, Any], problems: list[Problem]) -> dict[str, Any]:
+    """`report.profile: file.yaml` becomes what the file says, so that what is written down explains itself."""
+    report = values.get("report")
+    if not isinstance(report, Mapping) or "profile" not in report:
+        return values
+    try:
+        return {**values, "report": {**report, "profile": inlined_profile(report["profile"])}}
+    except ProblemsError as error:
+        problems += error.problems
+        return values
 
 
 def plain(value: Any) -> Any:

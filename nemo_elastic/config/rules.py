@@ -2,11 +2,13 @@
 
 from collections.abc import Iterable
 
-from ..problems import Problem, did_you_mean
+from ..problems import Problem, ProblemsError, did_you_mean
+from ..serving_conditions import byte_profile
 from ..space import DIMS
-from .sections import RunConfig
+from .sections import RunConfig, StageConfig
 
 ALLOWED = {
+    "data.chat.layout": ("padded", "packed"),
     "rank.ffn_site": ("linear_fc2_input", "linear_fc1_output"),
     "rank.mamba_site": ("out_proj_input", "in_proj_x", "out_proj_contribution"),
     "rank.aggregation": ("mean_l2", "l2_l2", "mean_mean"),
@@ -19,22 +21,26 @@ ALLOWED = {
     "train.recompute_granularity": (None, "full", "selective"),
     "export.dtype": ("bfloat16", "float32"),
     "export.hf_schema": ("uniform", "list", "per_layer_config"),
-    "report.profile": ("bf16", "fp32", "fp8_kv", "fp8", "int8", "fp4"),
 }
 POSITIVE = (
     "elastic.ffn_groups", "rank.samples", "rank.seq_length", "rank.micro_batch_size", "rank.depth_samples",
     "router.hidden_size", "router.tau_start", "router.tau_end", "router.lr", "distill.temperature",
-    "distill.chunk_tokens", "train.micro_batch_size", "train.optimizer.lr", "train.log_every_steps",
+    "distill.chunk_tokens", "distill.budgets_per_batch", "train.micro_batch_size", "train.optimizer.lr",
+    "train.log_every_steps",
     "train.val_every_steps", "train.val_samples", "train.save_every_steps", "report.batch_size",
     "report.sequence_length", "train.tensor_model_parallel_size", "train.pipeline_model_parallel_size",
     "train.context_parallel_size", "train.expert_model_parallel_size",
 )  # fmt: skip
 NOT_NEGATIVE = (
-    "router.budget_lambda", "router.dual_ascent_rate", "router.dead_zone", "router.tolerance", "distill.kd_weight",
-    "distill.ce_weight", "train.optimizer.min_lr", "train.optimizer.warmup_steps", "train.optimizer.weight_decay",
+    "router.budget_lambda", "router.dual_ascent_rate", "router.dead_zone", "router.tolerance", "router.settle_weight",
+    "distill.kd_weight",
+    "distill.ce_weight", "distill.hidden_weight", "train.optimizer.min_lr",
+    "train.optimizer.warmup_steps", "train.optimizer.weight_decay",
     "train.optimizer.clip_grad", "data.num_workers", "rank.min_attention_layers",
 )  # fmt: skip
-FRACTIONS = ("router.warmup_fraction", "router.soft_fraction", "router.freeze_fraction")
+PHASES = ("warmup", "soft", "hard", "frozen")  # of the router, in this order
+LOGGERS = ("tensorboard", "wandb")
+FRACTIONS = ("router.warmup_fraction", "router.soft_fraction", "router.freeze_fraction", "router.settle_fraction")
 
 
 def rule_problems(config: RunConfig) -> list[Problem]:
@@ -48,13 +54,22 @@ def rule_problems(config: RunConfig) -> list[Problem]:
     found += [Problem(k, f"{_get(config, k)} must be above 0") for k in POSITIVE if not _get(config, k) > 0]
     found += [Problem(k, f"{_get(config, k)} must not be negative") for k in NOT_NEGATIVE if not _get(config, k) >= 0]
     found += [Problem(k, f"{_get(config, k)} must be from 0 to 1") for k in FRACTIONS if not 0 <= _get(config, k) <= 1]
+    for i, name in enumerate(config.train.loggers):
+        if name not in LOGGERS:
+            found.append(Problem(f"train.loggers.{i}", f"{name!r} is no logger{did_you_mean(name, LOGGERS)}"))
     if len(config.train.optimizer.betas) != 2:
         found.append(Problem("train.optimizer.betas", f"{list(config.train.optimizer.betas)} must be two numbers"))
     if config.distill.kd_weight == 0 and config.distill.ce_weight == 0:
         found.append(
             Problem("distill.kd_weight", "0 with distill.ce_weight=0 leaves nothing to learn; set one above 0")
         )
-    return [*found, *_elastic_problems(config), *_stage_problems(config)]
+    return [
+        *found,
+        *_profile_problems(config),
+        *_data_problems(config),
+        *_elastic_problems(config),
+        *_stage_problems(config),
+    ]
 
 
 def _get(config: RunConfig, key: str) -> object:
@@ -62,6 +77,23 @@ def _get(config: RunConfig, key: str) -> object:
     for name in key.split("."):
         value = getattr(value, name)
     return value
+
+
+def _profile_problems(config: RunConfig) -> Iterable[Problem]:
+    try:
+        byte_profile(config.report.profile)
+    except ProblemsError as error:
+        yield from error.problems
+
+
+def _data_problems(config: RunConfig) -> Iterable[Problem]:
+    if config.data.paths and config.data.blend:
+        yield Problem("data.blend", "cannot stand beside data.paths; name every source in data.blend")
+    for i, source in enumerate(config.data.blend):
+        if not 0 < source.weight < float("inf"):
+            yield Problem(f"data.blend.{i}.weight", f"{source.weight} must be above 0; leave the source out instead")
+    if config.data.chat.end == "":
+        yield Problem("data.chat.end", "'' must end a turn; give a marker, or null for the end-of-text token")
 
 
 def _elastic_problems(config: RunConfig) -> Iterable[Problem]:
@@ -74,18 +106,19 @@ def _elastic_problems(config: RunConfig) -> Iterable[Problem]:
 
 
 def _stage_problems(config: RunConfig) -> Iterable[Problem]:
-    data_parallel_note = "samples are dealt in micro-batches"
+    previous, named = -1, [stage.router is not None for stage in config.train.stages]
+    if any(named) and not all(named):
+        yield Problem("train.stages", "give `router` for every stage or for none")
     for i, stage in enumerate(config.train.stages):
         key = f"train.stages.{i}"
-        for name in ("steps", "seq_length", "global_batch_size"):
-            if getattr(stage, name) < 1:
-                yield Problem(f"{key}.{name}", f"{getattr(stage, name)} must be above 0")
-        micro = config.train.micro_batch_size
-        if micro > 0 and stage.global_batch_size % micro:
-            words = (
-                f"{stage.global_batch_size} must be a multiple of train.micro_batch_size={micro}: {data_parallel_note}"
-            )
-            yield Problem(f"{key}.global_batch_size", words)
+        yield from _stage_sizes(config, stage, key)
+        if stage.router is not None and stage.router not in PHASES:
+            yield Problem(f"{key}.router", f"{stage.router!r} must be one of null, {', '.join(PHASES)}")
+        elif stage.router is not None:
+            if PHASES.index(stage.router) < previous:
+                words = f"{stage.router!r} cannot follow {PHASES[previous]!r}: the order is {', '.join(PHASES)}"
+                yield Problem(f"{key}.router", words)
+            previous = PHASES.index(stage.router)
         if stage.budget_probabilities is None:
             continue
         for name, p in stage.budget_probabilities.items():
@@ -97,3 +130,19 @@ def _stage_problems(config: RunConfig) -> Iterable[Problem]:
                 yield Problem(f"{key}.budget_probabilities.{name}", f"{p} must not be negative")
         if not sum(stage.budget_probabilities.values()) > 0:
             yield Problem(f"{key}.budget_probabilities", "must sum to more than 0")
+
+
+def _stage_sizes(config: RunConfig, stage: StageConfig, key: str) -> Iterable[Problem]:
+    for name in ("steps", "seq_length", "global_batch_size", "micro_batch_size", "lr"):
+        value = getattr(stage, name)
+        if value is not None and not value > 0:
+            remedy = "; give steps or tokens" if name == "steps" else ""
+            yield Problem(f"{key}.{name}", f"{value} must be above 0{remedy}")
+    if stage.tokens is not None and stage.steps != stage.steps_of_tokens():
+        words = f"{stage.tokens} are {stage.steps_of_tokens()} steps, but steps is {stage.steps}; give one of the two"
+        yield Problem(f"{key}.tokens", words)
+    micro = stage.micro_batch_size or config.train.micro_batch_size
+    if micro > 0 and stage.global_batch_size % micro:
+        name = f"{key}.micro_batch_size" if stage.micro_batch_size else "train.micro_batch_size"
+        words = f"{stage.global_batch_size} must be a multiple of {name}={micro}: samples are dealt in micro-batches"
+        yield Problem(f"{key}.global_batch_size", words)

@@ -34,10 +34,29 @@ class ElasticConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BlendSource:
+    """One source of a blend."""
+
+    path: str  # prefix of a Megatron .bin/.idx pair, .txt/.jsonl file or folder, chat .jsonl, or builtin:corpus
+    weight: float = 1.0  # share of the samples, in any unit
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatConfig:
+    """How conversations become tokens."""
+
+    start: str = "<|{role}|>\n"  # in front of every turn; names of special tokens are those tokens
+    end: str | None = None  # behind every turn; empty: the end-of-text token
+    layout: str = "padded"  # one conversation a sample; or packed: end to end, state runs on across conversations
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Training and evaluation text."""
 
     paths: tuple[str, ...] = ()  # .txt or .jsonl files or folders; empty: the corpus that ships with the tiny parent
+    blend: tuple[BlendSource, ...] = ()  # weighted sources, instead of paths
+    chat: ChatConfig = field(default_factory=ChatConfig)
     tokenizer: str | None = None  # a tokenizers .json file; empty: the parent's own
     cache_dir: str | None = None  # tokenized files; empty: the user's cache folder
     num_workers: int = 0
@@ -81,8 +100,11 @@ class RouterConfig:
     warmup_fraction: float = 0.2  # part of the run on fixed uniform subnets before the router moves
     soft_fraction: float = 0.3  # part of the run with soft masks, after the warm-up; then hard
     freeze_fraction: float = 0.4  # last part of the run, with the choices pinned: what is trained is what is extracted
+    settle_fraction: float = 0.7  # last part of the soft phase, in which the router is led to a choice that fits
+    settle_weight: float = 3.0  # of that pull at the end of the soft phase; 0: none
     lr: float = 1e-2
-    recipe: str = "default"  # or paper: lambda 1, no warm-up, no dual ascent, soft to the end, as published
+    recipe: str = "default"  # or paper: lambda 1, no warm-up, dual ascent or settling, soft to the end, as published
+    frozen: bool = False  # nothing is learned or random: elastic.subnets as given, even shrinking for other budgets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +116,10 @@ class DistillConfig:
     temperature: float = 1.0
     kd_weight: float = 1.0
     ce_weight: float = 0.0
+    hidden_weight: float = 0.0  # mean squared error of the final hidden states, over the channels the child keeps
+    budgets_per_batch: int = 1  # budgets that learn from one teacher forward of a micro-batch
+    teacher_cache: str | None = None  # folder for the teacher's final hidden states: filled first, then it never runs
+    fuse_output_layer: bool = True  # output layer and loss in token chunks: logits never exist as a whole
     chunk_tokens: int = 256  # tokens whose logits are alive at once
 
 
@@ -111,12 +137,25 @@ class OptimizerSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """One stage of the curriculum."""
+    """One stage of the curriculum. Its length is given in `steps` or in `tokens`."""
 
-    steps: int
+    steps: int = 0
+    tokens: int | None = None  # instead of steps: rounded up to whole steps
     seq_length: int = 256
     global_batch_size: int = 8
+    micro_batch_size: int | None = None  # empty: train.micro_batch_size; longer sequences may want a smaller one
     budget_probabilities: Mapping[str, float] | None = None  # empty: uniform over budgets
+    lr: float | None = None  # a new warm-up and cosine from this rate; empty: the schedule before goes on
+    router: str | None = None  # warmup, soft, hard or frozen for the whole stage; empty: the router's own fractions
+
+    def __post_init__(self) -> None:
+        if self.tokens and not self.steps:
+            object.__setattr__(self, "steps", self.steps_of_tokens())
+
+    def steps_of_tokens(self) -> int:
+        """Whole steps that `tokens` need; 0 where the sizes make no sense."""
+        per_step = self.seq_length * self.global_batch_size
+        return -(-self.tokens // per_step) if self.tokens and per_step > 0 else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +180,9 @@ class TrainConfig:
     val_every_steps: int = 100
     val_samples: int = 32
     save_every_steps: int = 100
+    loggers: tuple[str, ...] = ()  # tensorboard, wandb; logs/metrics.csv is always written
+    wandb_project: str | None = None  # empty: nemo-elastic
+    preemption: bool = True  # SIGTERM saves a checkpoint and stops after the step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +200,8 @@ class ReportConfig:
     title: str | None = None
     batch_size: int = 1
     sequence_length: int = 8192
-    profile: str = "bf16"  # bytes per element: bf16, fp32, fp8_kv, fp8, int8, fp4
+    profile: Any = "bf16"  # bytes per element: bf16, fp32, fp8_kv, fp8, int8, fp4, a mapping, or a .yaml file
+    latency_table: str | None = None  # what `nemo-elastic profile` wrote; latency_ms budgets need it
 
 
 @dataclass(frozen=True, kw_only=True)

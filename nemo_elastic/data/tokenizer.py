@@ -87,6 +87,14 @@ class BPETokenizer:
         """Ids of a text, without any special token added."""
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
+    def encode_markers(self, text: str) -> list[int]:
+        """Ids of a template's text, in which the names of special tokens are those tokens."""
+        self.tokenizer.encode_special_tokens = False
+        try:
+            return self.encode(text)
+        finally:
+            self.tokenizer.encode_special_tokens = True
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of many texts, encoded in parallel."""
         return [e.ids for e in self.tokenizer.encode_batch(list(texts), add_special_tokens=False)]

@@ -83,7 +83,7 @@ def load_tokens(
         stream = tokenize(documents, tokenizer)
         if not len(stream):
             raise ValueError(f"data.paths={[str(p) for p in paths]} has too little text for a {split} split; add text")
-        _write(cache, stream)
+        write_array(cache, stream)
         logger.info("tokens: %d of split %s written to %s", len(stream), split, cache)
     return np.load(cache, mmap_mode="r")
 
@@ -121,11 +121,14 @@ def user_documents(files: Iterable[Path], split: str) -> Iterator[str]:
     Every 33rd document, counted over all files, is held out; of less than 33, the last one.
     """
     documents = [d for file in files for d in (_jsonl(file) if file.suffix == ".jsonl" else _blocks(file))]
-    last = len(documents) - 1
-    for index, document in enumerate(documents):
-        heldout = index % HELDOUT_EVERY == HELDOUT_EVERY - 1 or (0 < index == last < HELDOUT_EVERY)
-        if heldout == (split == "heldout"):
-            yield document
+    yield from (d for index, d in enumerate(documents) if in_split(index, len(documents), split))
+
+
+def in_split(index: int, count: int, split: str) -> bool:
+    """Whether document `index` of `count` belongs to `split`."""
+    last = count - 1
+    heldout = index % HELDOUT_EVERY == HELDOUT_EVERY - 1 or (0 < index == last < HELDOUT_EVERY)
+    return heldout == (split == "heldout")
 
 
 def _jsonl(file: Path) -> Iterator[str]:
@@ -158,7 +161,8 @@ def _blocks(file: Path) -> Iterator[str]:
         yield "".join(block)
 
 
-def _write(path: Path, array: np.ndarray) -> None:
+def write_array(path: Path, array: np.ndarray) -> None:
+    """Write an `.npy` file to a temporary name, then rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with temporary.open("wb") as file:

@@ -4,10 +4,11 @@ A stage says steps, sequence length, global batch and how often each budget is d
 then weighted towards the large ones, because uniform sampling in the long second stage hurts the largest model).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..config.sections import StageConfig
+from ..config.sections import OptimizerSettings, StageConfig
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,40 @@ def tokens_before(stages: Sequence[StageConfig], step: int) -> int:
     point = stage_at(stages, step)
     done = sum(s.steps * s.global_batch_size * s.seq_length for s in stages[: point.index])
     return done + point.step_in_stage * point.stage.global_batch_size * point.stage.seq_length
+
+
+def history(stages: Sequence[StageConfig], step: int) -> list[tuple[int, int, int]]:
+    """(steps, seq_length, global_batch_size) of what was read before `step`, equal neighbours joined."""
+    found: list[tuple[int, int, int]] = []
+    at = 0
+    while at < step:
+        point = stage_at(stages, at)
+        last = point.index == len(stages) - 1
+        steps = step - at if last else min(step - at, point.stage.steps - point.step_in_stage)
+        sizes = (point.stage.seq_length, point.stage.global_batch_size)
+        if found and found[-1][1:] == sizes:
+            steps, at = steps + found.pop()[0], at + steps
+        else:
+            at += steps
+        found.append((steps, *sizes))
+    return found
+
+
+def learning_rate(stages: Sequence[StageConfig], settings: OptimizerSettings, step: int) -> float:
+    """Warm-up, then cosine to `min_lr` over a segment: all stages, or each run of stages that begins with an `lr`."""
+    begin, peak, end = 0, settings.lr, 0
+    for stage in stages:
+        if stage.lr is not None:
+            if step < end:
+                break
+            begin, peak = end, stage.lr
+        end += stage.steps
+    at, length = step - begin, max(1, end - begin)
+    warm = min(settings.warmup_steps, length - 1)
+    if at < warm:
+        return peak * (at + 1) / (warm + 1)
+    used = min(1.0, (at - warm) / max(1, length - warm))
+    return settings.min_lr + (peak - settings.min_lr) * (1 + math.cos(math.pi * used)) / 2
 
 
 def budget_probabilities(stage: StageConfig, budgets: Sequence[str]) -> dict[str, float]:

@@ -22,12 +22,13 @@ SPLIT_CHUNK_ELEMENTS = 1 << 20  # over several ranks, fewer and longer chunks: e
 
 @dataclass(frozen=True)
 class KDLoss:
-    """Sums over the unmasked tokens, fp32 scalars. Only `total` carries a gradient; `kd` and `ce` are for the log."""
+    """Sums over the unmasked tokens, fp32 scalars. Only `total` carries a gradient; the parts are for the log."""
 
     total: Tensor
     kd: Tensor
     ce: Tensor
     tokens: Tensor
+    hidden: Tensor | None = None  # distance of the final hidden states, where it is part of the loss
 
     @property
     def mean(self) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 from pathlib import Path
@@ -22,6 +23,10 @@ def check_inputs(config: RunConfig) -> None:
         ProblemsError: all that is wrong, at once.
     """
     found = [Problem(p["key"], p["message"]) for p in plan(config)["problems"]]
+    for name in config.train.loggers:
+        if importlib.util.find_spec(name) is None:
+            words = f"{name} is not installed here; `pip install {name}`, or leave it out"
+            found.append(Problem("train.loggers", words))
     if not config.train.stages:
         found.append(Problem("train.stages", "is empty; give at least one stage, e.g. [{steps: 100}]"))
     if not config.elastic.budgets:

@@ -155,6 +155,32 @@ def _mamba_kernels() -> None:
     mixer.selective_state_update = ssd.selective_state_update
 
 
+def _adam_steps() -> None:
+    cls = importlib.import_module("megatron.core.optimizer.distrib_optimizer").DistributedOptimizer
+    save, load, place = cls.state_dict, cls.load_state_dict, cls._set_main_param_and_optimizer_states
+
+    def state_dict(self: Any) -> dict:
+        for parameter in (p for group in self.optimizer.param_groups for p in group["params"]):
+            state = self.optimizer.state[parameter]
+            if not state:
+                zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                state.update(step=torch.tensor(0.0), **zeros)
+        return save(self)
+
+    def load_state_dict(self: Any, values: dict) -> None:
+        load(self, values)
+        for state in self.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+    def set_states(self: Any, model_param: torch.Tensor, tensors: dict) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        own = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        place(self, model_param, {"step": own["step"], **tensors})
+
+    cls.state_dict, cls.load_state_dict = state_dict, load_state_dict
+    cls._set_main_param_and_optimizer_states = set_states
+
+
 SHIMS: tuple[Shim, ...] = (
     Shim(
         "never_compile",
@@ -195,6 +221,12 @@ SHIMS: tuple[Shim, ...] = (
         ("optimizer/clip_grads.py:167", "optimizer/optimizer.py:667,686", "optimizer/distrib_optimizer.py:357,416,578"),
         'parameters are sorted into groups by Tensor.type() == "torch.cuda.FloatTensor"',
         _type_names,
+    ),
+    Shim(
+        "adam_steps",
+        ("optimizer/distrib_optimizer.py:637,821,928",),
+        "without Apex, torch's Adam has no state before its first step and a step counter per weight",
+        _adam_steps,
     ),
     Shim(
         "tied_weight",

@@ -1,6 +1,6 @@
 """Held-out loss of any subnet at any layout: Megatron's own forward-only schedule, no noise, no dropout.
 
-loss = sum over tokens of -log p(label) / tokens,  summed over data-parallel ranks, known to every rank
+loss = sum over tokens of mask -log p(label) / sum of mask,  summed over data-parallel ranks, known to every rank
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from .elastic.plan import Plan
 
 
 @torch.no_grad()
-def heldout_loss(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], plan: Plan | None = None) -> float:
+def heldout_loss(model: nn.Module, batches: Sequence[tuple[Tensor, ...]], plan: Plan | None = None) -> float:
     """Mean cross entropy in nats per token.
 
     Args:
         model: a plain or elastic model (wrapped or not) of this rank; left in the mode (train or eval) it was in.
-        batches: (tokens, labels) `[b, s]` pairs, the same on all ranks; data-parallel ranks share them out.
+        batches: (tokens, labels) or (tokens, labels, mask) `[b, s]`, the same on all ranks;
+            data-parallel ranks share them out.
         plan: a hard subnet for an elastic model; None: the whole model.
     """
     core = unwrapped(model)
@@ -33,7 +34,7 @@ def heldout_loss(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], pla
     mine = batches[rank::size] if len(batches) >= size else batches
     total = torch.zeros(2, dtype=torch.float64)
     for piece in _equal_shapes(mine):
-        total += _run(core, piece, plan)
+        total += run_forward(core, piece, plan)
     core.train(training)
     device = next(core.parameters()).device
     total = total.to(device, torch.float64)
@@ -47,7 +48,7 @@ def heldout_loss(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], pla
 
 def _equal_shapes(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterable[list[tuple[Tensor, Tensor]]]:
     """Runs of batches of one shape: a schedule is told one."""
-    run: list[tuple[Tensor, Tensor]] = []
+    run: list[tuple[Tensor, ...]] = []
     for batch in batches:
         if run and batch[0].shape != run[0][0].shape:
             yield run
@@ -57,19 +58,21 @@ def _equal_shapes(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterable[list[tup
         yield run
 
 
-def _run(model: nn.Module, batches: list[tuple[Tensor, Tensor]], plan: Plan | None) -> Tensor:
+def run_forward(model: nn.Module, batches: list[tuple[Tensor, ...]], plan: Plan | None) -> Tensor:
+    """(loss sum, weight) of batches of one shape on this replica, fp64 `[2]`; zeros but on the last stage."""
     keywords = {} if plan is None else {"elastic": plan}
     device = next(model.parameters()).device
 
     def forward_step(iterator, model):
-        tokens, labels = (t.to(device) for t in next(iterator))
+        tokens, labels, *mask = (t.to(device) for t in next(iterator))
         positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
         out = model(tokens, positions, None, labels=labels, **keywords)
 
         def loss(losses: Tensor):
-            summed = losses.double().sum()
+            weights = mask[0].double() if mask else torch.ones_like(losses, dtype=torch.float64)
+            summed = (losses.double() * weights).sum()
             # The schedule divides what is returned by the number of micro-batches, in place: the record is a copy.
-            return summed.clone(), {"sum": summed, "tokens": losses.numel()}
+            return summed.clone(), {"sum": summed, "tokens": weights.sum()}
 
         return out, loss
 

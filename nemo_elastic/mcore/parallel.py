@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch.distributed as dist
-from megatron.core import parallel_state
+from megatron.core import num_microbatches_calculator, parallel_state
 
 
 def tensor_parallel_group() -> dist.ProcessGroup | None:
@@ -36,3 +36,16 @@ def broadcast_from_last_stage(values: list[float]) -> list[float]:
     last = parallel_state.get_pipeline_model_parallel_last_rank()
     dist.broadcast_object_list(payload, src=last, group=parallel_state.get_pipeline_model_parallel_group())
     return payload[0]
+
+
+def set_batch_sizes(global_batch_size: int, micro_batch_size: int) -> None:
+    """Tell Megatron the sizes of the steps to come; nothing happens when they are the ones it has."""
+    known = num_microbatches_calculator
+    if (known.get_current_global_batch_size(), known.get_micro_batch_size()) != (global_batch_size, micro_batch_size):
+        known.reconfigure_num_microbatches_calculator(
+            rank=0,
+            rampup_batch_size=None,
+            global_batch_size=global_batch_size,
+            micro_batch_size=micro_batch_size,
+            data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        )

@@ -12,7 +12,7 @@ pipeline-parallel ranks agree without talking, and data parallelism changes noth
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -24,11 +24,11 @@ from ..choices import subnet_of
 from ..config.sections import RouterConfig
 from ..family import Family
 from ..layout import ParamLayout
-from ..router.budget_loss import BudgetSteering, ExpectedCost, budget_loss, commitment_loss, cost_probabilities
+from ..router.budget_loss import BudgetSteering, ExpectedCost, commitment_loss, soft_phase_loss
 from ..router.model import Router, RouterOutput
 from ..router.repair import Chosen, choose
-from ..router.sampling import gumbel_noise, sample_budget
-from ..router.schedule import RouterPoint, resolve_recipe, router_point, soft_steps
+from ..router.sampling import gumbel_noise, sample_budgets
+from ..router.schedule import RouterPoint, Timeline, resolve_recipe
 from ..router.selection import soft_masks, straight_through_gates
 from ..search import propose_uniform
 from ..space import DEPTH, Subnet
@@ -53,8 +53,9 @@ class Planned:
     phase: str
     plan: Plan | None
     output: RouterOutput | None = None
-    scale: float = 1.0
+    settle: float = 0.0
     chosen: Chosen | None = None
+    weight: float = 1.0  # this budget's share of the micro-batch's loss
 
 
 @dataclass
@@ -70,7 +71,7 @@ class Planner:
 
     Args:
         layout: the table of this rank's tensor-parallel shard.
-        total_steps: length of the run.
+        timeline: when the router's phases begin (`Timeline.of`).
         mode: how hard plans run.
         conditions: serving conditions of memory budgets (`BudgetCost`).
     """
@@ -81,14 +82,14 @@ class Planner:
         config: RouterConfig,
         layout: ParamLayout,
         *,
-        total_steps: int,
+        timeline: Timeline,
         seed: int,
         mode: Mode = "sliced",
         **conditions: Any,
     ) -> None:
         self.family, self.layout, self.mode = family, layout, mode
         self.config = resolve_recipe(config)
-        self.total_steps, self.seed, self.conditions = total_steps, seed, conditions
+        self.timeline, self.seed, self.conditions = timeline, seed, conditions
         self.state = PlannerState()
 
     @cached_property
@@ -115,18 +116,13 @@ class Planner:
         """Differentiable expected cost per learned budget."""
         return {name: ExpectedCost(cost) for name, cost in self.costs.items()}
 
-    def phase(self, step: int) -> str:
-        """The schedule's phase; the last `freeze_fraction` of the run is frozen."""
-        if step >= self.total_steps - round(self.config.freeze_fraction * self.total_steps):
-            return "frozen"
-        return router_point(step, self.total_steps, self.config).phase
-
     def begin_step(self, router: Router | None, step: int) -> StepState:
         """The choices of a step; pins them when the frozen phase begins."""
-        phase, point = self.phase(step), router_point(step, self.total_steps, self.config)
+        point = self.timeline.point(step, self.config)
+        phase = point.phase
         chosen: dict[str, Chosen] = {}
         if (router is not None and phase in ("soft", "hard")) or (phase == "frozen" and not self.state.frozen):
-            chosen = self.choices(router, repair=phase != "soft")
+            chosen = self.choices(router, repair=phase != "soft" or point.settle > 0)
         if phase == "frozen" and not self.state.frozen:
             self.state.frozen = {n: self.subnet_of_choice(n, c) for n, c in chosen.items()}
         return StepState(step, phase, point, chosen)
@@ -147,9 +143,11 @@ class Planner:
         """The subnet that a choice names."""
         return subnet_of(self.family.space, chosen.selection)
 
-    def budget_of(self, probabilities: Mapping[str, float], step: int, global_micro_batch: int) -> str:
-        """The budget a micro-batch is assigned."""
-        return sample_budget(probabilities, self.seed, step, global_micro_batch)
+    def budgets_of(
+        self, probabilities: Mapping[str, float], step: int, global_micro_batch: int, count: int = 1
+    ) -> dict[str, float]:
+        """The budgets a micro-batch is assigned, with their shares of its loss."""
+        return sample_budgets(probabilities, self.seed, step, global_micro_batch, count)
 
     def pinned(self, name: str, phase: str) -> Subnet | None:
         """The subnet of a budget that is not the router's to choose now; None when it is."""
@@ -162,12 +160,20 @@ class Planner:
             return self.uniform[name]
         return self.state.frozen[name] if phase == "frozen" else None
 
-    def micro_batch(self, router: Router | None, state: StepState, budget: str, global_micro_batch: int) -> Planned:
-        """The plan of one micro-batch of a training step."""
+    def micro_batch(
+        self, router: Router | None, state: StepState, budgets: Mapping[str, float], global_micro_batch: int
+    ) -> tuple[Planned, ...]:
+        """The plans of one micro-batch of a training step, by budget and share."""
+        return tuple(
+            replace(self._planned(router, state, name, global_micro_batch, index), weight=share)
+            for index, (name, share) in enumerate(budgets.items())
+        )
+
+    def _planned(self, router: Router | None, state: StepState, budget: str, index: int, student: int) -> Planned:
         pinned = self.pinned(budget, state.phase)
         if pinned is not None:
             return Planned(budget, state.phase, self.plan_of(pinned))
-        noise = gumbel_noise(router.shapes, self.seed, state.step, global_micro_batch)
+        noise = gumbel_noise(router.shapes, self.seed, state.step, index, student)
         output = router(router.budget_vector(budget), tau=state.point.tau, scale=state.point.scale, noise=noise)
         pi, chosen = output.probabilities, state.chosen[budget]
         if state.phase == "soft":
@@ -177,7 +183,7 @@ class Planner:
             gates = straight_through_gates(self.family.space, pi, chosen.selection)
             subnet = self.subnet_of_choice(budget, chosen)
             plan = hard_plan(self.layout, subnet, self.mode, {**gates.dims, DEPTH: gates.layers})
-        return Planned(budget, state.phase, plan, output, state.point.scale, chosen)
+        return Planned(budget, state.phase, plan, output, state.point.settle, chosen)
 
     def plan_of(self, subnet: Subnet) -> Plan | None:
         """A plan without gradients for the router; None (Megatron's own forward) for the whole parent."""
@@ -192,21 +198,19 @@ class Planner:
         logits = {n: z.cpu() for n, z in planned.output.logits.items()}
         if planned.phase == "hard":
             return commitment_loss(logits, planned.chosen.selection)
-        noisy = {n: p.cpu() for n, p in planned.output.probabilities.items()}
-        pi = cost_probabilities(logits, noisy, planned.scale, self.config)
-        price = self.state.steering.price(planned.budget)
-        return budget_loss(self.expected[planned.budget](pi), price, self.config).float()
+        output = RouterOutput(logits, {n: p.cpu() for n, p in planned.output.probabilities.items()})
+        price, expected = self.state.steering.price(planned.budget), self.expected[planned.budget]
+        return soft_phase_loss(output, expected, price, planned.settle, planned.chosen.selection, self.config).float()
 
     def end_step(self, state: StepState) -> None:
         """Steer by the discrete errors of the step's choices."""
         if state.phase == "soft":
-            steps = soft_steps(self.total_steps, self.config)
             for name, chosen in state.chosen.items():
-                self.state.steering.update(name, chosen.argmax_error, steps, self.config)
+                self.state.steering.update(name, chosen.argmax_error, self.timeline.soft_steps, self.config)
 
     def current_subnets(self, router: Router | None, step: int) -> dict[str, Subnet]:
         """Per budget, the subnet that would be extracted now."""
-        phase = self.phase(step)
+        phase = self.timeline.phase(step)
         found, chosen = {}, None
         for budget in self.family.budgets:
             subnet = self.pinned(budget.name, phase)

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_elastic.config import Resolved, load_config
+from nemo_elastic.data.entries import entry_problems
 from nemo_elastic.importance.store import Importance
 from nemo_elastic.mcore.checks import check_inputs, make_room
 from nemo_elastic.nemo.pipeline import Progress, Run, quickstart
+from nemo_elastic.problems import raise_if_any
 
 __all__ = ["Finished", "quickstart", "rank", "resolved_run", "train"]
 
@@ -69,6 +71,7 @@ def train(
     """
     run = resolved_run(config, out, overrides, progress)
     check_inputs(run.config)
+    raise_if_any(entry_problems(run.config.data))
     make_room(run.out, force=force, resume=resume)
     run.start()
     run.write_config()

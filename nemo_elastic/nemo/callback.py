@@ -14,15 +14,29 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from nemo_elastic.choices import choice_shapes
 from nemo_elastic.config.sections import RunConfig
 from nemo_elastic.distill.curriculum import budget_probabilities, stage_at
+from nemo_elastic.mcore.budget_notes import notes_at
 from nemo_elastic.mcore.build import unwrapped
 from nemo_elastic.mcore.evaluate import heldout_loss
 from nemo_elastic.mcore.family_model import FamilyModel
 from nemo_elastic.mcore.parallel import broadcast_from_last_stage, data_parallel_rank_and_size
 from nemo_elastic.mcore.planner import Planner, StepState
+from nemo_elastic.nemo.cached_teacher import CachedTeacher
 from nemo_elastic.nemo.elastic_model import ElasticMambaModel
+from nemo_elastic.nemo.guard import FiniteGuard
+from nemo_elastic.nemo.metrics import Metrics
+from nemo_elastic.nemo.resume import save_checkpoint
+from nemo_elastic.nemo.step_record import (
+    BUDGET_FIELDS,
+    router_probabilities,
+    scalar_names,
+    step_record,
+    step_subnets,
+)
 from nemo_elastic.runlog import RunLog
+from nemo_elastic.space import Subnet
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +49,9 @@ class ElasticCallback(pl.Callback):
         planner: makes the plans.
         out: `metrics.jsonl` goes to `out/logs`.
         heldout: (tokens, labels) batches for validation per budget.
+        guard: measures gradient norms; without one they are not logged.
         progress: called with (step, total, text) after every step on the first rank.
+        teacher: its states on disk, instead of the teacher itself.
     """
 
     def __init__(
@@ -44,10 +60,14 @@ class ElasticCallback(pl.Callback):
         planner: Planner,
         out: Path,
         heldout: list,
+        guard: FiniteGuard | None = None,
         progress: Callable[[int, int, str], None] | None = None,
+        teacher: CachedTeacher | None = None,
     ) -> None:
         self.run, self.planner, self.heldout, self.progress = run, planner, heldout, progress
         self.records, self.checkpoints = RunLog(out / "logs"), out / "checkpoints"
+        self.teacher = teacher
+        self.guard, self.metrics = guard, metrics_of(run, planner, out)
         self.model: FamilyModel | None = None
         self.wrapper: ElasticMambaModel | None = None
         self.state: StepState | None = None
@@ -65,6 +85,10 @@ class ElasticCallback(pl.Callback):
         """Zero-shot losses, before the first step of a run."""
         self.model = unwrapped(pl_module.module)
         self.step = trainer.global_step
+        if trainer.is_global_zero:
+            self.metrics.start(self.step)
+        if self.teacher is not None:
+            self.teacher.prepare(self.model)
         if self.step == 0:
             self._validate(trainer)
         self._clock = time.monotonic()
@@ -72,7 +96,11 @@ class ElasticCallback(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: ElasticMambaModel, *_: Any) -> None:
         """The step's choices, from the router as it stands."""
         self.step, self.micro_batch = trainer.global_step, 0
+        first = self.state is None
         self.state = self.planner.begin_step(self.model.policy, self.step)
+        if trainer.is_global_zero:
+            for note in notes_at(self.planner, self.state, first):
+                logger.warning("step %d: %s", self.step, note)
 
     def on_megatron_microbatch_start(self, step: Any, batch: dict[str, Any], forward_callback: Any) -> None:
         """Put the micro-batch's plan into its batch; the same on all ranks of a replica."""
@@ -82,8 +110,10 @@ class ElasticCallback(pl.Callback):
         index = self.micro_batch * size + rank
         stage = stage_at(self.run.train.stages, self.step).stage
         probabilities = budget_probabilities(stage, tuple(self.run.elastic.budgets))
-        budget = self.planner.budget_of(probabilities, self.step, index)
-        batch["elastic"] = self.planner.micro_batch(self.model.policy, self.state, budget, index)
+        budgets = self.planner.budgets_of(probabilities, self.step, index, self.run.distill.budgets_per_batch)
+        batch["elastic"] = self.planner.micro_batch(self.model.policy, self.state, budgets, index)
+        if self.teacher is not None:
+            batch["teacher"] = self.teacher.of_micro_batch(self.step, index)
         self.micro_batch += 1
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: ElasticMambaModel, *_: Any) -> None:
@@ -91,7 +121,7 @@ class ElasticCallback(pl.Callback):
         self.planner.end_step(self.state)
         self._log_step(trainer)
         done = trainer.global_step
-        if done % self.run.train.val_every_steps == 0 or done == self.planner.total_steps:
+        if done % self.run.train.val_every_steps == 0 or done == self.planner.timeline.total:
             self._validate(trainer)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: ElasticMambaModel, checkpoint: dict[str, Any]) -> None:
@@ -106,51 +136,74 @@ class ElasticCallback(pl.Callback):
         """Save the end of the run when `save_every_steps` did not fall on it: the nested checkpoint comes from it."""
         done = trainer.global_step
         # Decided by numbers that all ranks share: what one rank has begun to write, another may already see.
-        if done % min(self.run.train.save_every_steps, self.planner.total_steps):
-            trainer.save_checkpoint(str(self.checkpoints / f"step={done - 1}.ckpt"))
+        if done % min(self.run.train.save_every_steps, self.planner.timeline.total):
+            save_checkpoint(trainer, self.checkpoints / f"step={done - 1}.ckpt")
 
     def state_dict(self) -> dict[str, Any]:
         """Lambdas, pinned subnets, tokens seen per budget."""
-        return {"planner": self.planner.state_dict(), "tokens": dict(self.tokens)}
+        metrics = self.metrics.state_dict()
+        return {"planner": self.planner.state_dict(), "tokens": dict(self.tokens), "metrics": metrics}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take up where the checkpoint left off."""
         self.planner.load_state_dict(state_dict["planner"])
         self.tokens.update(state_dict["tokens"])
+        self.metrics.load_state_dict(state_dict.get("metrics", self.metrics.state_dict()))
 
     def _log_step(self, trainer: pl.Trainer) -> None:
-        stats = self.wrapper.training_loss_reduction.stats
-        names = list(self.run.elastic.budgets)
-        flat = [v for n in names for v in (_four(stats.get(n)))]
-        flat = broadcast_from_last_stage(flat)
-        record: dict[str, Any] = {"step": trainer.global_step, "phase": self.state.phase, "budgets": {}}
-        for i, name in enumerate(names):
-            kd, ce, tokens, budget_loss = flat[4 * i : 4 * i + 4]
-            if tokens:
-                self.tokens[name] += int(tokens)
-                record["budgets"][name] = {"kd": kd, "ce": ce, "tokens": int(tokens), "budget_loss": budget_loss}
-        for name, chosen in self.state.chosen.items():
-            record.setdefault("router", {})[name] = {
-                "price": self.planner.state.steering.price(name),
-                "argmax_error": chosen.argmax_error,
-                "error": chosen.error,
-            }
+        done, state, due = trainer.global_step, self.state, self.metrics.is_due(trainer.global_step)
+        stats = self._stats()
+        for name, row in stats.items():
+            self.tokens[name] += row["tokens"]
         now = time.monotonic()
         seconds, self._clock = now - self._clock, now
-        record |= {"tau": self.state.point.tau, "lr": _rate(trainer), "seconds": seconds}
-        if trainer.is_global_zero:
-            self.records.write("train", record)
-            if self.progress:
-                losses = "  ".join(f"{n} {b['kd']:.3f}" for n, b in record["budgets"].items())
-                self.progress(trainer.global_step, self.planner.total_steps, f"{self.state.phase}  KD {losses}")
+        norms = self.guard.norms if self.guard else (0.0, 0.0)
+        record = step_record(
+            done,
+            state,
+            stats,
+            tokens=self.tokens,
+            prices={name: self.planner.state.steering.price(name) for name in state.chosen},
+            subnets=step_subnets(self.planner, state),
+            probabilities=router_probabilities(self.model.policy, state) if due else None,
+            lr=_rate(trainer),
+            seconds=seconds,
+            grad_norm=norms[0],
+            router_grad_norm=norms[1],
+        )
+        self.metrics.add(record)
+        values = self.metrics.row(record) if due else {}
+        if not trainer.is_global_zero:
+            return
+        self.records.write("train", record)
+        if due:
+            self.metrics.write(done, values, trainer.loggers, state.phase)
+        if self.progress:
+            losses = "  ".join(f"{n} {b['kd']:.3f}" for n, b in record["budgets"].items())
+            text = f"{state.phase}  KD {losses}  {record['tokens_per_second']:,.0f} tokens/s"
+            self.progress(done, self.planner.timeline.total, text)
+
+    def _stats(self) -> dict[str, dict[str, Any]]:
+        """Per budget of the step, on every rank: the last stage alone computes losses."""
+        stats, names = self.wrapper.training_loss_reduction.stats, list(self.run.elastic.budgets)
+        flat = broadcast_from_last_stage([v for n in names for v in _four(stats.get(n))])
+        rows = {n: dict(zip(BUDGET_FIELDS, flat[4 * i : 4 * i + 4], strict=True)) for i, n in enumerate(names)}
+        return {n: row | {"tokens": int(row["tokens"])} for n, row in rows.items() if row["tokens"]}
+
+    def catch_up(self, trainer: pl.Trainer, pl_module: ElasticMambaModel) -> None:
+        """For a resumed run that had nothing left to do: no training hook was called."""
+        if self.model is None:
+            self.model = unwrapped(pl_module.module)
+            self.last_losses = self._heldout(self.planner.current_subnets(self.model.policy, trainer.global_step - 1))
+
+    def _heldout(self, subnets: Mapping[str, Subnet]) -> dict[str, float]:
+        plans = {name: self.planner.plan_of(subnet) for name, subnet in subnets.items()}
+        return {name: heldout_loss(self.model, self.heldout, plan) for name, plan in plans.items()}
 
     def _validate(self, trainer: pl.Trainer) -> None:
         step = trainer.global_step
         subnets = self.planner.current_subnets(self.model.policy, max(0, step - 1))
-        self.last_losses = {
-            name: heldout_loss(self.model, self.heldout, self.planner.plan_of(subnet))
-            for name, subnet in subnets.items()
-        }
+        self.last_losses = self._heldout(subnets)
         if trainer.is_global_zero:
             record = {
                 "step": step,
@@ -159,8 +212,17 @@ class ElasticCallback(pl.Callback):
                 "subnets": {n: s.to_dict() for n, s in subnets.items()},
             }
             self.records.write("validation", record)
+            losses = {f"budget/{name}/heldout_loss": loss for name, loss in self.last_losses.items()}
+            self.metrics.write(step, losses, trainer.loggers, "validation")
             logger.info("step %d held-out %s", step, {n: round(v, 4) for n, v in self.last_losses.items()})
         self._clock = time.monotonic()
+
+
+def metrics_of(run: RunConfig, planner: Planner, out: Path) -> Metrics:
+    """The scalars' file, with a column for everything that this family can log."""
+    shapes, full = list(choice_shapes(planner.family.space)), planner.family.space.full_subnet()
+    columns = scalar_names(dict.fromkeys(run.elastic.budgets, full), dict.fromkeys(planner.learned, shapes))
+    return Metrics(out / "logs", columns, every=run.train.log_every_steps, total_steps=planner.timeline.total)
 
 
 def _four(stats: Any) -> tuple[float, float, float, float]:

@@ -1,6 +1,6 @@
 """The elastic family as a NeMo model: its config builds student, router and teacher, its losses distil.
 
-    loss of a micro-batch = KD(student logits, teacher logits) + lambda_b |C(pi)/target - 1|
+    loss of a micro-batch = sum over its budgets of share (KD(student, teacher) + budget loss of the router)
 
 The plan of a micro-batch is put into the batch by `ElasticCallback` and handed to the forward; nothing is global.
 Everything the config holds is plain data, so that NeMo can write it into a checkpoint's `context/`.
@@ -8,7 +8,7 @@ Everything the config holds is plain data, so that NeMo can write it into a chec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,30 +20,31 @@ from torch import Tensor
 
 from nemo_elastic.config import load_values
 from nemo_elastic.config.sections import DistillConfig, RunConfig
-from nemo_elastic.distill.losses import kd_loss
 from nemo_elastic.family import Family, family_of
 from nemo_elastic.layout import ParamLayout
 from nemo_elastic.mcore.build import build_plain_model, load_weights
 from nemo_elastic.mcore.elastic.spec import elastic_stack_spec
 from nemo_elastic.mcore.family_model import FamilyModel
-from nemo_elastic.mcore.parallel import data_parallel_group, stage_ends, tensor_parallel_group
+from nemo_elastic.mcore.heads import Heads, head_loss, no_hidden
+from nemo_elastic.mcore.parallel import data_parallel_group, stage_ends
 from nemo_elastic.mcore.parents import sorted_parent
 from nemo_elastic.mcore.planner import Planned, learned_budgets
 from nemo_elastic.router.model import Router
 
 
 def elastic_forward_step(model: llm.MambaModel, batch: Mapping[str, Any]) -> Any:
-    """Student and teacher on one micro-batch, by the plan in `batch["elastic"]`.
+    """Students and teacher on one micro-batch, by the plans in `batch["elastic"]`.
 
     The wrapped Megatron model is called directly: the signature of NeMo's own forward is closed.
     """
-    planned: Planned = batch["elastic"]
+    planned: Sequence[Planned] = batch["elastic"]
     return model.module(
         input_ids=batch["tokens"],
         position_ids=batch["position_ids"],
         attention_mask=None,
-        elastic=planned.plan,
+        elastic=[p.plan for p in planned],
         distill=True,
+        cached=batch.get("teacher"),
     )
 
 
@@ -109,12 +110,13 @@ class BudgetStats:
     ce: float
     tokens: int
     budget_loss: float
+    hidden: float = 0.0
 
 
 class ElasticLossReduction(MegatronLossReduction):
-    """KD of a micro-batch plus its budget loss; per-budget sums for the log."""
+    """Distillation losses of a micro-batch's students plus their budget losses; per-budget sums for the log."""
 
-    FIELDS = ("total", "kd", "ce", "tokens", "budget_loss", "micro_batches")
+    FIELDS = ("total", "share", "kd", "ce", "hidden", "tokens", "budget_loss", "micro_batches")
 
     def __init__(
         self, config: DistillConfig, budgets: tuple[str, ...], budget_loss: Callable[[Planned], Tensor | None]
@@ -123,25 +125,23 @@ class ElasticLossReduction(MegatronLossReduction):
         self.config, self.budgets, self.budget_loss = config, budgets, budget_loss
         self.stats: dict[str, BudgetStats] = {}
 
-    def forward(self, batch: Mapping[str, Any], forward_out: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def forward(self, batch: Mapping[str, Any], forward_out: Heads) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """(loss sum, tokens, per-budget sums): Megatron divides the first by the second."""
-        student, teacher = forward_out
-        planned: Planned = batch["elastic"]
-        loss = kd_loss(
-            student,
-            teacher,
-            self.config,
-            labels=batch["labels"],
-            mask=batch["loss_mask"],
-            group=tensor_parallel_group(),
-        )
-        extra = self.budget_loss(planned)
-        total = loss.total if extra is None else loss.total + extra.to(loss.total) * loss.tokens
-        sums = loss.total.new_zeros(len(self.budgets), len(self.FIELDS), dtype=torch.float32)
-        none = loss.total.new_zeros(())
-        row = (total, loss.kd, loss.ce, loss.tokens, none if extra is None else extra, none + 1)
-        sums[self.budgets.index(planned.budget)] = torch.stack([v.detach().float().reshape(()).to(sums) for v in row])
-        return total, loss.tokens.detach().to(torch.int), {"sums": sums}
+        labels, mask = batch["labels"], batch["loss_mask"]
+        sums = mask.new_zeros(len(self.budgets), len(self.FIELDS), dtype=torch.float32)
+        whole, tokens = mask.new_zeros((), dtype=torch.float32), mask.float().sum()
+        for planned, student in zip(batch["elastic"], forward_out.students, strict=True):
+            loss = head_loss(student, forward_out.teacher, self.config, labels=labels, mask=mask)
+            extra = self.budget_loss(planned)
+            total = loss.total if extra is None else loss.total + extra.to(loss.total) * tokens
+            total = planned.weight * total
+            whole = whole + total
+            none = tokens.new_zeros(())
+            budget = none if extra is None else extra
+            row = (total, planned.weight * tokens, loss.kd, loss.ce, no_hidden(loss), tokens, budget, none + 1)
+            stacked = torch.stack([v.detach().float().reshape(()).to(sums) for v in row])
+            sums[self.budgets.index(planned.budget)] += stacked
+        return whole, tokens.to(torch.int), {"sums": sums}
 
     def reduce(self, losses_reduced_per_micro_batch: list[dict[str, Tensor]]) -> Tensor:
         """Mean loss per token of the step; per-budget numbers stay in `stats`."""
@@ -155,11 +155,12 @@ class ElasticLossReduction(MegatronLossReduction):
                 ce=row["ce"] / row["tokens"],
                 tokens=int(row["tokens"]),
                 budget_loss=row["budget_loss"] / row["micro_batches"],
+                hidden=row["hidden"] / row["tokens"],
             )
             for name, row in named.items()
-            if row["micro_batches"]
+            if row["tokens"]  # a micro-batch of masked samples may have none
         }
-        return sums[:, 0].sum() / sums[:, 3].sum()
+        return sums[:, 0].sum() / sums[:, 1].sum().clamp(min=1e-6)
 
 
 class ElasticMambaModel(llm.MambaModel):

@@ -22,7 +22,7 @@ from nemo_elastic import __version__
 from nemo_elastic.checkpoint.comparison import ChildCheck
 from nemo_elastic.checkpoint.manifest import Manifest
 from nemo_elastic.config.load import Resolved, plain
-from nemo_elastic.cost import BYTE_PROFILES, memory, parameters
+from nemo_elastic.cost import memory, parameters
 from nemo_elastic.data.tokenizer import DEFAULT_TOKENIZER
 from nemo_elastic.family import family_of
 from nemo_elastic.files import write_json
@@ -37,10 +37,12 @@ from nemo_elastic.mcore.parents import open_parent, sorted_parent, write_sorted
 from nemo_elastic.nemo.checkpoints import extract, open_nested, tokenizer_of, write_nested
 from nemo_elastic.nemo.logs import quiet
 from nemo_elastic.nemo.ranking import rank_run
+from nemo_elastic.nemo.resume import remove_unfinished, whole_checkpoints
 from nemo_elastic.nemo.train import Trained, data_module, heldout_batches, latest_checkpoint, train
 from nemo_elastic.nemo.verify import verify
 from nemo_elastic.problems import Problem, ProblemsError
 from nemo_elastic.runlog import RunLog
+from nemo_elastic.serving_conditions import serving_of
 from nemo_elastic.space import Subnet
 
 logger = logging.getLogger(__name__)
@@ -111,8 +113,12 @@ class Run:
         return train(self.config, self.out, sorted_folder, resume_from=resume_from, progress=show)
 
     def resume_point(self) -> Path | None:
-        """The last complete training checkpoint; None when there is none yet."""
-        return latest_checkpoint(self.out) if any((self.out / "checkpoints").glob("step=*/weights")) else None
+        """The last whole training checkpoint, None when there is none yet; what a kill left unfinished is removed."""
+        if process_groups.rank() == 0:
+            remove_unfinished(self.out)
+        process_groups.barrier()
+        found = whole_checkpoints(self.out)
+        return found[-1] if found else None
 
     def nest(self, checkpoint: Path | None = None, *, force: bool = False) -> Path:
         """The nested checkpoint, from a training checkpoint (default: the last one). Only the first rank works.
@@ -170,8 +176,7 @@ class Run:
 
     def batches(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Held-out text."""
-        stage = self.config.train.stages[0]
-        return heldout_batches(data_module(self.config, stage.seq_length, stage.global_batch_size), self.config)
+        return heldout_batches(data_module(self.config), self.config)
 
     def verify(self, nested: Path, children: Mapping[str, Path]) -> list[ChildCheck]:
         """Children against nested subnets."""
@@ -220,14 +225,8 @@ class Run:
     def _row(
         self, manifest: Manifest, layout: ParamLayout, check: ChildCheck, before: Mapping[str, float]
     ) -> dict[str, Any]:
-        subnet, serving = manifest.subnet(check.budget), self.config.report
-        bytes_ = memory(
-            layout,
-            subnet,
-            batch_size=serving.batch_size,
-            sequence_length=serving.sequence_length,
-            profile=BYTE_PROFILES[serving.profile],
-        )
+        subnet = manifest.subnet(check.budget)
+        bytes_ = memory(layout, subnet, **serving_of(self.config.report).memory_conditions)
         budget = manifest.budgets[check.budget]
         return {
             "name": check.budget,

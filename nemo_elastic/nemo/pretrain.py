@@ -195,7 +195,7 @@ def pretrain(
         return {
             "steps": step,
             "tokens": tokens,
-            "epochs": round(tokens / len(data.windows("train").stream), 2),
+            "epochs": round(tokens / (data.windows("train").per_epoch * data.seq_length), 2),
             "minutes": round(schedule.elapsed_minutes, 1),
             "budget_used": round(schedule.used(step), 4),
         }

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from ..checkpoint.reader import TensorReader
 from ..checkpoint.writer import tensor_bytes
+from ..config.load import plain
 from ..config.sections import RunConfig, TrainConfig
+from ..data.blend import Source
 from ..data.tokenizer import BPETokenizer
 from ..data.tokens import load_tokens
 from ..data.windows import Windows
@@ -30,6 +32,7 @@ from ..mcore.parents import open_parent
 from ..mcore.rank import Report, rank_parent
 from ..problems import raise_if_any
 from .checkpoints import tokenizer_of
+from .sources import open_windows
 
 FOLDER = "importance"
 SMALL = 1 << 16  # elements of a tensor that the parent's digest reads
@@ -77,13 +80,22 @@ def calibration(config: RunConfig) -> tuple[Callable[[int], Tensor], dict[str, A
     """(token ids `[s]` of calibration sample i, what the text is): windows of the training split, shuffled by seed."""
     chosen = tokenizer_of(config)
     tokenizer = BPETokenizer(chosen) if chosen else BPETokenizer()
-    stream = load_tokens("train", tokenizer, paths=config.data.paths, cache_dir=config.data.cache_dir)
-    windows = Windows(stream, config.rank.seq_length, seed=config.rank.seed)
+    length, seed, cache = config.rank.seq_length, config.rank.seed, config.data.cache_dir
+    text: dict[str, Any] = {"tokenizer": tokenizer.sha256}
+    if config.data.blend:
+        blend, chat, size = config.data.blend, config.data.chat, config.model["vocab_size"]
+        windows: Source = open_windows(
+            "train", tokenizer, length, blend=blend, chat=chat, vocab_size=size, seed=seed, cache_dir=cache
+        )
+        text["blend"] = plain(blend)
+    else:
+        stream = load_tokens("train", tokenizer, paths=config.data.paths, cache_dir=cache)
+        windows = Windows(stream, length, seed=seed)
+        text |= {"tokens": len(stream), "paths": list(config.data.paths) or "shipped corpus"}
 
     def sample(index: int) -> Tensor:
         return torch.from_numpy(windows.sample(index)[0].astype("int64"))
 
-    text = {"tokens": len(stream), "tokenizer": tokenizer.sha256, "paths": list(config.data.paths) or "shipped corpus"}
     return sample, text
 
 

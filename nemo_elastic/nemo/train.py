@@ -13,7 +13,7 @@ import torch
 
 from nemo_elastic.config.load import plain
 from nemo_elastic.config.sections import RunConfig
-from nemo_elastic.cost import BYTE_PROFILES
+from nemo_elastic.data.blend import spread
 from nemo_elastic.distill.curriculum import total_steps
 from nemo_elastic.family import Family, family_of, parallel_problems
 from nemo_elastic.layout import ParamLayout
@@ -21,14 +21,22 @@ from nemo_elastic.mcore.elastic.model import refuse_overlap
 from nemo_elastic.mcore.held_checkpoint import HeldCheckpoint
 from nemo_elastic.mcore.parents import sorted_parent
 from nemo_elastic.mcore.planner import Planner
+from nemo_elastic.nemo.cached_teacher import CachedTeacher
 from nemo_elastic.nemo.callback import ElasticCallback
 from nemo_elastic.nemo.checkpoints import tokenizer_of
 from nemo_elastic.nemo.data import TextDataModule
 from nemo_elastic.nemo.elastic_model import ElasticMambaModel, ElasticSSMConfig
+from nemo_elastic.nemo.guard import FiniteGuard
+from nemo_elastic.nemo.learning_rate import CurriculumRate
+from nemo_elastic.nemo.loggers import loggers_of
 from nemo_elastic.nemo.logs import quiet
+from nemo_elastic.nemo.resume import StopOnSignal, steps_done, whole_checkpoints
+from nemo_elastic.nemo.sources import collate
 from nemo_elastic.nemo.tokenizer import load_tokenizer
-from nemo_elastic.nemo.trainer import build_optimizer, build_trainer, plain_model_config
-from nemo_elastic.problems import Problem, raise_if_any
+from nemo_elastic.nemo.trainer import build_optimizer, build_trainer, plain_model_config, started_processes
+from nemo_elastic.problems import Problem, Stopped, raise_if_any
+from nemo_elastic.router.schedule import Timeline, resolve_recipe
+from nemo_elastic.serving_conditions import serving_of
 from nemo_elastic.space import Subnet
 
 logger = logging.getLogger(__name__)
@@ -62,13 +70,14 @@ def train(
         progress: called with (step, total, text) after every step on the first rank.
 
     Raises:
-        ProblemsError: a layout or curriculum that cannot run.
+        ProblemsError: a layout or curriculum that cannot run; a NaN or Inf on the way.
+        Stopped: SIGTERM; the state is saved.
     """
     parent = sorted_parent(sorted_folder)
     family = family_of(run, parent.depth_ranking)
     raise_if_any([*parallel_problems(family.architecture, run.train, family.space.ffn_groups), *_stages(run)])
-    steps, stage, settings = total_steps(run.train.stages), run.train.stages[0], run.train.optimizer
-    data = data_module(run, stage.seq_length, stage.global_batch_size)
+    stages, settings = run.train.stages, run.train.optimizer
+    steps, data = total_steps(stages), data_module(run)
     layout = {
         "tensor_model_parallel_size": run.train.tensor_model_parallel_size,
         "pipeline_model_parallel_size": run.train.pipeline_model_parallel_size,
@@ -76,7 +85,7 @@ def train(
         "precision": run.train.precision,
     }
     config = plain_model_config(
-        {**run.model, "seq_length": stage.seq_length},
+        {**run.model, "seq_length": max(stage.seq_length for stage in stages)},
         **layout,
         config_class=ElasticSSMConfig,
         run=plain(run),
@@ -89,8 +98,7 @@ def train(
         settings.lr,
         precision=run.train.precision,
         min_lr=settings.min_lr,
-        warmup_steps=min(settings.warmup_steps, steps - 1),
-        max_steps=steps,
+        schedule=CurriculumRate(plain(stages), plain(settings)),
         weight_decay=settings.weight_decay,
         adam_beta1=settings.betas[0],
         adam_beta2=settings.betas[1],
@@ -107,30 +115,38 @@ def train(
         ParamLayout(
             family.architecture, ffn_groups=family.space.ffn_groups, tp_size=run.train.tensor_model_parallel_size
         ),
-        total_steps=steps,
+        timeline=Timeline.of(resolve_recipe(run.router), steps, stages),
         seed=run.train.seed,
         mode=run.train.mode,
-        batch_size=run.report.batch_size,
-        sequence_length=run.report.sequence_length,
-        profile=BYTE_PROFILES[run.report.profile],
+        **serving_of(run.report, family.architecture).conditions,
     )
-    callback = ElasticCallback(run, planner, out, heldout_batches(data, run), progress)
+    teacher = CachedTeacher(run, data, sorted_folder, config.params_dtype) if run.distill.teacher_cache else None
+    guard = FiniteGuard()
+    callback = ElasticCallback(run, planner, out, heldout_batches(data, run), guard, progress, teacher)
     trainer = build_trainer(
         out,
         max_steps=steps,
-        global_batch_size=stage.global_batch_size,
-        micro_batch_size=run.train.micro_batch_size,
+        global_batch_size=stages[0].global_batch_size,
+        micro_batch_size=stages[0].micro_batch_size or run.train.micro_batch_size,
         use_distributed_optimizer=run.train.use_distributed_optimizer,
         checkpoint_every=min(run.train.save_every_steps, steps),
-        callbacks=[callback],
+        callbacks=[callback, guard, *([StopOnSignal()] if run.train.preemption else [])],
+        loggers=loggers_of(run, out, steps_done(resume_from)),
+        log_every_n_steps=run.train.log_every_steps,
         seed=run.train.seed,
         **layout,
     )
     refuse_overlap(trainer.strategy.ddp_config)
+    # One rank alone would raise in Megatron's own check; the guard stops all, and says where.
+    trainer.strategy.ddp_config.check_for_nan_in_grad = False
     quiet()
     # Megatron's loader unpickles: it is given what was checked.
     with HeldCheckpoint(resume_from) if resume_from else nullcontext() as checked:
         trainer.fit(model, data, ckpt_path=None if checked is None else str(checked))
+    callback.catch_up(trainer, model)
+    if trainer.global_step < steps:
+        saved = f"after step {trainer.global_step} of {steps} and saved {latest_checkpoint(out)}"
+        raise Stopped(f"stopped {saved}; go on with --resume")
     return Trained(
         family=family,
         subnets=planner.current_subnets(callback.model.policy, steps - 1),
@@ -151,30 +167,29 @@ def decays_not(name: str, parameter: Any) -> bool:
     return is_router(name, parameter) or parameter.dim() == 1
 
 
-def data_module(run: RunConfig, seq_length: int, global_batch_size: int) -> TextDataModule:
-    """The run's text."""
+def data_module(run: RunConfig) -> TextDataModule:
+    """The run's text by its curriculum; held-out text has the last stage's length."""
+    stages = run.train.stages
     return TextDataModule(
         load_tokenizer(tokenizer_of(run)),
-        seq_length=seq_length,
+        seq_length=stages[-1].seq_length,
         micro_batch_size=run.train.micro_batch_size,
-        global_batch_size=global_batch_size,
+        global_batch_size=stages[-1].global_batch_size,
+        stages=plain(stages),
         seed=run.train.seed,
         paths=run.data.paths,
         cache_dir=run.data.cache_dir,
         num_workers=run.data.num_workers,
+        blend=plain(run.data.blend),
+        chat=plain(run.data.chat),
+        vocab_size=run.model["vocab_size"],
     )
 
 
-def heldout_batches(data: TextDataModule, run: RunConfig) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(tokens, labels) `[micro_batch, s]` of `train.val_samples` windows, spread evenly over the held-out text."""
-    windows, size = data.windows("heldout"), run.train.micro_batch_size
-    count = min(run.train.val_samples, max(1, windows.per_epoch))
-    chosen = [i * windows.per_epoch // count for i in range(count)]
-    pairs = [tuple(torch.from_numpy(part.astype("int64")) for part in windows.sample(i)) for i in chosen]
-    return [
-        (torch.stack([t for t, _ in pairs[i : i + size]]), torch.stack([y for _, y in pairs[i : i + size]]))
-        for i in range(0, count, size)
-    ]
+def heldout_batches(data: TextDataModule, run: RunConfig) -> list[tuple[torch.Tensor, ...]]:
+    """(tokens, labels[, mask]) `[micro_batch, s]` of `train.val_samples` windows, spread evenly over held-out text."""
+    samples, size = spread(data.windows("heldout"), run.train.val_samples), run.train.micro_batch_size
+    return [collate(samples[i : i + size]) for i in range(0, len(samples), size)]
 
 
 def latest_checkpoint(out: Path) -> Path:
@@ -183,10 +198,10 @@ def latest_checkpoint(out: Path) -> Path:
     Raises:
         ProblemsError: there is none.
     """
-    found = [p for p in (out / "checkpoints").glob("step=*") if (p / "weights").is_dir()]
+    found = whole_checkpoints(out)
     if not found:
         raise_if_any([Problem(str(out / "checkpoints"), "has no training checkpoint; run `nemo-elastic train` first")])
-    return max(found, key=lambda p: int(p.name.split("=")[1].split("-")[0]))
+    return found[-1]
 
 
 def _recompute(run: RunConfig) -> dict[str, Any]:
@@ -199,14 +214,16 @@ def _recompute(run: RunConfig) -> dict[str, Any]:
 
 
 def _stages(run: RunConfig) -> list[Problem]:
+    """What the processes that were started, and the stages together, do not allow."""
     stages = run.train.stages
     if not stages:
         return [Problem("train.stages", "is empty; give at least one stage, e.g. [{steps: 100}]")]
-    first = (stages[0].seq_length, stages[0].global_batch_size)
-    return [
-        Problem(
-            f"train.stages.{i}", f"seq_length and global_batch_size must be stage 0's {first} until stages may differ"
-        )
-        for i, stage in enumerate(stages)
-        if (stage.seq_length, stage.global_batch_size) != first
-    ]
+    found = []
+    nodes, devices = started_processes()
+    replicas = nodes * devices // (run.train.tensor_model_parallel_size * run.train.pipeline_model_parallel_size)
+    for i, stage in enumerate(stages):
+        micro = stage.micro_batch_size or run.train.micro_batch_size
+        if replicas and stage.global_batch_size % (micro * replicas):
+            words = f"{stage.global_batch_size} must be a multiple of micro batch {micro} x {replicas} replicas"
+            found.append(Problem(f"train.stages.{i}.global_batch_size", words))
+    return found

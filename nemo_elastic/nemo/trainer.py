@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from nemo.collections import llm
 from nemo.lightning.callback_group import CallbackGroup
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler
+from nemo.lightning.pytorch.optim.base import LRSchedulerModule
 from nemo.lightning.pytorch.strategies.utils import RestoreConfig
 
 from nemo_elastic.mcore.held_checkpoint import HeldCheckpoint
@@ -141,6 +142,7 @@ def build_optimizer(
     min_lr: float | None = None,
     warmup_steps: int = 0,
     max_steps: int | None = None,
+    schedule: LRSchedulerModule | None = None,
     weight_decay: float = 0.1,
     adam_beta1: float = 0.9,
     adam_beta2: float = 0.95,
@@ -151,15 +153,15 @@ def build_optimizer(
     """Adam as Megatron runs it; with `min_lr`, cosine decay to it after a linear warm-up.
 
     Args:
-        use_distributed_optimizer: None means on a GPU only. On a CPU Megatron falls back to torch's AdamW, whose
-            tensor `step` its distributed checkpoint cannot store.
+        schedule: a schedule of one's own instead.
+        use_distributed_optimizer: None means on a GPU only.
         of_module: `scale_lr_cond`, `lr_mult`, `no_weight_decay_cond` of NeMo's optimizer module.
 
     Raises:
         ValueError: `min_lr` without `max_steps`.
     """
-    scheduler = None
-    if min_lr is not None:
+    scheduler = schedule
+    if schedule is None and min_lr is not None:
         if max_steps is None:
             raise ValueError("train.min_lr needs train.max_steps: the cosine ends there")
         scheduler = CosineAnnealingScheduler(
@@ -240,7 +242,7 @@ def build_trainer(
     """A `nl.Trainer` on `nl.MegatronStrategy`, on a GPU or a CPU, alone or under torchrun.
 
     Batch sizes are those of the data module's sampler; they are only checked against the layout here. Checkpoints go
-    to `out/checkpoints/step=N`, N counted from zero as NeMo does, and its log files to `out/logs`.
+    to `out/checkpoints/step=N`, N counted from zero as NeMo does, and its log files to `out/logs/nemo`.
 
     Args:
         checkpoint_every: steps between checkpoints, all kept; None saves nothing.
@@ -280,6 +282,7 @@ def build_trainer(
         ckpt_async_save=False,
         ckpt_parallel_load=on_gpu,  # exchanges shards over NCCL
         ckpt_save_optimizer=save_optimizer,
+        ckpt_optim_fully_reshardable=True,  # a run may be resumed at another TP x PP x DP
         replace_progress_bar=False,
         restore_config=None if restored is None else RestoreConfig(path=str(restored.path), load_artifacts=False),
     )
@@ -305,7 +308,7 @@ def build_trainer(
     )
     trainer.restored = restored  # its files are there for as long as the trainer is
     nl.NeMoLogger(
-        explicit_log_dir=str(Path(out) / "logs"),
+        explicit_log_dir=str(Path(out) / "logs" / "nemo"),  # NeMo moves every file it finds there out of its way
         update_logger_directory=False,
         ckpt=None if checkpoint_every is None else _checkpoints(Path(out), checkpoint_every, save_optimizer),
     ).setup(trainer)

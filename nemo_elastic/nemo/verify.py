@@ -48,7 +48,7 @@ from nemo_elastic.space import Subnet
 logger = logging.getLogger(__name__)
 LOGIT_BATCHES = 2
 NOTHING = Comparison(*[float("nan")] * 4)  # of a child that could not be read
-Batches = Sequence[tuple[Tensor, Tensor]]
+Batches = Sequence[tuple[Tensor, ...]]
 # What the model section says of the arithmetic, beside the sizes.
 SETTINGS = ("layernorm_epsilon", "softmax_scale", "fp32_residual_connection")
 
@@ -70,7 +70,7 @@ def verify(
     nested_folder: str | Path,
     children: Mapping[str, Path],
     run: RunConfig,
-    batches: list[tuple[Tensor, Tensor]],
+    batches: list[tuple[Tensor, ...]],
     *,
     format: str = "nemo",
     python: str | None = None,
@@ -81,7 +81,7 @@ def verify(
     Args:
         children: budget -> folder of an extracted child.
         run: parallel layout of the nested side, mode.
-        batches: real (tokens, labels). The losses of Hugging Face children are of the first two alone.
+        batches: real (tokens, labels[, mask]). The losses of Hugging Face children are of the first two alone.
         format: `nemo` or `hf`, of the children.
         python: a Python whose transformers knows NemotronH, for `hf`; None: this one, if it does.
 
@@ -102,7 +102,7 @@ def verify(
     for done, child in enumerate(opened):
         report("verify", done, total)
         plan = hard_plan(model.layout, child.subnet, run.train.mode)
-        logits = [whole_logits(model, tokens, plan) for tokens, _ in batches[:LOGIT_BATCHES]]
+        logits = [whole_logits(model, tokens, plan) for tokens, *_ in batches[:LOGIT_BATCHES]]
         loss = heldout_loss(model, batches, plan) if format == "nemo" else _loss(logits, batches)
         ours[child.name] = logits, loss
     del model
@@ -172,7 +172,7 @@ def _nemo_check(nested: Nested, child: _Child, logits: list[Tensor], loss: float
         if difference is None:
             raise
         return _check(nested, child, numel, None, loss, float("nan"), difference)
-    theirs = [whole_logits(plain, tokens) for tokens, _ in batches[:LOGIT_BATCHES]]
+    theirs = [whole_logits(plain, tokens) for tokens, *_ in batches[:LOGIT_BATCHES]]
     check = _check(nested, child, numel, (logits, theirs), loss, heldout_loss(plain, batches), difference)
     if difference is None and not check.same_logits:
         check = replace(check, difference=_hidden(nested, child, plain_trace(plain, batches[0][0]), batches))
@@ -183,7 +183,7 @@ def _hf_check(
     nested: Nested, child: _Child, logits: list[Tensor], loss: float, batches: Batches, python: str
 ) -> ChildCheck:
     difference = _written_difference(nested, child)
-    tokens = [t for t, _ in batches[:LOGIT_BATCHES]]
+    tokens = [t for t, *_ in batches[:LOGIT_BATCHES]]
     (side,) = run_transformers(python, [child.folder], tokens)
     theirs = _loss(side.logits, batches)
     check = _check(nested, child, side.parameters, (logits, side.logits), loss, theirs, difference)
@@ -224,7 +224,7 @@ def _check(
 def _loss(logits: list[Tensor], batches: Batches) -> float:
     losses = [
         F.cross_entropy(values.double().flatten(0, 1), labels.flatten())
-        for values, (_, labels) in zip(logits, batches, strict=False)
+        for values, (_, labels, *_) in zip(logits, batches, strict=False)
     ]
     return float(torch.stack(losses).mean())
 

@@ -9,6 +9,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from ..config.load import leaves
+from ..serving_conditions import profile_name
 from .budget_rows import BudgetRow, kept_sizes, parent_loss, parent_parameters
 from .csv_files import timings
 from .palette import DARK, LIGHT, budget_colour
@@ -122,7 +123,7 @@ def _parent_sizes(run: RunFolder) -> dict[str, str]:
 
 def _memory_words(run: RunFolder) -> str:
     at = run.conditions
-    return f"{at.batch_size} x {at.sequence_length:,} tokens, {at.profile}"
+    return f"{at.batch_size} x {at.sequence_length:,} tokens, {profile_name(at.profile)}"
 
 
 def marked(words: str) -> Markup:

@@ -13,11 +13,12 @@ from typing import Any
 from ..architecture import Architecture
 from ..config.load import load_values
 from ..config.sections import ReportConfig, RunConfig
-from ..cost import BYTE_PROFILES, memory, parameters
+from ..cost import memory, parameters
 from ..family import Family, family_of
 from ..layout import ParamLayout
 from ..problems import Problem, ProblemsError
 from ..runlog import RunLog
+from ..serving_conditions import byte_profile
 from ..space import DEFAULT_FFN_GROUPS, ElasticSpace, Subnet
 
 CONFIG, LOGS, IMPORTANCE, RESULTS = "config.json", "logs", "importance/importance.json", "results.json"
@@ -110,11 +111,10 @@ class RunFolder:
     def memory_bytes(self, subnet: Subnet) -> float:
         """Bytes of one serving copy at the report's batch size, length and profile."""
         at = self.conditions
-        profile = BYTE_PROFILES.get(at.profile, BYTE_PROFILES["bf16"])
-        total = memory(
+        profile = byte_profile(at.profile)
+        return memory(
             self.layout, subnet, batch_size=at.batch_size, sequence_length=at.sequence_length, profile=profile
-        )
-        return total.total
+        ).total
 
     @property
     def budget_names(self) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from ..serving_conditions import profile_name
 from .budget_rows import BudgetRow, parent_loss, parent_parameters
 from .drawing import loss_axis, new_figure, short_count, tip
 from .palette import LIGHT, budget_colour, budget_marker
@@ -29,7 +30,9 @@ def pareto(run: RunFolder, rows: list[BudgetRow]) -> Figure:
         unit, words = _memory_unit(rows)
         right.set_title("Held-out loss against memory")
         right.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / unit:.3g}"))
-        right.set_xlabel(f"{words} to serve {at.batch_size} x {at.sequence_length:,} tokens ({at.profile})")
+        right.set_xlabel(
+            f"{words} to serve {at.batch_size} x {at.sequence_length:,} tokens ({profile_name(at.profile)})"
+        )
         parent, count = parent_loss(run), parent_parameters(run)
         if parent is not None and count is not None:
             (star,) = left.plot(count, parent, "*", markersize=13, color=LIGHT["muted"], zorder=2)

@@ -3,14 +3,18 @@
     expected    r(pi) = C(pi) / target,  C = outer . pi_h + sum_l P(l kept) T_kind(pi_h, ...)     (dims are independent)
     loss        price_b (r - 1) + (lambda / 2) (r - 1)^2           augmented Lagrangian of "cost == target"
     steering    price_b <- clip(price_b + rate e_b / soft steps),  e_b = cost of the noise-free argmax / target - 1
-    commitment  mean over rows of -log pi_chosen                   hard phase: chosen is the argmax, repaired to fit
+    commitment  mean over rows of -log pi_chosen                   chosen: the argmax, repaired to fit exactly
+    soft phase  (1 - min(1, s)) loss + s commitment                s = 0, then rising to `settle_weight`
+    hard phase  commitment
 
 `|r - 1|` alone chatters: its gradient has one size on both sides of the target and, under Adam, drowns what the
 children's loss says about the dims; the router saturates on whatever was cheapest to cut first (METHOD section 9).
 A price that settles where a parameter is worth what it costs leaves the decision between the dims to the children's
-loss. It is steered by the DISCRETE cost, which is what a child will have. r is taken from `softmax(scale z)`, without
-noise and temperature, so that its gradient is neither random nor vanishes. `recipe: paper` is lambda |r - 1| on the
-noisy probabilities, as published.
+loss. It is steered by the DISCRETE cost, which is what a child will have. r is taken from `softmax(z)`, without noise,
+temperature and scale: sharpened probabilities have no gradient left, and a router that saturated 46 % above its budget
+stayed there for the rest of a run, whatever the price. Flat ones say little of the argmax, so that it is then led to
+the nearest choice that fits (settling), which the router's own probabilities name anew at every step.
+`recipe: paper` is lambda |r - 1| on the noisy probabilities, as published.
 """
 
 from collections.abc import Mapping
@@ -23,7 +27,7 @@ from ..budget_cost import BudgetCost
 from ..choices import Selection, is_row_per_layer
 from ..config.sections import RouterConfig
 from ..space import DEPTH
-from .model import probabilities_of
+from .model import RouterOutput, probabilities_of
 from .selection import depth_matrix
 
 
@@ -67,11 +71,29 @@ class ExpectedCost:
         return costs.expand(len(self.layers[kind]))
 
 
-def cost_probabilities(
-    logits: Mapping[str, Tensor], noisy: Mapping[str, Tensor], scale: float, config: RouterConfig
-) -> Mapping[str, Tensor]:
+def cost_probabilities(output: RouterOutput, config: RouterConfig) -> Mapping[str, Tensor]:
     """The probabilities a recipe takes the expected cost from."""
-    return noisy if config.recipe == "paper" else probabilities_of(logits, tau=1.0, scale=scale)
+    return output.probabilities if config.recipe == "paper" else probabilities_of(output.logits, tau=1.0, scale=1.0)
+
+
+def soft_phase_loss(
+    output: RouterOutput,
+    expected: ExpectedCost,
+    price: float,
+    settle: float,
+    selection: Selection | None,
+    config: RouterConfig,
+) -> Tensor:
+    """The router's own loss of one budget in the soft phase.
+
+    Args:
+        settle: `RouterPoint.settle`.
+        selection: the router's choice, repaired to fit; needed when `settle` is above 0.
+    """
+    pull = budget_loss(expected(cost_probabilities(output, config)), price, config)
+    if settle <= 0:
+        return pull
+    return (1 - min(1.0, settle)) * pull + settle * commitment_loss(output.logits, selection)
 
 
 def budget_loss(ratio: Tensor, price: float, config: RouterConfig) -> Tensor:

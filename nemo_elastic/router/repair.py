@@ -46,7 +46,9 @@ class Chosen:
     def note(self, tolerance: float) -> str | None:
         """What a user should know about it, or None."""
         if self.is_repaired:
-            return f"the router's choice missed the budget by {self.argmax_error:+.1%}; repaired to {self.error:+.1%}"
+            short = "; elastic.dims has nothing nearer" if self.error < -tolerance else ""
+            words = f"the router's choice missed the budget by {self.argmax_error:+.1%}; repaired to {self.error:+.1%}"
+            return words + short
         if self.error < -tolerance:
             return f"the router's choice is {-self.error:.1%} below the budget"
         return None

@@ -4,23 +4,27 @@ A run is `warmup` (every budget on its fixed uniform subnet, so that the weights
 `soft` (all choices mixed by their probabilities: exploration), then `hard` (the chosen subnet alone, with
 straight-through gates: what the children will be, and sliced). Over the soft phase tau falls geometrically and scale
 rises linearly, so that the mixture has become a choice when the hard phase begins; they stay at their ends then.
+Over the last `settle_fraction` of the soft phase the router is led to a choice that meets its budget (`settle`). In
+the last phase, `frozen`, the choices are pinned. The phases are fractions of the run, or named stage by stage.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ..config.sections import RouterConfig
+from ..config.sections import RouterConfig, StageConfig
 
-Phase = Literal["warmup", "soft", "hard"]
+Phase = Literal["warmup", "soft", "hard", "frozen"]
 
 
 @dataclass(frozen=True)
 class RouterPoint:
-    """Where the router's schedule stands at one step."""
+    """Where the router's schedule stands. `settle`: weight of the pull to a choice that fits, in the soft phase."""
 
     phase: Phase
     tau: float
     scale: float
+    settle: float = 0.0
 
 
 def resolve_recipe(config: RouterConfig) -> RouterConfig:
@@ -31,6 +35,7 @@ def resolve_recipe(config: RouterConfig) -> RouterConfig:
         config,
         budget_lambda=1.0,
         dual_ascent_rate=0.0,
+        settle_weight=0.0,
         dead_zone=0.0,
         warmup_fraction=0.0,
         soft_fraction=1.0,
@@ -43,25 +48,55 @@ def resolve_recipe(config: RouterConfig) -> RouterConfig:
     )
 
 
-def phase_ends(total_steps: int, config: RouterConfig) -> tuple[int, int]:
-    """First step of `soft` and first step of `hard`, both rounded once from their fractions of the run."""
-    warm = round(config.warmup_fraction * total_steps)
-    return warm, min(total_steps, warm + round(config.soft_fraction * total_steps))
+@dataclass(frozen=True)
+class Timeline:
+    """First step of the `soft`, `hard` and `frozen` phases, and the length of the run."""
 
+    soft: int
+    hard: int
+    frozen: int
+    total: int
 
-def router_point(step: int, total_steps: int, config: RouterConfig) -> RouterPoint:
-    """Phase, tau and scale at `step` (0-based) of `total_steps`."""
-    soft, hard = phase_ends(total_steps, config)
-    phase: Phase = "warmup" if step < soft else "soft" if step < hard else "hard"
-    done = min(1.0, max(0.0, (step - soft) / max(1, hard - 1 - soft)))
-    if config.recipe == "paper":
-        tau = config.tau_start + (config.tau_end - config.tau_start) * done
-    else:
-        tau = config.tau_start * (config.tau_end / config.tau_start) ** done
-    return RouterPoint(phase, tau, config.scale_start + (config.scale_end - config.scale_start) * done)
+    @classmethod
+    def of(cls, config: RouterConfig, total_steps: int, stages: Sequence[StageConfig] = ()) -> "Timeline":
+        """From the fractions of the run, or from the phases that its stages name.
 
+        Raises:
+            ValueError: some stages name a phase and others do not.
+        """
+        named = [stage.router for stage in stages]
+        if not any(named):
+            warm = round(config.warmup_fraction * total_steps)
+            hard = min(total_steps, warm + round(config.soft_fraction * total_steps))
+            frozen = total_steps - round(config.freeze_fraction * total_steps)
+            return cls(min(warm, frozen), min(hard, frozen), frozen, total_steps)
+        if not all(named):
+            raise ValueError("train.stages: give `router` for every stage or for none")
 
-def soft_steps(total_steps: int, config: RouterConfig) -> int:
-    """Length of the soft phase in steps."""
-    soft, hard = phase_ends(total_steps, config)
-    return hard - soft
+        def first(*phases: Phase) -> int:
+            return sum(stage.steps for stage in stages if stage.router not in phases)
+
+        return cls(first("soft", "hard", "frozen"), first("hard", "frozen"), first("frozen"), total_steps)
+
+    @property
+    def soft_steps(self) -> int:
+        """Length of the soft phase."""
+        return self.hard - self.soft
+
+    def phase(self, step: int) -> Phase:
+        """The phase of `step` (0-based)."""
+        if step >= self.frozen:
+            return "frozen"
+        return "warmup" if step < self.soft else "soft" if step < self.hard else "hard"
+
+    def point(self, step: int, config: RouterConfig) -> RouterPoint:
+        """Phase, tau and scale at `step`."""
+        done = min(1.0, max(0.0, (step - self.soft) / max(1, self.hard - 1 - self.soft)))
+        if config.recipe == "paper":
+            tau = config.tau_start + (config.tau_end - config.tau_start) * done
+        else:
+            tau = config.tau_start * (config.tau_end / config.tau_start) ** done
+        scale = config.scale_start + (config.scale_end - config.scale_start) * done
+        gone = 1 - (1 - done) / config.settle_fraction if config.settle_fraction else float(done == 1)
+        settle = config.settle_weight * max(0.0, gone)
+        return RouterPoint(self.phase(step), tau, scale, settle)

@@ -74,6 +74,19 @@ def taken(weight: Tensor, spec: ParamSpec, sizes: Sizes) -> Tensor:
     return weight if is_whole(spec, sizes) else _Take.apply(weight, spec, sizes)
 
 
+class _TakeView(_Take):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, spec: ParamSpec, sizes: Sizes) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.spec, ctx.sizes = spec, sizes
+        return take(weight.detach(), spec, sizes)
+
+
+def taken_view(weight: Tensor, spec: ParamSpec, sizes: Sizes) -> Tensor:
+    """A large parameter cut to a subnet: a view where the cut is a prefix. For products that take strides."""
+    return weight if is_whole(spec, sizes) else _TakeView.apply(weight, spec, sizes)
+
+
 def column_parallel(
     module: nn.Module,
     x: Tensor,

@@ -1,0 +1,221 @@
+"""How far a router's subnets are from their budgets before and after repair: our recipe against the paper's.
+
+    python benchmarks/router_budgets.py [--quick] [--seeds N] [--output FILE]
+
+No weights: the loss of a subnet is what its masks cut off, each unit with a known worth, and at first every cut costs
+`--shock` times as much, as it does while the weights of a real family have not yet adapted. Two spaces: a toy one and
+that of the parent that ships; budgets in parameters and in memory. Everything else is what a run does: noise,
+schedules, soft masks, steering, settling, repair (`router/`).
+
+`expected` and `before` are the errors of the expected cost and of the noise-free argmax at the end of the soft phase,
+`after` that of the repaired choice: the worst of all seeds; positive is too large. `repaired`: how many of the choices
+needed a repair. `lost`: worth that the repaired subnets have cut off, mean over seeds; `uniform`: of even shrinking.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+
+from nemo_elastic.budget_cost import BudgetCost
+from nemo_elastic.config import load_config
+from nemo_elastic.config.sections import RouterConfig, RunConfig
+from nemo_elastic.family import family_of
+from nemo_elastic.layout import ParamLayout
+from nemo_elastic.router.budget_loss import BudgetSteering, ExpectedCost, soft_phase_loss
+from nemo_elastic.router.model import Router
+from nemo_elastic.router.repair import Chosen, choose
+from nemo_elastic.router.sampling import gumbel_noise
+from nemo_elastic.router.schedule import Timeline, resolve_recipe
+from nemo_elastic.router.selection import one_hot, soft_masks
+from nemo_elastic.search import uniform_selection
+from nemo_elastic.space import Budget, ElasticSpace
+
+RECIPES = {"default": RouterConfig(), "paper": RouterConfig(recipe="paper")}
+BUDGETS = {"parameters": ("fraction", (0.75, 0.5)), "memory": ("memory_gb", (0.8, 0.65))}  # of the parent's
+WORTH = {  # what a dim is worth, and how fast its later units lose worth
+    "hidden_size": (2.0, 1.0),
+    "ffn_hidden_size": (0.6, 2.5),
+    "mamba_num_heads": (1.5, 1.0),
+    "num_attention_heads": (0.6, 1.0),
+}
+TOY = {
+    "hidden_size": [1.0, 0.9375, 0.875, 0.8125, 0.75, 0.625, 0.5],
+    "ffn_hidden_size": [1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25],
+    "mamba_num_heads": [1.0, 0.75, 0.5, 0.25],
+    "num_attention_heads": [1.0, 0.75, 0.5],
+    "num_layers": [16, 15, 14, 13, 12, 11, 10],
+}
+
+
+class Objective:
+    """Loss of masks: what is cut off costs its worth, layers by their place in the ranking."""
+
+    def __init__(self, space: ElasticSpace) -> None:
+        self.space, self.units = space, {}
+        for name, (height, power) in WORTH.items():
+            units = space.dims[name].full // space.dims[name].groups
+            value = torch.arange(1, units + 1, dtype=torch.float32) ** -power
+            self.units[name] = height * value / value.sum()
+        ranking = list(space.kept_layers(space.architecture.num_layers))
+        self.layers = torch.zeros(len(ranking))
+        kept = [
+            i for n in range(1, len(ranking) + 1) for i in space.kept_layers(n) if i not in space.kept_layers(n - 1)
+        ]
+        self.layers[kept] = torch.linspace(0.6, 0.1, len(kept))
+
+    def lost(self, masks: Any) -> torch.Tensor:
+        """Worth of what the masks cut off."""
+        cut = sum(
+            (w * (1 - masks.dims[n]) ** 2).sum() / len(masks.dims[n]) for n, w in self.units.items() if n in masks.dims
+        )
+        return cut + (self.layers * (1 - masks.layers) ** 2).sum()
+
+
+def spaces() -> dict[str, tuple[RunConfig, ElasticSpace]]:
+    """The shipped parent's space, and a finer one on the same parent."""
+    run = load_config("tiny_parent.yaml").config
+    toy = load_config("tiny_parent.yaml", [f"elastic.dims.{n}.choices={json.dumps(c)}" for n, c in TOY.items()]).config
+    return {"toy": (toy, family_of(toy).space), "tiny_parent": (run, family_of(run).space)}
+
+
+def costs_of(run: RunConfig, space: ElasticSpace, kind: str, values: tuple[float, ...]) -> dict[str, BudgetCost]:
+    """One cost per budget; memory values are shares of the parent's."""
+    layout = ParamLayout(space.architecture, ffn_groups=space.ffn_groups)
+    found = {}
+    for value in values:
+        budget = Budget(name=f"{value:g}", kind=kind, value=value)
+        if kind != "fraction":
+            parent = BudgetCost(space, layout, replace(budget, value=1.0), sequence_length=512, batch_size=4).parent
+            budget = replace(budget, value=value * parent)
+        found[budget.name] = BudgetCost(space, layout, budget, sequence_length=512, batch_size=4)
+    return found
+
+
+def train(
+    space: ElasticSpace, costs: Mapping[str, BudgetCost], config: RouterConfig, seed: int, steps: int, shock: float
+):
+    """What the soft phase of a run does to a router; the hard phase only commits to its choice."""
+    objective, router = Objective(space), Router(space, list(costs), config, seed=seed)
+    optimizer = torch.optim.Adam(router.parameters(), lr=config.lr, betas=(0.9, 0.98))
+    expected = {name: ExpectedCost(cost) for name, cost in costs.items()}
+    steering, generator = BudgetSteering(), torch.Generator().manual_seed(seed)
+    timeline = Timeline.of(config, steps)
+    for step in range(timeline.soft, timeline.hard):
+        point = timeline.point(step, config)
+        unadapted = 1 + (shock - 1) * 0.5 ** (step / (0.08 * steps))  # half of it is gone after 8 % of the run
+        total = torch.zeros(())
+        for index, (name, cost) in enumerate(costs.items()):
+            noise = gumbel_noise(router.shapes, seed, step, index)
+            output = router(router.budget_vector(name), tau=point.tau, scale=point.scale, noise=noise)
+            clean = {n: torch.softmax(z.detach(), -1) for n, z in output.logits.items()}
+            chosen = choose(clean, cost, tolerance=config.tolerance, fill=True, repair=point.settle > 0)
+            price = steering.price(name)
+            total = total + soft_phase_loss(output, expected[name], price, point.settle, chosen.selection, config)
+            jitter = 1 + 0.1 * torch.randn((), generator=generator)
+            total = total + unadapted * objective.lost(soft_masks(space, output.probabilities)) * jitter
+            steering.update(name, chosen.argmax_error, timeline.soft_steps, config)
+        optimizer.zero_grad()
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(router.parameters(), 1.0)
+        optimizer.step()
+    return router, expected, objective
+
+
+def outcome(space: ElasticSpace, costs: Mapping[str, BudgetCost], config: RouterConfig, trained: Any) -> list[dict]:
+    """Errors per budget at the end."""
+    router, expected, objective = trained
+    rows = []
+    for name, cost in costs.items():
+        with torch.no_grad():
+            output = router(router.budget_vector(name), scale=config.scale_end)
+            pi = output.probabilities
+            chosen: Chosen = choose(pi, cost, tolerance=config.tolerance, fill=True)
+            lost = objective.lost(soft_masks(space, one_hot(chosen.selection, pi))).item()
+            rows.append(
+                {
+                    "budget": name,
+                    "expected": expected[name](pi).item() - 1,
+                    "before": chosen.argmax_error,
+                    "after": chosen.error,
+                    "repaired": chosen.is_repaired,
+                    "lost": lost,
+                    "uniform": objective.lost(soft_masks(space, one_hot(uniform_selection(cost), pi))).item(),
+                }
+            )
+    return rows
+
+
+def worst(values: list[float]) -> float:
+    """The value furthest from zero."""
+    return max(values, key=abs)
+
+
+def main() -> None:
+    """Prints a table, writes JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one seed, few steps: that it runs, not what it shows")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=160, help="length of the run the schedules are for")
+    parser.add_argument(
+        "--shock", type=float, default=5.0, help="what a cut costs at first, over what it costs at last"
+    )
+    parser.add_argument("--output", type=Path, help="JSON")
+    args = parser.parse_args()
+    seeds, steps = (1, 20) if args.quick else (args.seeds, args.steps)
+    torch.set_num_threads(1)
+    started, results = time.monotonic(), []
+    print("| space | budget | recipe | expected | before | after | repaired | lost | uniform |\n|" + "---|" * 9)
+    for space_name, (run, space) in spaces().items():
+        for kind_name, (kind, values) in BUDGETS.items():
+            costs = costs_of(run, space, kind, values)
+            for recipe, settings in RECIPES.items():
+                config = resolve_recipe(settings)
+                found = []
+                for seed in range(seeds):
+                    rows = outcome(space, costs, config, train(space, costs, config, seed, steps, args.shock))
+                    found += [{"seed": seed, **row} for row in rows]
+                for budget in costs:
+                    own = [row for row in found if row["budget"] == budget]
+                    summary = {key: worst([row[key] for row in own]) for key in ("expected", "before", "after")}
+                    summary["lost"] = sum(row["lost"] for row in own) / len(own)
+                    summary["uniform"] = own[0]["uniform"]
+                    summary["repaired"] = sum(row["repaired"] for row in own)
+                    what = {"space": space_name, "counts": kind_name, "budget": budget, "recipe": recipe}
+                    results.append({**what, **summary, "seeds": own})
+                    print(
+                        f"| {space_name} | {kind_name} {budget} | {recipe} | {summary['expected']:+.1%} | "
+                        f"{summary['before']:+.1%} | {summary['after']:+.1%} | {summary['repaired']} of {seeds} | "
+                        f"{summary['lost']:.3f} | {summary['uniform']:.3f} |",
+                        flush=True,
+                    )
+    report = {
+        "benchmark": "router_budgets",
+        "quick": args.quick,
+        "seeds": seeds,
+        "steps": steps,
+        "shock": args.shock,
+        "torch": str(torch.__version__),
+        "machine": platform.processor() or platform.machine(),
+        "seconds": round(time.monotonic() - started, 1),
+        "results": results,
+    }
+    if args.output:
+        args.output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""How `plan` looks on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+Row = Mapping[str, Any]
+OWN_MARKS = {"proposed": " *", "parent": "", "forced": "", "frozen": ""}  # others get a column that says them
+
+
+def plan_tables(result: Mapping[str, Any]) -> list[Any]:
+    """Renderables of a plan; columns that no budget has a value for are left out."""
+    serving, parent = result["serving"], result["parent"]
+    title = f"{escape(result['name'])}   {escape(parent['hybrid_override_pattern'])}"
+    table = Table(title=title, title_justify="left")
+    columns = {**COLUMNS, **{h: column for h, (key, column) in OPTIONAL.items() if _any_has(result["budgets"], key)}}
+    if any(b["origin"] not in OWN_MARKS for b in result["budgets"]):
+        columns = {"budget": columns.pop("budget"), "subnet": lambda b: escape(b["origin"]), **columns}
+    else:
+        columns |= {"GFLOPs/token": lambda b: f"{b['flops_per_token'] / 1e9:.3f}", "runs at": _deployed}
+    for heading in columns:
+        left = heading in ("budget", "subnet", "target", "runs at")
+        table.add_column(heading, no_wrap=heading != "runs at", justify="left" if left else "right")
+    for row in result["budgets"]:
+        table.add_row(*(column(row) for column in columns.values()))
+    where = f"{serving['batch_size']} x {serving['sequence_length']:,} tokens, {escape(serving['profile'])}"
+    parts: list[Any] = [table, f"parent: {parent['parameters']:,} parameters; memory for {where}"]
+    if "latency" in serving:
+        parts.append(f"latency: {parent['latency_ms']:.4g} ms for the parent, {escape(serving['latency'])}")
+    if any(b["origin"] == "proposed" for b in result["budgets"]):
+        parts.append("* proposed by even shrinking; training learns the sizes")
+    parts += [f"note: {escape(note)}" for note in result["notes"]]
+    parts += [f"[bold red]problem[/] {escape(p['key'])}: {escape(p['message'])}" for p in result["problems"]]
+    return parts
+
+
+def _any_has(rows: list[Row], key: str) -> bool:
+    return any(key in row for row in rows)
+
+
+def _name(row: Row) -> str:
+    return escape(row["name"]) + OWN_MARKS.get(row["origin"], "")
+
+
+def _target(row: Row) -> str:
+    target = row["target"]
+    value = f"{target['value']:.4g}" if target["value"] < 1000 else f"{target['value']:,.0f}"
+    return f"{target['kind']} {value}"
+
+
+def _size(value: Any) -> str:
+    return str(value) if isinstance(value, int) else f"{min(value)}..{max(value)}"
+
+
+def _deployed(row: Row) -> str:
+    found = row["deployment"]
+    tp, pp = (",".join(map(str, found[name])) for name in ("tensor_parallel", "pipeline_parallel"))
+    return f"TP {tp}; PP {pp}; {'FP8' if found['fp8'] else 'no FP8'}; HF: {found['hugging_face']}"
+
+
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "budget": _name,
+    "target": _target,
+    "off": lambda b: f"{b['error']:+.1%}",
+    "hidden": lambda b: _size(b["subnet"]["hidden_size"]),
+    "ffn": lambda b: _size(b["subnet"]["ffn_hidden_size"]),
+    "mamba": lambda b: f"{_size(b['subnet']['mamba_num_heads'])} x {b['subnet']['mamba_head_dim']}",
+    "q heads": lambda b: _size(b["subnet"]["num_attention_heads"]),
+    "layers": lambda b: str(b["subnet"]["num_layers"]),
+    "parameters": lambda b: f"{b['parameters']:,}",
+    "%": lambda b: f"{b['percent_of_parent']:.2f}",
+    "memory GB": lambda b: f"{b['memory_bytes']['total'] / 1e9:.3f}",
+}
+OPTIONAL: dict[str, tuple[str, Callable[[Row], str]]] = {
+    "ms": ("latency_ms", lambda b: f"{b['latency_ms']:.4g}"),
+    "damage": ("damage", lambda b: f"{b['damage']:.4f}" if "damage" in b else ""),
+    "held-out loss": ("heldout_loss", lambda b: f"{b['heldout_loss']:.4f}" if "heldout_loss" in b else ""),
+}

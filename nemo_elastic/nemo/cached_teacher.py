@@ -1,0 +1,67 @@
+"""The teacher's cache of a run: what it depends on, when it is filled, which sample a micro-batch begins with."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_elastic.config.load import plain
+from nemo_elastic.config.sections import RunConfig
+from nemo_elastic.distill.curriculum import samples_before, stage_at
+from nemo_elastic.mcore.family_model import FamilyModel
+from nemo_elastic.mcore.parents import sorted_parent
+from nemo_elastic.mcore.process_groups import rank
+from nemo_elastic.mcore.teacher_cache import TeacherCache
+from nemo_elastic.nemo.data import TextDataModule
+
+logger = logging.getLogger(__name__)
+
+
+class CachedTeacher:
+    """Fills the cache before the first step when it is not there, and frees the teacher's layers.
+
+    Args:
+        data: the run's text.
+        sorted_folder: the sorted parent that the teacher is.
+        dtype: of the parameters.
+    """
+
+    def __init__(self, run: RunConfig, data: TextDataModule, sorted_folder: Path, dtype: torch.dtype) -> None:
+        self.stages, self.data, self.micro_batch_size = run.train.stages, data, run.train.micro_batch_size
+        identity = {
+            "parent": dict(sorted_parent(sorted_folder).description["sha256"]),
+            "tokenizer": data.tokenizer.bpe.sha256,
+            "seed": run.train.seed,
+            "data": {k: v for k, v in plain(run.data).items() if k in ("paths", "blend", "chat")},
+        }
+        self.cache = TeacherCache(
+            Path(run.distill.teacher_cache),
+            self.stages,
+            hidden_size=run.model["hidden_size"],
+            dtype=dtype,
+            identity=identity,
+        )
+        self.cache.is_whole  # noqa: B018 - refuses another run's folder before anything is built
+
+    def prepare(self, model: FamilyModel) -> None:
+        """Every process calls it, before the first step."""
+        if not self.cache.is_whole:
+            if rank() == 0:
+                logger.info("teacher cache: filling %s with %.1f MB", self.cache.folder, self.cache.nbytes / 1e6)
+            self.cache.fill(model.teacher, self._tokens)
+        model.retire_teacher()
+
+    def of_micro_batch(self, step: int, index: int) -> Callable[[], Tensor]:
+        """Reads the states `[s, b, h]` of micro-batch `index` (over all replicas) of a step."""
+        size = stage_at(self.stages, step).stage.micro_batch_size or self.micro_batch_size
+        first = samples_before(self.stages, step) + index * size
+        return lambda: self.cache.read(step, first, size)
+
+    def _tokens(self, sample: int, seq_length: int) -> Tensor:
+        tokens: Any = self.data.windows("train", seq_length).sample(sample)[0]
+        return torch.from_numpy(tokens.astype("int64"))

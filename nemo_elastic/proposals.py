@@ -1,0 +1,132 @@
+"""`plan --search`: subnets for a budget from costs and importance scores alone, the baseline a router is judged by.
+
+    uniform    every dim shrunk by about the same ratio                                  (no scores needed)
+    random:N   N random subnets that meet the budget
+    greedy     from the parent, again and again the one smaller choice that loses least damage per cost saved
+
+No torch here.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .budget_cost import BudgetCost
+from .choices import Selection, choice_shapes, full_selection, selection_of, subnet_of
+from .config.sections import RunConfig
+from .damage import Damage, read_scores
+from .family import Family, family_of
+from .plan import budget_cost, budget_row, described_plan, misses
+from .problems import Problem, ProblemsError
+from .search import propose_random, propose_uniform, raise_if_impossible
+from .serving_conditions import serving_of
+from .space import Subnet
+
+KEY = "--search"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A parsed `--search`."""
+
+    name: str
+    count: int = 1
+
+
+def parse_method(text: str) -> Method:
+    """`uniform`, `random:N` or `greedy`.
+
+    Raises:
+        ProblemsError: anything else.
+    """
+    name, colon, count = text.partition(":")
+    if text in ("uniform", "greedy"):
+        return Method(text)
+    if name == "random" and colon and count.isdigit() and int(count) > 0:
+        return Method(name, int(count))
+    raise ProblemsError([Problem(KEY, f"{text!r} must be uniform, random:N (N from 1) or greedy")])
+
+
+def search(run: RunConfig, method: Method, ranking: str | None = None) -> dict[str, Any]:
+    """A plan whose budgets are proposals (several per budget for `random:N`), each with its exact `error` and, where
+    there are scores, its estimated `damage`. Budgets that are full or forced are left out.
+
+    Raises:
+        ProblemsError: greedy without scores, an impossible budget, bad scores.
+    """
+    family, scores = family_of(replace(run, router=replace(run.router, frozen=False))), None
+    if ranking is not None:
+        scores = read_scores(ranking, family.architecture)
+        family = replace(family, space=replace(family.space, depth_ranking=scores.depth_ranking))
+    elif method.name == "greedy":
+        raise ProblemsError([Problem(KEY, "greedy needs scores; give --ranking RUN (a folder that `rank` wrote)")])
+    damage = Damage(family.space, scores) if scores else None
+    serving = serving_of(run.report, family.architecture)
+    rows: list[dict[str, Any]] = []
+    for budget in family.budgets:
+        if budget.is_full or budget.name in family.forced:
+            continue
+        cost = budget_cost(family, serving, budget)
+        for number, subnet in enumerate(_proposals(cost, method, damage, run)):
+            label = f"{method.name} {number}" if method.count > 1 else method.name
+            row = budget_row(family, serving, budget, subnet, label)
+            if damage is not None:
+                row["damage"] = damage.of(selection_of(family.space, subnet))
+            rows.append(row)
+    notes = [*family.notes, *misses(rows, run.router.tolerance)]
+    if family.space.depth_is_assumed:
+        notes.append("no --ranking: dropped layers are assumed evenly spread")
+    return described_plan(run.name, family, serving, rows, notes)
+
+
+def _proposals(cost: BudgetCost, method: Method, damage: Damage | None, run: RunConfig) -> list[Subnet]:
+    tolerance = run.router.tolerance
+    if method.name == "uniform":
+        return [propose_uniform(cost, tolerance=tolerance)]
+    if method.name == "greedy":
+        return [subnet_of(cost.space, greedy_selection(cost, damage, tolerance=tolerance))]
+    found = propose_random(cost, method.count, seed=run.train.seed, tolerance=tolerance)
+    if not found:
+        words = f"no random subnet within {tolerance:g} of the budget was found; raise router.tolerance"
+        raise ProblemsError([Problem(f"elastic.budgets.{cost.budget.name}", words)])
+    return found
+
+
+def greedy_selection(cost: BudgetCost, damage: Damage, *, tolerance: float = 0.01) -> Selection:
+    """Shrink the parent step by step until it fits, then give back what still fits.
+
+    Raises:
+        ProblemsError: no subnet of the space is small enough.
+    """
+    raise_if_impossible(cost, tolerance)
+    price, now = cost.tables.cost, full_selection(cost.space)
+    limit = cost.target * (1 + tolerance)
+    while (at := price(now)) > limit:
+        before, moves = damage.of(now), []
+        for after in _moves(cost, now, 1):
+            saved = at - price(after)
+            if saved > 0:
+                moves.append(((damage.of(after) - before) / saved, after))
+        assert moves, "raise_if_impossible has seen a selection that fits"
+        now = min(moves, key=lambda m: m[0])[1]
+    while True:
+        before = damage.of(now)
+        better = [(damage.of(after), after) for after in _moves(cost, now, -1) if price(after) <= limit]
+        better = [b for b in better if b[0] < before]
+        if not better:
+            return now
+        now = min(better, key=lambda b: b[0])[1]
+
+
+def _moves(cost: BudgetCost, selection: Selection, step: int) -> Iterator[Selection]:
+    """Every selection one choice smaller (`step` 1) or larger (-1) in one row."""
+    for name, (_, choices) in choice_shapes(cost.space).items():
+        for r, i in enumerate(selection[name]):
+            if 0 <= i + step < choices:
+                row = (*selection[name][:r], i + step, *selection[name][r + 1 :])
+                yield {**selection, name: row}
+
+
+def subnets_to_score(family: Family, plan: dict[str, Any]) -> dict[str, Subnet]:
+    """`budget / method` -> subnet of every proposal."""
+    return {f"{b['name']} / {b['origin']}": family.space.subnet_from_dict(b["subnet"]) for b in plan["budgets"]}

@@ -1,0 +1,203 @@
+"""Whole training steps of a small family (students, router, teacher) in the worker pool or the test's own process."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from pool_elastic import FFN_GROUPS, architecture, random_weights, tokens
+from small_parent import PATTERN, SMALL
+from torch import Tensor
+
+from nemo_elastic.config import load_values
+from nemo_elastic.config.sections import RunConfig
+from nemo_elastic.family import family_of
+from nemo_elastic.layout import ParamLayout
+from nemo_elastic.mcore.build import build_plain_model, load_weights, named_global_parameters, whole_tensors
+from nemo_elastic.mcore.elastic.spec import elastic_stack_spec
+from nemo_elastic.mcore.family_model import FamilyModel
+from nemo_elastic.mcore.parallel import broadcast_from_last_stage, data_parallel_rank_and_size, stage_ends
+from nemo_elastic.mcore.planner import Planner, learned_budgets
+from nemo_elastic.nemo.elastic_model import ElasticLossReduction
+from nemo_elastic.nemo.train import decays_not, is_router
+from nemo_elastic.router.model import Router
+from nemo_elastic.router.schedule import Timeline
+
+MICRO_BATCHES = 4
+RANKING = (6, 3, 0, 2, 7, 5, 1, 4)
+DIMS = {
+    "hidden_size": {"choices": [1.0, 0.75]},
+    "ffn_hidden_size": {"choices": [1.0, 0.5, 0.25], "per_layer": True},
+    "mamba_num_heads": {"choices": [12, 8]},
+    "num_attention_heads": {"choices": [12, 8, 4]},
+    "num_layers": {"choices": [8, 7, 6, 5]},
+}
+
+
+def run_config(*, tied: bool = False, **distill: Any) -> RunConfig:
+    return load_values(
+        {
+            "model": SMALL | {"hybrid_override_pattern": PATTERN, "share_embeddings_and_output_weights": tied},
+            "elastic": {
+                "ffn_groups": FFN_GROUPS,
+                "dims": DIMS,
+                "budgets": {"full": 1.0, "large": 0.75, "small": 0.5},
+            },
+            "router": {"hidden_size": 16, "init_std": 0.5},
+            "distill": {"ce_weight": 0.1, **distill},
+            "train": {"seed": 7, "micro_batch_size": 2},
+        }
+    )
+
+
+def build(run: RunConfig, dtype: torch.dtype, tied: bool, **more: Any) -> tuple[FamilyModel, Planner]:
+    arch = architecture(share_embeddings_and_output_weights=tied)
+    family = family_of(run, RANKING)
+    layout = ParamLayout(arch, ffn_groups=FFN_GROUPS, tp_size=parallel_state.get_tensor_model_parallel_world_size())
+    teacher = build_plain_model(arch, params_dtype=dtype, **more)
+    teacher.config.has_cond_embedder = True  # as `ElasticSSMConfig` says
+    first, last = stage_ends()
+    model = FamilyModel(
+        teacher.config,
+        elastic_stack_spec(),
+        layout=layout,
+        vocab_size=arch.vocab_size,
+        max_sequence_length=64,
+        hybrid_override_pattern=PATTERN,
+        position_embedding_type="none",
+        share_embeddings_and_output_weights=tied,
+        pre_process=first,
+        post_process=last,
+    )
+    for module, seed in ((model, 0), (teacher, 1)):
+        load_weights(module, random_weights(arch, dtype, seed), arch, ffn_groups=FFN_GROUPS)
+        module.to(dtype)
+    model.attach(Router(family.space, learned_budgets(family), run.router, seed=3), teacher)
+    planner = Planner(family, run.router, layout, timeline=Timeline(1, 3, 5, 6), seed=run.train.seed)
+    return model, planner
+
+
+def train_steps(
+    *,
+    steps: tuple[int, ...] = (1, 3),
+    optimize: bool = False,
+    distributed_optimizer: bool = False,
+    dtype: torch.dtype = torch.float64,
+    sp: bool = False,
+    tied: bool = False,
+    distill: dict[str, Any] | None = None,
+    half: int | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """Steps of the run as `ElasticCallback` and NeMo run them: per step the losses, whole gradients and choices.
+
+    Args:
+        steps: numbers of the run's steps: 0 warm-up, 1 and 2 soft, 3 and 4 hard, 5 frozen.
+        half: only the first or the second of a micro-batch's students.
+        optimize: take Adam steps in between (else the weights stay).
+    """
+    run = run_config(tied=tied, **(distill or {}))
+    model, planner = build(run, dtype, tied, sequence_parallel=sp, variable_seq_lengths=True,
+                           moe_token_dispatcher_type="alltoall", pipeline_dtype=dtype, **more)  # fmt: skip
+    config = model.config
+    wrapped = DistributedDataParallel(
+        config, DistributedDataParallelConfig(use_distributed_optimizer=distributed_optimizer), model
+    )
+    config.finalize_model_grads_func = finalize_model_grads
+    optimizer = _optimizer(wrapped, distributed_optimizer) if optimize else None
+    reduction = ElasticLossReduction(run.distill, tuple(run.elastic.budgets), planner.loss)
+    found: dict[str, Any] = {"steps": []}
+    for step in steps:
+        wrapped.zero_grad_buffer()
+        if optimizer is not None:
+            optimizer.zero_grad()
+        state = planner.begin_step(model.policy, step)
+        outputs = _schedule(run, model, wrapped, planner, state, reduction, half)
+        losses = _numbers(reduction, outputs)
+        record = {
+            "losses": broadcast_from_last_stage(losses),
+            "errors": {n: c.argmax_error for n, c in state.chosen.items()},
+        }
+        if not distributed_optimizer:
+            record["gradients"] = _gradients(model, planner.layout)
+            record["router"] = {n: p.main_grad.clone() for n, p in model.policy.named_parameters()}
+        if optimizer is not None:
+            record["grad_norm"] = float(optimizer.step()[1])
+        planner.end_step(state)
+        found["steps"].append(record)
+    last = planner.choices(model.policy)
+    found["subnets"] = {n: planner.subnet_of_choice(n, c).to_dict() for n, c in last.items()}
+    found["probabilities"] = {
+        name: {
+            d: p.detach().clone()
+            for d, p in model.policy(model.policy.budget_vector(name), tau=1.0, scale=1.0).probabilities.items()
+        }
+        for name in planner.learned
+    }
+    found["prices"] = planner.state_dict()["steering"]
+    found["weights"] = dict(whole_tensors(named_global_parameters(model, planner.layout), planner.layout))
+    found["router_weights"] = {n: p.detach().clone() for n, p in model.policy.named_parameters()}
+    return found
+
+
+def _schedule(
+    run: RunConfig, model: Any, wrapped: Any, planner: Planner, state: Any, reduction: Any, half: int | None = None
+) -> list[Any]:
+    rank, size = data_parallel_rank_and_size()
+    arch = planner.family.architecture
+    shares = {"full": 0.2, "large": 0.4, "small": 0.4}
+
+    def batches() -> Iterator[dict[str, Any]]:
+        for index in range(rank, MICRO_BATCHES, size):
+            ids = tokens(arch, seed=1000 * state.step + index, length=17)
+            budgets = planner.budgets_of(shares, state.step, index, run.distill.budgets_per_batch)
+            planned = planner.micro_batch(model.policy, state, budgets, index)
+            mask = torch.ones(2, 16)
+            mask[index % 2, : 4 + index] = 0.0
+            yield {
+                "tokens": ids[:, :-1],
+                "labels": ids[:, 1:].contiguous(),
+                "loss_mask": mask,
+                "elastic": planned if half is None else planned[half : half + 1],
+            }
+
+    def forward_step(iterator: Any, module: Any) -> tuple[Any, Any]:
+        batch = next(iterator)
+        out = module(batch["tokens"], None, None, elastic=[p.plan for p in batch["elastic"]], distill=True)
+        return out, lambda heads: reduction.forward(batch, heads)
+
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=batches(),
+        model=[wrapped],
+        num_microbatches=MICRO_BATCHES // size,
+        seq_length=16,
+        micro_batch_size=2,
+        forward_only=False,
+    )
+
+
+def _numbers(reduction: ElasticLossReduction, outputs: list[Any]) -> list[float]:
+    """Mean loss, then kd, ce, hidden, tokens and budget loss of every budget seen."""
+    if not outputs:
+        return []
+    total = float(reduction.reduce(outputs))
+    rows = [[s.kd, s.ce, s.hidden, float(s.tokens), s.budget_loss] for _, s in sorted(reduction.stats.items())]
+    return [total, *(v for row in rows for v in row)]
+
+
+def _gradients(model: FamilyModel, layout: ParamLayout) -> dict[str, Tensor]:
+    named = ((name, p.main_grad) for name, p in named_global_parameters(model, layout))
+    return {name: g.clone() for name, g in whole_tensors(named, layout)}
+
+
+def _optimizer(wrapped: Any, distributed: bool) -> Any:
+    config = OptimizerConfig(
+        optimizer="adam", lr=1e-3, weight_decay=0.01, clip_grad=1.0, use_distributed_optimizer=distributed
+    )
+    return get_megatron_optimizer(
+        config, [wrapped], no_weight_decay_cond=decays_not, scale_lr_cond=is_router, lr_mult=10.0
+    )

@@ -1,0 +1,150 @@
+"""A training step of a family in every layout: losses, gradients of model and router, choices equal to one process'.
+
+Four micro-batches with mixed budgets, a loss mask and a teacher, through Megatron's schedule, its data-parallel wrapper
+and `finalize_model_grads`, in a soft and in a hard step of the router.
+"""
+
+from typing import Any
+
+import pool_family
+import pytest
+import torch
+from worker_pool import WorkerPool
+
+TOLERANCE = 1e-5  # fp64 weights; the losses are fp32 inside
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "tp2": {"tp": 2},
+    "tp2_sp": {"tp": 2, "sp": True},
+    "pp2": {"pp": 2},
+    "dp2": {},
+    "tp4": {"tp": 4},
+    "tp4_sp": {"tp": 4, "sp": True},
+    "pp4": {"pp": 4},
+    "tp2_pp2": {"tp": 2, "pp": 2},
+    "tp2_pp2_sp": {"tp": 2, "pp": 2, "sp": True},
+    "tp2_dp2": {"tp": 2},
+    "tp2_sp_dp2": {"tp": 2, "sp": True},
+    "pp2_dp2": {"pp": 2},
+}
+SIZES = {name: 4 if name.startswith(("tp4", "pp4", "tp2_pp2")) or name.count("2") == 2 else 2 for name in LAYOUTS}
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "tied": {"tied": True},
+    "recompute": FULL,
+    "logits": {"distill": {"fuse_output_layer": False, "loss": "reverse_kl"}},
+    "shared_teacher": {"distill": {"budgets_per_batch": 2, "hidden_weight": 0.5}},
+    "top_k": {"distill": {"loss": "topk_kl", "top_k": 5}},
+}
+QUICK = {
+    ("dp2", "plain"), ("tp2_sp", "shared_teacher"), ("pp2", "shared_teacher"), ("tp2_pp2_sp", "tied"),
+    ("tp2_dp2", "plain"), ("pp2_dp2", "recompute"), ("tp4", "logits"), ("pp4", "plain"),
+}  # fmt: skip
+CASES = [
+    pytest.param(name, kind, marks=() if (name, kind) in QUICK else pytest.mark.slow, id=f"{name}-{kind}")
+    for name in LAYOUTS
+    for kind in KINDS
+]
+_references: dict[str, dict[str, Any]] = {}
+
+
+def reference(kind: str) -> dict[str, Any]:
+    if kind not in _references:
+        _references[kind] = pool_family.train_steps(**KINDS[kind])
+    return _references[kind]
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor, what: str, tolerance: float = TOLERANCE) -> None:
+    error, scale = (found - expected).norm().item(), expected.norm().item()
+    assert error <= tolerance * max(scale, 1e-12), f"{what}: {error:.1e} of {scale:.1e}"
+
+
+def assert_same(ranks: list[dict[str, Any]], expected: dict[str, Any]) -> None:
+    names = set()
+    for rank in ranks:
+        for ours, theirs in zip(rank["steps"], expected["steps"], strict=True):
+            assert ours["losses"] == pytest.approx(theirs["losses"], rel=TOLERANCE)
+            assert ours["errors"] == theirs["errors"]
+            for name, gradient in ours["gradients"].items():
+                assert_close(gradient, theirs["gradients"][name], name)
+                names.add(name)
+            # fp32, and some of its biases have gradients a thousand times smaller than others: against the whole
+            whole = torch.cat([g.flatten() for g in theirs["router"].values()]).norm().item()
+            for name, gradient in ours["router"].items():
+                assert (gradient - theirs["router"][name]).norm() <= TOLERANCE * whole, f"router {name}"
+        assert rank["subnets"] == expected["subnets"]
+    assert names == set(expected["steps"][0]["gradients"])
+
+
+def test_the_router_gets_a_gradient_for_every_dim(one_rank: None) -> None:
+    for step in reference("plain")["steps"]:
+        for name, gradient in step["router"].items():
+            assert gradient.norm() > 1e-6, name
+
+
+def test_fused_is_logits(one_rank: None) -> None:
+    kind = {"loss": "reverse_kl", "ce_weight": 0.3}
+    fused = pool_family.train_steps(distill=kind)
+    assert_same([pool_family.train_steps(distill={**kind, "fuse_output_layer": False})], fused)
+
+
+def test_recomputed_is_kept(one_rank: None) -> None:
+    assert_same([reference("recompute")], reference("plain"))
+
+
+def test_a_shared_teacher_is_the_mean_of_its_students(one_rank: None) -> None:
+    """Both halves of a systematic pair, each with its own teacher forward, have the pair's mean gradient."""
+    both = pool_family.train_steps(steps=(0,), distill={"budgets_per_batch": 2})
+    alone = [pool_family.train_steps(steps=(0,), distill={"budgets_per_batch": 2}, half=half) for half in (0, 1)]
+    for name, gradient in both["steps"][0]["gradients"].items():
+        mean = sum(a["steps"][0]["gradients"][name] for a in alone)
+        assert_close(gradient, mean, name)
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_a_layout_changes_nothing(request: pytest.FixtureRequest, one_rank: None, name: str, kind: str) -> None:
+    pool: WorkerPool = request.getfixturevalue(f"pool{SIZES[name]}")
+    assert_same(pool.run(pool_family.train_steps, **LAYOUTS[name], **KINDS[kind]), reference(kind))
+
+
+# Megatron clips fp32 gradients only, and Adam divides by their size: rounding grows with every step.
+ALL_STEPS = {"steps": (0, 1, 2, 3, 4, 5), "optimize": True, "dtype": torch.float32}
+
+
+ADAM = ["dp2", "tp2_pp2_sp", *(pytest.param(n, marks=pytest.mark.slow) for n in ("tp2_sp_dp2", "pp2_dp2", "pp2"))]
+
+
+@pytest.mark.parametrize("name", ADAM)
+def test_six_steps_of_adam_end_alike(request: pytest.FixtureRequest, one_rank: None, name: str) -> None:
+    """Warm-up to frozen, gradients clipped by one norm over all ranks: same weights, probabilities and children."""
+    if "adam" not in _references:
+        _references["adam"] = pool_family.train_steps(**ALL_STEPS)
+    expected, pool = _references["adam"], request.getfixturevalue(f"pool{SIZES[name]}")
+    for rank in pool.run(pool_family.train_steps, **LAYOUTS[name], **ALL_STEPS):
+        assert_same_run(rank, expected, 1e-3)
+
+
+def assert_same_run(found: dict[str, Any], expected: dict[str, Any], tolerance: float) -> None:
+    assert found["subnets"] == expected["subnets"] and found["prices"] == pytest.approx(expected["prices"], rel=1e-5)
+    norms = [[s["grad_norm"] for s in run["steps"]] for run in (found, expected)]
+    assert norms[0] == pytest.approx(norms[1], rel=tolerance)
+    for budget, dims in found["probabilities"].items():
+        for dim, probabilities in dims.items():
+            assert_close(probabilities, expected["probabilities"][budget][dim], f"{budget} {dim}", tolerance)
+    for part in ("weights", "router_weights"):
+        for key, weight in found[part].items():
+            assert_close(weight, expected[part][key], key, tolerance)
+
+
+DISTRIBUTED = ["dp2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("tp2_dp2", "tp2_sp_dp2", "pp2_dp2", "pp2"))]
+
+
+@pytest.mark.parametrize("name", DISTRIBUTED)
+def test_the_distributed_optimizer_changes_nothing(request: pytest.FixtureRequest, name: str) -> None:
+    pool: WorkerPool = request.getfixturevalue(f"pool{SIZES[name]}")
+    runs = [
+        pool.run(pool_family.train_steps, **LAYOUTS[name], **ALL_STEPS, distributed_optimizer=on)
+        for on in (True, False)
+    ]
+    for on, off in zip(*runs, strict=True):
+        assert_same_run(on, off, 1e-5)

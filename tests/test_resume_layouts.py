@@ -1,0 +1,84 @@
+"""A run with the distributed optimizer goes on in any layout, and its router is restored exactly.
+
+The router is replicated over tensor-parallel ranks and stages but its optimizer state lies in every stage's
+distributed buffers: what is saved must be one state, and what is loaded the same one everywhere.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parent.parent
+RUN = (
+    "train.stages=[{steps: 5, seq_length: 64, global_batch_size: 8}, "
+    "{steps: 3, seq_length: 128, global_batch_size: 4}]",
+    "train.micro_batch_size=2", "train.use_distributed_optimizer=true", "train.save_every_steps=4",
+    "train.val_every_steps=100", "train.val_samples=4", "rank.samples=4", "rank.depth_samples=2", "rank.seq_length=64",
+    "router.warmup_fraction=0.125", "router.soft_fraction=0.5", "router.freeze_fraction=0.25",
+)  # fmt: skip
+
+
+def train(out: Path, processes: int, tp: int, pp: int, *words: str) -> None:
+    layout = (f"train.tensor_model_parallel_size={tp}", f"train.pipeline_model_parallel_size={pp}")
+    command = [sys.executable, "-m", "nemo_elastic", "train", "--config", "conf/tiny_parent.yaml", "--out", str(out)]
+    done = subprocess.run(
+        [*command, "--nproc", str(processes), *words, *layout, *RUN],
+        capture_output=True, text=True, cwd=ROOT, timeout=900,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def records(out: Path) -> dict[int, dict]:
+    return {r["step"]: r for r in map(json.loads, (out / "logs" / "train.jsonl").read_text().splitlines())}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    from nemo_elastic.mcore.dist_checkpoint import TorchDistReader
+
+    with TorchDistReader(folder) as reader:
+        return {name: reader.read(name) for name in reader.names()}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two stages by two replicas, to the end."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    train(out, 4, 1, 2)
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step=3", "step=7"]
+    return out
+
+
+@pytest.mark.parametrize(("processes", "tp", "pp"), [(4, 1, 2), (2, 2, 1), (1, 1, 1)], ids=["same", "tp2", "single"])
+def test_resume_in_any_layout(whole: Path, tmp_path: Path, processes: int, tp: int, pp: int) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(whole, copy)
+    shutil.rmtree(copy / "checkpoints" / "step=7")
+    shutil.rmtree(copy / "nested")
+    (copy / "logs" / "train.jsonl").unlink()
+    train(copy, processes, tp, pp, "--resume")
+    again, before = records(copy), records(whole)
+    assert sorted(again) == [5, 6, 7, 8]
+    for step, record in again.items():
+        assert record["phase"] == before[step]["phase"]
+        for name, budget in record["budgets"].items():
+            assert budget["kd"] == pytest.approx(before[step]["budgets"][name]["kd"], rel=1e-5, abs=1e-7)
+        for name, router in record.get("router", {}).items():
+            assert router["price"] == pytest.approx(before[step]["router"][name]["price"], rel=1e-5)
+    ours, theirs = weights(copy / "checkpoints" / "step=7"), weights(whole / "checkpoints" / "step=7")
+    same_layout = (processes, tp, pp) == (4, 1, 2)
+    model = [name for name in theirs if not name.startswith(("optimizer", "rng", "chained"))]
+    assert any("router" in name for name in model)
+    for name in theirs if same_layout else model:
+        if same_layout:
+            assert torch.equal(ours[name], theirs[name]), name
+        else:
+            error = (ours[name] - theirs[name]).norm() / theirs[name].norm().clamp_min(1e-6)
+            assert error < 1e-3, f"{name}: {error:.1e}"

@@ -79,6 +79,7 @@ def test_every_shim_names_upstream_lines_that_need_it(package: str, shim: cpu.Sh
     root = Path(importlib.util.find_spec(package).submodule_search_locations[0])
     needs = re.compile(
         r"cuda|torch\.compile|jit_fuser|\.type\(\)|MAMBA_SSM|RMSNorm|_scan_combined|conv1d_(fn|update)|state_update"
+        r"|\[\"step\"\]|dst_tensors"
     )
     assert shim.why and shim.upstream
     for entry in shim.upstream:

@@ -24,7 +24,7 @@ from nemo_elastic.mcore.family_model import FamilyModel
 from nemo_elastic.mcore.parallel import broadcast_from_last_stage, data_parallel_rank_and_size
 from nemo_elastic.mcore.planner import Planner, StepState
 from nemo_elastic.nemo.cached_teacher import CachedTeacher
-from nemo_elastic.nemo.elastic_model import ElasticMambaModel
+from nemo_elastic.nemo.elastic_model import BudgetStats, ElasticMambaModel
 from nemo_elastic.nemo.guard import FiniteGuard
 from nemo_elastic.nemo.metrics import Metrics
 from nemo_elastic.nemo.resume import save_checkpoint
@@ -186,8 +186,8 @@ class ElasticCallback(pl.Callback):
     def _stats(self) -> dict[str, dict[str, Any]]:
         """Per budget of the step, on every rank: the last stage alone computes losses."""
         stats, names = self.wrapper.training_loss_reduction.stats, list(self.run.elastic.budgets)
-        flat = broadcast_from_last_stage([v for n in names for v in _four(stats.get(n))])
-        rows = {n: dict(zip(BUDGET_FIELDS, flat[4 * i : 4 * i + 4], strict=True)) for i, n in enumerate(names)}
+        flat = iter(broadcast_from_last_stage([_field(stats.get(n), key) for n in names for key in BUDGET_FIELDS]))
+        rows = {n: {key: next(flat) for key in BUDGET_FIELDS} for n in names}
         return {n: row | {"tokens": int(row["tokens"])} for n, row in rows.items() if row["tokens"]}
 
     def catch_up(self, trainer: pl.Trainer, pl_module: ElasticMambaModel) -> None:
@@ -225,8 +225,8 @@ def metrics_of(run: RunConfig, planner: Planner, out: Path) -> Metrics:
     return Metrics(out / "logs", columns, every=run.train.log_every_steps, total_steps=planner.timeline.total)
 
 
-def _four(stats: Any) -> tuple[float, float, float, float]:
-    return (0.0, 0.0, 0.0, 0.0) if stats is None else (stats.kd, stats.ce, float(stats.tokens), stats.budget_loss)
+def _field(stats: BudgetStats | None, key: str) -> float:
+    return 0.0 if stats is None else float(getattr(stats, key))
 
 
 def _rate(trainer: pl.Trainer) -> float:

@@ -1,7 +1,7 @@
 """What a training step leaves in the log: one record of plain values, and the scalars of it by name.
 
-    record = {step, phase, budgets: {name: {kd, ce, tokens, budget_loss}}, router: {name: {price, argmax_error, error,
-              entropy: {dim:}, probabilities: {dim: rows}}}, sizes: {name: {dim:}}, tokens: {name:}, tau, lr, seconds,
+    record = {step, phase, budgets: {name: {kd, ce, hidden, tokens, budget_loss}},
+              router: {name: {price, argmax_error, error, entropy: {dim:}, probabilities: {dim: rows}}}, sizes: {name: {dim:}}, tokens: {name:}, tau, lr, seconds,
               tokens_per_second, grad_norm, router_grad_norm}
 
 `budgets` holds the step's own numbers, `tokens` what the run has seen. Pure functions: nothing is read from a trainer.
@@ -20,7 +20,7 @@ from nemo_elastic.mcore.planner import Planner, StepState
 from nemo_elastic.router.model import Router
 from nemo_elastic.space import DEPTH, DIMS, Subnet
 
-BUDGET_FIELDS = ("kd", "ce", "tokens", "budget_loss")
+BUDGET_FIELDS = ("kd", "ce", "hidden", "tokens", "budget_loss")
 ROUTER_FIELDS = ("price", "argmax_error", "error")
 STEP_FIELDS = {  # of a record -> scalar; NeMo logs a plain `lr` and `grad_norm` (of both together) itself
     "tau": "step/tau",
@@ -48,7 +48,7 @@ def step_record(
 
     Args:
         step: steps done, this one included.
-        stats: per budget of the step `kd`, `ce`, `budget_loss` (means) and `tokens`.
+        stats: per budget of the step `kd`, `ce`, `hidden`, `budget_loss` (means) and `tokens`.
         tokens: per budget, seen by the run.
         prices: per learned budget.
         subnets: what each budget ran.

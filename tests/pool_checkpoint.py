@@ -3,7 +3,6 @@
 import multiprocessing
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from checkpoint_family import MODEL, random_weights
@@ -50,45 +49,11 @@ def optimizer_state(model: torch.nn.Module, optimizer: Any, kind: str, loading: 
     return {"state_dict": parameters, "optimizer": [state], "global_step": 3, "epoch": 0}
 
 
-class FusedAdam(torch.optim.Optimizer):
-    """Adam that counts its steps in the group, as Transformer Engine's does: Megatron cannot save torch's."""
-
-    def __init__(
-        self, params: Any, lr: float, betas: tuple, eps: float, weight_decay: float, adam_w_mode: bool
-    ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        for group in self.param_groups:
-            group["step"] = group.get("step", 0) + 1
-            a, b = group["betas"]
-            for p in (p for p in group["params"] if p.grad is not None):
-                state = self.state[p]
-                for name in ("exp_avg", "exp_avg_sq"):
-                    state.setdefault(name, torch.zeros_like(p))
-                state["exp_avg"].lerp_(p.grad, 1 - a)
-                state["exp_avg_sq"].lerp_(p.grad**2, 1 - b)
-                p.sub_(group["lr"] * state["exp_avg"] / (state["exp_avg_sq"].sqrt() + group["eps"]))
-
-
 def optimizer_round_trip(folder: str, kind: str) -> tuple[float, float, int]:
     """Save a model with the distributed optimizer after a step, load it from what `HeldCheckpoint` hands on.
 
     Returns the sums of weights after one more step of both, and the number of byte objects in the checkpoint.
     """
-    from megatron.core import optimizer
-    from megatron.core.optimizer import distrib_optimizer
-
-    adam = {"Adam": FusedAdam}
-    with (
-        patch.multiple(optimizer, USING_PYTORCH_OPTIMIZER=False, **adam),
-        patch.multiple(distrib_optimizer, HAVE_APEX_OR_TE=True, USING_TE_OPTIMIZER=True, **adam),
-    ):
-        return _optimizer_round_trip(folder, kind)
-
-
-def _optimizer_round_trip(folder: str, kind: str) -> tuple[float, float, int]:
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 

@@ -240,7 +240,7 @@ def test_what_is_no_file_is_refused(weights: Path) -> None:
             read(weights)
 
 
-@pytest.mark.parametrize("kind", ["fully_sharded_model_space", "fully_reshardable", "dp_reshardable"])
+@pytest.mark.parametrize("kind", ["fully_sharded_model_space", "fully_reshardable"])
 def test_distributed_optimizer_passes_and_is_loaded_from_what_was_checked(
     pool2: WorkerPool, tmp_path: Path, kind: str
 ) -> None:

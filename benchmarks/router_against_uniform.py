@@ -20,14 +20,15 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from training_runs import CONFIG, QUICK, nemo_elastic, ranked
 
 from nemo_elastic.budget_cost import BudgetCost
 from nemo_elastic.config import load_config
@@ -39,18 +40,9 @@ from nemo_elastic.plan import plan
 from nemo_elastic.runlog import RunLog
 from nemo_elastic.serving_conditions import serving_of
 
-ROOT = Path(__file__).resolve().parents[1]
-CONFIG = "tiny_parent.yaml"
 CONDITIONS = ("report.batch_size=4", "report.sequence_length=512")
 SHARES = {"large": 0.75, "small": 0.55}  # of the parent's memory; the parameter budgets are those of the configuration
 MODES = {"router": (), "uniform": ("router.frozen=true",)}
-QUICK = (
-    "train.stages=[{steps: 12, global_batch_size: 8}]",
-    "train.val_samples=8",
-    "train.val_every_steps=12",
-    "rank.samples=8",
-    "rank.depth_samples=2",
-)
 
 
 def overrides(kind: str, mode: str, seed: int, quick: bool) -> list[str]:
@@ -61,29 +53,6 @@ def overrides(kind: str, mode: str, seed: int, quick: bool) -> list[str]:
         for name, share in SHARES.items():
             words.append(f"elastic.budgets.{name}={{kind: memory_gb, value: {share * parent:.6f}}}")
     return words
-
-
-def nemo_elastic(verb: str, out: Path, words: Iterable[str]) -> None:
-    """One verb in a process of its own; its log goes to OUT/VERB.log."""
-    out.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    command = [sys.executable, "-m", "nemo_elastic", verb, "--config", CONFIG, "--out", str(out), *words]
-    with (out / f"{verb}.log").open("w", encoding="utf-8") as log:
-        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log, check=False)
-    if done.returncode:
-        tail = (out / f"{verb}.log").read_text(encoding="utf-8").splitlines()[-8:]
-        raise SystemExit(f"{' '.join(command)} failed:\n" + "\n".join(tail))
-
-
-def ranked(out: Path, quick: bool) -> Path:
-    """Importance and the sorted parent that all runs start from."""
-    base = out / "base"
-    if not (base / "sorted").is_dir():
-        shutil.rmtree(base, ignore_errors=True)
-        words = list(QUICK if quick else ())
-        nemo_elastic("rank", base, words)
-        nemo_elastic("sort", base, words)
-    return base
 
 
 def run_one(out: Path, kind: str, mode: str, seed: int, quick: bool) -> dict[str, Any]:

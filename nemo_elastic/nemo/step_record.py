@@ -1,7 +1,8 @@
 """What a training step leaves in the log: one record of plain values, and the scalars of it by name.
 
     record = {step, phase, budgets: {name: {kd, ce, hidden, tokens, budget_loss}},
-              router: {name: {price, argmax_error, error, entropy: {dim:}, probabilities: {dim: rows}}}, sizes: {name: {dim:}}, tokens: {name:}, tau, lr, seconds,
+              router: {name: {price, argmax_error, error, entropy: {dim:}, probabilities: {dim: rows}}},
+              sizes: {name: {dim:}}, tokens: {name:}, tau, lr, seconds,
               tokens_per_second, grad_norm, router_grad_norm}
 
 `budgets` holds the step's own numbers, `tokens` what the run has seen. Pure functions: nothing is read from a trainer.

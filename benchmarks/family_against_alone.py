@@ -4,8 +4,8 @@
 
 Per seed: one run with all budgets (every budget gets a share of the micro-batches), then for every child the same
 parent, data and schedule with this one budget, its subnet forced from the first step, for a third of the steps. A run
-that has its JSON in OUT/results is not done again. Reported per child: held-out loss (nats per token) before any training, of the
-family's child, of the child alone, and family / alone - 1.
+that has its JSON in OUT/results is not done again. Reported per child: held-out loss (nats per token) before any
+training, of the family's child, of the child alone, and family / alone - 1.
 """
 
 from __future__ import annotations

@@ -13,10 +13,10 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
-from nemo_elastic.nemo.step_record import scalars
+from nemo_elastic.nemo.step_record import BUDGET_FIELDS, scalars
 from nemo_elastic.runlog import MetricsFile
 
-AVERAGED = ("kd", "ce", "budget_loss")
+AVERAGED = tuple(key for key in BUDGET_FIELDS if key != "tokens")
 
 
 class Metrics:

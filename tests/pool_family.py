@@ -1,6 +1,8 @@
 """Whole training steps of a small family (students, router, teacher) in the worker pool or the test's own process."""
 
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from small_parent import PATTERN, SMALL
 from torch import Tensor
 
 from nemo_elastic.config import load_values
-from nemo_elastic.config.sections import RunConfig
+from nemo_elastic.config.sections import RunConfig, StageConfig
 from nemo_elastic.family import family_of
 from nemo_elastic.layout import ParamLayout
 from nemo_elastic.mcore.build import build_plain_model, load_weights, named_global_parameters, whole_tensors
@@ -21,6 +23,7 @@ from nemo_elastic.mcore.elastic.spec import elastic_stack_spec
 from nemo_elastic.mcore.family_model import FamilyModel
 from nemo_elastic.mcore.parallel import broadcast_from_last_stage, data_parallel_rank_and_size, stage_ends
 from nemo_elastic.mcore.planner import Planner, learned_budgets
+from nemo_elastic.mcore.teacher_cache import TeacherCache
 from nemo_elastic.nemo.elastic_model import ElasticLossReduction
 from nemo_elastic.nemo.train import decays_not, is_router
 from nemo_elastic.router.model import Router
@@ -90,6 +93,7 @@ def train_steps(
     tied: bool = False,
     distill: dict[str, Any] | None = None,
     half: int | None = None,
+    cache: str | None = None,
     **more: Any,
 ) -> dict[str, Any]:
     """Steps of the run as `ElasticCallback` and NeMo run them: per step the losses, whole gradients and choices.
@@ -97,6 +101,7 @@ def train_steps(
     Args:
         steps: numbers of the run's steps: 0 warm-up, 1 and 2 soft, 3 and 4 hard, 5 frozen.
         half: only the first or the second of a micro-batch's students.
+        cache: folder of the teacher's states, filled first where it is not whole.
         optimize: take Adam steps in between (else the weights stay).
     """
     run = run_config(tied=tied, **(distill or {}))
@@ -108,6 +113,7 @@ def train_steps(
     )
     config.finalize_model_grads_func = finalize_model_grads
     optimizer = _optimizer(wrapped, distributed_optimizer) if optimize else None
+    states = None if cache is None else _filled(cache, model, dtype)
     reduction = ElasticLossReduction(run.distill, tuple(run.elastic.budgets), planner.loss)
     found: dict[str, Any] = {"steps": []}
     for step in steps:
@@ -115,7 +121,7 @@ def train_steps(
         if optimizer is not None:
             optimizer.zero_grad()
         state = planner.begin_step(model.policy, step)
-        outputs = _schedule(run, model, wrapped, planner, state, reduction, half)
+        outputs = _schedule(run, model, wrapped, planner, state, reduction, half, states)
         losses = _numbers(reduction, outputs)
         record = {
             "losses": broadcast_from_last_stage(losses),
@@ -143,8 +149,29 @@ def train_steps(
     return found
 
 
+def _filled(folder: str, model: FamilyModel, dtype: torch.dtype) -> TeacherCache:
+    arch, stages = model.layout.architecture, (StageConfig(steps=6, seq_length=16, global_batch_size=8),)
+    cache = TeacherCache(Path(folder), stages, hidden_size=arch.hidden_size, dtype=dtype, identity={"text": 1})
+
+    def read_tokens(sample: int, seq_length: int) -> Tensor:
+        step, rest = divmod(sample, 8)
+        return tokens(arch, seed=1000 * step + rest // 2, length=seq_length + 1)[rest % 2, :-1]
+
+    if not cache.is_whole:
+        cache.fill(model.teacher, read_tokens)
+    model.retire_teacher()
+    return cache
+
+
 def _schedule(
-    run: RunConfig, model: Any, wrapped: Any, planner: Planner, state: Any, reduction: Any, half: int | None = None
+    run: RunConfig,
+    model: Any,
+    wrapped: Any,
+    planner: Planner,
+    state: Any,
+    reduction: Any,
+    half: int | None,
+    states: Any,
 ) -> list[Any]:
     rank, size = data_parallel_rank_and_size()
     arch = planner.family.architecture
@@ -161,12 +188,14 @@ def _schedule(
                 "tokens": ids[:, :-1],
                 "labels": ids[:, 1:].contiguous(),
                 "loss_mask": mask,
+                "teacher": states and partial(states.read, state.step, 8 * state.step + 2 * index, 2),
                 "elastic": planned if half is None else planned[half : half + 1],
             }
 
     def forward_step(iterator: Any, module: Any) -> tuple[Any, Any]:
         batch = next(iterator)
-        out = module(batch["tokens"], None, None, elastic=[p.plan for p in batch["elastic"]], distill=True)
+        plans = [p.plan for p in batch["elastic"]]
+        out = module(batch["tokens"], None, None, elastic=plans, distill=True, cached=batch["teacher"])
         return out, lambda heads: reduction.forward(batch, heads)
 
     return get_forward_backward_func()(

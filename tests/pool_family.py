@@ -20,6 +20,7 @@ from nemo_elastic.family import family_of
 from nemo_elastic.layout import ParamLayout
 from nemo_elastic.mcore.build import build_plain_model, load_weights, named_global_parameters, whole_tensors
 from nemo_elastic.mcore.elastic.spec import elastic_stack_spec
+from nemo_elastic.mcore.evaluate import heldout_loss
 from nemo_elastic.mcore.family_model import FamilyModel
 from nemo_elastic.mcore.parallel import broadcast_from_last_stage, data_parallel_rank_and_size, stage_ends
 from nemo_elastic.mcore.planner import Planner, learned_budgets
@@ -230,3 +231,21 @@ def _optimizer(wrapped: Any, distributed: bool) -> Any:
     return get_megatron_optimizer(
         config, [wrapped], no_weight_decay_cond=decays_not, scale_lr_cond=is_router, lr_mult=10.0
     )
+
+
+def evaluated_twice() -> list[dict[str, Any]]:
+    """Held-out losses of what a router chooses in every phase, two times, with other noise in between."""
+    run = run_config()
+    model, planner = build(run, torch.float32, False)
+    batches = [(tokens(model.layout.architecture, s), tokens(model.layout.architecture, s + 100)) for s in range(2)]
+    planner.begin_step(model.policy, 5)  # pins the choices, for the frozen phase
+    found = []
+    for _ in range(2):
+        torch.rand(7)
+        subnets = {step: planner.current_subnets(model.policy, step) for step in (0, 1, 3, 5)}
+        losses = {
+            step: {name: heldout_loss(model, batches, planner.plan_of(subnet)) for name, subnet in chosen.items()}
+            for step, chosen in subnets.items()
+        }
+        found.append({"subnets": subnets, "losses": losses})
+    return found

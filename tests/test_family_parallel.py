@@ -82,6 +82,20 @@ def test_the_router_gets_a_gradient_for_every_dim(one_rank: None) -> None:
             assert gradient.norm() > 1e-6, name
 
 
+def test_again_is_the_same_to_the_bit(one_rank: None) -> None:
+    first, again = reference("plain"), pool_family.train_steps(**KINDS["plain"])
+    for one, other in zip(first["steps"], again["steps"], strict=True):
+        assert one["losses"] == other["losses"]
+        for part in ("gradients", "router"):
+            assert all(torch.equal(one[part][name], other[part][name]) for name in one[part])
+
+
+def test_evaluation_has_nothing_random(one_rank: None) -> None:
+    first, again = pool_family.evaluated_twice()
+    assert first == again
+    assert len({loss for losses in first["losses"].values() for loss in losses.values()}) > 4
+
+
 def test_fused_is_logits(one_rank: None) -> None:
     kind = {"loss": "reverse_kl", "ce_weight": 0.3}
     fused = pool_family.train_steps(distill=kind)

@@ -27,7 +27,7 @@ lint: setup  ## ruff: rules and format
 test: lint  ## lint and every test that takes under 20 seconds
 	@$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
 
-test-slow: setup  ## the tests that take over 20 seconds
+test-slow: setup setup-hf  ## the tests that take over 20 seconds, Hugging Face's among them
 	@$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS) || [ $$? -eq 5 ]  # 5: there is none
 
 test-gpu: setup  ## the tests that need a CUDA device

@@ -105,7 +105,7 @@ def show_problems(error: ValueError, verb: str) -> None:
         many = f"{len(error.problems)} problems" if len(error.problems) > 1 else "a problem"
         sys.stderr.write(f"nemo-elastic {verb}: {many} to mend\n")
         for problem in error.problems:
-            sys.stderr.write(f"  {problem}\n")
+            sys.stderr.write(f"  {' '.join(str(problem).split())}\n")  # one line, whatever the user's words hold
     else:
         sys.stderr.write(f"nemo-elastic {verb}: {error}\n")
 

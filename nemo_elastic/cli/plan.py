@@ -13,6 +13,7 @@ EXAMPLES = """examples:
   nemo-elastic plan --config conf/nemotron_nano_12b_v2.yaml
   nemo-elastic plan --config conf/nemotron_nano_12b_v2.yaml --json report.sequence_length=32768 report.profile=fp8
   nemo-elastic plan --config conf/my_parent.yaml train.tensor_model_parallel_size=4
+  nemo-elastic plan --config conf/nemotron_nano_12b_v2.yaml --train report.mfu=0.4 report.peak_tflops=989
   nemo-elastic plan --config conf/tiny_parent.yaml --search greedy --ranking runs/tiny --score
   nemo-elastic plan runs/tiny/nested --budget 0.6 --output subnet.yaml
   nemo-elastic extract runs/tiny/nested --subnet subnet.yaml
@@ -23,8 +24,11 @@ exit code 2 when the plan has problems; it is printed all the same"""
 
 def add_parser(subparsers: Any) -> None:
     """Register the verb."""
-    help = "sizes, parameters, memory, FLOPs and legality of every budget"
+    help = "sizes, parameters, memory, FLOPs and legality of every budget, and what training will cost"
     parser = verb_parser(subparsers, "plan", run, help, ("--config", "--json", "--force", "--verbose"), epilog=EXAMPLES)
+    parser.add_argument(
+        "--train", action="store_true", help="show the resolved run: what is trained and frozen, steps, schedules"
+    )
     parser.add_argument("--search", metavar="HOW", help="propose subnets by uniform, random:N or greedy")
     parser.add_argument(
         "--ranking", metavar="RUN", help="the folder that `rank` wrote: scores and measured depth ranking"
@@ -49,15 +53,17 @@ def run(arguments: argparse.Namespace) -> int:
     elif arguments.search:
         result = _proposals(arguments)
     else:
-        from ..plan import plan
-
-        result = plan(configuration(arguments).config, _depth_ranking(arguments))
+        result = _of_configuration(arguments)
     if arguments.json:
         arguments.answer.json(result)
     else:
         from .plan_table import plan_tables
 
         arguments.answer.render(*plan_tables(result))
+        if result.get("training"):
+            from .plan_training import training_tables
+
+            arguments.answer.render(*training_tables(result))
     return 2 if result["problems"] else 0
 
 
@@ -66,10 +72,31 @@ def _misplaced(arguments: argparse.Namespace) -> list[Problem]:
     found = [Problem(f"--{name}", "is for `plan NESTED`; budgets of a configuration are in elastic.budgets")
              for name in ("budget", "output") if getattr(arguments, name) and not nested]  # fmt: skip
     found += [Problem(f"--{name}", "is for `plan --config`, not for a nested checkpoint")
-              for name in ("search", "ranking", "score") if getattr(arguments, name) and nested]  # fmt: skip
+              for name in ("search", "ranking", "score", "train") if getattr(arguments, name) and nested]  # fmt: skip
+    if arguments.train and arguments.search:
+        found.append(Problem("--train", "shows a configured run; leave out --search"))
     if arguments.score and not (arguments.search and arguments.ranking):
         found.append(Problem("--score", "needs --search and --ranking RUN, with RUN/sorted in it"))
     return found
+
+
+def _of_configuration(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The plan, what training it will cost, and with `--train` the resolved run."""
+    from ..family import family_of
+    from ..plan import plan
+
+    config, ranking = configuration(arguments).config, _depth_ranking(arguments)
+    result = plan(config, ranking)
+    try:
+        family = family_of(config, ranking)
+    except ProblemsError:  # the plan has said it
+        return result | {"training": None} | ({"run": None} if arguments.train else {})
+    from ..distill.training_cost import training_cost
+    from ..distill.training_plan import training_plan
+
+    subnets = {b["name"]: family.space.subnet_from_dict(b["subnet"]) for b in result["budgets"]}
+    result["training"] = training_cost(config, family, subnets)
+    return result | {"run": training_plan(config, family)} if arguments.train else result
 
 
 def _depth_ranking(arguments: argparse.Namespace) -> tuple[int, ...] | None:

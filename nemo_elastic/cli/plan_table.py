@@ -21,14 +21,15 @@ def plan_tables(result: Mapping[str, Any]) -> list[Any]:
     if any(b["origin"] not in OWN_MARKS for b in result["budgets"]):
         columns = {"budget": columns.pop("budget"), "subnet": lambda b: escape(b["origin"]), **columns}
     else:
-        columns |= {"GFLOPs/token": lambda b: f"{b['flops_per_token'] / 1e9:.3f}", "runs at": _deployed}
+        columns |= {"GFLOPs/token": lambda b: f"{b['flops_per_token'] / 1e9:.3f}"}
     for heading in columns:
-        left = heading in ("budget", "subnet", "target", "runs at")
-        table.add_column(heading, no_wrap=heading != "runs at", justify="left" if left else "right")
+        left = heading in ("budget", "subnet", "target")
+        table.add_column(heading, no_wrap=True, justify="left" if left else "right")
     for row in result["budgets"]:
         table.add_row(*(column(row) for column in columns.values()))
     where = f"{serving['batch_size']} x {serving['sequence_length']:,} tokens, {escape(serving['profile'])}"
-    parts: list[Any] = [table, f"parent: {parent['parameters']:,} parameters; memory for {where}"]
+    details = () if "subnet" in columns else (f"  {escape(b['name'])}: {_deployed(b)}" for b in result["budgets"])
+    parts: list[Any] = [table, *details, f"parent: {parent['parameters']:,} parameters; memory for {where}"]
     if "latency" in serving:
         parts.append(f"latency: {parent['latency_ms']:.4g} ms for the parent, {escape(serving['latency'])}")
     if any(b["origin"] == "proposed" for b in result["budgets"]):
@@ -57,9 +58,12 @@ def _size(value: Any) -> str:
 
 
 def _deployed(row: Row) -> str:
+    """Where a child may run, and what its parameters are in."""
     found = row["deployment"]
     tp, pp = (",".join(map(str, found[name])) for name in ("tensor_parallel", "pipeline_parallel"))
-    return f"TP {tp}; PP {pp}; {'FP8' if found['fp8'] else 'no FP8'}; HF: {found['hugging_face']}"
+    kinds = row["parameters_by_kind"].items()
+    shares = ", ".join(f"{name.replace('_', ' ')} {n / row['parameters']:.0%}" for name, n in kinds)
+    return f"{shares}; TP {tp}; PP {pp}; {'FP8' if found['fp8'] else 'no FP8'}; {escape(found['hugging_face'])}"
 
 
 COLUMNS: dict[str, Callable[[Row], str]] = {

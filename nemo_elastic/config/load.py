@@ -21,6 +21,7 @@ from ..serving_conditions import inlined_profile
 from .model_fields import model_problems
 from .sections import RunConfig
 
+_UNSETTABLE = (OmegaConfBaseException, YAMLError, ValueError, TypeError, AttributeError, IndexError, RecursionError)
 CONF_DIRECTORY = Path(__file__).resolve().parent.parent / "conf"
 
 
@@ -53,7 +54,7 @@ def load_config(
     merged = _override(merged, overrides, origins)
     try:
         values = OmegaConf.to_container(merged, resolve=True)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, RecursionError) as error:
         raise ProblemsError([Problem(str(path), f"cannot be resolved: {_first_line(error)}")]) from error
     problems: list[Problem] = []
     values = _with_profile(values, problems)
@@ -114,7 +115,7 @@ def _read(path: Path, origins: dict[str, str], chain: tuple[Path, ...]) -> Any:
         raise ProblemsError([Problem("base", f"{path} builds on itself: {' -> '.join(map(str, (*chain, path)))}")])
     try:
         own = OmegaConf.load(path)
-    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
+    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException, RecursionError) as error:
         raise ProblemsError([Problem(str(path), f"cannot be read as YAML: {_first_line(error)}")]) from error
     if not OmegaConf.is_dict(own):
         raise ProblemsError([Problem(str(path), "must be a mapping of sections (model:, elastic:, train:, ...)")])
@@ -128,7 +129,7 @@ def _read(path: Path, origins: dict[str, str], chain: tuple[Path, ...]) -> Any:
     try:
         for key, _ in leaves(OmegaConf.to_container(own)):
             origins[key] = str(path)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, RecursionError) as error:
         raise ProblemsError([Problem(str(path), f"cannot be read: {_first_line(error)}")]) from error
     return _merge(merged, own, path)
 
@@ -136,7 +137,7 @@ def _read(path: Path, origins: dict[str, str], chain: tuple[Path, ...]) -> Any:
 def _merge(below: Any, above: Any, where: Any) -> Any:
     try:
         return OmegaConf.merge(below, above)
-    except (OmegaConfBaseException, ValueError, TypeError) as error:
+    except (OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
         raise ProblemsError([Problem(str(where), f"does not fit what it builds on: {_first_line(error)}")]) from error
 
 
@@ -151,7 +152,7 @@ def _override(merged: Any, overrides: Sequence[str], origins: dict[str, str]) ->
             _, _, text = word.partition("=")
             value = OmegaConf.create(f"v: {text}" if text.strip() else "v: null")
             OmegaConf.update(merged, key, value.v, force_add=True, merge=True)
-        except (OmegaConfBaseException, YAMLError, ValueError, TypeError, AttributeError, IndexError) as error:
+        except _UNSETTABLE as error:
             problems.append(Problem(key, f"{word!r} cannot be set: {_first_line(error)}"))
             continue
         origins[key] = "command line"
@@ -160,6 +161,8 @@ def _override(merged: Any, overrides: Sequence[str], origins: dict[str, str]) ->
 
 
 def _first_line(error: BaseException) -> str:
+    if isinstance(error, RecursionError):
+        return "it refers to itself, or is nested too deep"
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

@@ -28,7 +28,8 @@ POSITIVE = (
     "distill.chunk_tokens", "distill.budgets_per_batch", "train.micro_batch_size", "train.optimizer.lr",
     "train.log_every_steps",
     "train.val_every_steps", "train.val_samples", "train.save_every_steps", "report.batch_size",
-    "report.sequence_length", "train.tensor_model_parallel_size", "train.pipeline_model_parallel_size",
+    "report.sequence_length", "report.mfu", "report.peak_tflops",
+    "train.tensor_model_parallel_size", "train.pipeline_model_parallel_size",
     "train.context_parallel_size", "train.expert_model_parallel_size",
 )  # fmt: skip
 NOT_NEGATIVE = (
@@ -40,7 +41,13 @@ NOT_NEGATIVE = (
 )  # fmt: skip
 PHASES = ("warmup", "soft", "hard", "frozen")  # of the router, in this order
 LOGGERS = ("tensorboard", "wandb")
-FRACTIONS = ("router.warmup_fraction", "router.soft_fraction", "router.freeze_fraction", "router.settle_fraction")
+FRACTIONS = (
+    "router.warmup_fraction",
+    "router.soft_fraction",
+    "router.freeze_fraction",
+    "router.settle_fraction",
+    "report.mfu",
+)
 
 
 def rule_problems(config: RunConfig) -> list[Problem]:

@@ -201,6 +201,8 @@ class ReportConfig:
     batch_size: int = 1
     sequence_length: int = 8192
     profile: Any = "bf16"  # bytes per element: bf16, fp32, fp8_kv, fp8, int8, fp4, a mapping, or a .yaml file
+    mfu: float = 0.35  # share of peak_tflops that training is assumed to reach, for `plan`'s GPU-hours
+    peak_tflops: float = 989.0  # of one GPU in the training precision: an H100 SXM in dense bf16
     latency_table: str | None = None  # what `nemo-elastic profile` wrote; latency_ms budgets need it
 
 

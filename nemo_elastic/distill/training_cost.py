@@ -1,0 +1,124 @@
+"""What the curriculum will cost before it runs: tokens, FLOPs, GPU-hours, bytes of checkpoints. Pure; no torch.
+
+    FLOPs of a stage = sum over its steps of tokens * (teacher + sum over budgets of min(1, k p_b) student_b)
+    teacher          = one forward of the parent
+    student_b        = three forwards of what budget b runs in that phase of the router, and the layers' once more
+                       with full recomputation
+    GPU-hours        = FLOPs / (report.mfu * report.peak_tflops * 1e12 * 3600)
+
+k is `distill.budgets_per_batch`, p_b how often a budget is drawn: systematic sampling gives a micro-batch budget b with
+probability min(1, k p_b). A learned budget runs its even shrink while the router warms up, the full width while masks
+are soft, and from then on a choice that meets its budget, for which the plan's subnet stands. With `train.mode: masked`
+widths stay full and only dropped layers are saved. A teacher cache is filled once, which costs the same forwards.
+Forwards are `cost.flops`; elementwise work, evaluation, ranking and selective recomputation are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from ..config.sections import RunConfig, StageConfig
+from ..cost import flops, parameters
+from ..family import Family
+from ..router.schedule import Phase, Timeline, resolve_recipe
+from ..space import Subnet
+from .curriculum import budget_probabilities, total_steps
+
+PHASES: tuple[Phase, ...] = ("warmup", "soft", "hard", "frozen")
+STATE_BYTES = 8  # Adam's two moments in fp32
+MAIN_BYTES = 4  # the optimizer's own fp32 weights
+
+
+def training_cost(run: RunConfig, family: Family, subnets: Mapping[str, Subnet]) -> dict[str, Any] | None:
+    """The estimate as plain values; None when there is no stage or a budget has no subnet (the plan's problem then).
+
+    Args:
+        subnets: what each budget of the family will run once its choice is hard.
+    """
+    if not run.train.stages or {b.name for b in family.budgets} - subnets.keys():
+        return None
+    stages = [_stage(run, family, subnets, i) for i in range(len(run.train.stages))]
+    teacher, students = (sum(stage["flops"][who] for stage in stages) for who in ("teacher", "students"))
+    rate = run.report.mfu * run.report.peak_tflops * 1e12
+    return {
+        "stages": stages,
+        "steps": sum(stage["steps"] for stage in stages),
+        "tokens": sum(stage["tokens"] for stage in stages),
+        "flops": {"teacher": teacher, "students": students, "total": teacher + students},
+        "gpu_hours": (teacher + students) / rate / 3600,
+        "assumed": {"mfu": run.report.mfu, "peak_tflops": run.report.peak_tflops},
+        "checkpoint_bytes": checkpoint_bytes(run, family, subnets),
+    }
+
+
+def checkpoint_bytes(run: RunConfig, family: Family, subnets: Mapping[str, Subnet]) -> dict[str, Any]:
+    """Bytes of weights (and optimizer states) on disk: one training checkpoint, the nested one, each child.
+
+    Training: weights, Adam's moments, and fp32 weights of the optimizer where it has its own (bf16, distributed).
+    """
+    mixed = run.train.precision != "32"
+    weights = 2 if mixed else 4
+    optimizer = STATE_BYTES + (MAIN_BYTES if mixed or run.train.use_distributed_optimizer else 0)
+    total = parameters(family.layout, family.space.full_subnet())
+    child = 2 if run.export.dtype == "bfloat16" else 4
+    return {
+        "training": total * (weights + optimizer),
+        "nested": total * weights,
+        "children": {name: parameters(family.layout, subnet) * child for name, subnet in subnets.items()},
+    }
+
+
+def phase_steps(run: RunConfig, index: int) -> dict[str, int]:
+    """Steps that stage `index` spends in each phase of the router."""
+    stages = run.train.stages
+    timeline = Timeline.of(resolve_recipe(run.router), total_steps(stages), stages)
+    begin = total_steps(stages[:index])
+    end = begin + stages[index].steps
+    edges = (0, timeline.soft, timeline.hard, timeline.frozen, max(timeline.total, end))
+    pairs = zip(PHASES, edges[:-1], edges[1:], strict=True)
+    return {phase: max(0, min(end, last) - max(begin, first)) for phase, first, last in pairs}
+
+
+def _stage(run: RunConfig, family: Family, subnets: Mapping[str, Subnet], index: int) -> dict[str, Any]:
+    stage = run.train.stages[index]
+    names = [b.name for b in family.budgets]
+    probabilities = budget_probabilities(stage, names)
+    drawn = {name: min(1.0, run.distill.budgets_per_batch * p) for name, p in probabilities.items()}
+    per_step, phases = stage.seq_length * stage.global_batch_size, phase_steps(run, index)
+    students = sum(
+        steps
+        * per_step
+        * sum(p * _student(run, family, stage, subnets[name], name, phase) for name, p in drawn.items())
+        for phase, steps in phases.items()
+        if steps
+    )
+    teacher = _forward(family, family.space.full_subnet(), stage)
+    tokens = stage.steps * per_step
+    return {
+        "steps": stage.steps,
+        "seq_length": stage.seq_length,
+        "global_batch_size": stage.global_batch_size,
+        "tokens": tokens,
+        "budget_probabilities": probabilities,
+        "router_steps": phases,
+        "flops": {"teacher": tokens * teacher, "students": students},
+    }
+
+
+def _student(run: RunConfig, family: Family, stage: StageConfig, subnet: Subnet, name: str, phase: str) -> float:
+    """FLOPs per token of training one budget in one phase."""
+    full = family.space.full_subnet()
+    if phase == "soft" and not family.budget(name).is_full and name not in family.forced:
+        subnet = full
+    elif run.train.mode == "masked":
+        subnet = replace(full, layers=subnet.layers)
+    forward = _forward(family, subnet, stage)
+    output_layer = 2 * subnet.hidden_size * family.architecture.vocab_size
+    again = forward - output_layer if run.train.recompute_granularity == "full" else 0.0
+    return 3 * forward + again
+
+
+def _forward(family: Family, subnet: Subnet, stage: StageConfig) -> float:
+    return flops(family.layout, subnet, sequence_length=stage.seq_length) / stage.seq_length

@@ -1,0 +1,182 @@
+"""Every parent in conf/: what `plan` counts against the Megatron model that is built, and against published totals.
+
+Identity: plan(conf)["parent"]["parameters"] == sum(p.numel()) of `MambaModel` on the meta device.
+"""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nemo_elastic.config import load_config
+from nemo_elastic.config.load import leaves
+from nemo_elastic.config.model_fields import architecture_of
+from nemo_elastic.plan import plan
+
+ROOT = Path(__file__).resolve().parent.parent
+CONF = ROOT / "conf"
+PARENTS = sorted(path.name for path in CONF.glob("*.yaml"))
+GROUPS = sorted(str(path.relative_to(CONF)) for path in CONF.glob("*/*.yaml"))
+PUBLISHED = {  # integers: elements of the released weights; otherwise the makers' rounded totals. The 4B is not listed:
+    "nemotron_nano_12b_v2.yaml": 12_310_001_152,  # "4B" is too coarse a figure to compare 4.49e9 with
+    "nemotron_nano_9b_v2.yaml": 8_888_227_328,
+    "nemotron_h_8b.yaml": 8.1e9,
+    "nemotron_h_47b.yaml": 47e9,
+    "nemotron_h_56b.yaml": 56e9,
+    "bamba_sized_9b.yaml": 9.78e9,  # of Bamba 9B itself; the file says why the totals agree
+}
+KINDS = {  # Mamba, attention, MLP layers
+    "nemotron_nano_12b_v2.yaml": (28, 6, 28),
+    "nemotron_nano_9b_v2.yaml": (27, 4, 25),
+    "nemotron_h_4b.yaml": (24, 4, 24),
+    "nemotron_h_8b.yaml": (24, 4, 24),
+    "nemotron_h_47b.yaml": (45, 5, 48),
+    "nemotron_h_56b.yaml": (54, 10, 54),
+    "bamba_sized_9b.yaml": (29, 3, 32),
+    "tiny_parent.yaml": (7, 2, 7),
+}
+NEMO = {  # NeMo's own class of the same model
+    "nemotron_nano_12b_v2.yaml": "NemotronNano12Bv2",
+    "nemotron_nano_9b_v2.yaml": "NemotronNano9Bv2",
+    "nemotron_h_4b.yaml": "NemotronHConfig4B",
+    "nemotron_h_8b.yaml": "NemotronHConfig8B",
+    "nemotron_h_47b.yaml": "NemotronHConfig47B",
+    "nemotron_h_56b.yaml": "NemotronHConfig56B",
+}
+
+
+@pytest.fixture
+def on_meta(one_rank: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Megatron allocates on the current device: here that is the one without memory."""
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("meta"))
+    with torch.device("meta"):
+        yield
+
+
+def test_every_parent_is_here() -> None:
+    assert set(PARENTS) == set(KINDS) and set(PUBLISHED) | set(NEMO) <= set(PARENTS)
+
+
+@pytest.mark.parametrize("name", PARENTS)
+def test_plan_counts_what_megatron_builds(name: str, on_meta: None) -> None:
+    from nemo_elastic.mcore.build import build_plain_model
+
+    run = load_config(CONF / name).config
+    found = plan(run)
+    assert found["problems"] == []
+    model = build_plain_model(architecture_of(run.model), perform_initialization=False)
+    devices = {p.device.type for p in model.parameters()}
+    assert devices == {"meta"}
+    assert found["parent"]["parameters"] == sum(p.numel() for p in model.parameters())
+    if name in PUBLISHED:
+        exact = isinstance(PUBLISHED[name], int)
+        assert found["parent"]["parameters"] == pytest.approx(PUBLISHED[name], rel=0 if exact else 0.02)
+
+
+@pytest.mark.parametrize("name", PARENTS)
+def test_plan_of_every_parent_meets_its_budgets(name: str) -> None:
+    run = load_config(CONF / name).config
+    found = plan(run)
+    assert [b["name"] for b in found["budgets"]] == list(run.elastic.budgets) and len(found["budgets"]) == 3
+    for budget in found["budgets"]:
+        assert abs(budget["error"]) < 0.011, budget["name"]
+        assert budget["deployment"]["hugging_face"] == "loads as NemotronH"
+        tp = run.train.tensor_model_parallel_size
+        assert tp in budget["deployment"]["tensor_parallel"]
+    pattern = run.model["hybrid_override_pattern"]
+    assert tuple(pattern.count(kind) for kind in "M*-") == KINDS[name]
+    names = set(run.elastic.budgets)
+    for stage in run.train.stages:
+        assert stage.budget_probabilities is None or set(stage.budget_probabilities) == names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(NEMO))
+def test_sizes_are_those_of_nemo(name: str) -> None:
+    """Field defaults of NeMo's class, which cannot be built without Transformer Engine."""
+    from nemo.collections.llm.gpt.model import ssm
+
+    model = load_config(CONF / name).config.model
+    stock = {field.name: field.default for field in dataclasses.fields(getattr(ssm, NEMO[name]))}
+    if stock["mamba_num_heads"] is None:  # Megatron's own defaults: twice the hidden size in heads, ...
+        stock["mamba_num_heads"] = 2 * stock["hidden_size"] // stock["mamba_head_dim"]
+    if stock["kv_channels"] is None:  # ... and the hidden size dealt to the attention heads
+        stock["kv_channels"] = stock["hidden_size"] // stock["num_attention_heads"]
+    assert dict(model) == {key: stock[key] for key in model}
+    assert len(model["hybrid_override_pattern"]) == stock["num_layers"]
+
+
+@pytest.mark.parametrize("name", PARENTS)
+def test_every_value_names_the_file_it_came_from(name: str) -> None:
+    """The file itself wins over what it builds on; what neither says is a default."""
+    from nemo_elastic.cli.config import origin_of
+
+    resolved = load_config(CONF / name, ["train.seed=7"])
+    files = {Path(origin).resolve() for origin in resolved.origins.values() if origin != "command line"}
+    assert (CONF / name).resolve() in files and files <= set(CONF.resolve().rglob("*.yaml"))
+    assert origin_of("train.seed", resolved.origins) == "command line"
+    assert origin_of("train.preemption", resolved.origins) == "default"
+    import yaml
+
+    written = {file: dict(leaves(yaml.safe_load(file.read_text()))) for file in files}
+    for key, value in leaves(resolved.values):
+        origin = origin_of(key, resolved.origins)
+        if origin not in ("default", "command line"):
+            said = written[Path(origin).resolve()].get(key, "another leaf")
+            assert said == value or said == "another leaf" or float(said) == float(value), key
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_a_group_explains_its_keys(name: str) -> None:
+    """A group is small, opens with what it is, and its keys have comments; a group alone is no parent."""
+    lines = (CONF / name).read_text().splitlines()
+    assert lines[0].startswith("# ") and len(lines) < 30
+    keys = [line for line in lines[1:] if ":" in line and not line.rstrip().endswith(":") and not line.startswith("#")]
+    assert sum("#" in line for line in keys) >= len(keys) / 2
+
+
+def test_every_key_of_a_parent_is_explained_somewhere() -> None:
+    explained = set()
+    for path in CONF.rglob("*.yaml"):
+        for line in path.read_text().splitlines():
+            key, hash_, _ = line.partition("#")
+            if hash_ and ":" in key:
+                explained.add(key.split(":")[0].strip(" -{"))
+    assert {"num_query_groups", "mamba_state_dim", "ffn_groups", "global_batch_size", "profile", "samples"} <= explained
+
+
+@pytest.mark.slow
+def test_the_wheel_carries_the_configurations(tmp_path: Path) -> None:
+    """Built, installed alone into an empty folder and run from another: shipped parents are found by name."""
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    source = tmp_path / "source"
+    copy = ["git", "-C", str(ROOT), "checkout-index", "--all", f"--prefix={source}/"]
+    subprocess.run(copy, check=True)
+    wheels, installed, elsewhere = tmp_path / "wheels", tmp_path / "installed", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    build = [*pip, "wheel", str(source), "--no-deps", "--no-build-isolation", "--wheel-dir", str(wheels)]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = wheels.glob("*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--target", str(installed), str(wheel)], check=True)
+    for name in (*PARENTS, *GROUPS):
+        assert (installed / "nemo_elastic" / "conf" / name).read_text() == (CONF / name).read_text()
+    environment = {"PYTHONPATH": str(installed), "PATH": "/usr/bin:/bin"}
+    for name in ("tiny_parent.yaml", "nemotron_h_47b.yaml"):
+        done = subprocess.run(
+            [sys.executable, "-m", "nemo_elastic", "plan", "--config", name, "--json"],
+            capture_output=True,
+            text=True,
+            cwd=elsewhere,
+            env=environment,
+        )
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["name"] == Path(name).stem
+    where = [sys.executable, "-c", "import nemo_elastic; print(nemo_elastic.__file__)"]
+    shown = subprocess.run(where, capture_output=True, text=True, cwd=elsewhere, env=environment).stdout
+    assert shown.startswith(str(installed))

@@ -39,9 +39,9 @@ CONFIG_HEAD = """# Configuration
 Made from [`config/sections.py`](../nemo_elastic/config/sections.py) by `python scripts/reference.py`; do not edit.
 
 A configuration is YAML under the keys below; every key is a dotted override on the command line, too
-(`train.micro_batch_size=2`, `'train.stages=[{steps: 100}]'`, values in YAML). Origins, weakest first: the defaults here,
-the files named under `base:`, the file itself, the command line. `nemo-elastic config` shows which one set each value.
-An unknown key is an error that names the nearest known one.
+(`train.micro_batch_size=2`, `'train.stages=[{steps: 100}]'`, values in YAML). Origins, weakest first: the defaults
+here, the files named under `base:`, the file itself, the command line. `nemo-elastic config` shows which one set each
+value. An unknown key is an error that names the nearest known one.
 """
 MODEL_WORDS = """NeMo `SSMConfig` field names verbatim, and `vocab_size` (padded). Required: {required}.
 Everything else has SSMConfig's default; `nemo-elastic config` shows what was set.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -56,3 +57,15 @@ def test_every_key_of_every_section_is_on_the_config_page() -> None:
     assert r"`<\|{role}\|>\n`" in page  # a bar inside a table
     rows = [line for line in page.splitlines() if line.startswith("| `")]
     assert {line.replace(r"\|", "").count("|") for line in rows} == {5}
+
+
+def test_every_message_in_troubleshooting_is_one_of_the_code() -> None:
+    """Between values (`...`), each piece of a quoted message stands in the source as it is."""
+    source = "\n".join(path.read_text() for path in (ROOT / "nemo_elastic").rglob("*.py"))
+    source = re.sub(r'"\s*\n\s*f?"', "", source)  # literals over several lines
+    tables = (ROOT / "docs" / "troubleshooting.md").read_text().split("## While training")[0]
+    quoted = [row.split(" | ")[0][2:].strip("`") for row in tables.splitlines() if row.startswith("| `")]
+    assert len(quoted) > 15
+    spoken = [message.removeprefix("--config: ") for message in quoted]
+    pieces = [piece for message in spoken for piece in re.split(r"\.\.\.", message) if len(piece.strip(" ;=")) > 3]
+    assert [piece for piece in pieces if piece.strip(" ;=") not in source] == []

@@ -8,7 +8,7 @@ ARG USER_ID=10001
 RUN useradd --create-home --uid ${USER_ID} elastic \
     && install --directory --owner=elastic --group=elastic /opt/nemo_elastic
 WORKDIR /opt/nemo_elastic
-USER elastic
+USER ${USER_ID}
 
 # The set-up first, so that a change of the code does not repeat it. It finds the image's torch, Megatron-core and
 # NeMo, and makes a venv on top of them.
@@ -21,6 +21,6 @@ COPY --chown=elastic:elastic . .
 ENV PATH=/opt/nemo_elastic/.venv/bin:${PATH}
 
 HEALTHCHECK --interval=60s --timeout=20s --retries=3 \
-    CMD nemo-elastic plan --config conf/tiny_parent.yaml > /dev/null || exit 1
+    CMD ["sh", "-c", "nemo-elastic plan --config conf/tiny_parent.yaml > /dev/null || exit 1"]
 
 CMD ["nemo-elastic", "--help"]

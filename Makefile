@@ -6,7 +6,7 @@ RUN ?= runs/quickstart
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-hf quickstart test test-slow test-gpu lint format clean
+.PHONY: help setup setup-hf quickstart test test-slow test-gpu lint format docs clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ test-gpu: setup  ## the tests that need a CUDA device
 format: setup  ## let ruff mend and format
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+docs: setup  ## write docs/cli.md and docs/config.md from the code
+	@$(BIN)/python scripts/reference.py
 
 clean:  ## remove build products and caches; keeps runs/ and the venvs
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

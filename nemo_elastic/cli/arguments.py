@@ -1,6 +1,7 @@
 """Flags that verbs share, and how a command line splits into folders and dotted overrides.
 
-A positional word with `=` in it is an override (`train.micro_batch_size=2`), any other is a folder.
+A positional word `key=value` is an override (`train.micro_batch_size=2`), any other is a folder; a key has no slash, so
+that `checkpoints/step=99` is a folder.
 """
 
 from __future__ import annotations
@@ -43,7 +44,13 @@ def verb_parser(subparsers: Any, name: str, run: Any, help: str, flags: tuple[st
 
 def overrides(arguments: argparse.Namespace) -> list[str]:
     """The dotted overrides."""
-    return [word for word in arguments.words if "=" in word]
+    return [word for word in arguments.words if is_override(word)]
+
+
+def is_override(word: str) -> bool:
+    """True for `key=value`."""
+    key, equals, _ = word.partition("=")
+    return bool(equals) and "/" not in key
 
 
 def folders(arguments: argparse.Namespace, *names: str, optional: int = 0) -> list[str]:
@@ -52,7 +59,7 @@ def folders(arguments: argparse.Namespace, *names: str, optional: int = 0) -> li
     Raises:
         ProblemsError: too few or too many.
     """
-    found = [word for word in arguments.words if "=" not in word]
+    found = [word for word in arguments.words if not is_override(word)]
     if not len(names) - optional <= len(found) <= len(names):
         wanted = " ".join(names) or "none"
         words = f"{len(found)} given ({' '.join(found) or 'none'}), wanted: {wanted}; overrides are written key=value"

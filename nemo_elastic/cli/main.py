@@ -44,10 +44,19 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The words of a command line; folders and overrides may stand on both sides of a flag, which argparse refuses."""
+    parser = build_parser()
+    arguments, others = parser.parse_known_args(argv)
+    if flags := [word for word in others if word.startswith("-")]:
+        parser.error(f"unrecognized arguments: {' '.join(flags)}")
+    arguments.words += others
+    return arguments
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; returns the exit code: 0 done, 1 a check failed, 2 bad input, 130 interrupted, 143 stopped."""
-    parser = build_parser()
-    arguments = parser.parse_args(argv)
+    arguments = parse(argv)
     with Stdout() as answer:
         arguments.answer = answer
         try:

@@ -152,7 +152,8 @@ def train_steps(
 
 def _filled(folder: str, model: FamilyModel, dtype: torch.dtype) -> TeacherCache:
     arch, stages = model.layout.architecture, (StageConfig(steps=6, seq_length=16, global_batch_size=8),)
-    cache = TeacherCache(Path(folder), stages, hidden_size=arch.hidden_size, dtype=dtype, identity={"text": 1})
+    sizes = {"micro_batch_size": 4, "hidden_size": arch.hidden_size, "dtype": dtype}
+    cache = TeacherCache(Path(folder), stages, **sizes, identity={"text": 1})
 
     def read_tokens(sample: int, seq_length: int) -> Tensor:
         step, rest = divmod(sample, 8)

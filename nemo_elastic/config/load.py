@@ -221,6 +221,8 @@ def issubclass_safe(kind: Any, of: type) -> bool:
 def _scalar(kinds: tuple[type, ...], value: Any, key: str, problems: list[Problem]) -> Any:
     if isinstance(value, bool) is (bool in kinds) and isinstance(value, kinds):
         return value
+    if int in kinds and float not in kinds and isinstance(value, float) and value.is_integer():
+        return int(value)  # 45.0e+9 tokens
     if float in kinds and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if float in kinds and isinstance(value, str):  # YAML 1.1 reads 1e-5 as a string

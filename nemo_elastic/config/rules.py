@@ -25,8 +25,8 @@ ALLOWED = {
 POSITIVE = (
     "elastic.ffn_groups", "rank.samples", "rank.seq_length", "rank.micro_batch_size", "rank.depth_samples",
     "router.hidden_size", "router.tau_start", "router.tau_end", "router.lr", "distill.temperature",
-    "distill.chunk_tokens", "distill.budgets_per_batch", "train.micro_batch_size", "train.optimizer.lr",
-    "train.log_every_steps",
+    "distill.chunk_tokens", "distill.top_k", "distill.budgets_per_batch", "train.micro_batch_size",
+    "train.optimizer.lr", "train.log_every_steps",
     "train.val_every_steps", "train.val_samples", "train.save_every_steps", "report.batch_size",
     "report.sequence_length", "report.mfu", "report.peak_tflops",
     "train.tensor_model_parallel_size", "train.pipeline_model_parallel_size",
@@ -66,10 +66,11 @@ def rule_problems(config: RunConfig) -> list[Problem]:
             found.append(Problem(f"train.loggers.{i}", f"{name!r} is no logger{did_you_mean(name, LOGGERS)}"))
     if len(config.train.optimizer.betas) != 2:
         found.append(Problem("train.optimizer.betas", f"{list(config.train.optimizer.betas)} must be two numbers"))
-    if config.distill.kd_weight == 0 and config.distill.ce_weight == 0:
-        found.append(
-            Problem("distill.kd_weight", "0 with distill.ce_weight=0 leaves nothing to learn; set one above 0")
-        )
+    weights = (config.distill.kd_weight, config.distill.ce_weight, config.distill.hidden_weight)
+    if not any(weights):
+        words = "0 with distill.ce_weight=0 and distill.hidden_weight=0 leaves nothing to learn; set one above 0"
+        found.append(Problem("distill.kd_weight", words))
+    found += _rate_problems(config)
     return [
         *found,
         *_profile_problems(config),
@@ -84,6 +85,19 @@ def _get(config: RunConfig, key: str) -> object:
     for name in key.split("."):
         value = getattr(value, name)
     return value
+
+
+def _rate_problems(config: RunConfig) -> Iterable[Problem]:
+    settings = config.train.optimizer
+    rates = {"train.optimizer.lr": settings.lr, "router.lr": config.router.lr}
+    rates |= {f"train.stages.{i}.lr": s.lr for i, s in enumerate(config.train.stages) if s.lr is not None}
+    for key, rate in rates.items():
+        if rate == float("inf"):
+            yield Problem(key, "inf must be finite")
+        elif key != "router.lr" and rate < settings.min_lr:
+            yield Problem(key, f"{rate} must not be below train.optimizer.min_lr={settings.min_lr}")
+    if any(not 0 <= beta < 1 for beta in settings.betas):
+        yield Problem("train.optimizer.betas", f"{list(settings.betas)} must be from 0 to below 1")
 
 
 def _profile_problems(config: RunConfig) -> Iterable[Problem]:

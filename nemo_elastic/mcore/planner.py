@@ -121,6 +121,8 @@ class Planner:
         point = self.timeline.point(step, self.config)
         phase = point.phase
         chosen: dict[str, Chosen] = {}
+        if phase != "frozen":
+            self.state.frozen = {}  # a run that was made longer on a resume chooses again
         if (router is not None and phase in ("soft", "hard")) or (phase == "frozen" and not self.state.frozen):
             chosen = self.choices(router, repair=phase != "soft" or point.settle > 0)
         if phase == "frozen" and not self.state.frozen:
@@ -158,7 +160,7 @@ class Planner:
             return self.family.forced[name]
         if phase == "warmup":
             return self.uniform[name]
-        return self.state.frozen[name] if phase == "frozen" else None
+        return self.state.frozen.get(name) if phase == "frozen" else None
 
     def micro_batch(
         self, router: Router | None, state: StepState, budgets: Mapping[str, float], global_micro_batch: int

@@ -3,9 +3,9 @@
     stage-K.npy    [samples of the stage, s, h]    in the dtype the stages exchange (bf16 as its bits)
 
 Hidden states rather than logits: KL, top-k and hidden-state losses stay exact, and `h` is far below the vocabulary. A
-token costs `2 h` bytes in bf16 (8,960 for the 12B parent), so this pays where text is read more than once: several
-epochs, several runs over the same data. Files are written under another name and renamed when whole; what they are the
-states of (parent, text, stages) stands in `teacher.json` and is compared before they are used.
+token costs `2 h` bytes in bf16 (8,960 for the 12B parent). A run's samples are all different, so this pays over several
+runs of one curriculum (seeds, ablations), not within one. Files are written under another name and renamed when whole;
+what they are the states of (parent, text, stages) stands in `teacher.json` and is compared before they are used.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from .heads import Head, teacher_head
 from .process_groups import barrier, rank
 
 DESCRIPTION = "teacher.json"
-FILL_BATCH = 8
 # (sample, sequence length) -> token ids [s]
 ReadTokens = Callable[[int, int], Tensor]
 
@@ -40,6 +39,7 @@ class TeacherCache:
     Args:
         folder: shared by all processes.
         stages: the curriculum; its samples are numbered through.
+        micro_batch_size: of the forwards that fill it, where a stage has none of its own.
         hidden_size: of the teacher.
         dtype: of the states (`params_dtype`).
         identity: what the states depend on, as plain values.
@@ -50,11 +50,13 @@ class TeacherCache:
         folder: Path,
         stages: Sequence[StageConfig],
         *,
+        micro_batch_size: int,
         hidden_size: int,
         dtype: torch.dtype,
         identity: dict[str, Any],
     ) -> None:
         self.folder, self.stages, self.hidden_size, self.dtype = folder, tuple(stages), hidden_size, dtype
+        self.micro_batch_size = micro_batch_size
         sizes = [[s.steps, s.seq_length, s.global_batch_size] for s in self.stages]
         self.identity = {**identity, "stages": sizes, "hidden_size": hidden_size, "dtype": str(dtype)}
         self._open: dict[int, np.memmap] = {}
@@ -72,14 +74,24 @@ class TeacherCache:
         Raises:
             ProblemsError: it was filled for another one.
         """
-        file = self.folder / DESCRIPTION
+        file, named = self.folder / DESCRIPTION, "distill.teacher_cache"
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ProblemsError([Problem(named, f"{self.folder} is not a folder; name another")])
         if not file.is_file():
             return False
-        found = json.loads(file.read_text())
+        try:
+            found = dict(json.loads(file.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise ProblemsError([Problem(named, f"{file} cannot be read ({error}); delete the folder")]) from error
         wrong = sorted(k for k in self.identity.keys() | found.keys() if self.identity.get(k) != found.get(k))
         if wrong:
             words = f"{self.folder} holds another run's teacher ({', '.join(wrong)} differ); name another folder"
-            raise ProblemsError([Problem("distill.teacher_cache", words)])
+            raise ProblemsError([Problem(named, words)])
+        for number in range(len(self.stages)):
+            size = int(np.prod(self._shape(number))) * self._numpy.itemsize
+            states = self._file(number)
+            if not states.is_file() or states.stat().st_size < size:
+                raise ProblemsError([Problem(named, f"{states} is missing or cut short; delete the folder")])
         return True
 
     def fill(self, teacher: nn.Module, read_tokens: ReadTokens) -> None:
@@ -95,7 +107,8 @@ class TeacherCache:
         replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         for number, stage in enumerate(self.stages):
             count = stage.steps * stage.global_batch_size
-            batches = [range(a, min(a + FILL_BATCH, count)) for a in range(0, count, FILL_BATCH)][replica::replicas]
+            size = stage.micro_batch_size or self.micro_batch_size
+            batches = [range(a, min(a + size, count)) for a in range(0, count, size)][replica::replicas]
             states = np.load(self._partial(number), mmap_mode="r+", allow_pickle=False)
             for batch in batches:
                 hidden = self._run(teacher, number, batch, read_tokens)

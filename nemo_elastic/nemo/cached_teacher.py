@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -37,11 +38,13 @@ class CachedTeacher:
             "parent": dict(sorted_parent(sorted_folder).description["sha256"]),
             "tokenizer": data.tokenizer.bpe.sha256,
             "seed": run.train.seed,
-            "data": {k: v for k, v in plain(run.data).items() if k in ("paths", "blend", "chat")},
+            "model": plain(run.model),
+            "text": self._fingerprint(),
         }
         self.cache = TeacherCache(
             Path(run.distill.teacher_cache),
             self.stages,
+            micro_batch_size=run.train.micro_batch_size,
             hidden_size=run.model["hidden_size"],
             dtype=dtype,
             identity=identity,
@@ -61,6 +64,17 @@ class CachedTeacher:
         size = stage_at(self.stages, step).stage.micro_batch_size or self.micro_batch_size
         first = samples_before(self.stages, step) + index * size
         return lambda: self.cache.read(step, first, size)
+
+    def _fingerprint(self) -> str:
+        """Of the text itself: of samples spread over every stage, and of the length of an epoch."""
+        found, first = hashlib.sha256(), 0
+        for stage in self.stages:
+            count = stage.steps * stage.global_batch_size
+            found.update(str(self.data.windows("train", stage.seq_length).per_epoch).encode())
+            for at in range(0, count, max(1, count // 16)):
+                found.update(self._tokens(first + at, stage.seq_length).numpy().tobytes())
+            first += count
+        return found.hexdigest()
 
     def _tokens(self, sample: int, seq_length: int) -> Tensor:
         tokens: Any = self.data.windows("train", seq_length).sample(sample)[0]

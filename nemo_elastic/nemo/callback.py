@@ -15,6 +15,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from nemo_elastic.choices import choice_shapes
+from nemo_elastic.config.load import plain
 from nemo_elastic.config.sections import RunConfig
 from nemo_elastic.distill.curriculum import budget_probabilities, stage_at
 from nemo_elastic.mcore.budget_notes import notes_at
@@ -35,6 +36,7 @@ from nemo_elastic.nemo.step_record import (
     step_record,
     step_subnets,
 )
+from nemo_elastic.problems import Problem, raise_if_any
 from nemo_elastic.runlog import RunLog
 from nemo_elastic.space import Subnet
 
@@ -71,7 +73,7 @@ class ElasticCallback(pl.Callback):
         self.model: FamilyModel | None = None
         self.wrapper: ElasticMambaModel | None = None
         self.state: StepState | None = None
-        self.step, self.micro_batch = 0, 0
+        self.step, self.micro_batch, self.rate = 0, 0, 0.0
         self.tokens = dict.fromkeys(run.elastic.budgets, 0)
         self.last_losses: dict[str, float] = {}
         self._clock = time.monotonic()
@@ -95,7 +97,7 @@ class ElasticCallback(pl.Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: ElasticMambaModel, *_: Any) -> None:
         """The step's choices, from the router as it stands."""
-        self.step, self.micro_batch = trainer.global_step, 0
+        self.step, self.micro_batch, self.rate = trainer.global_step, 0, _rate(trainer)
         first = self.state is None
         self.state = self.planner.begin_step(self.model.policy, self.step)
         if trainer.is_global_zero:
@@ -142,10 +144,23 @@ class ElasticCallback(pl.Callback):
     def state_dict(self) -> dict[str, Any]:
         """Lambdas, pinned subnets, tokens seen per budget."""
         metrics = self.metrics.state_dict()
-        return {"planner": self.planner.state_dict(), "tokens": dict(self.tokens), "metrics": metrics}
+        planner, tokens = self.planner.state_dict(), dict(self.tokens)
+        return {"planner": planner, "tokens": tokens, "metrics": metrics, "family": self._family()}
+
+    def _family(self) -> dict[str, Any]:
+        """What a checkpoint means things by: budgets, dims, choices, and the text."""
+        data = {key: value for key, value in plain(self.run.data).items() if key in ("paths", "blend", "chat")}
+        return {"elastic": plain(self.run.elastic), "data": data}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take up where the checkpoint left off."""
+        """Take up where the checkpoint left off.
+
+        Raises:
+            ProblemsError: it is of a run with another family or other text.
+        """
+        before, now = state_dict["family"], self._family()
+        words = "differs from what the run began with; set it back, or start anew in another --out"
+        raise_if_any(Problem(key, words) for key in now if before[key] != now[key])
         self.planner.load_state_dict(state_dict["planner"])
         self.tokens.update(state_dict["tokens"])
         self.metrics.load_state_dict(state_dict.get("metrics", self.metrics.state_dict()))
@@ -166,7 +181,7 @@ class ElasticCallback(pl.Callback):
             prices={name: self.planner.state.steering.price(name) for name in state.chosen},
             subnets=step_subnets(self.planner, state),
             probabilities=router_probabilities(self.model.policy, state) if due else None,
-            lr=_rate(trainer),
+            lr=self.rate,
             seconds=seconds,
             grad_norm=norms[0],
             router_grad_norm=norms[1],

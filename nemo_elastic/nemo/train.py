@@ -27,7 +27,7 @@ from nemo_elastic.nemo.checkpoints import tokenizer_of
 from nemo_elastic.nemo.data import TextDataModule
 from nemo_elastic.nemo.elastic_model import ElasticMambaModel, ElasticSSMConfig
 from nemo_elastic.nemo.guard import FiniteGuard
-from nemo_elastic.nemo.learning_rate import CurriculumRate
+from nemo_elastic.nemo.learning_rate import ROUTER_MARK, CurriculumRate
 from nemo_elastic.nemo.loggers import loggers_of
 from nemo_elastic.nemo.logs import quiet
 from nemo_elastic.nemo.resume import StopOnSignal, steps_done, whole_checkpoints
@@ -98,14 +98,14 @@ def train(
         settings.lr,
         precision=run.train.precision,
         min_lr=settings.min_lr,
-        schedule=CurriculumRate(plain(stages), plain(settings)),
+        schedule=CurriculumRate(plain(stages), plain(settings), run.router.lr),
         weight_decay=settings.weight_decay,
         adam_beta1=settings.betas[0],
         adam_beta2=settings.betas[1],
         clip_grad=settings.clip_grad,
         use_distributed_optimizer=run.train.use_distributed_optimizer,
         scale_lr_cond=is_router,
-        lr_mult=run.router.lr / settings.lr,
+        lr_mult=ROUTER_MARK,
         no_weight_decay_cond=decays_not,
     )
     model = ElasticMambaModel(config, optim=optimizer, tokenizer=data.tokenizer)

@@ -11,9 +11,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from safetensors.numpy import save_file
+
 from nemo_elastic.config.load import load_config
 from nemo_elastic.cost import BYTE_PROFILES, memory, parameters
 from nemo_elastic.family import family_of
+from nemo_elastic.space import KIND_OF_DIM
 
 SUBNETS = {
     "full": {},
@@ -65,10 +69,24 @@ def train_record(step: int) -> dict[str, Any]:
                 "lambda": 5 * (1 + 0.004 * (step - 60) * k),
                 "argmax_error": 0.25 * k * math.exp(-(step - 60) / 40) * math.cos((step - 60) / 17),
                 "error": -0.002 * k,
+                **({"probabilities": probabilities(step, k)} if step % 10 == 0 else {}),
             }
             for k, name in ((1, "large"), (2, "small"))
         }
     return record
+
+
+def probabilities(step: int, budget: int) -> dict[str, list[list[float]]]:
+    """Choice probabilities that move from even to the k-th choice; FFN has two rows."""
+    sharp = min(1.0, (step - 60) / 120)
+    one = {"hidden_size": 3, "mamba_num_heads": 3, "num_layers": 5, "ffn_hidden_size": 4}
+    rows = {d: [(1 - sharp) / n + sharp * (i == min(budget, n - 1)) for i in range(n)] for d, n in one.items()}
+    return {dim: [row, row[::-1]] if dim == "ffn_hidden_size" else [row] for dim, row in rows.items()}
+
+
+def width_score(layer: int, unit: int) -> float:
+    """Importance of a unit, not sorted."""
+    return 1.0 + (unit * 7 + layer) % 16
 
 
 def write_run(out: Path, *, steps: int = 300, results: bool = True, importance: bool = True) -> Path:
@@ -127,6 +145,14 @@ def _write_importance(out: Path, family: Any) -> None:
     }
     (out / "importance").mkdir(parents=True, exist_ok=True)
     _write(out / "importance" / "importance.json", description)
+    architecture = family.architecture
+    layers = {"hidden_size": range(17)} | {d: architecture.layers_of(k) for d, k in KIND_OF_DIM.items()}
+    tensors = {
+        f"{dim}.{layer}": np.array([width_score(layer, u) for u in range(getattr(architecture, dim))], np.float32)
+        for dim, numbers in layers.items()
+        for layer in numbers
+    }
+    save_file(tensors, out / "importance" / "importance.safetensors")
 
 
 def make_results(family: Any, subnets: dict[str, Any]) -> dict[str, Any]:

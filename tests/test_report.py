@@ -11,18 +11,30 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from synthetic_run import PARENT_LOSS, RANKING, depth_score, heldout, train_record, write_run
+from synthetic_run import (
+    PARENT_LOSS,
+    RANKING,
+    depth_score,
+    heldout,
+    probabilities,
+    train_record,
+    width_score,
+    write_run,
+)
 
 from nemo_elastic.cli.main import main
 from nemo_elastic.problems import ProblemsError
 from nemo_elastic.report import write
 from nemo_elastic.report.drawing import spread
 from nemo_elastic.report.palette import DARK, LIGHT
+from nemo_elastic.report.router_figures import probability_series
 from nemo_elastic.report.run_folder import read_run
 from nemo_elastic.report.table import results_table
+from nemo_elastic.report.width_figures import sorted_shares, width_scores
 from nemo_elastic.report.write import write_report
 
-FIGURES = {"children", "loss", "pareto", "layer_importance", "router", "choices"}
+FIGURES = {"children", "loss", "pareto", "layer_importance", "width_importance", "router"}
+FIGURES |= {"router_probabilities", "choices"}
 SHEETS = {"budgets", "validation", "train", "router", "layer_importance", "children", "timings"}
 VOID = {"meta", "br", "wbr", "img", "link", "hr", "input"}
 
@@ -312,3 +324,49 @@ def test_labels_are_moved_apart_and_stay_inside(places: list[float]) -> None:
     gaps = [moved[b] - moved[a] for a, b in pairwise(order)]
     assert all(gap >= 0.1 - 1e-3 for gap in gaps)
     assert all(-1e-3 <= p <= 1 + 1e-3 for p in moved)
+
+
+def test_width_scores_are_read_as_written_and_sorted(finished: Path, tmp_path: Path) -> None:
+    scores = width_scores(read_run(finished))
+    assert {dim: len(layers) for dim, layers in scores.items()} == {
+        "hidden_size": 17, "ffn_hidden_size": 7, "mamba_num_heads": 7, "mamba_head_dim": 7, "num_attention_heads": 2
+    }  # fmt: skip
+    assert scores["mamba_num_heads"][4].tolist() == [width_score(4, unit) for unit in range(16)]
+    shares = sorted_shares(scores["mamba_num_heads"])
+    assert shares[0].tolist() == [100 * n / 16 for n in range(16, 0, -1)]
+    torn = write_run(tmp_path, steps=25)
+    (torn / "importance" / "importance.safetensors").write_bytes(b"torn")
+    assert width_scores(read_run(torn)) == {}
+
+
+def test_probabilities_are_means_over_layers_at_the_logged_steps(finished: Path) -> None:
+    series = probability_series(read_run(finished))
+    assert set(series) == {"large", "small"}
+    assert [step for step, _ in series["small"]["hidden_size"]] == list(range(70, 181, 10))
+    for step, found in series["large"]["hidden_size"]:
+        assert found == probabilities(step, 1)["hidden_size"][0]
+    assert series["small"]["ffn_hidden_size"][-1][1] == [0.0, 0.5, 0.5, 0.0]
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_baselines_are_read_and_wrong_ones_are_named(tmp_path: Path) -> None:
+    out = write_run(tmp_path, steps=25)
+    good = {"kind": "scratch", "budget": "small", "parameters": 10, "heldout_loss": 3.0}
+    points = [good, good | {"kind": "guess"}, good | {"heldout_loss": "3"}, {"kind": "scratch"}]
+    (out / "baselines.json").write_text(json.dumps({"format": 1, "points": points}))
+    run = read_run(out)
+    assert [point.words for point in run.baselines] == ["small from scratch"]
+    wrong = [p.key for p in run.missing if p.key.startswith("baselines")]
+    assert wrong == [f"baselines.json: points.{i}" for i in (1, 2, 3)]
+    (out / "baselines.json").write_text("[]")
+    assert "baselines.json must be a mapping" in Page(write_report(out).read_text(encoding="utf-8")).text
+
+
+def test_baselines_are_drawn(tmp_path: Path) -> None:
+    out = write_run(tmp_path, steps=25)
+    point = {"budget": "small", "parameters": 1_300_000, "heldout_loss": 3.0, "note": "as many tokens"}
+    points = [point | {"kind": kind} for kind in ("zero_shot", "distilled_alone", "scratch")]
+    (out / "baselines.json").write_text(json.dumps({"format": 1, "points": points}))
+    page = write_report(out).read_text(encoding="utf-8")
+    for words in ("zero-shot", "distilled alone", "from scratch"):
+        assert f"small {words}: 3.0000 (as many tokens)" in page

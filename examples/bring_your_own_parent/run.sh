@@ -11,7 +11,7 @@ config=${CONFIG:-$here/parent.yaml}
 nemo-elastic plan --config "$config" "$@"
 nemo-elastic train --config "$config" --out "$OUT" --nproc "${NPROC:-1}" "parent.path=$PARENT" "$@"
 nemo-elastic extract "$OUT/nested" --all
-nemo-elastic verify "$OUT/nested"
+nemo-elastic verify "$OUT/nested" --nproc "${NPROC:-1}"
 nemo-elastic extract "$OUT/nested" --all --format hf --out "$OUT/hf"
 if [[ -n ${HF_PYTHON-} ]]; then
     nemo-elastic verify "$OUT/nested" --format hf --hf-python "$HF_PYTHON"

@@ -24,4 +24,4 @@ wait "$run"
 echo "first layout ended with exit code $?"
 
 (train --resume "${second[@]}" "$@") || exit
-nemo-elastic extract "$OUT/nested" --all && nemo-elastic verify "$OUT/nested"
+nemo-elastic extract "$OUT/nested" --all && nemo-elastic verify "$OUT/nested" --nproc 2

@@ -11,7 +11,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4} HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLI
 
 if [[ $verb == extract ]]; then
     nemo-elastic extract "$OUT/nested" --all --force --out "$OUT/children" &&
-        nemo-elastic verify "$OUT/nested" &&
+        nemo-elastic verify "$OUT/nested" --nproc "$GPUS" "$@" &&
         nemo-elastic report "$OUT"
     exit
 fi

@@ -6,6 +6,7 @@
 #
 # IMAGE: the image of this project's Dockerfile as a squashfs file (enroot import); empty: no container.
 # MOUNTS: pyxis mounts (default: the folder of CONFIG and OUT's parent, at the same paths).
+# VERIFY_AT: a layout for the last job, which has one node (train.pipeline_model_parallel_size=1); empty: the run's.
 # SBATCH_ARGS: partition, account, time, ... of your site, in words.
 set -euo pipefail
 
@@ -13,6 +14,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 : "${CONFIG:?the YAML of your parent}" "${OUT:?the run folder, on a file system that all nodes share}"
 export CONFIG OUT HERE=$here IMAGE=${IMAGE-} NODES=${NODES:-1} GPUS=${GPUS:-8}
 export MOUNTS=${MOUNTS:-$(dirname "$(realpath "$CONFIG")"),$(dirname "$(realpath -m "$OUT")"),$here}
+read -r -a verify_at <<<"${VERIFY_AT-}"
 read -r -a site <<<"${SBATCH_ARGS-}"
 mkdir -p "$OUT"
 
@@ -25,5 +27,5 @@ submit() { # job name, nodes, dependency, verb and its words
 
 rank=$(submit rank "$NODES" "" rank "$@")
 train=$(submit train "$NODES" "$rank" train "$@")
-extract=$(submit extract 1 "$train" extract)
+extract=$(submit extract 1 "$train" extract "${verify_at[@]}")
 echo "submitted: rank $rank, train $train, extract $extract"

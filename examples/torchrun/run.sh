@@ -8,5 +8,5 @@ set -euo pipefail
 nemo-elastic plan --config "$CONFIG" "$@"
 torchrun --standalone --nproc-per-node="${NPROC:-8}" -m nemo_elastic train --config "$CONFIG" --out "$OUT" "$@"
 nemo-elastic extract "$OUT/nested" --all
-nemo-elastic verify "$OUT/nested"
+nemo-elastic verify "$OUT/nested" --nproc "${NPROC:-8}" # as many processes as the run's layout needs
 nemo-elastic report "$OUT"

@@ -20,6 +20,7 @@ from ..problems import Problem, ProblemsError
 from ..runlog import RunLog
 from ..serving_conditions import byte_profile
 from ..space import DEFAULT_FFN_GROUPS, ElasticSpace, Subnet
+from .baselines import Baseline, read_baselines
 
 CONFIG, LOGS, IMPORTANCE, RESULTS = "config.json", "logs", "importance/importance.json", "results.json"
 
@@ -33,6 +34,7 @@ class RunFolder:
         train, validation: log records by step.
         importance: the description that `rank` wrote.
         results: what `verify` or `quickstart` wrote.
+        baselines: models outside the family to compare with.
         missing: key: what is not there; message: what that means and how to get it.
     """
 
@@ -45,6 +47,7 @@ class RunFolder:
     importance: Mapping[str, Any] = field(default_factory=dict)
     results: Mapping[str, Any] = field(default_factory=dict)
     missing: tuple[Problem, ...] = ()
+    baselines: tuple[Baseline, ...] = ()
 
     @property
     def title(self) -> str:
@@ -153,8 +156,11 @@ def read_run(folder: Path) -> RunFolder:
         missing.append(Problem("logs/train.jsonl", "no training step was logged; run `nemo-elastic train`"))
     if not validation:
         missing.append(Problem("logs/validation.jsonl", "no held-out loss was logged; run `nemo-elastic train`"))
+    baselines, wrong = read_baselines(folder)
+    missing += wrong
     run = RunFolder(
         folder=folder,
+        baselines=baselines,
         values=values,
         origins=saved.get("origins") or {},
         config=config,

@@ -6,23 +6,27 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from ..serving_conditions import profile_name
+from .baselines import KINDS
 from .budget_rows import BudgetRow, parent_loss, parent_parameters
 from .drawing import loss_axis, new_figure, short_count, tip
 from .palette import LIGHT, budget_colour, budget_marker
 from .run_folder import RunFolder
 
 GB = 1e9
+MARKS = {"zero_shot": "1", "distilled_alone": "x", "scratch": "+"}
 
 
 def pareto(run: RunFolder, rows: list[BudgetRow]) -> Figure:
     """Every budget twice: hollow before training (zero-shot), full after it; the nested family is one line."""
     with new_figure(3.7) as figure:
         left, right = figure.subplots(1, 2, sharey=True)
-        losses = [v for row in rows for v in (row.before, row.final)]
+        losses = [v for row in rows for v in (row.before, row.final)] + [b.heldout_loss for b in run.baselines]
         for axes in (left, right):
             loss_axis(axes, [*losses, parent_loss(run)])
         _points(left, [(row.parameters, row) for row in rows])
         _points(right, [(row.memory_bytes, row) for row in rows])
+        _baselines(left, run, "parameters")
+        _baselines(right, run, "memory_bytes")
         left.set_title("Held-out loss against parameters")
         left.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short_count(x)))
         left.set_xlabel("parameters")
@@ -37,7 +41,7 @@ def pareto(run: RunFolder, rows: list[BudgetRow]) -> Figure:
         if parent is not None and count is not None:
             (star,) = left.plot(count, parent, "*", markersize=13, color=LIGHT["muted"], zorder=2)
             tip(star, f"parent: {parent:.4f} at {count:,} parameters")
-        _key(left)
+        _key(left, run)
     return figure
 
 
@@ -74,8 +78,19 @@ def _memory_unit(rows: list[BudgetRow]) -> tuple[float, str]:
     return (GB, "GB") if largest >= GB else (1e6, "MB")
 
 
-def _key(axes: Axes) -> None:
-    """What hollow, full and star mean."""
+def _baselines(axes: Axes, run: RunFolder, cost: str) -> None:
+    names = run.budget_names
+    for point in run.baselines:
+        if (x := getattr(point, cost)) is None:
+            continue
+        colour = LIGHT[budget_colour(names.index(point.budget))] if point.budget in names else LIGHT["muted"]
+        (mark,) = axes.plot(x, point.heldout_loss, MARKS[point.kind], color=colour, markersize=9, markeredgewidth=2)
+        mark.set_zorder(5)
+        tip(mark, f"{point.words}: {point.heldout_loss:.4f}" + (f" ({point.note})" if point.note else ""))
+
+
+def _key(axes: Axes, run: RunFolder) -> None:
+    """What hollow, full, star and crosses mean."""
     ink = LIGHT["muted"]
     marks = [
         Line2D([], [], marker="o", linestyle="", color=LIGHT["paper"], markeredgecolor=ink, markeredgewidth=1.8),
@@ -83,4 +98,7 @@ def _key(axes: Axes) -> None:
         Line2D([], [], marker="*", linestyle="", color=ink, markersize=11),
     ]
     words = ["before training (zero-shot)", "after training", "parent"]
+    for kind in dict.fromkeys(point.kind for point in run.baselines):
+        mark = Line2D([], [], marker=MARKS[kind], linestyle="", color=ink, markersize=8, markeredgewidth=2)
+        marks, words = [*marks, mark], [*words, f"{KINDS[kind]} (outside the family)"]
     axes.legend(marks, words, loc="upper right", fontsize=8.5, labelcolor=ink, handletextpad=0.3)

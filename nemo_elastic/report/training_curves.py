@@ -177,7 +177,7 @@ def router_series(run: RunFolder) -> Iterator[tuple[int, str, Mapping[str, Any]]
     """(step, budget, what was logged of its choice)."""
     for record in run.train:
         for name, entry in record.get("router", {}).items():
-            yield record["step"], name, entry
+            yield record["step"], name, entry if "price" not in entry else {**entry, "lambda": entry["price"]}
 
 
 def router(run: RunFolder) -> Figure:

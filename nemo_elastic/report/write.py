@@ -6,7 +6,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from . import layer_figures, trade_off, training_curves
+from . import layer_figures, router_figures, trade_off, training_curves, width_figures
 from .budget_rows import BudgetRow, budget_rows
 from .csv_files import sheets
 from .drawing import inline_svg, save_png
@@ -57,6 +57,7 @@ def figures(run: RunFolder, rows: list[BudgetRow]) -> Iterator[tuple[str, str, s
         yield "loss", "Loss per budget over tokens", caption, lambda: training_curves.losses(run)
     if any(r.final is not None and (r.parameters is not None or r.memory_bytes is not None) for r in rows):
         caption = "What each budget costs and what it loses. The dotted line is what training won back."
+        caption += " Crosses are models outside the family (baselines.json)." if run.baselines else ""
         yield "pareto", "Quality against cost", caption, lambda: trade_off.pareto(run, rows)
     scores = layer_figures.layer_scores(run)
     if scores and run.architecture:
@@ -64,12 +65,27 @@ def figures(run: RunFolder, rows: list[BudgetRow]) -> Iterator[tuple[str, str, s
             "Each layer's score when the depth ranking last looked at it; below it, the layers that each child keeps."
         )
         yield "layer_importance", "Layer importance", caption, lambda: layer_figures.importance(run, rows)
+    widths = width_figures.width_scores(run)
+    if widths:
+        caption = (
+            "Scores of the units from the largest down, in percent of the largest: mean over layers, and their range. "
+            "Dashed lines: the units that each budget keeps (the mean, where layers differ)."
+        )
+        yield "width_importance", "Width importance", caption, lambda: width_figures.widths(run, rows, widths)
     if any(True for _ in training_curves.router_series(run)):
         caption = (
             "Cost error of the router's most likely choice before it is repaired to fit (the green band is the "
             "tolerance), and the weight that steers it."
         )
         yield "router", "Router", caption, lambda: training_curves.router(run)
+    series = router_figures.probability_series(run)
+    if series:
+        caption = (
+            "Probability of every choice without noise, mean over layers; the strongest tone is the parent's own size, "
+            "lighter tones are smaller sizes."
+        )
+        draw = router_figures.probabilities
+        yield "router_probabilities", "Router probabilities", caption, lambda: draw(run, series)
     if run.architecture and len(run.validation) > 1 and any(r.get("subnets") for r in run.validation):
         caption = "Kept share of the parent per elastic dim: the subnet that would be extracted at each validation."
         yield "choices", "What was chosen over time", caption, lambda: training_curves.choices(run)

@@ -16,6 +16,7 @@ from nemo_elastic.config import load_config
 from nemo_elastic.config.load import leaves
 from nemo_elastic.config.model_fields import architecture_of
 from nemo_elastic.plan import plan
+from nemo_elastic.problems import ProblemsError
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
@@ -180,3 +181,13 @@ def test_the_wheel_carries_the_configurations(tmp_path: Path) -> None:
     where = [sys.executable, "-c", "import nemo_elastic; print(nemo_elastic.__file__)"]
     shown = subprocess.run(where, capture_output=True, text=True, cwd=elsewhere, env=environment).stdout
     assert shown.startswith(str(installed))
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["gated_linear_unit=true", "position_embedding_type=rope", "add_bias_linear=true", "num_moe_experts=4"],
+)
+def test_what_would_be_counted_wrongly_is_refused(word: str) -> None:
+    with pytest.raises(ProblemsError, match=f"model.{word.partition('=')[0]}: .*not supported"):
+        load_config("tiny_parent.yaml", [f"model.{word}"])
+    load_config("tiny_parent.yaml", ["model.gated_linear_unit=false", "model.position_embedding_type=none"])

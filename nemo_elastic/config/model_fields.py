@@ -25,6 +25,18 @@ REQUIRED = (
     "mamba_state_dim",
     "vocab_size",
 )
+# What the one parameter table describes; another value would be counted, cut and exported wrongly.
+ONLY: dict[str, Any] = {
+    "gated_linear_unit": False,
+    "position_embedding_type": "none",
+    "add_bias_linear": False,
+    "add_qkv_bias": False,
+    "normalization": "RMSNorm",
+    "num_moe_experts": None,
+    "qk_layernorm": False,
+    "multi_latent_attention": False,
+    "mtp_num_layers": None,
+}
 
 
 @lru_cache(maxsize=1)
@@ -41,6 +53,11 @@ def model_problems(model: Any) -> list[Problem]:
         Problem(f"model.{name}", f"is no field of NeMo's SSMConfig{did_you_mean(str(name), known_fields())}")
         for name in model
         if name not in known_fields()
+    ]
+    found += [
+        Problem(f"model.{name}", f"{model[name]!r} is not supported by elastic models yet; only {only!r} is, remove it")
+        for name, only in ONLY.items()
+        if name in model and model[name] != only
     ]
     found += [Problem(f"model.{name}", "is required") for name in REQUIRED if model.get(name) is None]
     if any(p.key in {f"model.{name}" for name in REQUIRED} for p in found):

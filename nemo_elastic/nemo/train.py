@@ -98,7 +98,7 @@ def train(
         settings.lr,
         precision=run.train.precision,
         min_lr=settings.min_lr,
-        schedule=CurriculumRate(plain(stages), plain(settings), run.router.lr),
+        schedule=CurriculumRate(plain(stages), plain(settings), resolve_recipe(run.router).lr),
         weight_decay=settings.weight_decay,
         adam_beta1=settings.betas[0],
         adam_beta2=settings.betas[1],

@@ -137,6 +137,22 @@ def test_a_resumed_run_appends_without_loss_or_repetition(small_runs: Server) ->
         assert one == two, name
 
 
+def test_wandb_without_a_key_is_refused_before_anything_is_paid_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    from nemo_elastic.config import load_config
+    from nemo_elastic.mcore.checks import check_inputs
+    from nemo_elastic.problems import ProblemsError
+
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", "/nowhere")
+    run = load_config("tiny_parent.yaml", ["train.loggers=[wandb]"]).config
+    with pytest.raises(ProblemsError, match=r"train\.loggers: wandb has no API key"):
+        check_inputs(run)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    check_inputs(run)
+
+
 def test_wandb_offline(small_runs: Server) -> None:
     pytest.importorskip("wandb")
     out = small_runs.ranked("wandb")

@@ -27,6 +27,9 @@ def check_inputs(config: RunConfig) -> None:
         if importlib.util.find_spec(name) is None:
             words = f"{name} is not installed here; `pip install {name}`, or leave it out"
             found.append(Problem("train.loggers", words))
+        elif name == "wandb" and not _wandb_can_log():
+            words = "wandb has no API key here; `wandb login`, set WANDB_API_KEY, or WANDB_MODE=offline"
+            found.append(Problem("train.loggers", words))
     if not config.train.stages:
         found.append(Problem("train.stages", "is empty; give at least one stage, e.g. [{steps: 100}]"))
     if not config.elastic.budgets:
@@ -37,6 +40,13 @@ def check_inputs(config: RunConfig) -> None:
         except ProblemsError as error:
             found += error.problems
     raise_if_any(found)
+
+
+def _wandb_can_log() -> bool:
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun") or os.environ.get("WANDB_API_KEY"):
+        return True
+    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    return netrc.is_file() and "wandb" in netrc.read_text(encoding="utf-8", errors="replace")
 
 
 def make_room(out: Path, *, force: bool, resume: bool = False) -> None:

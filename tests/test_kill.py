@@ -1,7 +1,7 @@
 """Kill -9 at ten random moments, also while a checkpoint is being written: the end is bit-equal to a run left alone.
 
 A run is killed, resumed, killed again, ... until it gets to its end; then the next one begins. Odd kills wait until
-NeMo has set the marker of an unfinished checkpoint and strike while the files are written.
+NeMo has set the marker of an unfinished checkpoint and strike while the files are written, even ones while none is.
 """
 
 import contextlib
@@ -30,6 +30,8 @@ def strike(server: Server, out: Path, rng: random.Random, *, while_saving: bool,
         time.sleep(0.005)
     if while_saving:
         time.sleep(rng.uniform(0.0, 0.25))
+    while not while_saving and _alive(pid) and list(folder.glob("*-unfinished")):
+        time.sleep(0.005)  # on a slow machine nearly every moment is one of saving
     hit = "saving" if list(folder.glob("*-unfinished")) else "training" if folder.exists() else "before training"
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)

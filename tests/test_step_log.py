@@ -18,7 +18,9 @@ DUE = [3, 6, 9, 12, 15, 16]
 
 def expected_names() -> set[str]:
     names = {"step/tau", "step/lr", *TIMES, "grad_norm/model", "grad_norm/router"}
-    names |= {f"budget/{b}/{k}" for b in BUDGETS for k in ("kd", "ce", "tokens", "budget_loss", "heldout_loss")}
+    names |= {
+        f"budget/{b}/{k}" for b in BUDGETS for k in ("kd", "ce", "hidden", "tokens", "budget_loss", "heldout_loss")
+    }
     names |= {f"size/{b}/{d}" for b in BUDGETS for d in (*DIMS, "mamba_head_dim", "num_attention_heads")}
     names |= {f"router/{b}/{k}" for b in BUDGETS[1:] for k in ("price", "argmax_error", "error")}
     return names | {f"router/{b}/entropy/{d}" for b in BUDGETS[1:] for d in DIMS}
@@ -83,7 +85,7 @@ def test_the_log_keeps_the_routers_probabilities_and_what_they_mean(small_runs: 
     last = log[16]
     assert last["sizes"]["full"]["hidden_size"] == 48 and last["sizes"]["full"]["num_layers"] == 8
     assert last["sizes"]["small"]["hidden_size"] <= 48 and last["phase"] == "frozen"
-    assert {"kd", "ce", "tokens", "budget_loss"} == set(last["budgets"]["full"])
+    assert {"kd", "ce", "hidden", "tokens", "budget_loss"} == set(last["budgets"]["full"])
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from nemo_elastic.data.blend import spread
 from nemo_elastic.distill.curriculum import total_steps
 from nemo_elastic.family import Family, family_of, parallel_problems
 from nemo_elastic.layout import ParamLayout
+from nemo_elastic.mcore import process_groups
 from nemo_elastic.mcore.elastic.model import refuse_overlap
 from nemo_elastic.mcore.held_checkpoint import HeldCheckpoint
 from nemo_elastic.mcore.parents import sorted_parent
@@ -143,6 +144,7 @@ def train(
     # Megatron's loader unpickles: it is given what was checked.
     with HeldCheckpoint(resume_from) if resume_from else nullcontext() as checked:
         trainer.fit(model, data, ckpt_path=None if checked is None else str(checked))
+    process_groups.barrier()  # the first rank takes the mark of an unfinished checkpoint away last
     callback.catch_up(trainer, model)
     if trainer.global_step < steps:
         saved = f"after step {trainer.global_step} of {steps} and saved {latest_checkpoint(out)}"

@@ -32,8 +32,6 @@ def run(arguments: argparse.Namespace) -> int:
     quiet_libraries(arguments.verbose)
     from ..checkpoint.manifest import HashMismatch, load_manifest
     from ..config import load_config
-    from ..nemo.train import data_module, heldout_batches
-    from ..nemo.verify import verify
 
     manifest = load_manifest(nested)
     stored = dict(manifest.provenance.get("config") or {})
@@ -41,6 +39,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise ProblemsError([Problem(nested, "its manifest holds no run configuration; it was not made by `train`")])
     run_config = load_config(None, overrides(arguments), base=stored).config
     children = _children(Path(nested), child, arguments.budget, list(manifest.subnets), arguments.format)
+    from ..nemo.train import data_module, heldout_batches  # NeMo takes seconds, and says things: not for bad input
+    from ..nemo.verify import verify
+
     batches = heldout_batches(data_module(run_config), run_config)
     how = {"format": arguments.format, "python": arguments.hf_python}
     try:

@@ -33,6 +33,11 @@ class Family:
     def layout(self) -> ParamLayout:
         return ParamLayout(self.architecture, ffn_groups=self.space.ffn_groups)
 
+    @property
+    def learned(self) -> tuple[str, ...]:
+        """Budgets that a router decides: neither the full network nor forced."""
+        return tuple(b.name for b in self.budgets if not b.is_full and b.name not in self.forced)
+
     def budget(self, name: str) -> Budget:
         """The budget of that name.
 

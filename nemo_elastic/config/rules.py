@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from ..problems import Problem, ProblemsError, did_you_mean
 from ..serving_conditions import byte_profile
 from ..space import DIMS
-from .sections import RunConfig, StageConfig
+from .sections import PHASES, RunConfig, StageConfig
 
 ALLOWED = {
     "data.chat.layout": ("padded", "packed"),
@@ -39,7 +39,6 @@ NOT_NEGATIVE = (
     "train.optimizer.warmup_steps", "train.optimizer.weight_decay",
     "train.optimizer.clip_grad", "data.num_workers", "rank.min_attention_layers",
 )  # fmt: skip
-PHASES = ("warmup", "soft", "hard", "frozen")  # of the router, in this order
 LOGGERS = ("tensorboard", "wandb")
 FRACTIONS = (
     "router.warmup_fraction",

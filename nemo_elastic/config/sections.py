@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+PHASES = ("warmup", "soft", "hard", "frozen")  # of the router, in this order
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParentConfig:

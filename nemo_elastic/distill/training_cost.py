@@ -19,14 +19,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ..config.sections import RunConfig, StageConfig
+from ..config.sections import PHASES, RunConfig, StageConfig
 from ..cost import flops, parameters
 from ..family import Family
-from ..router.schedule import Phase, Timeline, resolve_recipe
+from ..router.schedule import Timeline, resolve_recipe
 from ..space import Subnet
 from .curriculum import budget_probabilities, total_steps
 
-PHASES: tuple[Phase, ...] = ("warmup", "soft", "hard", "frozen")
 STATE_BYTES = 8  # Adam's two moments in fp32
 MAIN_BYTES = 4  # the optimizer's own fp32 weights
 

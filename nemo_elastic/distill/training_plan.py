@@ -10,12 +10,11 @@ from itertools import accumulate
 from typing import Any
 
 from ..choices import choice_shapes
-from ..config.sections import RouterConfig, RunConfig
+from ..config.sections import PHASES, RouterConfig, RunConfig
 from ..cost import parameters
 from ..family import Family
 from ..router.schedule import Timeline, resolve_recipe
 from .curriculum import learning_rate, stage_at, tokens_before, total_steps
-from .training_cost import PHASES
 
 EVEN_POINTS = 8  # of the schedules, beside those where something changes
 
@@ -28,7 +27,7 @@ def training_plan(run: RunConfig, family: Family) -> dict[str, Any] | None:
         return None
     config = resolve_recipe(run.router)
     timeline = Timeline.of(config, steps, stages)
-    learned, every = learned_budgets(family), run.train.save_every_steps
+    learned, every = family.learned, run.train.save_every_steps
     return {
         "steps": steps,
         "tokens": tokens_before(stages, steps),
@@ -48,14 +47,9 @@ def training_plan(run: RunConfig, family: Family) -> dict[str, Any] | None:
     }  # fmt: skip
 
 
-def learned_budgets(family: Family) -> tuple[str, ...]:
-    """Budgets that a router decides."""
-    return tuple(b.name for b in family.budgets if not b.is_full and b.name not in family.forced)
-
-
 def router_parameters(family: Family, config: RouterConfig) -> int:
     """Parameters of the router's MLPs, one per dim that has something to choose; 0 when nothing is learned."""
-    budgets, hidden = len(learned_budgets(family)), config.hidden_size
+    budgets, hidden = len(family.learned), config.hidden_size
     if not budgets:
         return 0
     outputs = [rows * choices for rows, choices in choice_shapes(family.space).values()]
@@ -68,7 +62,7 @@ def _trained(run: RunConfig, family: Family, config: RouterConfig) -> list[dict[
         "parameters": parameters(family.layout, family.space.full_subnet()),
         "lr": run.train.optimizer.lr,
     }
-    router = {"what": "router", "parameters": router_parameters(family, config), "lr": run.router.lr}
+    router = {"what": "router", "parameters": router_parameters(family, config), "lr": config.lr}
     return [weights, router] if router["parameters"] else [weights]
 
 

@@ -104,7 +104,7 @@ class Planner:
     @property
     def learned(self) -> tuple[str, ...]:
         """Budgets the router decides."""
-        return learned_budgets(self.family)
+        return self.family.learned
 
     @cached_property
     def uniform(self) -> dict[str, Subnet]:
@@ -231,8 +231,3 @@ class Planner:
         """Take up where a checkpoint left off."""
         self.state.steering.load_state_dict(values["steering"])
         self.state.frozen = {n: self.family.space.subnet_from_dict(s) for n, s in values["frozen"].items()}
-
-
-def learned_budgets(family: Family) -> tuple[str, ...]:
-    """Budgets the router decides: neither the full network nor forced."""
-    return tuple(b.name for b in family.budgets if not b.is_full and b.name not in family.forced)

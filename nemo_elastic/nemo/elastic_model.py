@@ -28,7 +28,7 @@ from nemo_elastic.mcore.family_model import FamilyModel
 from nemo_elastic.mcore.heads import Heads, head_loss, no_hidden
 from nemo_elastic.mcore.parallel import data_parallel_group, stage_ends
 from nemo_elastic.mcore.parents import sorted_parent
-from nemo_elastic.mcore.planner import Planned, learned_budgets
+from nemo_elastic.mcore.planner import Planned
 from nemo_elastic.router.model import Router
 
 
@@ -88,7 +88,7 @@ class ElasticSSMConfig(llm.SSMConfig):
         for module in (model, teacher):
             load_weights(module, parent.reader, family.architecture, ffn_groups=family.space.ffn_groups)
             module.to(dtype=self.params_dtype)
-        names = learned_budgets(family)
+        names = family.learned
         router = Router(family.space, names, run.router, seed=run.train.seed) if names else None
         model.attach(router, teacher)
         return model

@@ -49,7 +49,7 @@ class ElasticCallback(pl.Callback):
     Args:
         run: the configuration.
         planner: makes the plans.
-        out: `metrics.jsonl` goes to `out/logs`.
+        out: records and scalars go to `out/logs`.
         heldout: (tokens, labels) batches for validation per budget.
         guard: measures gradient norms; without one they are not logged.
         progress: called with (step, total, text) after every step on the first rank.
@@ -144,26 +144,21 @@ class ElasticCallback(pl.Callback):
     def state_dict(self) -> dict[str, Any]:
         """Lambdas, pinned subnets, tokens seen per budget."""
         metrics = self.metrics.state_dict()
-        planner, tokens = self.planner.state_dict(), dict(self.tokens)
-        return {"planner": planner, "tokens": tokens, "metrics": metrics, "family": self._family()}
-
-    def _family(self) -> dict[str, Any]:
-        """What a checkpoint means things by: budgets, dims, choices, and the text."""
-        data = {key: value for key, value in plain(self.run.data).items() if key in ("paths", "blend", "chat")}
-        return {"elastic": plain(self.run.elastic), "data": data}
+        planner, tokens, elastic = self.planner.state_dict(), dict(self.tokens), plain(self.run.elastic)
+        return {"planner": planner, "tokens": tokens, "metrics": metrics, "elastic": elastic}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take up where the checkpoint left off.
 
         Raises:
-            ProblemsError: it is of a run with another family or other text.
+            ProblemsError: it is of a run with other dims, choices or budgets: it means other things by them.
         """
-        before, now = state_dict["family"], self._family()
+        before, now = state_dict["elastic"], plain(self.run.elastic)
         words = "differs from what the run began with; set it back, or start anew in another --out"
-        raise_if_any(Problem(key, words) for key in now if before[key] != now[key])
+        raise_if_any(Problem(f"elastic.{key}", words) for key in now if before.get(key) != now[key])
         self.planner.load_state_dict(state_dict["planner"])
         self.tokens.update(state_dict["tokens"])
-        self.metrics.load_state_dict(state_dict.get("metrics", self.metrics.state_dict()))
+        self.metrics.load_state_dict(state_dict["metrics"])
 
     def _log_step(self, trainer: pl.Trainer) -> None:
         done, state, due = trainer.global_step, self.state, self.metrics.is_due(trainer.global_step)

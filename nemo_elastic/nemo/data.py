@@ -159,9 +159,13 @@ class TextDataModule(pl.LightningDataModule, io.IOMixin):
         """Position, and what it is a position in."""
         step = self.trainer.global_step
         consumed = self.data_sampler.compute_consumed_samples(step - self.data_sampler.init_global_step)
-        blend = [[b.path, b.weight] for b in self.blend]
-        position = {"step": step, "consumed_samples": consumed}
-        return {**position, "seed": self.seed, "stages": plain(self.stages), "blend": blend}
+        position = {"step": step, "consumed_samples": consumed, "stages": plain(self.stages)}
+        return {**position, "seed": self.seed, "text": self._text()}
+
+    def _text(self) -> dict[str, Any]:
+        """What samples are drawn from, by the keys of the `data` section."""
+        blend = [[source.path, source.weight] for source in self.blend]
+        return {"paths": list(self.paths), "blend": blend, "chat": plain(self.chat)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Read on after the last consumed sample; the stages to come may differ from those of the checkpoint.
@@ -170,9 +174,10 @@ class TextDataModule(pl.LightningDataModule, io.IOMixin):
             ValueError: the checkpoint was made with another seed, or its steps had other sizes: the position would
                 mean other text.
         """
-        blend = [[b.path, b.weight] for b in self.blend]
-        if state_dict.get("blend", blend) != blend:
-            raise ValueError(f"data.blend differs from the checkpoint's {state_dict['blend']}; keep it or start anew")
+        for key, now in self._text().items():
+            before = state_dict["text"][key]
+            if before != now:
+                raise ValueError(f"data.{key}={now} differs from the checkpoint's {before}; keep it or start anew")
         if state_dict["seed"] != self.seed:
             raise ValueError(
                 f"train.seed={self.seed} differs from the checkpoint's {state_dict['seed']}; a resumed run must keep "

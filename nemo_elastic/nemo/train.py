@@ -190,7 +190,8 @@ def data_module(run: RunConfig) -> TextDataModule:
 
 def heldout_batches(data: TextDataModule, run: RunConfig) -> list[tuple[torch.Tensor, ...]]:
     """(tokens, labels[, mask]) `[micro_batch, s]` of `train.val_samples` windows, spread evenly over held-out text."""
-    samples, size = spread(data.windows("heldout"), run.train.val_samples), run.train.micro_batch_size
+    samples = spread(data.windows("heldout"), run.train.val_samples)
+    size = run.train.stages[-1].micro_batch_size or run.train.micro_batch_size
     return [collate(samples[i : i + size]) for i in range(0, len(samples), size)]
 
 

@@ -127,13 +127,13 @@ class TeacherCache:
         number = stage_at(self.stages, step).index
         if number not in self._open:
             self._open[number] = np.load(self._file(number), mmap_mode="r", allow_pickle=False)
-        at = first - samples_before(self.stages, sum(s.steps for s in self.stages[:number]))
+        at = first - self._begin(number)
         found = torch.from_numpy(np.array(self._open[number][at : at + count]))
         return (found.view(self.dtype) if self.dtype is torch.bfloat16 else found).transpose(0, 1).contiguous()
 
     def _run(self, teacher: nn.Module, number: int, batch: range, read_tokens: ReadTokens) -> Tensor | None:
         """Final hidden states `[s, b, h]` on the rank that writes them."""
-        stage, first = self.stages[number], sum(s.steps * s.global_batch_size for s in self.stages[:number])
+        stage, first = self.stages[number], self._begin(number)
         device, found = next(teacher.parameters()).device, []
 
         def forward_step(iterator: Iterator[range], model: nn.Module) -> tuple[Any, Callable]:
@@ -170,6 +170,10 @@ class TeacherCache:
     def _shape(self, number: int) -> tuple[int, int, int]:
         stage = self.stages[number]
         return stage.steps * stage.global_batch_size, stage.seq_length, self.hidden_size
+
+    def _begin(self, number: int) -> int:
+        """The first sample of a stage."""
+        return samples_before(self.stages, sum(stage.steps for stage in self.stages[:number]))
 
     def _file(self, number: int) -> Path:
         return self.folder / f"stage-{number}.npy"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from nemo_elastic.mcore.parents import sorted_parent
 from nemo_elastic.mcore.process_groups import rank
 from nemo_elastic.mcore.teacher_cache import TeacherCache
 from nemo_elastic.nemo.data import TextDataModule
+from nemo_elastic.problems import Problem, raise_if_any
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +51,16 @@ class CachedTeacher:
             dtype=dtype,
             identity=identity,
         )
-        self.cache.is_whole  # noqa: B018 - refuses another run's folder before anything is built
+        if not self.cache.is_whole:  # refuses another run's folder, before anything is built
+            self._check_room()
+
+    def _check_room(self) -> None:
+        """A memory-mapped file that finds the disk full kills the process without a word."""
+        folder = next(p for p in (self.cache.folder, *self.cache.folder.resolve().parents) if p.is_dir())
+        free = shutil.disk_usage(folder).free
+        if free < self.cache.nbytes:
+            words = f"needs {self.cache.nbytes / 1e9:.1f} GB, {folder} has {free / 1e9:.1f}; name another disk"
+            raise_if_any([Problem("distill.teacher_cache", words)])
 
     def prepare(self, model: FamilyModel) -> None:
         """Every process calls it, before the first step."""

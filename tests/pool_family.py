@@ -23,7 +23,7 @@ from nemo_elastic.mcore.elastic.spec import elastic_stack_spec
 from nemo_elastic.mcore.evaluate import heldout_loss
 from nemo_elastic.mcore.family_model import FamilyModel
 from nemo_elastic.mcore.parallel import broadcast_from_last_stage, data_parallel_rank_and_size, stage_ends
-from nemo_elastic.mcore.planner import Planner, learned_budgets
+from nemo_elastic.mcore.planner import Planner
 from nemo_elastic.mcore.teacher_cache import TeacherCache
 from nemo_elastic.nemo.elastic_model import ElasticLossReduction
 from nemo_elastic.nemo.train import decays_not, is_router
@@ -79,7 +79,7 @@ def build(run: RunConfig, dtype: torch.dtype, tied: bool, **more: Any) -> tuple[
     for module, seed in ((model, 0), (teacher, 1)):
         load_weights(module, random_weights(arch, dtype, seed), arch, ffn_groups=FFN_GROUPS)
         module.to(dtype)
-    model.attach(Router(family.space, learned_budgets(family), run.router, seed=3), teacher)
+    model.attach(Router(family.space, family.learned, run.router, seed=3), teacher)
     planner = Planner(family, run.router, layout, timeline=Timeline(1, 3, 5, 6), seed=run.train.seed)
     return model, planner
 
@@ -250,3 +250,15 @@ def evaluated_twice() -> list[dict[str, Any]]:
         }
         found.append({"subnets": subnets, "losses": losses})
     return found
+
+
+def pinned_and_released() -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a frozen phase at step 0 would extract, and the pins after a step that is not frozen any more."""
+    model, planner = build(run_config(), torch.float32, False)
+    planner.timeline = Timeline(0, 0, 0, 6)
+    found = planner.current_subnets(model.policy, 0)
+    planner.begin_step(model.policy, 0)
+    assert planner.state.frozen == {name: found[name] for name in planner.learned}
+    planner.timeline = Timeline(0, 0, 12, 20)
+    planner.begin_step(model.policy, 6)
+    return found, dict(planner.state.frozen)

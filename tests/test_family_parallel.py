@@ -96,6 +96,12 @@ def test_evaluation_has_nothing_random(one_rank: None) -> None:
     assert len({loss for losses in first["losses"].values() for loss in losses.values()}) > 4
 
 
+def test_a_longer_run_chooses_again_and_a_frozen_start_has_choices(one_rank: None) -> None:
+    first, again = pool_family.pinned_and_released()
+    assert set(first) == {"full", "large", "small"}  # before any step
+    assert again == {}  # pins of a run that was made longer
+
+
 def test_fused_is_logits(one_rank: None) -> None:
     kind = {"loss": "reverse_kl", "ce_weight": 0.3}
     fused = pool_family.train_steps(distill=kind)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..problems import Problem, ProblemsError, raise_if_any
-from .arguments import configuration, folders, overrides, verb_parser
+from .arguments import configuration, folders, is_override, overrides, verb_parser
 
 EXAMPLES = """examples:
   nemo-elastic plan --config conf/nemotron_nano_12b_v2.yaml
@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _misplaced(arguments: argparse.Namespace) -> list[Problem]:
-    nested = not arguments.config and any("=" not in word for word in arguments.words)
+    nested = not arguments.config and any(not is_override(word) for word in arguments.words)
     found = [Problem(f"--{name}", "is for `plan NESTED`; budgets of a configuration are in elastic.budgets")
              for name in ("budget", "output") if getattr(arguments, name) and not nested]  # fmt: skip
     found += [Problem(f"--{name}", "is for `plan --config`, not for a nested checkpoint")

@@ -66,9 +66,7 @@ class FiniteGuard(pl.Callback):
         rank, size = data_parallel_rank_and_size()
         cases = []
         for i, batch in enumerate(self.batches):
-            planned = batch["elastic"]
-            for one in planned if isinstance(planned, list | tuple) else (planned,):
-                cases.append((i * size + rank, one.budget, batch, one.plan))
+            cases += [(i * size + rank, one.budget, batch, one.plan) for one in batch["elastic"]]
         bad = first_bad_output(pl_module.module, cases, self.shape)
         if bad is not None:
             weights = f"; its {', '.join(bad.weights)} is not finite" if bad.weights else ""

@@ -185,7 +185,7 @@ def router(run: RunFolder) -> Figure:
     clock, names = Clock(run), run.budget_names
     panels = (
         ("argmax_error", "Cost of the router's choice against its budget", 100.0, "%+.3g%%"),
-        ("lambda", "Weight of the budget loss (lambda)", 1.0, "%.3g"),
+        ("lambda", "Price of a budget (weight of its cost error)", 1.0, "%.3g"),
     )
     with new_figure(4.4) as figure:
         rows = figure.subplots(2, 1, sharex=True)

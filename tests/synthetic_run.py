@@ -50,6 +50,7 @@ def train_record(step: int) -> dict[str, Any]:
         name: {
             "kd": (heldout(name, step) - PARENT_LOSS) * (1 + 0.08 * math.sin(7 * step)) + 0.002,
             "ce": heldout(name, step) + 0.1,
+            "hidden": 0.0,
             "tokens": tokens,
             "budget_loss": 0.5 * math.exp(-step / 80) if name != "full" else 0.0,
         }
@@ -66,7 +67,7 @@ def train_record(step: int) -> dict[str, Any]:
     if phase in ("soft", "hard"):
         record["router"] = {
             name: {
-                "lambda": 5 * (1 + 0.004 * (step - 60) * k),
+                "price": 5 * (1 + 0.004 * (step - 60) * k),
                 "argmax_error": 0.25 * k * math.exp(-(step - 60) / 40) * math.cos((step - 60) / 17),
                 "error": -0.002 * k,
                 **({"probabilities": probabilities(step, k)} if step % 10 == 0 else {}),

@@ -69,19 +69,19 @@ def _validation(run: RunFolder) -> Sheet:
 
 
 def _train(run: RunFolder) -> Sheet:
-    clock, keys = Clock(run), ("kd", "ce", "tokens", "budget_loss")
+    clock, keys = Clock(run), ("kd", "ce", "hidden", "tokens", "budget_loss")
     shared = ("tau", "lr", "seconds")
     body = [
         (r["step"], clock(r["step"]), r.get("phase"), name, *(b.get(k) for k in keys), *(r.get(k) for k in shared))
         for r in run.train
         for name, b in r.get("budgets", {}).items()
     ]
-    columns = ("step", "tokens", "phase", "budget", "kd", "ce", "tokens_of_step", "budget_loss", *shared)
+    columns = ("step", "tokens", "phase", "budget", "kd", "ce", "hidden", "tokens_of_step", "budget_loss", *shared)
     return Sheet("train", columns, tuple(body))
 
 
 def _router(run: RunFolder) -> Sheet:
-    keys = ("argmax_error", "error", "lambda")
+    keys = ("argmax_error", "error", "price")
     body = [(step, name, *(entry.get(k) for k in keys)) for step, name, entry in router_series(run)]
     return Sheet("router", ("step", "budget", *keys), tuple(body))
 

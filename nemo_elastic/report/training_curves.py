@@ -177,15 +177,15 @@ def router_series(run: RunFolder) -> Iterator[tuple[int, str, Mapping[str, Any]]
     """(step, budget, what was logged of its choice)."""
     for record in run.train:
         for name, entry in record.get("router", {}).items():
-            yield record["step"], name, entry if "price" not in entry else {**entry, "lambda": entry["price"]}
+            yield record["step"], name, entry
 
 
 def router(run: RunFolder) -> Figure:
-    """Relative cost error of the router's own choice, and the weight of the budget loss."""
+    """Relative cost error of the router's own choice, and its price."""
     clock, names = Clock(run), run.budget_names
     panels = (
         ("argmax_error", "Cost of the router's choice against its budget", 100.0, "%+.3g%%"),
-        ("lambda", "Price of a budget (weight of its cost error)", 1.0, "%.3g"),
+        ("price", "Price of a budget (weight of its cost error)", 1.0, "%.3g"),
     )
     with new_figure(4.4) as figure:
         rows = figure.subplots(2, 1, sharex=True)

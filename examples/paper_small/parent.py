@@ -2,8 +2,9 @@
 
     python examples/paper_small/parent.py --out runs/paper_small
 
-writes OUT/data/problems.jsonl, OUT/data/tokenizer.json and OUT/parent (what `parent.path` takes). What is there already
-is not made again; an interrupted training goes on from its newest checkpoint.
+writes OUT/data/problems.jsonl, OUT/data/tokenizer.json, OUT/initial (weights that nothing has trained, for the children
+from scratch) and OUT/parent; the last two are what `parent.path` takes. What is there already is not made again; an
+interrupted training goes on from its newest checkpoint.
 """
 
 from __future__ import annotations
@@ -17,9 +18,6 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from problems import training_file
 
 from nemo_elastic.nemo import cpu
@@ -48,6 +46,18 @@ def prepare(folder: Path) -> None:
         train_bpe(texts + corpus, OmegaConf.load(CONFIG).model.vocab_size).save(str(folder / "tokenizer.json"))
 
 
+def save_initial(folder: Path, sizes: dict[str, Any], seed: int) -> None:
+    """A model as Megatron initialises it."""
+    from nemo_elastic.config.model_fields import architecture_of
+    from nemo_elastic.mcore.build import build_plain_model
+    from nemo_elastic.mcore.process_groups import start
+    from nemo_elastic.nemo.tiny_parent import save_parent
+
+    start(seed=seed)
+    torch.manual_seed(seed)
+    save_parent(folder, build_plain_model(architecture_of(sizes)), sizes, {"steps": 0, "seed": seed})
+
+
 def main() -> None:
     """Prepare, train, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -56,11 +66,19 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--initial", action="store_true", help="data and OUT/initial only")
     args = parser.parse_args()
     prepare(args.out / "data")
-    if (args.out / "parent" / "config.json").is_file():
-        return
+    sizes = OmegaConf.to_container(OmegaConf.load(CONFIG).model)
     cpu.install()  # before the modules below, which build on a settled platform
+    if not (args.out / "initial" / "config.json").is_file():
+        save_initial(args.out / "initial", sizes, args.seed)
+    if not args.initial and not (args.out / "parent" / "config.json").is_file():
+        train(args, sizes)
+
+
+def train(args: argparse.Namespace, sizes: dict[str, Any]) -> None:
+    """The parent."""
 
     from nemo_elastic.nemo.data import TextDataModule
     from nemo_elastic.nemo.pretrain import PretrainConfig, pretrain
@@ -69,7 +87,6 @@ def main() -> None:
     from nemo_elastic.nemo.trainer import plain_model_config
 
     torch.set_num_threads(args.threads)
-    sizes = OmegaConf.to_container(OmegaConf.load(CONFIG).model)
     data = TextDataModule(
         load_tokenizer(str(args.out / "data" / "tokenizer.json")),
         seq_length=sizes["seq_length"],

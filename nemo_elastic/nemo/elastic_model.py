@@ -64,7 +64,7 @@ class ElasticSSMConfig(llm.SSMConfig):
     def configure_model(
         self, tokenizer: Any, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: Any = None
     ) -> FamilyModel:
-        """Student at the parent's size with the sorted parent's weights, its router, and the teacher if the loss has one."""
+        """Student of the parent's size with the sorted weights, its router, and the teacher if the loss has one."""
         run = self.run_config()
         parent = sorted_parent(self.sorted_parent)
         family = family_of(run, parent.depth_ranking)

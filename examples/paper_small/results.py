@@ -1,0 +1,271 @@
+"""docs/results.md and its figures from the runs' files: every number on that page comes through here.
+
+python examples/paper_small/results.py [--results FOLDER] [--docs FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import figures
+import jinja2
+from runs import BUDGETS, FOUR, RUNS, SCRATCH_STEPS, STEPS
+
+from nemo_elastic.files import write_text
+
+HERE = Path(__file__).resolve().parent
+CHILDREN = ("large", "small")
+Result = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Results:
+    """Every run's file by (name, seed), and the parent's score."""
+
+    runs: Mapping[tuple[str, int], Result]
+    parent: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path) -> Results:
+        """All `NAME-SEED.json` of a folder, and `parent.json`."""
+        found = {}
+        for path in sorted(folder.glob("*-*.json")):
+            run = json.loads(path.read_text(encoding="utf-8"))
+            found[run["name"], run["seed"]] = run
+        return cls(found, json.loads((folder / "parent.json").read_text(encoding="utf-8"))["parent"])
+
+    def seeds(self, *names: str) -> list[int]:
+        """Seeds that all of these runs have."""
+        sets = [{seed for name, seed in self.runs if name == wanted} for wanted in names]
+        return sorted(set.intersection(*sets)) if sets else []
+
+    def loss(self, name: str, seed: int, budget: str) -> float:
+        """Held-out loss at the end, of the big set of windows."""
+        return self.runs[name, seed]["score"][budget]["heldout_loss"]
+
+    def losses(self, name: str, budget: str, seeds: Iterable[int]) -> list[float]:
+        """Of several seeds."""
+        return [self.loss(name, seed, budget) for seed in seeds]
+
+    def solved(self, name: str, seed: int, budget: str) -> float:
+        """Share of problems solved."""
+        return self.runs[name, seed]["score"][budget]["solved"]
+
+
+def spread(values: Sequence[float], form: str = ".4f") -> str:
+    """Mean and, of several values, their standard deviation."""
+    if not values:
+        return "–"
+    mean = format(statistics.fmean(values), form)
+    return mean if len(values) == 1 else f"{mean} ± {format(statistics.stdev(values), form.lstrip('+'))}"
+
+
+def relative(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    """Mean and standard deviation of ours / theirs - 1, pair by pair."""
+    return spread([a / b - 1 for a, b in zip(ours, theirs, strict=True)], "+.2%") if ours else "–"
+
+
+def tokens_to(curve: Sequence[Mapping[str, Any]], budget: str, target: float) -> float | None:
+    """Tokens of that budget after which its loss first is `target`, between two validations on a line; None: never."""
+    before: tuple[float, float] | None = None
+    for point in curve:
+        tokens, loss = point["tokens"][budget], point["losses"][budget]
+        if loss <= target:
+            if before is None or before[1] == loss:
+                return float(tokens)
+            share = (before[1] - target) / (before[1] - loss)
+            return before[0] + share * (tokens - before[0])
+        before = (tokens, loss)
+    return None
+
+
+def ratio(found: Sequence[float | None], limit: str) -> str:
+    """Ratios over seeds; what never got there is at least `limit`."""
+    reached = [r for r in found if r is not None]
+    if not found:
+        return "–"
+    return spread(reached, ".1f") if len(reached) == len(found) else f"more than {limit}"
+
+
+def headline(results: Results) -> list[dict[str, str]]:
+    """A row per child: before, the family's, alone, whole, scratch, and how they compare."""
+    rows = []
+    for child in CHILDREN:
+        row = {"child": child}
+        seeds = results.seeds("family")
+        first = [results.runs["family", s] for s in seeds]
+        row["share"] = spread([100 * r["parameters"][child] / r["parameters"]["full"] for r in first], ".1f")
+        row["before"] = spread([r["curve"][0]["losses"][child] for r in first], ".3f")
+        row["family"] = spread(results.losses("family", child, seeds))
+        row["solved"] = spread([results.solved("family", s, child) for s in seeds], ".1%")
+        for kind in ("alone", "whole", "scratch"):
+            both = results.seeds("family", f"{kind}-{child}")
+            other = results.losses(f"{kind}-{child}", child, both)
+            row[kind], row[f"over_{kind}"] = spread(other), relative(results.losses("family", child, both), other)
+            row[f"{kind}_solved"] = spread([results.solved(f"{kind}-{child}", s, child) for s in both], ".1%")
+        rows.append(row)
+    return rows
+
+
+def full_row(results: Results) -> dict[str, str]:
+    """The full member against its own parent."""
+    seeds = results.seeds("family")
+    ours, parent = results.losses("family", "full", seeds), results.parent["heldout_loss"]
+    return {
+        "parent": f"{parent:.4f}",
+        "parent_solved": f"{results.parent['solved']:.1%}",
+        "full": spread(ours),
+        "solved": spread([results.solved("family", s, "full") for s in seeds], ".1%"),
+        "over": relative(ours, [parent] * len(ours)),
+    }
+
+
+def equal_loss(results: Results) -> list[dict[str, str]]:
+    """Tokens that a child alone or from scratch needs for the loss of the family's child, over the family's for it."""
+    rows = []
+    for child in CHILDREN:
+        row = {"child": child}
+        for kind in ("whole", "scratch"):
+            found, limits = [], []
+            for seed in results.seeds("family", f"{kind}-{child}"):
+                own = results.runs["family", seed]["curve"][-1]
+                curve = results.runs[f"{kind}-{child}", seed]["curve"]
+                needed = tokens_to(curve, child, own["losses"][child])
+                found.append(None if needed is None else needed / own["tokens"][child])
+                limits.append(curve[-1]["tokens"][child] / own["tokens"][child])
+            row[kind] = ratio(found, f"{min(limits):.1f}" if limits else "")
+        rows.append(row)
+    return rows
+
+
+def family_ratio(results: Results, family: str, children: Sequence[str]) -> dict[str, str]:
+    """Tokens of children trained one by one to the family's losses, over all tokens of the family."""
+    found: list[float | None] = []
+    for seed in results.seeds(family, *(f"whole-{c}" for c in children)):
+        own = results.runs[family, seed]["curve"][-1]
+        curves = {c: results.runs[f"whole-{c}", seed]["curve"] for c in children}
+        needed = [tokens_to(curve, c, own["losses"][c]) for c, curve in curves.items()]
+        # what a child does not reach in its run counts as the whole run: the ratio is then a lower bound
+        spent = [n if n is not None else curves[c][-1]["tokens"][c] for n, c in zip(needed, curves, strict=True)]
+        found.append(sum(spent) / sum(own["tokens"].values()))
+    return {"children": str(len(children)), "ratio": spread([f for f in found if f is not None], ".2f")}
+
+
+def group_rows(results: Results, group: str, budgets: Sequence[str], beside: Sequence[str] = ()) -> list[dict]:
+    """A row per run of a group that has a file (first seed), in the order of `runs.py`; `beside` come first."""
+    rows = []
+    for name in (*beside, *(n for n, run in RUNS.items() if run.group == group)):
+        seeds = results.seeds(name)
+        if not seeds:
+            continue
+        run = results.runs[name, seeds[0]]
+        row = {"name": name, "what": RUNS[name].what, "seed": str(seeds[0]), "cpu": f"{run['curve'][-1]['cpu']:.0f}"}
+        for budget in budgets:
+            row[budget] = f"{run['score'][budget]['heldout_loss']:.4f}" if budget in run["score"] else "–"
+            row[f"{budget}_solved"] = f"{run['score'][budget]['solved']:.1%}" if budget in run["score"] else "–"
+            row[f"{budget}_before"] = f"{run['curve'][0]['losses'][budget]:.3f}" if budget in run["score"] else "–"
+        rows.append(row)
+    return rows
+
+
+def by_class(results: Results) -> list[dict[str, str]]:
+    """Solved by kind and size: parent, family's members, each child alone and from scratch, means over seeds."""
+    columns = [("family", b) for b in BUDGETS]
+    columns += [(f"{kind}-{child}", child) for kind in ("alone", "scratch") for child in CHILDREN]
+    rows = []
+    for name in results.parent["problems"]:
+        row = {"class": name, "parent": share(results.parent["problems"][name])}
+        for run, budget in columns:
+            found = [results.runs[run, s]["score"][budget]["problems"][name] for s in results.seeds(run)]
+            total = {key: sum(f[key] for f in found) for key in ("solved", "count")}
+            row[f"{run}/{budget}"] = share(total) if found else "–"
+        rows.append(row)
+    return rows
+
+
+def share(row: Mapping[str, int]) -> str:
+    """Solved of count."""
+    return f"{row['solved'] / row['count']:.0%}"
+
+
+def cpu_to_reach(results: Results) -> list[dict[str, str]]:
+    """CPU time of the ways to run a subnet: per step, and until the masked run's final losses are reached."""
+    rows = []
+    masked = next((results.runs["speed-masked", s] for s in results.seeds("speed-masked")), None)
+    for name in ("shapes-own", "speed-masked", "family", "speed-soft"):
+        seeds = results.seeds(name)
+        if not seeds or masked is None:
+            continue
+        curve = results.runs[name, masked["seed"]]["curve"] if (name, masked["seed"]) in results.runs else None
+        if curve is None:
+            continue
+        row = {"name": name, "what": RUNS[name].what, "total": f"{curve[-1]['cpu']:.0f}"}
+        row["of_masked"] = f"{curve[-1]['cpu'] / masked['curve'][-1]['cpu']:.2f}"
+        for child in CHILDREN:
+            row[child] = f"{curve[-1]['losses'][child]:.4f}"
+        rows.append(row)
+    return rows
+
+
+def machines(results: Results) -> list[str]:
+    """Where the runs were done, and how loaded it was."""
+    loads = defaultdict(list)
+    for run in results.runs.values():
+        machine = run["machine"]
+        loads[f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}"].append(run["load_before"])
+    return [
+        f"{name}: {len(v)} runs, load average {min(v):.1f} to {max(v):.1f} when they began" for name, v in loads.items()
+    ]
+
+
+def page(results: Results) -> str:
+    """The Markdown."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE), trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    template = environment.get_template("results.md.j2")
+    return template.render(
+        steps=sum(STEPS),
+        stages=STEPS,
+        scratch_steps=SCRATCH_STEPS,
+        seeds=results.seeds("family"),
+        headline=headline(results),
+        full=full_row(results),
+        equal=equal_loss(results),
+        families=[
+            family_ratio(results, "family", CHILDREN),
+            family_ratio(results, "four", [b for b in FOUR if b != "full"]),
+        ],
+        classes=by_class(results),
+        shapes=group_rows(results, "shapes", tuple(BUDGETS), ("family",)),
+        depth=group_rows(results, "depth", ("shallow",)),
+        mamba=group_rows(results, "mamba", ("half",)),
+        curricula=group_rows(results, "stages", tuple(BUDGETS), ("family",)),
+        tries=group_rows(results, "tries", tuple(BUDGETS), ("family",)),
+        four=group_rows(results, "four", tuple(FOUR)),
+        speed=cpu_to_reach(results),
+        machines=machines(results),
+        count=len(results.runs),
+    )
+
+
+def main() -> None:
+    """Page and figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--docs", type=Path, default=HERE.parents[1] / "docs")
+    args = parser.parse_args()
+    results = Results.read(args.results)
+    write_text(args.docs / "results.md", page(results))
+    figures.write(results, args.docs / "results")
+
+
+if __name__ == "__main__":
+    main()

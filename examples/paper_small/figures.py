@@ -55,13 +55,13 @@ def tokens(results: Any) -> Any:
         for kind, label in LABELS.items():
             name = "family" if kind == "family" else f"{kind}-{child}"
             for number, (x, y) in enumerate(_curves(results, name, child, "tokens")):
-                axis.plot([max(v, 1) for v in x], y, color=COLOURS[kind], lw=1.2, marker="o", ms=2.5,
+                axis.plot(x[1:], y[1:], color=COLOURS[kind], lw=1.2, marker="o", ms=2.5,
                           label=label if number == 0 else None)  # fmt: skip
         axis.axhline(_parent_on_curve(results), color="black", lw=0.8, ls=":", label="parent")
         axis.set(
             title=f"{child}: {BUDGETS[child]:.0%} of the parameters",
             xlabel="thousand tokens of this child",
-            xscale="symlog",
+            xscale="log",
         )
         axis.set_ylim(top=3.0)
     axes[0].set_ylabel("held-out loss, nats per token")
@@ -98,14 +98,12 @@ def solved(results: Any) -> Any:
     """Solved problems by kind and size."""
     classes = list(results.parent["problems"])
     members = [("parent", None, "parent"), *((f"family {b}", "family", b) for b in BUDGETS)]
-    members += [(f"{c} alone", f"alone-{c}", c) for c in CHILDREN] + [
-        (f"{c} scratch", f"scratch-{c}", c) for c in CHILDREN
-    ]
+    members += [(f"{c} {kind}", f"{kind}-{c}", c) for kind in ("alone", "scratch") for c in CHILDREN]
     rows = []
     for label, run, budget in members:
-        scores = (
-            [results.parent] if run is None else [results.runs[run, s]["score"][budget] for s in results.seeds(run)]
-        )
+        scores = [results.parent]
+        if run is not None:
+            scores = [results.runs[run, seed]["score"][budget] for seed in results.seeds(run)]
         if scores:
             rows.append((label, [_share([s["problems"][c] for s in scores]) for c in classes]))
     figure, axis = plt.subplots(figsize=(9, 0.36 * len(rows) + 1.3), layout="constrained")
@@ -115,9 +113,8 @@ def solved(results: Any) -> Any:
     axis.set_yticks(range(len(rows)), [label for label, _ in rows])
     for y, (_, values) in enumerate(rows):
         for x, value in enumerate(values):
-            axis.text(
-                x, y, f"{value:.0%}", ha="center", va="center", fontsize=8, color="black" if value > 0.55 else "white"
-            )
+            colour = "black" if value > 0.55 else "white"
+            axis.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize=8, color=colour)
     figure.colorbar(image, ax=axis, label="solved")
     return figure
 
@@ -133,11 +130,8 @@ def tries(results: Any) -> Any:
     if not names:
         return None
     figure, axis = plt.subplots(figsize=(8, 0.34 * len(names) + 1.2), layout="constrained")
-    for budget, (colour, mark) in {
-        "full": ("#000000", "s"),
-        "large": ("#0072b2", "o"),
-        "small": ("#d55e00", "^"),
-    }.items():
+    marks = {"full": ("#000000", "s"), "large": ("#0072b2", "o"), "small": ("#d55e00", "^")}
+    for budget, (colour, mark) in marks.items():
         places = []
         for name in names:
             seed = results.seeds(name, "family")[0]

@@ -50,7 +50,8 @@ class Series:
     def command(self, script: str, *words: str) -> None:
         """One of the scripts here, or `nemo_elastic`, in a process of its own with one thread."""
         start = ["-m", "nemo_elastic"] if script == "nemo_elastic" else [str(HERE / f"{script}.py")]
-        environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        own = {"PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        environment = os.environ | own
         command = [sys.executable, *start, *words]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:

@@ -30,6 +30,7 @@ from nemo_elastic.importance.store import Importance
 from nemo_elastic.layout import ParamLayout
 from nemo_elastic.mcore import process_groups
 from nemo_elastic.mcore.build import build_elastic_model, load_weights
+from nemo_elastic.mcore.checks import is_ranked
 from nemo_elastic.mcore.dist_checkpoint import TorchDistReader
 from nemo_elastic.mcore.elastic.plan import hard_plan
 from nemo_elastic.mcore.evaluate import heldout_loss
@@ -81,7 +82,7 @@ class Run:
     def importance(self, *, resume: bool = False) -> Importance:
         """Measured importance, from disk when it is there."""
         family = family_of(self.config)
-        if (self.out / "importance" / "importance.json").is_file():
+        if is_ranked(self.out):
             found = Importance.load(self.out / "importance", family.architecture)
             measured = found.provenance.get("source", {}).get("parent")
             if measured != self.config.parent.path:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
 
 SAID = (2, 143)  # bad input, stopped: the first rank has written one message
@@ -14,6 +15,7 @@ SAID = (2, 143)  # bad input, stopped: the first rank has written one message
 
 def main(words: Sequence[str]) -> int:
     """Start the workers; their exit code where they explained it, else torchrun's own error."""
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of torch about its own imports
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 

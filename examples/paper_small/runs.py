@@ -13,7 +13,7 @@ from typing import Any
 
 SHORT = {"seq_length": 128, "global_batch_size": 16}
 LONG = {"seq_length": 256, "global_batch_size": 8}
-STEPS = (200, 100)  # short, then long
+STEPS = (160, 80)  # short, then long
 WEIGHTS = {"full": 0.5, "large": 0.3, "small": 0.2}  # of the second stage, the paper's
 BUDGETS = {"full": 1.0, "large": 0.75, "small": 0.5}
 FOUR = {"full": 1.0, "b875": 0.875, "large": 0.75, "b625": 0.625, "small": 0.5}

@@ -69,11 +69,10 @@ def run_once(base: Path, folder: Path, words: list[str]) -> dict[str, Any]:
     return {"steps": len(steps), "spent": spent, "whole": whole, "tokens": last["tokens"], "subnets": last["subnets"]}
 
 
-def predicted_flops(base: Path, words: list[str], subnets: Subnets) -> float:
+def predicted_flops(words: list[str], subnets: Subnets) -> float:
     """FLOPs of a run's training steps, before it runs."""
     run = load_config(CONFIG, words).config
-    importance = json.loads((base / "importance" / "importance.json").read_text(encoding="utf-8"))
-    family = family_of(run, tuple(importance["depth_ranking"]))
+    family = family_of(run)  # which layers a depth drops changes no count: the subnets name theirs
     chosen = {name: family.space.subnet_from_dict(subnet) for name, subnet in subnets.items()}
     return training_cost(run, family, chosen)["flops"]["total"]
 
@@ -92,7 +91,7 @@ def measure(out: Path, names: list[str], steps: int, repetitions: int, quick: bo
             f"{what}_s": round(statistics.median(getattr(t[key], what.removeprefix("process_")) for t in times), 3)
             for key, what in (("spent", "cpu"), ("spent", "wall"), ("whole", "process_cpu"), ("whole", "process_wall"))
         }
-        flops = predicted_flops(base, words_of(name, steps, subnets), subnets)
+        flops = predicted_flops(words_of(name, steps, subnets), subnets)
         runs[name] = {"steps": times[0]["steps"], "tokens": times[0]["tokens"], **middle, "flops": flops}
     return {"subnets": subnets, "runs": runs}
 

@@ -75,7 +75,7 @@ def written(value: float, unit: str) -> str:
     """`0.041`, `0.6 %`, `35.1 ms`."""
     if unit == "%":
         return f"{100 * value:.2g} %"
-    number = f"{value:.3f}" if value < 0.1 or 0.99 < value < 1.03 else f"{value:.2f}" if value < 10 else f"{value:.0f}"
+    number = f"{value:.3f}" if value < 0.1 or 0.99 < value < 1.02 else f"{value:.2f}" if value < 10 else f"{value:.0f}"
     return number if unit == "x" else f"{number} {unit}"
 
 
@@ -149,10 +149,10 @@ MEASURES = (
     Measure("router_budgets", "error before repair", of_recipe("before"), "limits.before", unit="%"),
     Measure("router_budgets", "error after repair", of_recipe("after"), "limits.after", unit="%"),
     Measure("router_against_uniform", "loss, router / uniform", router_over_uniform),
-    Measure("family_cost", "CPU time / each alone, routed", "ratios.family.cpu"),
-    Measure("family_cost", "fixed subnets", "ratios.family_fixed.cpu"),
-    Measure("family_cost", "shared teacher", "ratios.family_shared.cpu"),
-    Measure("family_cost", "the three by FLOPs", "ratios.*.flops"),
+    Measure("family_cost", "CPU, routed / each alone", "ratios.family.cpu"),
+    Measure("family_cost", "CPU, fixed subnets / alone", "ratios.family_fixed.cpu"),
+    Measure("family_cost", "CPU, shared teacher / alone", "ratios.family_shared.cpu"),
+    Measure("family_cost", "FLOPs, the three / alone", "ratios.*.flops"),
     Measure("serving", "memory / parent", "memory_ratio_to_parent", "goals.memory_ratio_to_parent"),
     Measure("serving", "switch with its first token", "switch_ms", "goals.switch_ms", unit="ms"),
     Measure("serving", "decoding, compact / views", compact_over_views),

@@ -139,3 +139,17 @@ def test_a_missed_limit_is_an_exit_code(
     assert harness.finish(arguments, {"met": met}) == code
     written = json.loads(output.read_text())
     assert (written["benchmark"], written["quick"], written["repetitions"]) == ("some", quick, 1 if quick else 5)
+
+
+def test_a_family_in_fixed_subnets_costs_what_its_budgets_cost_alone() -> None:
+    from nemo_elastic.config import load_config
+    from nemo_elastic.plan import plan
+
+    family_cost = __import__("family_cost")
+    subnets = {row["name"]: row["subnet"] for row in plan(load_config("tiny_parent.yaml").config)["budgets"]}
+    names = [*family_cost.FAMILIES, *(f"alone-{name}" for name in family_cost.BUDGETS)]
+    words = {name: family_cost.words_of(name, 36, subnets) for name in names}
+    flops = {name: family_cost.predicted_flops(words[name], subnets) for name in names}
+    alone = sum(value for name, value in flops.items() if name.startswith("alone-"))
+    assert flops["family_fixed"] == pytest.approx(alone, rel=1e-12)
+    assert flops["family_shared"] < flops["family_fixed"] < flops["family"]

@@ -165,6 +165,6 @@ MEASURES = (
         unit="MB",
     ),
     Measure("startup", "plan, seconds", "plan_s", "limits.plan_s", unit="s"),
-    Measure("startup", "plan / import torch", "ratios.plan.to_import_torch"),
-    Measure("startup", "first step, train / plain NeMo", "first_step.train_to_plain_ratio"),
+    Measure("startup", "CPU, plan / import torch", "ratios.plan.cpu_to_import_torch"),
+    Measure("startup", "CPU to first step / plain NeMo", "first_step.train_to_plain_cpu_ratio"),
 )

@@ -3,8 +3,8 @@
     python benchmarks/startup.py [--quick] [--repetitions 5] [--output FILE]
 
 `pass` is an interpreter that does nothing, `import torch` what a tool that needs torch cannot beat. `plan` and `config`
-read the 12B parent's configuration. Wall and CPU seconds of whole processes, in turn, medians; `ratios` are of wall
-time. A first round does not count, so files come from the system's cache. The limit is `plan`'s, in seconds.
+read the 12B parent's configuration. Wall and CPU seconds of whole processes, in turn, medians; ratios are of wall
+time, with `cpu` of CPU time. A first round does not count, so files come from the system's cache. The limit is `plan`'s, in seconds.
 
 `first_step` is from the process's start to the end of the first training step of the parent that ships: `train` after
 ranking and sorting (elastic model, router, teacher, zero-shot validation of three budgets on 4 windows) against a
@@ -15,7 +15,6 @@ script until the trainer is built: what importing NeMo costs.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -75,9 +74,12 @@ def cold_starts(repetitions: int) -> dict[str, Any]:
     return {
         "seconds_of": {name: {"wall_s": round(m.wall, 3), "cpu_s": round(m.cpu, 3)} for name, m in middle.items()},
         "ratios": {
-            name: {f"to_{to.replace(' ', '_')}": round(m.wall / middle[to].wall, 3) for to in ("pass", "import torch")}
-            for name, m in middle.items()
-            if name not in ("pass", "import torch")
+            name: {
+                "to_pass": round(middle[name].wall / middle["pass"].wall, 3),
+                "to_import_torch": round(middle[name].wall / middle["import torch"].wall, 3),
+                "cpu_to_import_torch": round(middle[name].cpu / middle["import torch"].cpu, 3),
+            }
+            for name in ("help", "config", "plan")
         },
     }
 
@@ -102,14 +104,18 @@ def first_steps(repetitions: int, quick: bool) -> dict[str, Any]:
             for name, seconds in taken.items():
                 found.setdefault(name, []).append(seconds)
     pairs = {
-        name: [own.wall / other.wall for own, other in zip(found["train"], found[name], strict=True)]
+        name: [
+            Seconds(*(a / b for a, b in zip(*pair, strict=True)))
+            for pair in zip(found["train"], found[name], strict=True)
+        ]
         for name in ("plain", "trainer")
     }
     middle = {name: median(times) for name, times in found.items()}
     return {
         **{name: {"wall_s": round(m.wall, 2), "cpu_s": round(m.cpu, 2)} for name, m in middle.items()},
-        "train_to_plain_ratio": round(statistics.median(pairs["plain"]), 3),
-        "train_to_trainer_ratio": round(statistics.median(pairs["trainer"]), 3),
+        "train_to_plain_ratio": round(median(pairs["plain"]).wall, 3),
+        "train_to_plain_cpu_ratio": round(median(pairs["plain"]).cpu, 3),
+        "train_to_trainer_ratio": round(median(pairs["trainer"]).wall, 3),
     }
 
 

@@ -4,7 +4,8 @@
 
 `pass` is an interpreter that does nothing, `import torch` what a tool that needs torch cannot beat. `plan` and `config`
 read the 12B parent's configuration. Wall and CPU seconds of whole processes, in turn, medians; ratios are of wall
-time, with `cpu` of CPU time. A first round does not count, so files come from the system's cache. The limit is `plan`'s, in seconds.
+time, with `cpu` of CPU time. A first round does not count, so files come from the system's cache. The limit is
+`plan`'s, in seconds.
 
 `first_step` is from the process's start to the end of the first training step of the parent that ships: `train` after
 ranking and sorting (elastic model, router, teacher, zero-shot validation of three budgets on 4 windows) against a
@@ -15,6 +16,7 @@ script until the trainer is built: what importing NeMo costs.
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -94,6 +96,7 @@ def first_steps(repetitions: int, quick: bool) -> dict[str, Any]:
 
         def plain() -> dict[str, Seconds]:
             where = Path(folder) / "plain"
+            shutil.rmtree(where, ignore_errors=True)
             command = [sys.executable, __file__, "--plain", str(where)]
             trainer, first, *_ = watched(command, where / "log", where / "marks")
             return {"plain": first, "trainer": trainer}

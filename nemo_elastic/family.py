@@ -120,6 +120,7 @@ def _uniform(config: RunConfig, space: ElasticSpace, budgets: Iterable[Budget]) 
 
 
 SHORT_KINDS = {"latency": "latency_ms", "memory": "memory_gb"}
+FEWEST_PARAMETERS = 1000  # of any model; what lies between a fraction and that is a mistake
 
 
 def parse_budget(name: str, target: Any) -> Budget:
@@ -142,6 +143,9 @@ def parse_budget(name: str, target: Any) -> Budget:
         )
     if target <= 1:
         return Budget(name=name, kind="fraction", value=float(target))
+    if target < FEWEST_PARAMETERS:
+        words = f"{target:g} is neither a fraction of the parent (up to 1.0) nor a number of parameters; 60% is 0.6"
+        raise ProblemsError([Problem(key, words)])
     return Budget(name=name, kind="parameters", value=float(target))
 
 

@@ -89,7 +89,7 @@ def _wanted(text: str, known: Mapping[str, Subnet]) -> Budget:
         return parse_budget(text.replace(":", "_"), target)
     except ProblemsError as error:
         words = f"{text!r} is no budget: give a number, KIND:VALUE, or one of {', '.join(known)}"
-        details = "" if isinstance(target, str) else f" ({error.problems[0].message})"
+        details = "" if isinstance(target, str) and not text[:1].isdigit() else f" ({error.problems[0].message})"
         raise ProblemsError([Problem("--budget", words + details)]) from error
 
 
@@ -110,6 +110,9 @@ def with_subnets(manifest: Any, path: str | Path) -> Any:
     Raises:
         ProblemsError: unreadable, without `elastic.subnets`, or sizes that the parent cannot have.
     """
+    if not Path(path).is_file():
+        words = f"no file {str(path)!r}; `plan NESTED --budget 0.6 --output YAML` writes one"
+        raise ProblemsError([Problem("--subnet", words)])
     try:
         elastic = yaml.safe_load(Path(path).read_text(encoding="utf-8"))["elastic"]
         subnets = {str(name): manifest.space.subnet_from_dict(sizes) for name, sizes in elastic["subnets"].items()}

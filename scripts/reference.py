@@ -40,8 +40,8 @@ Made from [`config/sections.py`](../nemo_elastic/config/sections.py) by `python 
 
 A configuration is YAML under the keys below; every key is a dotted override on the command line, too
 (`train.micro_batch_size=2`, `'train.stages=[{steps: 100}]'`, values in YAML). Origins, weakest first: the defaults
-here, the files named under `base:`, the file itself, the command line. `nemo-elastic config` shows which one set each
-value. An unknown key is an error that names the nearest known one.
+here, the files named under `base:` (beside the file, else of the shipped `conf/`), the file itself, the command line.
+`nemo-elastic config` shows which one set each value. An unknown key is an error that names the nearest known one.
 """
 MODEL_WORDS = """NeMo `SSMConfig` field names verbatim, and `vocab_size` (padded). Required: {required}.
 Everything else has SSMConfig's default; `nemo-elastic config` shows what was set.

@@ -191,3 +191,16 @@ def test_what_would_be_counted_wrongly_is_refused(word: str) -> None:
     with pytest.raises(ProblemsError, match=f"model.{word.partition('=')[0]}: .*not supported"):
         load_config("tiny_parent.yaml", [f"model.{word}"])
     load_config("tiny_parent.yaml", ["model.gated_linear_unit=false", "model.position_embedding_type=none"])
+
+
+def test_a_shipped_file_can_be_copied_anywhere(tmp_path: Path) -> None:
+    copy = tmp_path / "mine.yaml"
+    copy.write_text((CONF / "nemotron_nano_12b_v2.yaml").read_text())
+    assert load_config(copy).config == load_config("nemotron_nano_12b_v2.yaml").config
+    (tmp_path / "model").mkdir()  # what lies beside the copy comes first
+    beside = (CONF / "model" / "nemotron_h.yaml").read_text().replace("vocab_size: 131072", "vocab_size: 4096")
+    (tmp_path / "model" / "nemotron_h.yaml").write_text(beside)
+    assert load_config(copy).config.model["vocab_size"] == 4096
+    copy.write_text("base: nothing.yaml")
+    with pytest.raises(ProblemsError, match=r"base: no file 'nothing\.yaml' beside it or in the shipped conf/"):
+        load_config(copy)

@@ -94,3 +94,9 @@ def test_a_layout_that_cannot_be_trained_is_refused_with_every_reason() -> None:
     assert "would build only 60" in found["train.pipeline_model_parallel_size"]
     assert "train.tensor_model_parallel_size" in found and "train.context_parallel_size" in found
     assert parallel_problems(arch, TrainConfig(pipeline_model_parallel_size=2), 4) == []
+
+
+@pytest.mark.parametrize("value", [1.5, 2, 60, "60"])
+def test_a_percentage_is_not_a_number_of_parameters(value: object) -> None:
+    with pytest.raises(ProblemsError, match=r"elastic\.budgets\.small: .* is neither a fraction .* 60% is 0\.6"):
+        parse_budget("small", value)

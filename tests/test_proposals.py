@@ -307,7 +307,7 @@ def test_plan_of_a_nested_checkpoint_and_its_file(tmp_path):
         ("elastic: {subnets: {a: {hidden_size: 9999}}, budgets: {a: 0.5}}", "9999 must be between 1 and"),
         ("elastic: {subnets: {a: {hidden_size: 64}}}", "no elastic.budgets and elastic.subnets"),
         ("[1, 2]", "no elastic.budgets and elastic.subnets"),
-        (None, "No such file"),
+        (None, "no file .*; `plan NESTED --budget"),
     ],
 )
 def test_bad_subnet_files_are_one_clear_problem(tmp_path, text, words):

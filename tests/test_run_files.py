@@ -1,11 +1,17 @@
 """Files that grow while a run may die: nothing is lost, repeated or glued together. And loggers that are not there."""
 
 import importlib.util
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from nemo_elastic.cli.main import main
 from nemo_elastic.config import load_config
+from nemo_elastic.data.tokenizer import DEFAULT_TOKENIZER
+from nemo_elastic.files import folder_problems
 from nemo_elastic.problems import ProblemsError
 from nemo_elastic.runlog import MetricsFile, RunLog
 
@@ -60,3 +66,62 @@ def test_a_logger_that_is_unknown_or_not_installed_is_a_problem(monkeypatch: pyt
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else stock(name))
     with pytest.raises(ProblemsError, match=r"train\.loggers: wandb is not installed here; `pip install wandb`"):
         checks.check_inputs(config)
+
+
+def test_a_folder_is_tried_before_work_is_done_for_it(tmp_path: Path) -> None:
+    assert folder_problems("--out", tmp_path / "a" / "b") == [] and list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        (found,) = folder_problems("--out", folder)
+        assert found.key == "--out" and "is a file, not a folder" in found.message
+    (found,) = folder_problems("distill.teacher_cache", "/proc/nope/x")
+    assert "'/proc/nope/x' cannot be made (" in found.message and "give another path" in found.message
+
+
+@pytest.mark.parametrize("verb", ["train", "rank", "quickstart"])
+def test_a_run_folder_that_is_a_file_is_one_message(verb: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "taken").write_text("mine")
+    assert main([verb, "--config", "tiny_parent.yaml", "--out", str(tmp_path / "taken")]) == 2
+    assert "is a file, not a folder; give another path" in capsys.readouterr().err
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["data.paths=[/nope]"], "data.paths: /nope does not exist"),
+        (["data.tokenizer=/nope.json"], "data.tokenizer=/nope.json: no such file"),
+        (["distill.teacher_cache=/proc/nope"], "distill.teacher_cache: '/proc/nope' cannot be made"),
+        (["--nproc", "3", "train.pipeline_model_parallel_size=2"], "needs a multiple of 2 processes, 3 started"),
+        (["--nproc", "3"], "rank.samples: 64 must be a multiple of the 3 data-parallel ranks"),
+        (["--nproc", "0"], "--nproc: 0 must be at least 1"),
+    ],
+)
+def test_train_refuses_before_it_writes_or_starts_anything(
+    words: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("os.execv", lambda *_: pytest.fail("processes were started"))
+    assert main(["train", "--config", "tiny_parent.yaml", "--out", str(tmp_path / "run"), *words]) == 2
+    assert message in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
+def test_a_tokenizer_must_fit_the_embedding(tmp_path: Path) -> None:
+    from nemo_elastic.nemo.checkpoints import check_text
+
+    content = json.loads(DEFAULT_TOKENIZER.read_text())
+    content["model"]["vocab"]["one more"] = 2048
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    run = load_config("tiny_parent.yaml", [f"data.tokenizer={tmp_path / 'tokenizer.json'}"]).config
+    with pytest.raises(ProblemsError, match=r"data\.tokenizer: .* has 2,049 tokens, model\.vocab_size=2,048 rows"):
+        check_text(run)
+
+
+def test_torchrun_leaves_with_the_code_its_workers_explained(tmp_path: Path) -> None:
+    (tmp_path / "worker.py").write_text("import sys; sys.stderr.write('said\\n'); sys.exit(2)")
+    command = [sys.executable, "-m", "nemo_elastic.cli.launch", "--standalone", "--nproc-per-node", "1"]
+    done = subprocess.run([*command, str(tmp_path / "worker.py")], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "said" in done.stderr and "Traceback" not in done.stderr

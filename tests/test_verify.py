@@ -270,3 +270,27 @@ def test_folder_with_a_pickle_is_not_loaded(family: Path, tmp_path: Path) -> Non
     with pytest.raises(ProblemsError, match=r"--hf-python: .* could not run"):
         run_transformers(str(HF_PYTHON), [child], [batches()[0][0]])
     assert not (tmp_path / "boom").exists()
+
+
+def test_what_was_verified_is_written_down(family: Path, tmp_path: Path) -> None:
+    from nemo_elastic.nemo.results import note_verified
+
+    found, nested = {check.budget: check for check in checks(family)}, family / "nested"
+    first = json.loads(note_verified(tmp_path, CONFIG, nested, [found["small"]]).read_text())
+    assert [row["name"] for row in first["budgets"]] == ["small"]
+    assert first["verified"] is None  # the others are not verified yet
+    first["budgets"][0]["heldout_before"], first["seconds"] = 4.5, {"train": 3.0}
+    (tmp_path / "results.json").write_text(json.dumps(first))
+    whole = json.loads(note_verified(tmp_path, CONFIG, nested, list(found.values())).read_text())
+    assert [row["name"] for row in whole["budgets"]] == list(FAMILY.subnets) and whole["verified"] is True
+    assert {row["name"]: row["heldout_before"] for row in whole["budgets"]} == {
+        "full": None,
+        "large": None,
+        "small": 4.5,
+    }
+    assert whole["seconds"] == {"train": 3.0} and whole["parent"]["parameters"] == whole["budgets"][0]["parameters"]
+    bad = replace(found["large"], difference="a tensor")
+    assert json.loads(note_verified(tmp_path, CONFIG, nested, [bad]).read_text())["verified"] is False
+    (tmp_path / "results.json").write_text(json.dumps(whole | {"nested": "of another training"}))
+    again = json.loads(note_verified(tmp_path, CONFIG, nested, [found["full"]]).read_text())
+    assert [row["name"] for row in again["budgets"]] == ["full"]

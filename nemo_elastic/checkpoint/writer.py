@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..problems import Problem, ProblemsError
+from ..files import folder_problems
+from ..problems import Problem, ProblemsError, raise_if_any
 from .reader import INDEX_FILE, SAFETENSORS_DTYPES, SINGLE_FILE, LazyTensor
 
 logger = logging.getLogger(__name__)
@@ -108,6 +109,7 @@ def atomic_folder(out: str | os.PathLike[str], *, force: bool = False, needs_byt
     """
     out = Path(out).absolute()
     check_target(out, force)
+    raise_if_any(folder_problems("--out", out.parent))
     out.parent.mkdir(parents=True, exist_ok=True)
     _remove_left_over(out)
     free = shutil.disk_usage(out.parent).free

@@ -99,7 +99,7 @@ def restart_under_torchrun(arguments: argparse.Namespace) -> None:
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     arguments.answer.release()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    command = [sys.executable, "-m", "nemo_elastic.cli.launch", "--standalone", "--nproc-per-node", str(count)]
     os.execv(sys.executable, [*command, "-m", "nemo_elastic", *_without_nproc(sys.argv[1:])])
 
 

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..files import folder_problems
 from ..problems import Problem, ProblemsError, raise_if_any
 from .arguments import configuration, folders, is_override, overrides, verb_parser
 
@@ -147,5 +148,8 @@ def _of_nested(arguments: argparse.Namespace, folder: str) -> dict[str, Any]:
         out = Path(arguments.output)
         if out.exists() and not arguments.force:
             raise ProblemsError([Problem("--output", f"{str(out)!r} is there already; replace it with --force")])
+        if out.is_dir():
+            raise ProblemsError([Problem("--output", f"{str(out)!r} is a folder; name a file")])
+        raise_if_any(folder_problems("--output", out.parent))
         write_subnets(out, result)
     return result

@@ -29,7 +29,8 @@ def plan_tables(result: Mapping[str, Any]) -> list[Any]:
         table.add_row(*(column(row) for column in columns.values()))
     where = f"{serving['batch_size']} x {serving['sequence_length']:,} tokens, {escape(serving['profile'])}"
     details = () if "subnet" in columns else (f"  {escape(b['name'])}: {_deployed(b)}" for b in result["budgets"])
-    parts: list[Any] = [table, *details, f"parent: {parent['parameters']:,} parameters; memory for {where}"]
+    shown = [table] if result["budgets"] else []
+    parts: list[Any] = [*shown, *details, f"parent: {parent['parameters']:,} parameters; memory for {where}"]
     if "latency" in serving:
         parts.append(f"latency: {parent['latency_ms']:.4g} ms for the parent, {escape(serving['latency'])}")
     if any(b["origin"] == "proposed" for b in result["budgets"]):

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..files import folder_problems
 from ..problems import Problem, raise_if_any
 from .arguments import configuration, folders, verb_parser
 from .console import progress_bar, quiet_libraries
@@ -77,4 +78,6 @@ def _problems(arguments: argparse.Namespace, out: Path) -> list[Problem]:
             found.append(Problem(f"--{name.replace('_', '-')}", f"{value} must be at least {lowest}"))
     if out.exists() and not arguments.force:
         found.append(Problem("--output", f"{str(out)!r} is there already; replace it with --force"))
-    return found
+    elif out.is_dir():
+        found.append(Problem("--output", f"{str(out)!r} is a folder; name a file"))
+    return found or folder_problems("--output", out.parent)

@@ -45,9 +45,13 @@ def run(arguments: argparse.Namespace) -> int:
     out = (
         run_folder(arguments, "quickstart") if arguments.out else free_folder(Path("runs/quickstart"), arguments.force)
     )
-    from ..mcore.checks import check_inputs, make_room
+    from ..mcore.checks import check_inputs, check_processes, is_ranked, make_room, started_processes
+    from ..nemo.checkpoints import check_text
 
     check_inputs(resolved.config)
+    processes = started_processes() if arguments.nproc is None else arguments.nproc
+    check_processes(resolved.config, processes, ranks=not is_ranked(out))
+    check_text(resolved.config)
     make_room(out, force=arguments.force)
     restart_under_torchrun(arguments)
     quiet_libraries(arguments.verbose)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from ..files import folder_problems
+from ..problems import raise_if_any
 from .arguments import configuration, folders, restart_under_torchrun, run_folder, verb_parser
-from .console import progress_bar, quiet_libraries
+from .console import is_first_rank, progress_bar, quiet_libraries
 
 PHASES = {"widths": "rank widths", "depth": "rank layers"}
 EXAMPLES = """examples:
@@ -27,9 +29,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Rank as the configuration says."""
     folders(arguments)
     config = configuration(arguments).config
+    out = run_folder(arguments, config.name)
+    if is_first_rank():
+        raise_if_any(folder_problems("--out", out))
     restart_under_torchrun(arguments)
     quiet_libraries(arguments.verbose)
-    out = run_folder(arguments, config.name)
     from ..nemo.ranking import FOLDER, rank_run
 
     with progress_bar() as bars:

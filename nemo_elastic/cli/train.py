@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ..problems import raise_if_any
 from .arguments import configuration, folders, restart_under_torchrun, run_folder, verb_parser
 from .console import progress_bar, quiet_libraries
 
@@ -27,17 +26,21 @@ def run(arguments: argparse.Namespace) -> int:
     folders(arguments)
     resolved = configuration(arguments)
     out = run_folder(arguments, resolved.config.name)
-    from ..data.entries import entry_problems
-    from ..mcore.checks import check_inputs, make_room
+    quiet_libraries(arguments.verbose)
+    from ..mcore.checks import check_inputs, check_processes, is_ranked, make_room, started_processes
+    from ..nemo.checkpoints import check_text
 
     check_inputs(resolved.config)
-    raise_if_any(entry_problems(resolved.config.data))
+    processes = started_processes() if arguments.nproc is None else arguments.nproc
+    check_processes(resolved.config, processes, ranks=not is_ranked(out))
+    check_text(resolved.config)
     make_room(out, force=arguments.force, resume=arguments.resume)
     restart_under_torchrun(arguments)
-    quiet_libraries(arguments.verbose)
     from ..nemo import api
 
     with progress_bar() as bar:
+        if arguments.resume and not any((out / "checkpoints").glob("*")):
+            bar.say(f"{out}: no training checkpoint to go on from; this run begins at step 0")
         done = api.train(resolved, out, resume=arguments.resume, force=arguments.force, progress=bar.update)
     if arguments.json:
         answer = {"nested": str(done.nested), "heldout_losses": done.heldout_losses, "tokens": done.tokens}

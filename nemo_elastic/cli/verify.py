@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ProblemsError([Problem(nested, "its manifest holds no run configuration; it was not made by `train`")])
     run_config = load_config(None, overrides(arguments), base=stored).config
     children = _children(Path(nested), child, arguments.budget, list(manifest.subnets), arguments.format)
-    from ..nemo.train import data_module, heldout_batches  # NeMo takes seconds, and says things: not for bad input
+    from ..nemo.results import note_verified  # NeMo takes seconds, and says things: not for bad input
+    from ..nemo.train import data_module, heldout_batches
     from ..nemo.verify import verify
 
     batches = heldout_batches(data_module(run_config), run_config)
@@ -50,6 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
     except HashMismatch as error:
         show_problems(error, verb="verify")
         return 1
+    if arguments.format == "nemo" and is_first_rank() and _is_run(Path(nested)):
+        note_verified(Path(nested).parent, run_config, Path(nested), checks)
     passed, pairs = all(check.ok for check in checks), _pairs(manifest)
     if arguments.json:
         answer = {"verified": passed, "children": [check.to_dict() for check in checks]}
@@ -65,6 +69,11 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.answer.write(f"{pair['smaller']} is {words} {pair['larger']}")
         arguments.answer.write("verification passed" if passed else "verification FAILED")
     return 0 if passed else 1
+
+
+def _is_run(nested: Path) -> bool:
+    """Whether the folder around a nested checkpoint is the run that made it, and may be written in."""
+    return (nested.parent / "config.json").is_file() and os.access(nested.parent, os.W_OK)
 
 
 def _pairs(manifest: Any) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """YAML plus dotted overrides -> `RunConfig`, with the origin of every value; every problem in one error.
 
-A file may name files it builds on: `base: [elastic/nano.yaml, ...]` (relative to itself), later ones win, then the
-file's own keys, then the command line.
+A file may name files it builds on: `base: [elastic/nano.yaml, ...]` (relative to itself, else of the shipped `conf/`),
+later ones win, then the file's own keys, then the command line.
 """
 
 import dataclasses
@@ -122,9 +122,10 @@ def _read(path: Path, origins: dict[str, str], chain: tuple[Path, ...]) -> Any:
     bases = own.pop("base", None) or []
     merged = OmegaConf.create({})
     for base in [bases] if isinstance(bases, str) else list(bases):
-        target = path.parent / str(base)
-        if not target.is_file():
-            raise ProblemsError([Problem(f"{path}: base", f"no file {str(target)!r}; paths are relative to the file")])
+        places = (path.parent / str(base), CONF_DIRECTORY / str(base))
+        target = next((place for place in places if place.is_file()), None)
+        if target is None:
+            raise ProblemsError([Problem(f"{path}: base", f"no file {str(base)!r} beside it or in the shipped conf/")])
         merged = _merge(merged, _read(target, origins, (*chain, path)), path)
     try:
         for key, _ in leaves(OmegaConf.to_container(own)):
@@ -144,12 +145,11 @@ def _merge(below: Any, above: Any, where: Any) -> Any:
 def _override(merged: Any, overrides: Sequence[str], origins: dict[str, str]) -> Any:
     problems = []
     for word in overrides:
-        key, equals, _ = word.partition("=")
+        key, equals, text = word.partition("=")
         if not equals or not key.strip():
             problems.append(Problem(word, "is no override; write dotted.key=value (values in YAML)"))
             continue
         try:
-            _, _, text = word.partition("=")
             value = OmegaConf.create(f"v: {text}" if text.strip() else "v: null")
             OmegaConf.update(merged, key, value.v, force_add=True, merge=True)
         except _UNSETTABLE as error:

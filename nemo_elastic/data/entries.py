@@ -1,4 +1,4 @@
-"""What an entry of `data.blend` names, and whether it is there. Looks at names and sizes only."""
+"""What `data.paths` and an entry of `data.blend` name, and whether it is there. Looks at names and sizes only."""
 
 from __future__ import annotations
 
@@ -45,8 +45,12 @@ def text_files(path: str | Path) -> list[Path]:
 
 
 def entry_problems(data: DataConfig) -> list[Problem]:
-    """Every entry of `data.blend` that is not there."""
+    """Every entry of `data.paths` and `data.blend` that is not there."""
     found = []
+    try:
+        find_text_files(data.paths)
+    except (ValueError, OSError) as error:
+        found.append(Problem("data.paths", str(error).removeprefix("data.paths: ")))
     for i, entry in enumerate(data.blend):
         try:
             if entry.path != CORPUS and prefix_of(entry.path) is None:

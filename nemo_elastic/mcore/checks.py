@@ -9,11 +9,14 @@ from pathlib import Path
 
 from ..config.sections import RunConfig
 from ..family import family_of
+from ..files import folder_problems
 from ..plan import plan
 from ..problems import Problem, ProblemsError, raise_if_any
 from .parents import open_parent
 
 RUN_PARTS = ("checkpoints", "nested", "children", "logs", "sorted", "importance", "results.json", "report")
+
+NO_STAGES = Problem("train.stages", "is empty; give at least one stage, e.g. [{steps: 100}]")
 
 
 def check_inputs(config: RunConfig) -> None:
@@ -30,8 +33,10 @@ def check_inputs(config: RunConfig) -> None:
         elif name == "wandb" and not _wandb_can_log():
             words = "wandb has no API key here; `wandb login`, set WANDB_API_KEY, or WANDB_MODE=offline"
             found.append(Problem("train.loggers", words))
+    if config.distill.teacher_cache and os.environ.get("RANK", "0") == "0":
+        found += folder_problems("distill.teacher_cache", config.distill.teacher_cache)
     if not config.train.stages:
-        found.append(Problem("train.stages", "is empty; give at least one stage, e.g. [{steps: 100}]"))
+        found.append(NO_STAGES)
     if not config.elastic.budgets:
         found.append(Problem("elastic.budgets", "is empty; name at least one, e.g. {full: 1.0, half: 0.5}"))
     if not found:
@@ -40,6 +45,47 @@ def check_inputs(config: RunConfig) -> None:
         except ProblemsError as error:
             found += error.problems
     raise_if_any(found)
+
+
+def started_processes() -> int:
+    """Processes that torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def check_processes(config: RunConfig, processes: int, *, ranks: bool = False) -> None:
+    """Whether so many processes can be dealt to the layout, and the samples to its replicas.
+
+    Args:
+        ranks: the parent is not ranked yet, the run begins with it.
+
+    Raises:
+        ProblemsError: they do not divide.
+    """
+    settings = config.train
+    tp, pp = settings.tensor_model_parallel_size, settings.pipeline_model_parallel_size
+    if processes < 1:
+        raise ProblemsError([Problem("--nproc", f"{processes} must be at least 1")])
+    if processes % (tp * pp):
+        words = f"tensor_model_parallel_size={tp} x pipeline_model_parallel_size={pp} needs a multiple of {tp * pp} "
+        words += f"processes, {processes} started; use torchrun --nproc-per-node or --nproc"
+        raise ProblemsError([Problem("train", words)])
+    if not settings.stages:
+        raise ProblemsError([NO_STAGES])
+    replicas, found = processes // (tp * pp), []
+    for i, stage in enumerate(settings.stages):
+        micro = stage.micro_batch_size or settings.micro_batch_size
+        if stage.global_batch_size % (micro * replicas):
+            words = f"{stage.global_batch_size} must be a multiple of micro batch {micro} x {replicas} replicas"
+            found.append(Problem(f"train.stages.{i}.global_batch_size", words))
+    for field in ("samples", "depth_samples") if ranks else ():
+        if (count := getattr(config.rank, field)) % replicas:
+            found.append(Problem(f"rank.{field}", f"{count} must be a multiple of the {replicas} data-parallel ranks"))
+    raise_if_any(found)
+
+
+def is_ranked(out: Path) -> bool:
+    """Whether a run folder has the importance of its parent."""
+    return (out / "importance" / "importance.json").is_file()
 
 
 def _wandb_can_log() -> bool:
@@ -53,8 +99,10 @@ def make_room(out: Path, *, force: bool, resume: bool = False) -> None:
     """Never train over another run: with `force` its parts are removed, otherwise they are an error.
 
     Raises:
-        ProblemsError: `out` has checkpoints, and neither `resume` nor `force` was given.
+        ProblemsError: `out` cannot be written in, or has checkpoints, and neither `resume` nor `force` was given.
     """
+    if os.environ.get("RANK", "0") == "0":  # the others would meet what this one makes for a moment
+        raise_if_any(folder_problems("--out", out))
     used = [name for name in ("checkpoints", "nested") if (out / name).exists()]
     if not used or resume:
         return

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_elastic.config import Resolved, load_config
-from nemo_elastic.data.entries import entry_problems
 from nemo_elastic.importance.store import Importance
-from nemo_elastic.mcore.checks import check_inputs, make_room
+from nemo_elastic.mcore.checks import check_inputs, check_processes, is_ranked, make_room, started_processes
+from nemo_elastic.nemo.checkpoints import check_text
 from nemo_elastic.nemo.pipeline import Progress, Run, quickstart
-from nemo_elastic.problems import raise_if_any
 
 __all__ = ["Finished", "quickstart", "rank", "resolved_run", "train"]
 
@@ -71,7 +70,8 @@ def train(
     """
     run = resolved_run(config, out, overrides, progress)
     check_inputs(run.config)
-    raise_if_any(entry_problems(run.config.data))
+    check_processes(run.config, started_processes(), ranks=not is_ranked(run.out))
+    check_text(run.config)
     make_room(run.out, force=force, resume=resume)
     run.start()
     run.write_config()

@@ -59,7 +59,7 @@ class CachedTeacher:
         folder = next(p for p in (self.cache.folder, *self.cache.folder.resolve().parents) if p.is_dir())
         free = shutil.disk_usage(folder).free
         if free < self.cache.nbytes:
-            words = f"needs {self.cache.nbytes / 1e9:.1f} GB, {folder} has {free / 1e9:.1f}; name another disk"
+            words = f"needs {self.cache.nbytes / 1e9:.3g} GB, {folder} has {free / 1e9:.3g}; name another disk"
             raise_if_any([Problem("distill.teacher_cache", words)])
 
     def prepare(self, model: FamilyModel) -> None:

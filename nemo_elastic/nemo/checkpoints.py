@@ -23,6 +23,9 @@ from nemo_elastic.checkpoint.tokenizer_files import TOKENIZER_FILE
 from nemo_elastic.checkpoint.writer import atomic_folder, check_target
 from nemo_elastic.config.sections import RunConfig
 from nemo_elastic.cost import parameters
+from nemo_elastic.data.entries import entry_problems
+from nemo_elastic.data.tokenizer import DEFAULT_TOKENIZER, BPETokenizer
+from nemo_elastic.files import folder_problems
 from nemo_elastic.layout import ParamLayout
 from nemo_elastic.mcore.dist_checkpoint import TorchDistReader
 from nemo_elastic.mcore.parents import BUILTIN, folder_of
@@ -75,6 +78,21 @@ def tokenizer_of(run: RunConfig) -> str | None:
         words = f"is not set, and the parent {run.parent.path!r} brings none; give a tokenizer.json"
         raise ProblemsError([Problem("data.tokenizer", words)])
     return str(found / TOKENIZER_FILE if found.is_dir() else found)
+
+
+def check_text(run: RunConfig) -> None:
+    """The run's text and tokenizer, before anything is started or written.
+
+    Raises:
+        ProblemsError: text that is not there; no tokenizer, or one with more tokens than the parent has rows.
+        ValueError: a tokenizer that cannot be read.
+    """
+    raise_if_any(entry_problems(run.data))
+    path, rows = tokenizer_of(run) or DEFAULT_TOKENIZER, int(run.model["vocab_size"])
+    tokens = BPETokenizer(path).vocab_size
+    if tokens > rows:
+        words = f"{str(path)!r} has {tokens:,} tokens, model.vocab_size={rows:,} rows; give the parent's own tokenizer"
+        raise ProblemsError([Problem("data.tokenizer", words)])
 
 
 def extract(
@@ -156,6 +174,7 @@ def extract_all(
         ProblemsError: all that `extract` would raise for any of them, at once.
     """
     opened = nested if isinstance(nested, Nested) else open_nested(nested)
+    raise_if_any(folder_problems("--out", out))
     targets, found = {name: Path(out) / name for name in opened.manifest.subnets}, []
     for name, target in targets.items():
         try:

@@ -7,9 +7,7 @@ Every process of a distributed run calls every step; what is written, the first 
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
-import platform
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -18,18 +16,16 @@ from typing import Any
 
 import torch
 
-from nemo_elastic import __version__
 from nemo_elastic.checkpoint.comparison import ChildCheck
 from nemo_elastic.checkpoint.manifest import Manifest
-from nemo_elastic.config.load import Resolved, plain
-from nemo_elastic.cost import memory, parameters
+from nemo_elastic.config.load import Resolved
 from nemo_elastic.data.tokenizer import DEFAULT_TOKENIZER
 from nemo_elastic.family import family_of
 from nemo_elastic.files import write_json
 from nemo_elastic.importance.store import Importance
-from nemo_elastic.layout import ParamLayout
 from nemo_elastic.mcore import process_groups
 from nemo_elastic.mcore.build import build_elastic_model, load_weights
+from nemo_elastic.mcore.checks import is_ranked
 from nemo_elastic.mcore.dist_checkpoint import TorchDistReader
 from nemo_elastic.mcore.elastic.plan import hard_plan
 from nemo_elastic.mcore.evaluate import heldout_loss
@@ -37,12 +33,12 @@ from nemo_elastic.mcore.parents import open_parent, sorted_parent, write_sorted
 from nemo_elastic.nemo.checkpoints import extract, open_nested, tokenizer_of, write_nested
 from nemo_elastic.nemo.logs import quiet
 from nemo_elastic.nemo.ranking import rank_run
+from nemo_elastic.nemo.results import RESULTS, provenance, results_of
 from nemo_elastic.nemo.resume import remove_unfinished, whole_checkpoints
 from nemo_elastic.nemo.train import Trained, data_module, heldout_batches, latest_checkpoint, train
 from nemo_elastic.nemo.verify import verify
 from nemo_elastic.problems import Problem, ProblemsError
 from nemo_elastic.runlog import RunLog
-from nemo_elastic.serving_conditions import serving_of
 from nemo_elastic.space import Subnet
 
 logger = logging.getLogger(__name__)
@@ -81,7 +77,7 @@ class Run:
     def importance(self, *, resume: bool = False) -> Importance:
         """Measured importance, from disk when it is there."""
         family = family_of(self.config)
-        if (self.out / "importance" / "importance.json").is_file():
+        if is_ranked(self.out):
             found = Importance.load(self.out / "importance", family.architecture)
             measured = found.provenance.get("source", {}).get("parent")
             if measured != self.config.parent.path:
@@ -142,7 +138,7 @@ class Run:
                         budgets={b.name: b for b in family.budgets},
                         subnets={n: family.space.subnet_from_dict(s) for n, s in record["subnets"].items()},
                         rankings={"depth_ranking": list(parent.depth_ranking or ())},
-                        provenance=self.provenance() | {"step": record["step"], "tokens": record["tokens"]},
+                        provenance=provenance(self.config) | {"step": record["step"], "tokens": record["tokens"]},
                     ),
                     tokenizer=tokenizer_of(self.config) or DEFAULT_TOKENIZER,
                     permutations=dict(parent.permutations),
@@ -205,60 +201,11 @@ class Run:
 
     def results(self, nested: Path, checks: list[ChildCheck], before: Mapping[str, float]) -> dict[str, Any]:
         """The table of a run as plain values; also written to `results.json`."""
-        manifest = open_nested(nested).manifest
-        result = {
-            "name": self.config.name,
-            "parent": {
-                "parameters": parameters(manifest.layout, manifest.space.full_subnet()),
-                "heldout_loss": before.get(_full_name(manifest)),
-            },
-            "budgets": [self._row(manifest, manifest.layout, check, before) for check in checks],
-            "verified": all(check.ok for check in checks),
-            "seconds": dict(self.seconds),
-            "provenance": self.provenance(),
-        }
+        result = results_of(self.config, nested, checks, before=before, seconds=self.seconds)
         if process_groups.rank() == 0:
-            write_json(self.out / "results.json", result)
+            write_json(self.out / RESULTS, result)
         process_groups.barrier()
         return result
-
-    def _row(
-        self, manifest: Manifest, layout: ParamLayout, check: ChildCheck, before: Mapping[str, float]
-    ) -> dict[str, Any]:
-        subnet = manifest.subnet(check.budget)
-        bytes_ = memory(layout, subnet, **serving_of(self.config.report).memory_conditions)
-        budget = manifest.budgets[check.budget]
-        return {
-            "name": check.budget,
-            "target": {"kind": budget.kind, "value": budget.value},
-            "subnet": subnet.to_dict(),
-            "parameters": check.parameters,
-            "percent_of_parent": 100 * check.parameters / parameters(layout, manifest.space.full_subnet()),
-            "memory_bytes": bytes_.to_dict(),
-            "heldout_nested": check.loss_nested,
-            "heldout_child": check.loss_child,
-            "heldout_before": before[check.budget],
-            "verified": check.ok,
-            "max_abs_difference": check.comparison.max_abs,
-            "check": check.to_dict(),
-        }
-
-    def provenance(self) -> dict[str, Any]:
-        """Versions, seeds and the configuration: what a result needs to be understood alone."""
-        packages = ("torch", "megatron-core", "nemo-toolkit", "lightning", "transformers")
-        return {
-            "nemo_elastic": __version__,
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in packages},
-            "seed": self.config.train.seed,
-            "processes": process_groups.world_size(),
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
-            "config": plain(self.config),
-        }
-
-
-def _full_name(manifest: Manifest) -> str | None:
-    return next((name for name, budget in manifest.budgets.items() if budget.is_full), None)
 
 
 def quickstart(run: Run) -> dict[str, Any]:

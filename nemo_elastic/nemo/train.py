@@ -18,6 +18,7 @@ from nemo_elastic.distill.curriculum import total_steps
 from nemo_elastic.family import Family, family_of, parallel_problems
 from nemo_elastic.layout import ParamLayout
 from nemo_elastic.mcore import process_groups
+from nemo_elastic.mcore.checks import check_processes, started_processes
 from nemo_elastic.mcore.elastic.model import refuse_overlap
 from nemo_elastic.mcore.held_checkpoint import HeldCheckpoint
 from nemo_elastic.mcore.parents import sorted_parent
@@ -34,7 +35,7 @@ from nemo_elastic.nemo.logs import quiet
 from nemo_elastic.nemo.resume import StopOnSignal, steps_done, whole_checkpoints
 from nemo_elastic.nemo.sources import collate
 from nemo_elastic.nemo.tokenizer import load_tokenizer
-from nemo_elastic.nemo.trainer import build_optimizer, build_trainer, plain_model_config, started_processes
+from nemo_elastic.nemo.trainer import build_optimizer, build_trainer, plain_model_config
 from nemo_elastic.problems import Problem, Stopped, raise_if_any
 from nemo_elastic.router.schedule import Timeline, resolve_recipe
 from nemo_elastic.serving_conditions import serving_of
@@ -76,7 +77,8 @@ def train(
     """
     parent = sorted_parent(sorted_folder)
     family = family_of(run, parent.depth_ranking)
-    raise_if_any([*parallel_problems(family.architecture, run.train, family.space.ffn_groups), *_stages(run)])
+    raise_if_any(parallel_problems(family.architecture, run.train, family.space.ffn_groups))
+    check_processes(run, started_processes())
     stages, settings = run.train.stages, run.train.optimizer
     steps, data = total_steps(stages), data_module(run)
     layout = {
@@ -214,19 +216,3 @@ def _recompute(run: RunConfig) -> dict[str, Any]:
     if kind == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]}
-
-
-def _stages(run: RunConfig) -> list[Problem]:
-    """What the processes that were started, and the stages together, do not allow."""
-    stages = run.train.stages
-    if not stages:
-        return [Problem("train.stages", "is empty; give at least one stage, e.g. [{steps: 100}]")]
-    found = []
-    nodes, devices = started_processes()
-    replicas = nodes * devices // (run.train.tensor_model_parallel_size * run.train.pipeline_model_parallel_size)
-    for i, stage in enumerate(stages):
-        micro = stage.micro_batch_size or run.train.micro_batch_size
-        if replicas and stage.global_batch_size % (micro * replicas):
-            words = f"{stage.global_batch_size} must be a multiple of micro batch {micro} x {replicas} replicas"
-            found.append(Problem(f"train.stages.{i}.global_batch_size", words))
-    return found

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..family import parse_budget
@@ -53,9 +53,19 @@ def budget_rows(run: RunFolder) -> list[BudgetRow]:
     """A row per budget in the configuration's order."""
     by_name = {b["name"]: b for b in run.results.get("budgets", ()) if isinstance(b, Mapping) and "name" in b}
     return [
-        result_row(by_name[name], _target_of_config(run, name)) if name in by_name else _logged_row(run, name)
+        _with_before(run, result_row(by_name[name], _target_of_config(run, name)))
+        if name in by_name
+        else _logged_row(run, name)
         for name in run.budget_names
     ]
+
+
+def _with_before(run: RunFolder, row: BudgetRow) -> BudgetRow:
+    """`verify` measures nothing before training; the first validation did, where its subnet is the same."""
+    first = run.validation[0] if run.validation and run.validation[0]["step"] == 0 else {}
+    if row.before is not None or first.get("subnets", {}).get(row.name) != row.subnet:
+        return row
+    return replace(row, before=first.get("losses", {}).get(row.name))
 
 
 def result_row(entry: Mapping[str, Any], target: str = "") -> BudgetRow:

@@ -9,19 +9,22 @@ On the parent that ships, every run a `nemo-elastic train` of its own, all in tu
     family_fixed    the same in fixed subnets: no search, sliced from the first step
     family_shared   as `family`, all budgets in every micro-batch from one teacher forward, for a third of the steps
 
-The budgets get equal tokens in all of them. `cpu_s` and `wall_s` are those of the training steps: from the log's first
-record to its last, scaled to all steps; start-up, validation and saving are left out (`process_*` has them).
-`flops` is what `nemo-elastic plan` predicts for the run (`distill/training_cost.py`): teacher forwards, and three
-forwards of each student. `ratios` are to the sum of the runs alone, the full budget among them, as a family trains it
-too; `ratios_to_children` are to those without it. `cpu_over_flops` is how much more (or less) CPU time a ratio takes
-than its FLOPs say. Ranking and sorting are done once, for all, and not counted.
+The budgets get equal tokens in all of them: the seed is the first that deals the family's micro-batches out evenly.
+`cpu_s` and `wall_s` are those of the training steps: from the log's first record to its last, scaled to all steps;
+start-up, validation and saving are left out (`process_*` has them). `flops` is what `nemo-elastic plan` predicts for
+the run (`distill/training_cost.py`): teacher forwards, and three forwards of each student. `ratios` are to the sum of
+the runs alone, the full budget among them, as a family trains it too; `ratios_to_children` are to those without it.
+`cpu_over_flops` is how much more (or less) CPU time a ratio takes than its FLOPs say. Ranking and sorting are done
+once, for all, and not counted.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -31,23 +34,36 @@ from training_runs import CONFIG, nemo_elastic, prepared, ranked
 from nemo_elastic.config import load_config
 from nemo_elastic.distill.training_cost import training_cost
 from nemo_elastic.family import family_of
+from nemo_elastic.router.sampling import sample_budgets
 from nemo_elastic.runlog import RunLog
 
 BUDGETS = ("full", "large", "small")
 FAMILIES = ("family", "family_fixed", "family_shared")
 BATCH = {"seq_length": 256, "global_batch_size": 8}
+MICRO_BATCHES = 2  # of a step: the configuration's micro-batch is 4
 Subnets = dict[str, dict[str, Any]]
+
+
+def even_seed(steps: int) -> int:
+    """The first `train.seed` that draws every budget equally often in a family's run."""
+    even = dict.fromkeys(BUDGETS, 1 / len(BUDGETS))
+    for seed in itertools.count(1):
+        draws = (sample_budgets(even, seed, step, m) for step in range(steps) for m in range(MICRO_BATCHES))
+        if set(Counter(name for drawn in draws for name in drawn).values()) == {steps * MICRO_BATCHES // len(BUDGETS)}:
+            return seed
+    raise AssertionError("seeds do not end")
 
 
 def words_of(name: str, steps: int, subnets: Subnets) -> list[str]:
     """Overrides of a run; `subnets`: what the family chose."""
-    alone = name.removeprefix("alone-") if name.startswith("alone-") else None
+    seed, alone = even_seed(steps), name.removeprefix("alone-") if name.startswith("alone-") else None
     if name != "family" and name != "family_fixed":
         steps //= len(BUDGETS)
     stage: dict[str, Any] = {"steps": steps, **BATCH}
     if alone:
         stage["budget_probabilities"] = {alone: 1.0}
-    words = [f"train.stages=[{json.dumps(stage)}]", f"train.val_every_steps={steps}", "train.val_samples=4"]
+    words = [f"train.seed={seed}", f"train.stages=[{json.dumps(stage)}]", f"train.val_every_steps={steps}"]
+    words.append("train.val_samples=4")
     if name == "family_shared":
         words.append(f"distill.budgets_per_batch={len(BUDGETS)}")
     if alone or name == "family_fixed":

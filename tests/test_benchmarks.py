@@ -153,3 +153,20 @@ def test_a_family_in_fixed_subnets_costs_what_its_budgets_cost_alone() -> None:
     alone = sum(value for name, value in flops.items() if name.startswith("alone-"))
     assert flops["family_fixed"] == pytest.approx(alone, rel=1e-12)
     assert flops["family_shared"] < flops["family_fixed"] < flops["family"]
+
+
+@pytest.mark.parametrize("steps", [6, 36])
+def test_a_family_is_dealt_equal_tokens(steps: int) -> None:
+    from nemo_elastic.config import load_config
+    from nemo_elastic.router.sampling import sample_budgets
+
+    family_cost = __import__("family_cost")
+    run = load_config("tiny_parent.yaml", family_cost.words_of("family", steps, {})).config
+    (stage,) = run.train.stages
+    drawn = [
+        name
+        for step in range(stage.steps)
+        for index in range(stage.global_batch_size // run.train.micro_batch_size)
+        for name in sample_budgets(dict.fromkeys(run.elastic.budgets, 1.0), run.train.seed, step, index)
+    ]
+    assert {drawn.count(name) for name in run.elastic.budgets} == {2 * steps // 3}

@@ -15,23 +15,15 @@ beside it.
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
 import os
-import platform
-import sys
-import time
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 import torch.distributed as dist
+from harness import finish, interleaved, least, parser, start
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -140,12 +132,6 @@ class Step:
         labels = self.ids.roll(-1, 1)
         self.model(self.ids, None, None, labels=labels, **self.keywords).mean().backward()
 
-    def seconds(self) -> float:
-        self.model.zero_grad_buffer()
-        start = time.process_time()
-        self()
-        return time.process_time() - start
-
     def peak_bytes(self) -> int:
         self.model.zero_grad_buffer()
         gc.collect()
@@ -162,21 +148,16 @@ def wrapped(model: Any) -> Any:
 
 def optimizer_seconds(models: dict[str, Any], repetitions: int) -> dict[str, float]:
     """CPU seconds of an Adam step on every weight of a model, the least of some."""
-    times: dict[str, list[float]] = {name: [] for name in models}
     optimizers = {}
     for name, model in models.items():
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
         optimizers[name] = torch.optim.AdamW(model.parameters(), lr=0.0)
         optimizers[name].step()
-    for _ in range(repetitions):
-        for name, optimizer in optimizers.items():
-            start = time.process_time()
-            optimizer.step()
-            times[name].append(time.process_time() - start)
+    times = interleaved({name: optimizer.step for name, optimizer in optimizers.items()}, repetitions, warm_up=False)
     for model in models.values():
         model.zero_grad(set_to_none=True)
-    return {name: min(t) for name, t in times.items()}
+    return {name: least(found).cpu for name, found in times.items()}
 
 
 def measure(arch: Architecture, fractions: list[float], *, length: int, repetitions: int) -> dict[str, Any]:
@@ -196,20 +177,15 @@ def measure(arch: Architecture, fractions: list[float], *, length: int, repetiti
         steps[f"extracted {f}"] = Step(models[f"child {f}"], None, ids)
         steps[f"sliced {f}"] = Step(elastic, hard_plan(layout, subnet, "sliced"), ids)
         steps[f"masked {f}"] = Step(elastic, hard_plan(layout, subnet, "masked"), ids)
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for repetition in range(repetitions + 1):
-        for name, step in steps.items():
-            taken = step.seconds()
-            if repetition:
-                seconds[name].append(taken)
-    least = {name: min(times) for name, times in seconds.items()}
+    seconds = interleaved(steps, repetitions, before=lambda name: steps[name].model.zero_grad_buffer())
+    least_of = {name: least(found).cpu for name, found in seconds.items()}
     peak = {name: step.peak_bytes() for name, step in steps.items()}
     optimizer = optimizer_seconds({**models, "elastic": elastic}, repetitions)
-    whole, whole_flops = least["plain"], flops(layout, full, sequence_length=length)
+    whole, whole_flops = least_of["plain"], flops(layout, full, sequence_length=length)
     budgets = []
     for f, subnet in subnets.items():
         time_of, bytes_of = (
-            {kind: source[f"{kind} {f}"] for kind in ("sliced", "masked", "extracted")} for source in (least, peak)
+            {kind: source[f"{kind} {f}"] for kind in ("sliced", "masked", "extracted")} for source in (least_of, peak)
         )
         budgets.append(
             {
@@ -229,7 +205,7 @@ def measure(arch: Architecture, fractions: list[float], *, length: int, repetiti
             "parameters": parameters(layout, full),
             "tokens": length,
             "plain_s": round(whole, 4),
-            "elastic_over_plain": round(least["elastic"] / whole, 4),
+            "elastic_over_plain": round(least_of["elastic"] / whole, 4),
             "optimizer_s": round(optimizer["plain"], 4),
             "memory_bytes": peak["plain"],
             "elastic_memory_ratio": round(peak["elastic"] / peak["plain"], 4),
@@ -237,41 +213,20 @@ def measure(arch: Architecture, fractions: list[float], *, length: int, repetiti
         "budgets": budgets,
         "limits": {"sliced_over_extracted": LIMIT_SLICED, "elastic_over_plain": LIMIT_FULL},
         "met": all(b["sliced_over_extracted"] <= LIMIT_SLICED for b in budgets)
-        and least["elastic"] / whole <= LIMIT_FULL,
+        and least_of["elastic"] / whole <= LIMIT_FULL,
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a toy model: shows that it runs, measures overheads only")
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--budgets", default="0.75,0.5,0.25", help="fractions of the parent's parameters")
-    parser.add_argument("--output", type=Path, help="write the JSON there as well")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+def main() -> int:
+    words = parser(__doc__, quick="a toy model: shows that it runs, measures overheads only", repetitions=5)
+    words.add_argument("--budgets", default="0.75,0.5,0.25", help="fractions of the parent's parameters")
+    arguments = start(words)
     start_megatron()
-    fractions = [float(f) for f in options.budgets.split(",")]
-    arch, length = (QUICK, 128) if options.quick else (FULL, 2048)
-    load = os.getloadavg()[0]
-    result = {
-        "machine": {
-            "cpu": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "threads": options.threads,
-            "torch": torch.__version__,
-            "load_average": [round(load, 1), round(os.getloadavg()[0], 1)],
-        },
-        "quick": options.quick,
-        "repetitions": options.repetitions,
-        **measure(arch, fractions, length=length, repetitions=options.repetitions),
-    }
-    result["machine"]["load_average"][1] = round(os.getloadavg()[0], 1)
-    text = json.dumps(result, indent=2)
-    print(text)
-    if options.output:
-        options.output.write_text(text + "\n")
+    fractions = [float(f) for f in arguments.budgets.split(",")]
+    arch, length = (QUICK, 128) if arguments.quick else (FULL, 2048)
+    result = measure(arch, fractions, length=length, repetitions=arguments.repetitions)
+    return finish(arguments, {**result, "load_average_at_end": round(os.getloadavg()[0], 2)})
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -15,18 +15,14 @@ import argparse
 import hashlib
 import json
 import os
-import platform
-import re
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from harness import finish, forget_peak, interleaved, median, memory_bytes, parser, start
 
 GOALS = {"time_ratio_to_copy": 1.5, "peak_rss_above_baseline_mb": 600}
 MODEL = {
@@ -46,17 +42,6 @@ MODEL = {
 CUT = {"hidden_size": 1664, "ffn_hidden_size": 6144, "mamba_num_heads": 48, "num_attention_heads": 24}
 QUICK = {"hidden_size": 256, "ffn_hidden_size": 512, "mamba_num_heads": 8, "num_attention_heads": 8, "vocab_size": 4096}
 QUICK_CUT = {"hidden_size": 192, "ffn_hidden_size": 256}
-
-
-def machine() -> dict:
-    """What the numbers were taken on."""
-    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return {
-        "cpu": names[0] if names else platform.machine(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "load_average_at_start": os.getloadavg()[0],
-    }
 
 
 def make(folder: Path, quick: bool) -> None:
@@ -122,18 +107,6 @@ def copy(source: Path, target: Path) -> None:
             os.fsync(writing.fileno())
 
 
-def memory_mb(field: str) -> float:
-    """`VmRSS` or `VmHWM` of this process."""
-    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)) / 1024
-
-
-def timed(act: Callable[[], object]) -> tuple[float, float]:
-    """(wall, CPU) seconds."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    act()
-    return time.perf_counter() - wall, time.process_time() - cpu
-
-
 def measure(folder: Path, format: str, repetitions: int) -> dict:
     """In this process: everything imported, then extract and copy in turn."""
     import torch
@@ -148,75 +121,65 @@ def measure(folder: Path, format: str, repetitions: int) -> dict:
         import nemo_elastic.nemo.context  # noqa: F401
     children, nested = {}, folder / "nested"
     for budget in open_nested(nested).manifest.subnets:
-        times: dict[str, list[tuple[float, float]]] = {"extract": [], "copy": []}
-        peak = 0.0
-        for _ in range(repetitions):
-            child, other = folder / "child", folder / "copy"
-            Path("/proc/self/clear_refs").write_text("5")  # forget the high-water mark
-            before = memory_mb("VmRSS")
-            times["extract"].append(timed(lambda b=budget, c=child: extract(nested, b, c, format=format)))
-            peak = max(peak, memory_mb("VmHWM") - before)
-            times["copy"].append(timed(lambda c=child, o=other: copy(c, o)))
-            size = sum(p.stat().st_size for p in child.rglob("*") if p.is_file())
-            shutil.rmtree(child)
-            shutil.rmtree(other)
-        middle = {what: [statistics.median(t[i] for t in found) for i in (0, 1)] for what, found in times.items()}
+        child, other, peaks = folder / "child", folder / "copy", []
+
+        def cut(budget: str = budget, child: Path = child, peaks: list = peaks) -> None:
+            forget_peak()
+            before = memory_bytes("VmRSS")
+            extract(nested, budget, child, format=format)
+            peaks.append(memory_bytes("VmHWM") - before)
+
+        def clear(name: str, child: Path = child, other: Path = other) -> None:
+            for path in (child, other) if name == "extract" else ():
+                shutil.rmtree(path, ignore_errors=True)
+
+        runs = {"extract": cut, "copy": lambda c=child, o=other: copy(c, o)}
+        times = interleaved(runs, repetitions, warm_up=False, before=clear)
+        size = sum(p.stat().st_size for p in child.rglob("*") if p.is_file())
+        clear("extract")
         pairs = list(zip(times["extract"], times["copy"], strict=True))
         ratios = [statistics.median(ours[i] / theirs[i] for ours, theirs in pairs) for i in (0, 1)]
         children[budget] = {
             "gigabytes": round(size / 1e9, 3),
-            "extract_seconds": round(middle["extract"][0], 3),
-            "copy_seconds": round(middle["copy"][0], 3),
+            "extract_seconds": round(median(times["extract"]).wall, 3),
+            "copy_seconds": round(median(times["copy"]).wall, 3),
             "time_ratio_to_copy": round(ratios[0], 3),
             "cpu_ratio_to_copy": round(ratios[1], 3),
-            "peak_rss_above_baseline_mb": round(peak, 1),
+            "peak_rss_above_baseline_mb": round(max(peaks) / 2**20, 1),
         }
     return children
 
 
+def flags() -> argparse.ArgumentParser:
+    words = parser(__doc__, quick="30 MB, once: that it runs", repetitions=3)
+    words.add_argument("--format", choices=("nemo", "hf"), default="nemo")
+    words.add_argument("--folder", type=Path, help="where to work; needs 7 GB (default: the system's temporary folder)")
+    words.add_argument("--step", choices=("make", "measure"), help=argparse.SUPPRESS)
+    return words
+
+
 def main() -> int:
     """Make, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="30 MB, once: that it runs")
-    parser.add_argument("--format", choices=("nemo", "hf"), default="nemo")
-    parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument(
-        "--folder", type=Path, help="where to work; needs 7 GB (default: the system's temporary folder)"
-    )
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--step", choices=("make", "measure"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = start(flags())
     if arguments.step == "make":
         make(arguments.folder / "nested", arguments.quick)
         return 0
     if arguments.step == "measure":
         print(json.dumps(measure(arguments.folder, arguments.format, arguments.repetitions)))
         return 0
-    started_on = machine()
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="nemo-elastic-extract-") as folder:
         answers = {}
         for step in ("make", "measure"):
             command = [sys.executable, __file__, "--step", step, "--folder", folder, "--format", arguments.format]
-            command += ["--repetitions", str(1 if arguments.quick else arguments.repetitions)]
+            command += ["--repetitions", str(arguments.repetitions)]
             command += ["--quick"] if arguments.quick else []
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             answers[step] = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
         children = json.loads(answers["measure"])
     worst = {key: max(child[key] for child in children.values()) for key in (*GOALS, "cpu_ratio_to_copy")}
-    result = {
-        **worst,
-        "format": arguments.format,
-        "machine": started_on,
-        "repetitions": arguments.repetitions,
-        "children": children,
-        "goals": GOALS,
-    }
-    result["met"] = all(worst[key] <= goal for key, goal in GOALS.items())
-    text = json.dumps(result, indent=2)
-    print(text)
-    if arguments.output:
-        arguments.output.write_text(text + "\n")
-    return 0
+    met = all(worst[key] <= goal for key, goal in GOALS.items())
+    facts = {"format": arguments.format, "children": children, "goals": GOALS}
+    return finish(arguments, {**worst, "met": met, **facts})
 
 
 if __name__ == "__main__":

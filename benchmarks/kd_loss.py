@@ -1,7 +1,7 @@
 """Time and peak memory of the distillation losses against the plain fp32 formula and ModelOpt's `LogitsKLLoss`.
 
     python benchmarks/kd_loss.py [--tokens 256] [--fused-tokens 1024] [--hidden 256] [--vocab 131072] [--tp 1 2]
-                                 [--repetitions N] [--output FILE]
+                                 [--quick] [--repetitions N] [--output FILE]
 
 Plain: `sum exp(lt) (lt - ls)` with l = log-softmax (vocabulary-parallel at TP2), forward and backward through autograd.
 Peak memory is what a forward and backward add to the inputs, the student's gradient included: the high-water mark of
@@ -17,10 +17,9 @@ import argparse
 import gc
 import json
 import os
-import platform
 import socket
 import sys
-import time
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,14 +28,14 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as dist_autograd
 import torch.multiprocessing as mp
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from harness import finish, forget_peak, interleaved, memory_bytes, parser, start, timed
 
 from nemo_elastic.config.sections import DistillConfig
 from nemo_elastic.distill.fused import fused_kd_loss
 from nemo_elastic.distill.losses import kd_loss
 
 GOALS = {"memory_ratio": 0.25, "time_ratio": 0.45, "fused_memory_ratio": 0.06}
+SETTINGS = ("tokens", "fused_tokens", "hidden", "vocab", "chunk_tokens", "tp", "repetitions", "device")
 
 
 def plain_kl(student: torch.Tensor, teacher: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
@@ -64,28 +63,16 @@ class Meter:
 
     def __call__(self, run: Callable[[], None]) -> tuple[float, float, float]:
         gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-        else:
-            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-            before = self._status("VmRSS")
-        cpu, wall = time.process_time(), time.perf_counter()
-        run()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-            peak = torch.cuda.max_memory_allocated() - before
-            seconds = time.perf_counter() - wall
-            return peak, seconds, seconds
-        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-        return self._status("VmHWM") - before, cpu, wall
-
-    def _status(self, field: str) -> int:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(field):
-                return int(line.split()[1]) * 1024
-        raise RuntimeError(f"/proc/self/status has no {field}")
+        if self.device.type == "cpu":
+            forget_peak()
+            before = memory_bytes("VmRSS")
+            taken = timed(run)
+            return memory_bytes("VmHWM") - before, taken.cpu, taken.wall
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        wall = timed(lambda: (run(), torch.cuda.synchronize())).wall
+        return torch.cuda.max_memory_allocated() - before, wall, wall
 
 
 def modelopt_loss(tp: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None:
@@ -160,13 +147,11 @@ def worker(rank: int, tp: int, port: int, args: argparse.Namespace, out: str) ->
     for part in ("logits", "fused"):
         args.part = part
         runs, head = candidates(args, tp, rank, device), args.vocab // tp * args.hidden * 4 if part == "fused" else 0
-        best: dict[str, list[float]] = {}
-        for turn in range(args.repetitions + 1):
-            for name, run in runs.items():
-                peak, cpu, wall = meter(run)
-                if turn:  # the first is warm-up
-                    old = best.get(name, [0.0, float("inf"), float("inf")])
-                    best[name] = [max(old[0], peak - head), min(old[1], cpu), min(old[2], wall)]
+        found = interleaved(runs, args.repetitions, measure=meter)
+        best = {}
+        for name, rows in found.items():
+            peaks, cpu, wall = zip(*rows, strict=True)
+            best[name] = [max(peaks) - head, min(cpu), min(wall)]
         results[part] = best
         del runs
     values = torch.tensor([v for part in results.values() for row in part.values() for v in row], dtype=torch.float64)
@@ -189,10 +174,10 @@ def case(args: argparse.Namespace, tp: int) -> dict:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
-    out = Path(args.scratch) / f"kd_loss_tp{tp}.json"
-    mp.spawn(worker, (tp, port, args, str(out)), nprocs=tp)
-    measured = json.loads(out.read_text())
-    out.unlink()
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "measured.json"
+        mp.spawn(worker, (tp, port, args, str(out)), nprocs=tp)
+        measured = json.loads(out.read_text())
     found = {"tp": tp}
     for prefix, part, name in (
         ("", "logits", "ours"),
@@ -209,31 +194,26 @@ def case(args: argparse.Namespace, tp: int) -> dict:
     return {**found, "measured": measured}
 
 
+def flags() -> argparse.ArgumentParser:
+    words = parser(__doc__, quick="few tokens, a small vocabulary, TP 1: that it runs", repetitions=3, threads=None)
+    words.add_argument("--tokens", type=int, default=256)
+    words.add_argument("--fused-tokens", type=int, default=1024)
+    words.add_argument("--hidden", type=int, default=256)
+    words.add_argument("--vocab", type=int, default=131072)
+    words.add_argument("--chunk-tokens", type=int, default=DistillConfig().chunk_tokens)
+    words.add_argument("--tp", type=int, nargs="+", default=[1, 2])
+    words.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    return words
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--fused-tokens", type=int, default=1024)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--vocab", type=int, default=131072)
-    parser.add_argument("--chunk-tokens", type=int, default=DistillConfig().chunk_tokens)
-    parser.add_argument("--tp", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--scratch", default=".", help="where ranks leave their figures for a moment")
-    parser.add_argument("--output", help="write the JSON here as well")
-    args = parser.parse_args()
-    found = {
-        "cases": [case(args, tp) for tp in args.tp],
-        "goals": GOALS,
-        "settings": {k: v for k, v in vars(args).items() if k not in ("output", "scratch")},
-        "versions": {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()},
-    }
-    text = json.dumps(found, indent=2)
-    if args.output:
-        Path(args.output).write_text(text + "\n")
-    print(text)
-    met = all(c[name] <= goal for c in found["cases"] for name, goal in GOALS.items())
-    return 0 if met else 1
+    args = start(flags())
+    if args.quick:
+        args.tokens, args.fused_tokens, args.vocab, args.tp = 64, 64, 16384, [1]
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    cases = [case(args, tp) for tp in args.tp]
+    met = all(c[name] <= goal for c in cases for name, goal in GOALS.items())
+    return finish(args, {"met": met, "goals": GOALS, "settings": settings, "cases": cases})
 
 
 if __name__ == "__main__":

@@ -10,18 +10,12 @@ repetitions; `cpu` ones are CPU seconds of the process, which other work on the 
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import platform
-import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from harness import finish, interleaved, least, parser, start
 
 from nemo_elastic.architecture import Architecture
 from nemo_elastic.config.model_fields import architecture_of
@@ -64,43 +58,36 @@ class Naive:
         return scores
 
 
-def timed(run) -> tuple[float, float, object]:
-    wall, cpu = time.perf_counter(), time.process_time()
-    result = run()
-    return time.perf_counter() - wall, time.process_time() - cpu, result
-
-
 def compare(method: str, model: torch.nn.Module, batches: list[torch.Tensor], rules: DepthRules, args) -> dict:
     depth = len(rules.pattern)
+    progress: dict[str, DepthProgress] = {}
+    forwards: dict[str, int] = {}
 
-    def naive() -> tuple[DepthProgress, int]:
+    def naive() -> None:
         ranker = Naive(model, batches, depth)
         if method == "greedy":
-            return rank_greedy(ranker.score, rules), ranker.layer_forwards
-        return rank_by(ranker.score((), range(depth)), rules), ranker.layer_forwards
+            progress["naive"] = rank_greedy(ranker.score, rules)
+        else:
+            progress["naive"] = rank_by(ranker.score((), range(depth)), rules)
+        forwards["naive"] = ranker.layer_forwards
 
-    def reuse() -> tuple[DepthProgress, int]:
+    def reuse() -> None:
         ranker = DepthAblation(model, batches, rules, memory_bytes=args.memory_gb * 1024**3, metric="mse")
-        return getattr(ranker, method)(), ranker.layer_forwards
+        progress["reuse"] = getattr(ranker, method)()
+        forwards["reuse"] = ranker.layer_forwards
 
-    seconds = {"naive": [], "reuse": []}
-    for _ in range(args.repetitions):
-        for name, run in (("naive", naive), ("reuse", reuse)):
-            wall, cpu, (progress, forwards) = timed(run)
-            seconds[name].append((wall, cpu))
-            if name == "naive":
-                expected, naive_forwards = progress, forwards
-            else:
-                same, reuse_forwards = progress.removed == expected.removed, forwards
-    best = {name: [min(column) for column in zip(*runs, strict=True)] for name, runs in seconds.items()}
+    seconds = interleaved({"naive": naive, "reuse": reuse}, args.repetitions, warm_up=False)
+    best = {name: least(found) for name, found in seconds.items()}
     return {
-        "layer_forwards_ratio": naive_forwards / reuse_forwards,
-        "time_ratio": best["naive"][0] / best["reuse"][0],
-        "cpu_time_ratio": best["naive"][1] / best["reuse"][1],
-        "same_ranking": same,
-        "removed": expected.removed,
-        "naive": {"layer_forwards": naive_forwards, "seconds": best["naive"][0], "cpu_seconds": best["naive"][1]},
-        "reuse": {"layer_forwards": reuse_forwards, "seconds": best["reuse"][0], "cpu_seconds": best["reuse"][1]},
+        "layer_forwards_ratio": forwards["naive"] / forwards["reuse"],
+        "time_ratio": best["naive"].wall / best["reuse"].wall,
+        "cpu_time_ratio": best["naive"].cpu / best["reuse"].cpu,
+        "same_ranking": progress["naive"].removed == progress["reuse"].removed,
+        "removed": progress["naive"].removed,
+        **{
+            name: {"layer_forwards": forwards[name], "seconds": best[name].wall, "cpu_seconds": best[name].cpu}
+            for name in best
+        },
     }
 
 
@@ -116,18 +103,16 @@ def parent(args) -> tuple[Architecture, torch.nn.Module]:
 
 
 def main() -> int:
-    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words = parser(__doc__, quick="two short samples, few layers removed: that it runs", repetitions=3)
     words.add_argument("--model", help="JSON of model fields (random weights); default: the shipped parent")
     words.add_argument("--samples", type=int, default=4)
     words.add_argument("--micro-batch-size", type=int, default=2)
     words.add_argument("--seq-length", type=int, default=256)
     words.add_argument("--min-layers", type=int, help="depth at which greedy stops; default: half")
     words.add_argument("--memory-gb", type=float, default=1.0)
-    words.add_argument("--repetitions", type=int, default=3)
-    words.add_argument("--threads", type=int, default=1)
-    words.add_argument("--output", type=Path)
-    args = words.parse_args()
-    torch.set_num_threads(args.threads)
+    args = start(words)
+    if args.quick:
+        args.samples, args.seq_length, args.min_layers = 2, 32, 14
     architecture, model = parent(args)
     depth = architecture.num_layers
     rules = DepthRules(pattern=architecture.hybrid_override_pattern, min_layers=args.min_layers or depth // 2)
@@ -142,25 +127,14 @@ def main() -> int:
         "seq_length": args.seq_length,
         "memory_gb": args.memory_gb,
         "model": args.model or "shipped parent",
-        "machine": {
-            "cores": os.cpu_count(),
-            "threads": args.threads,
-            "load": os.getloadavg(),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
         "required_layer_forwards_ratio": REQUIRED_RATIO,
         **{method: compare(method, model, batches, rules, args) for method in ("one_shot", "greedy")},
     }
     met = all(result[m]["layer_forwards_ratio"] >= REQUIRED_RATIO for m in ("one_shot", "greedy")) or depth < 16
     same = all(result[m]["same_ranking"] for m in ("one_shot", "greedy"))
     result["met"] = met and same
-    text = json.dumps(result, indent=2)
-    print(text)
-    if args.output:
-        args.output.write_text(text + "\n")
-    return 0 if result["met"] else 1
+    return finish(args, result)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -1,6 +1,7 @@
 """What a ranking is worth: held-out loss of children that were never trained, by order of units and of layers.
 
-    python benchmarks/ranking_quality.py [--parent DIR] [--dims DIM ...] [--windows N] [--orders N] [--output FILE]
+    python benchmarks/ranking_quality.py [--parent DIR] [--dims DIM ...] [--windows N] [--orders N]
+                                         [--quick] [--output FILE]
 
 On the shipped parent, or another. For every width dim, and all of them together, at 0.9 / 0.75 / 0.5: the loss of the
 child that keeps the first units of the parent sorted by each named choice of scores, of the parent as it is (`first`)
@@ -17,13 +18,11 @@ import hashlib
 import json
 import statistics
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from harness import finish, parser, start
 
 from nemo_elastic.config.model_fields import architecture_of
 from nemo_elastic.cost import parameters
@@ -211,11 +210,9 @@ def keep(depth: int, gone: list[int]) -> tuple[int, ...]:
     return tuple(n for n in range(depth) if n not in gone)
 
 
-def main() -> int:
-    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words.add_argument(
-        "--parent", type=Path, default=ASSETS / "tiny_parent", help="folder with weights, sizes, tokenizer"
-    )
+def flags() -> argparse.ArgumentParser:
+    words = parser(__doc__, quick="one dim, two windows, one layer: that it runs")
+    words.add_argument("--parent", type=Path, default=ASSETS / "tiny_parent", help="weights, sizes, tokenizer")
     words.add_argument("--dims", nargs="*", choices=CHOICES, default=list(CHOICES))
     words.add_argument("--no-depth", action="store_true")
     words.add_argument("--windows", type=int, default=32, help="held-out windows, spread over the split")
@@ -224,29 +221,29 @@ def main() -> int:
     words.add_argument("--depth-samples", type=int, default=32, help="those of them that rank layers")
     words.add_argument("--orders", type=int, default=5, help="random orders")
     words.add_argument("--most", type=int, default=8, help="layers to remove at most")
-    words.add_argument("--threads", type=int, default=1)
-    words.add_argument("--output", type=Path)
-    args = words.parse_args()
-    torch.set_num_threads(args.threads)
-    started = time.time()
+    return words
+
+
+SETTINGS = ("dims", "no_depth", "windows", "seq_length", "samples", "depth_samples", "orders", "most", "threads")
+
+
+def main() -> int:
+    args = start(flags())
+    if args.quick:
+        args.dims, args.windows, args.seq_length, args.samples = ["ffn_hidden_size"], 2, 32, 8
+        args.depth_samples, args.orders, args.most = 8, 2, 1
     study = Study(args)
     study.load(None)
     result = {
         "parent": args.parent.name,
         "weights_sha256": hashlib.sha256((args.parent / "model.safetensors").read_bytes()).hexdigest(),
         "parent_loss": study.loss(study.space.full_subnet()),
-        "settings": {k: v for k, v in vars(args).items() if k not in ("output", "parent")},
+        "settings": {name: getattr(args, name) for name in SETTINGS},
         "widths": width_study(study, args.dims, args.orders),
         "depth": None if args.no_depth else depth_study(study, args.orders, args.most, args.depth_samples),
-        "seconds": 0.0,
     }
-    result["seconds"] = round(time.time() - started, 1)
-    text = json.dumps(result, indent=1)
-    print(text)
-    if args.output:
-        args.output.write_text(text + "\n")
-    return 0
+    return finish(args, result)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

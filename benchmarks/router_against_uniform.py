@@ -15,27 +15,25 @@ seeds may be added. Reported per budget:
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import platform
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from training_runs import CONFIG, QUICK, nemo_elastic, ranked
+from harness import finish, parser, start
+from training_runs import CONFIG, QUICK, nemo_elastic, prepared, ranked
 
 from nemo_elastic.budget_cost import BudgetCost
 from nemo_elastic.config import load_config
 from nemo_elastic.config.sections import RunConfig
 from nemo_elastic.cost import parameters
 from nemo_elastic.family import family_of
-from nemo_elastic.files import write_json
+from nemo_elastic.files import write_json, write_text
 from nemo_elastic.plan import plan
 from nemo_elastic.runlog import RunLog
 from nemo_elastic.serving_conditions import serving_of
@@ -58,10 +56,7 @@ def overrides(kind: str, mode: str, seed: int, quick: bool) -> list[str]:
 def run_one(out: Path, kind: str, mode: str, seed: int, quick: bool) -> dict[str, Any]:
     """Train and collect; the run folder is removed, its logs are kept."""
     name, words = f"{kind}-{mode}-{seed}", overrides(kind, mode, seed, quick)
-    base, folder = ranked(out, quick), out / "work" / name
-    shutil.rmtree(folder, ignore_errors=True)
-    for part in ("importance", "sorted"):
-        shutil.copytree(base / part, folder / part)
+    folder = prepared(ranked(out, quick), out / "work" / name)
     started, load = time.monotonic(), os.getloadavg()[0]
     nemo_elastic("train", folder, words)
     run = load_config(CONFIG, words).config
@@ -73,7 +68,6 @@ def run_one(out: Path, kind: str, mode: str, seed: int, quick: bool) -> dict[str
         "overrides": words,
         "seconds": round(time.monotonic() - started, 1),
         "load_before": round(load, 2),
-        "machine": platform.processor() or platform.machine(),
         "budgets": collected(run, folder),
     }
     write_json(out / "results" / f"{name}.json", result)
@@ -137,28 +131,39 @@ def table(results: list[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Does what is missing, prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the series")
-    parser.add_argument("--seeds", default="1,2,3", help="comma separated")
-    parser.add_argument("--kinds", default="parameters,memory")
-    parser.add_argument("--quick", action="store_true", help="12 steps: that it runs, not what it shows")
-    parser.add_argument("--table", action="store_true", help="only the table of what is there")
-    args = parser.parse_args()
-    for seed in map(int, args.seeds.split(",")):
-        for kind in args.kinds.split(","):
-            for mode in MODES:
-                path = args.out / "results" / f"{kind}-{mode}-{seed}.json"
-                if not args.table and not path.is_file():
-                    done = run_one(args.out.resolve(), kind, mode, seed, args.quick)
-                    losses = {name: round(b["loss"], 4) for name, b in done["budgets"].items()}
-                    print(f"{path.stem}: {done['seconds']} s, {losses}", flush=True)
-    results = [json.loads(p.read_text(encoding="utf-8")) for p in sorted((args.out / "results").glob("*.json"))]
-    text = table(results)
-    (args.out / "table.md").write_text(text + "\n", encoding="utf-8")
-    print(text)
+def done_runs(out: Path) -> list[dict[str, Any]]:
+    """What is in OUT/results."""
+    return [json.loads(p.read_text(encoding="utf-8")) for p in sorted((out / "results").glob("*.json"))]
+
+
+def main() -> int:
+    """Does what is missing; JSON, and the table on standard error and in OUT/table.md."""
+    words = parser(__doc__, quick="6 steps of one kind and seed: that it runs, not what it shows")
+    words.add_argument("--out", type=Path, help="folder of the series; may be left out with --quick")
+    words.add_argument("--seeds", default="1,2,3", help="comma separated")
+    words.add_argument("--kinds", default="parameters,memory")
+    words.add_argument("--table", action="store_true", help="only the table of what is there")
+    args = start(words)
+    if not args.out and not args.quick:
+        words.error("--out is needed for a series that can go on")
+    if args.quick:
+        args.seeds, args.kinds = "1", "memory"
+    with tempfile.TemporaryDirectory() as scratch:
+        out = (args.out or Path(scratch)).resolve()
+        for seed in map(int, args.seeds.split(",")):
+            for kind in args.kinds.split(","):
+                for mode in MODES:
+                    path = out / "results" / f"{kind}-{mode}-{seed}.json"
+                    if not args.table and not path.is_file():
+                        done = run_one(out, kind, mode, seed, args.quick)
+                        losses = {name: round(b["loss"], 4) for name, b in done["budgets"].items()}
+                        print(f"{path.stem}: {done['seconds']} s, {losses}", file=sys.stderr, flush=True)
+        runs = done_runs(out)
+        text = table(runs)
+        write_text(out / "table.md", text + "\n")
+    print(text, file=sys.stderr)
+    return finish(args, {"runs": runs})
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

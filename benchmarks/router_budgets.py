@@ -14,21 +14,14 @@ needed a repair. `lost`: worth that the repaired subnets have cut off, mean over
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import platform
 import sys
-import time
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
 import torch
+from harness import finish, parser, start
 
 from nemo_elastic.budget_cost import BudgetCost
 from nemo_elastic.config import load_config
@@ -45,6 +38,7 @@ from nemo_elastic.search import uniform_selection
 from nemo_elastic.space import Budget, ElasticSpace
 
 RECIPES = {"default": RouterConfig(), "paper": RouterConfig(recipe="paper")}
+LIMITS = {"before": 0.02, "after": 0.01}  # of the default recipe, either way
 BUDGETS = {"parameters": ("fraction", (0.75, 0.5)), "memory": ("memory_gb", (0.8, 0.65))}  # of the parent's
 WORTH = {  # what a dim is worth, and how fast its later units lose worth
     "hidden_size": (2.0, 1.0),
@@ -164,21 +158,16 @@ def worst(values: list[float]) -> float:
     return max(values, key=abs)
 
 
-def main() -> None:
-    """Prints a table, writes JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one seed, few steps: that it runs, not what it shows")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=160, help="length of the run the schedules are for")
-    parser.add_argument(
-        "--shock", type=float, default=5.0, help="what a cut costs at first, over what it costs at last"
-    )
-    parser.add_argument("--output", type=Path, help="JSON")
-    args = parser.parse_args()
+def main() -> int:
+    """JSON, and a table on standard error while it runs."""
+    words = parser(__doc__, quick="one seed, few steps: that it runs, not what it shows")
+    words.add_argument("--seeds", type=int, default=5)
+    words.add_argument("--steps", type=int, default=160, help="length of the run the schedules are for")
+    words.add_argument("--shock", type=float, default=5.0, help="what a cut costs at first, over what it costs at last")
+    args = start(words)
     seeds, steps = (1, 20) if args.quick else (args.seeds, args.steps)
-    torch.set_num_threads(1)
-    started, results = time.monotonic(), []
-    print("| space | budget | recipe | expected | before | after | repaired | lost | uniform |\n|" + "---|" * 9)
+    results, headings = [], "| space | budget | recipe | expected | before | after | repaired | lost | uniform |\n"
+    print(headings + "|" + "---|" * 9, file=sys.stderr)
     for space_name, (run, space) in spaces().items():
         for kind_name, (kind, values) in BUDGETS.items():
             costs = costs_of(run, space, kind, values)
@@ -200,22 +189,15 @@ def main() -> None:
                         f"| {space_name} | {kind_name} {budget} | {recipe} | {summary['expected']:+.1%} | "
                         f"{summary['before']:+.1%} | {summary['after']:+.1%} | {summary['repaired']} of {seeds} | "
                         f"{summary['lost']:.3f} | {summary['uniform']:.3f} |",
+                        file=sys.stderr,
                         flush=True,
                     )
-    report = {
-        "benchmark": "router_budgets",
-        "quick": args.quick,
-        "seeds": seeds,
-        "steps": steps,
-        "shock": args.shock,
-        "torch": str(torch.__version__),
-        "machine": platform.processor() or platform.machine(),
-        "seconds": round(time.monotonic() - started, 1),
-        "results": results,
-    }
-    if args.output:
-        args.output.write_text(json.dumps(report, indent=1) + "\n")
+    own = [row for row in results if row["recipe"] == "default"]
+    met = all(abs(row[key]) <= limit for row in own for key, limit in LIMITS.items())
+    return finish(
+        args, {"met": met, "limits": LIMITS, "seeds": seeds, "steps": steps, "shock": args.shock, "results": results}
+    )
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

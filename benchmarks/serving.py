@@ -12,20 +12,13 @@ of processes of their own that hold the parent alone, the family after running e
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import re
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from harness import finish, memory_bytes, parser, start, timed
 
 from nemo_elastic.checkpoint.extract import child_architecture, child_tensors, plain_model
 from nemo_elastic.checkpoint.manifest import Manifest
@@ -58,19 +51,6 @@ WIDE = {
     "vocab_size": 16384,
     "seq_length": 4096,
 }
-
-
-def machine() -> dict:
-    """What the numbers were taken on."""
-    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return {
-        "cpu": names[0] if names else platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "load_average_at_start": os.getloadavg()[0],
-    }
 
 
 def family_of(model: dict) -> Manifest:
@@ -107,16 +87,6 @@ def wide(manifest: Manifest) -> dict[str, torch.Tensor]:
     return found
 
 
-def best(act: Callable[[], object], repetitions: int) -> float:
-    """Least seconds."""
-    times = []
-    for _ in range(repetitions):
-        start = time.perf_counter()
-        act()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
 def measure(family: ElasticFamily, repetitions: int, decoded: int, prompt: int) -> dict:
     """Speed and memory of every budget."""
     tokens = torch.randint(0, family.layout.architecture.vocab_size, (1, prompt))
@@ -127,13 +97,13 @@ def measure(family: ElasticFamily, repetitions: int, decoded: int, prompt: int) 
         memory = {}
         for _ in range(repetitions):
             for kind in ("views", "compact"):
-                alone = best(lambda n=name, k=kind: family.switch(n, compact=k == "compact"), 1)
-                first = best(lambda: family.logits(tokens[:, :1]), 1)
+                alone = timed(lambda n=name, k=kind: family.switch(n, compact=k == "compact")).wall
+                first = timed(lambda: family.logits(tokens[:, :1])).wall
                 memory[kind] = family.memory_bytes()["active"]
-                prefill = best(lambda: family.logits(tokens, last_only=True), 1)
+                prefill = timed(lambda: family.logits(tokens, last_only=True)).wall
                 cache = family.new_cache()
                 family.logits(tokens, cache, last_only=True)
-                decode = best(lambda c=cache: [family.logits(tokens[:, :1], c) for _ in range(decoded)], 1) / decoded
+                decode = timed(lambda c=cache: [family.logits(tokens[:, :1], c) for _ in range(decoded)]).wall / decoded
                 for what, value in (("switch", alone), ("switch_and_first_token", alone + first)):
                     times.setdefault(f"{kind}_{what}_ms", []).append(1e3 * value)
                 times.setdefault(f"{kind}_prefill_ms", []).append(1e3 * prefill)
@@ -153,15 +123,10 @@ def measure(family: ElasticFamily, repetitions: int, decoded: int, prompt: int) 
     }
 
 
-def resident_mb() -> float:
-    """Resident set of this process."""
-    return int(re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)) / 1024
-
-
 def hold(what: str) -> float:
     """MB that a process holds after running `parent` alone, every budget of a `family`, or `separate` models."""
     manifest, tokens = family_of(WIDE), torch.zeros(1, 16, dtype=torch.int64)
-    before = resident_mb()
+    before = memory_bytes("VmRSS")
     weights = wide(manifest)
     alive = []
     if what == "separate":
@@ -178,25 +143,19 @@ def hold(what: str) -> float:
         for name in served.budgets if what != "parent" else ("full",):
             served.switch(name)
             served.logits(tokens)
-    return resident_mb() - before
+    return (memory_bytes("VmRSS") - before) / 2**20
 
 
 def main() -> int:
     """Measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the shipped parent only, once: that it runs")
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--hold", choices=("parent", "family", "separate"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    words = parser(__doc__, quick="the shipped parent only, once: that it runs", repetitions=5)
+    words.add_argument("--hold", choices=("parent", "family", "separate"), help=argparse.SUPPRESS)
+    arguments = start(words)
     torch.manual_seed(0)
     if arguments.hold:
         print(hold(arguments.hold))
         return 0
-    repetitions = 1 if arguments.quick else arguments.repetitions
-    result = {"machine": machine(), "repetitions": repetitions, "goals": GOALS}
+    repetitions, result = arguments.repetitions, {"goals": GOALS}
     result["tiny"] = measure(tiny(), repetitions, 4 if arguments.quick else 32, 64 if arguments.quick else 256)
     if not arguments.quick:
         manifest = family_of(WIDE)
@@ -215,12 +174,8 @@ def main() -> int:
         "memory_ratio_to_parent": max(b["views_memory_ratio_to_parent"] for b in budgets),
         "switch_ms": max(b["views_switch_and_first_token_ms"] for b in budgets),
     }
-    result = {**worst, "met": all(worst[key] <= goal for key, goal in GOALS.items()), **result}
-    text = json.dumps(result, indent=2)
-    print(text)
-    if arguments.output:
-        arguments.output.write_text(text + "\n")
-    return 0
+    met = all(worst[key] <= goal for key, goal in GOALS.items())
+    return finish(arguments, {**worst, "met": met, **result})
 
 
 if __name__ == "__main__":

@@ -12,20 +12,11 @@ printed as JSON, median and minimum over the repetitions. `--chunks` times the s
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
-import statistics
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from harness import finish, interleaved, least, median, parser, start
 
 from nemo_elastic.mcore.chunk_scan import chunk_scan, scan_chunk_length
 from nemo_elastic.mcore.gated_norm import gated_rms_norm
@@ -43,46 +34,6 @@ QUICK = [
     {"seq": 100, "batch": 1, "hidden": 64, "heads": 8, "head_dim": 16, "groups": 2, "state": 16, "chunk_size": 64},
 ]
 CONV_KERNEL = 4
-
-
-def machine() -> dict:
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
-    load = Path("/proc/loadavg")
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "dtype": "float32",
-        "load_average_at_start": load.read_text().split()[0] if load.exists() else None,
-    }
-
-
-def interleaved(runs: dict[str, Callable[[], None]], repetitions: int) -> dict[str, dict[str, float]]:
-    """Seconds of each run, wall and CPU; one warm-up, then every run once a repetition."""
-    wall: dict[str, list[float]] = {name: [] for name in runs}
-    cpu: dict[str, list[float]] = {name: [] for name in runs}
-    for repetition in range(repetitions + 1):
-        for name, run in runs.items():
-            w, c = time.perf_counter(), time.process_time()
-            run()
-            if repetition:
-                wall[name].append(time.perf_counter() - w)
-                cpu[name].append(time.process_time() - c)
-    return {
-        name: {
-            "s": statistics.median(wall[name]),
-            "min_s": min(wall[name]),
-            "cpu_s": statistics.median(cpu[name]),
-            "cpu_min_s": min(cpu[name]),
-        }
-        for name in runs
-    }
 
 
 def mixers(case: dict) -> tuple[Callable[[], None], Callable[[], None], float]:
@@ -168,12 +119,18 @@ def matmul_run(flops: int) -> Callable[[], None]:
     return lambda: torch.bmm(left, right, out=out)
 
 
+def statistics_of(found: list) -> dict[str, float]:
+    """Median and minimum of wall and CPU seconds."""
+    middle, best = median(found), least(found)
+    return {"s": middle.wall, "min_s": best.wall, "cpu_s": middle.cpu, "cpu_min_s": best.cpu}
+
+
 def measure(case: dict, repetitions: int) -> dict:
     ours, theirs, difference = mixers(case)
     chunk = scan_chunk_length(case["seq"], case["head_dim"], case["state"])
     flops = scan_flops(case, chunk)
     runs = {"ours": ours, "transformers": theirs, "scan": scan_run(case, chunk), "matmul": matmul_run(flops)}
-    times = interleaved(runs, repetitions)
+    times = {name: statistics_of(found) for name, found in interleaved(runs, repetitions).items()}
     result = dict(case) | {"scan_chunk_length": chunk, "scan_gflop": flops / 1e9, "relative_difference": difference}
     result |= {f"{name}_{key}": value for name, entry in times.items() for key, value in entry.items()}
     for key in ("s", "min_s", "cpu_s", "cpu_min_s"):
@@ -188,30 +145,21 @@ def measure_chunks(case: dict, repetitions: int) -> dict:
     chunks = [q for q in (16, 32, 64, 128, 256) if q <= case["seq"]]
     times = interleaved({str(q): scan_run(case, q) for q in chunks}, repetitions)
     chosen = scan_chunk_length(case["seq"], case["head_dim"], case["state"])
-    return dict(case) | {"chosen": chosen, "cpu_min_s": {q: entry["cpu_min_s"] for q, entry in times.items()}}
+    return dict(case) | {"chosen": chosen, "cpu_min_s": {q: least(found).cpu for q, found in times.items()}}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one tiny case, a few seconds")
-    parser.add_argument("--chunks", action="store_true", help="time the scan at several chunk lengths")
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, help="write the JSON there too")
-    options = parser.parse_args()
+def main() -> int:
+    words = parser(__doc__, quick="one tiny case, a few seconds", repetitions=5)
+    words.add_argument("--chunks", action="store_true", help="time the scan at several chunk lengths")
+    arguments = start(words)
     torch.manual_seed(0)
-    torch.set_num_threads(options.threads)
-    one = measure_chunks if options.chunks else measure
-    result: dict = {"machine": machine(), "repetitions": options.repetitions, "seed": 0}
-    result["cases"] = [one(case, options.repetitions) for case in (QUICK if options.quick else FULL)]
-    if not options.chunks and not options.quick:  # the requirement is for real lengths
-        result["required_time_ratio"] = REQUIRED_TIME_RATIO
-        result["required_met"] = all(case["time_ratio"] <= REQUIRED_TIME_RATIO for case in result["cases"])
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.output:
-        options.output.write_text(text + "\n")
+    one = measure_chunks if arguments.chunks else measure
+    cases = [one(case, arguments.repetitions) for case in (QUICK if arguments.quick else FULL)]
+    result: dict = {"seed": 0, "dtype": "float32", "cases": cases, "required_time_ratio": REQUIRED_TIME_RATIO}
+    if not arguments.chunks and not arguments.quick:  # the requirement is for real lengths
+        result["met"] = all(case["time_ratio"] <= REQUIRED_TIME_RATIO for case in cases)
+    return finish(arguments, result)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

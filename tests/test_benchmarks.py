@@ -1,0 +1,172 @@
+"""Every benchmark runs and says what its README promises; the README's table and figure come from the raw results.
+
+Nothing here asserts a time: `--quick` shows that a script runs, not how fast.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "benchmarks"
+README = (FOLDER / "README.md").read_text(encoding="utf-8")
+PARTS = {"harness", "training_runs", "measures", "figure"}  # imported by the scripts, or made of their results
+SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in PARTS)
+FAST = {"ssd", "router_budgets"}  # under 20 seconds: what the others take is mostly the import of Megatron or NeMo
+ROWS = {
+    name: re.findall(r"`([^`]+)`", keys)
+    for name, keys in re.findall(r"^\| `(\w+)\.py` \|.*\|([^|]*)\|$", README, flags=re.MULTILINE)
+}
+
+
+@pytest.fixture(autouse=True)
+def _on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+
+@pytest.fixture
+def harness() -> ModuleType:
+    return __import__("harness")
+
+
+@pytest.fixture
+def figure() -> ModuleType:
+    return __import__("figure")
+
+
+def test_the_readme_lists_every_script() -> None:
+    assert sorted(ROWS) == SCRIPTS
+    assert [name for name, keys in ROWS.items() if not keys] == []
+    assert [name for name in PARTS if f"{name}.py" not in README] == []
+
+
+@pytest.mark.parametrize("name", [s if s in FAST else pytest.param(s, marks=pytest.mark.slow) for s in SCRIPTS])
+def test_quick(name: str, tmp_path: Path, harness: ModuleType) -> None:
+    output = tmp_path / "result.json"
+    command = [sys.executable, str(FOLDER / f"{name}.py"), "--quick", "--output", str(output)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(output.read_text(encoding="utf-8"))
+    assert json.loads(done.stdout) == result
+    assert result["benchmark"] == name
+    assert result["quick"] is True
+    assert {"cpu", "cores", "threads", "torch", "load_average_at_start"} <= result["machine"].keys()
+    for path in ROWS[name]:
+        found = [value for _, value in harness.values(result, path)]
+        assert found, path
+        assert None not in found, path
+
+
+def test_the_table_is_what_the_results_give(figure: ModuleType) -> None:
+    results = figure.read(FOLDER / "results")
+    assert results
+    assert figure.with_table(README, figure.table(results)) == README
+
+
+def test_the_table_follows_a_result(figure: ModuleType) -> None:
+    results = figure.read(FOLDER / "results")
+    before = figure.table(results)
+    results["ssd"]["cases"][0]["time_ratio"] = 0.5
+    rows = [line for line in figure.table(results).splitlines() if line not in before.splitlines()]
+    assert len(rows) == 1
+    assert "| `ssd` |" in rows[0]
+    assert "to 0.50 (4) | 0.060 | **no** |" in rows[0]
+
+
+def test_quick_runs_are_no_results(figure: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "ssd.json").write_text(json.dumps({"quick": True}))
+    assert figure.read(tmp_path) == {}
+    assert "not measured yet" in figure.table({})
+
+
+def test_every_result_has_a_row_and_every_row_a_script(figure: ModuleType) -> None:
+    shown = {measure.benchmark for measure in figure.MEASURES}
+    assert shown == set(SCRIPTS)
+    assert {path.stem for path in (FOLDER / "results").glob("*.json")} <= shown
+
+
+def test_the_figure_is_drawn(figure: ModuleType, tmp_path: Path) -> None:
+    figure.draw(figure.read(FOLDER / "results"), tmp_path / "one.png")
+    assert (tmp_path / "one.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_a_least_limit_is_missed_from_below(figure: ModuleType) -> None:
+    least = next(m for m in figure.MEASURES if m.least)
+    section = least.path.split(".")[0]
+    result = {section: {"layer_forwards_ratio": 1.5}, "required_layer_forwards_ratio": 1.8}
+    assert figure.shown(least, result).met is False
+    assert figure.shown(least, result).shares == [pytest.approx(1.2)]
+    result[section]["layer_forwards_ratio"] = 2.0
+    assert figure.shown(least, result).met is True
+
+
+def test_runs_take_turns_and_the_first_round_does_not_count(harness: ModuleType) -> None:
+    calls: list[str] = []
+    runs = {name: (lambda n=name: calls.append(n)) for name in "ab"}
+    found = harness.interleaved(runs, 2, before=lambda name: calls.append(f"before {name}"))
+    assert calls == ["before a", "a", "before b", "b"] * 3
+    assert {name: len(times) for name, times in found.items()} == {"a": 2, "b": 2}
+    times = [harness.Seconds(3.0, 1.0), harness.Seconds(1.0, 9.0), harness.Seconds(2.0, 5.0)]
+    assert harness.median(times) == (2.0, 5.0)
+    assert harness.least(times) == (1.0, 1.0)
+
+
+def test_values_on_a_path(harness: ModuleType) -> None:
+    result = {"cases": [{"ratio": 1}, {"ratio": 2}], "budgets": {"small": {"ratio": 3}}}
+    assert list(harness.values(result, "cases.*.ratio")) == [(("cases", "0", "ratio"), 1), (("cases", "1", "ratio"), 2)]
+    assert [v for _, v in harness.values(result, "budgets.*.ratio")] == [3]
+    with pytest.raises(KeyError):
+        list(harness.values(result, "cases.*.other"))
+
+
+@pytest.mark.parametrize(("quick", "met", "code"), [(False, False, 1), (True, False, 0), (False, True, 0)])
+def test_a_missed_limit_is_an_exit_code(
+    harness: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, quick: bool, met: bool, code: int
+) -> None:
+    output = tmp_path / "x.json"
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # `start` sets it: put back afterwards
+    monkeypatch.setattr(sys, "argv", ["some.py", "--output", str(output), *(["--quick"] if quick else [])])
+    arguments = harness.start(harness.parser("doc", quick="", repetitions=5))
+    assert harness.finish(arguments, {"met": met}) == code
+    written = json.loads(output.read_text())
+    assert (written["benchmark"], written["quick"], written["repetitions"]) == ("some", quick, 1 if quick else 5)
+
+
+def test_a_family_in_fixed_subnets_costs_what_its_budgets_cost_alone() -> None:
+    from nemo_elastic.config import load_config
+    from nemo_elastic.plan import plan
+
+    family_cost = __import__("family_cost")
+    subnets = {row["name"]: row["subnet"] for row in plan(load_config("tiny_parent.yaml").config)["budgets"]}
+    names = [*family_cost.FAMILIES, *(f"alone-{name}" for name in family_cost.BUDGETS)]
+    words = {name: family_cost.words_of(name, 36, subnets) for name in names}
+    flops = {name: family_cost.predicted_flops(words[name], subnets) for name in names}
+    alone = sum(value for name, value in flops.items() if name.startswith("alone-"))
+    assert flops["family_fixed"] == pytest.approx(alone, rel=1e-12)
+    assert flops["family_shared"] < flops["family_fixed"] < flops["family"]
+
+
+@pytest.mark.parametrize("steps", [6, 36])
+def test_a_family_is_dealt_equal_tokens(steps: int) -> None:
+    from nemo_elastic.config import load_config
+    from nemo_elastic.router.sampling import sample_budgets
+
+    family_cost = __import__("family_cost")
+    run = load_config("tiny_parent.yaml", family_cost.words_of("family", steps, {})).config
+    (stage,) = run.train.stages
+    drawn = [
+        name
+        for step in range(stage.steps)
+        for index in range(stage.global_batch_size // run.train.micro_batch_size)
+        for name in sample_budgets(dict.fromkeys(run.elastic.budgets, 1.0), run.train.seed, step, index)
+    ]
+    assert {drawn.count(name) for name in run.elastic.budgets} == {2 * steps // 3}

@@ -49,23 +49,24 @@ def _curves(results: Any, name: str, budget: str, x: str) -> list[tuple[list[flo
 
 
 def tokens(results: Any) -> Any:
-    """Held-out loss of a child against the tokens that it was trained on."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
-    for axis, child in zip(axes, CHILDREN, strict=True):
-        for kind, label in LABELS.items():
-            name = "family" if kind == "family" else f"{kind}-{child}"
-            for number, (x, y) in enumerate(_curves(results, name, child, "tokens")):
-                axis.plot(x[1:], y[1:], color=COLOURS[kind], lw=1.2, marker="o", ms=2.5,
-                          label=label if number == 0 else None)  # fmt: skip
-        axis.axhline(_parent_on_curve(results), color="black", lw=0.8, ls=":", label="parent")
-        axis.set(
-            title=f"{child}: {BUDGETS[child]:.0%} of the parameters",
-            xlabel="thousand tokens of this child",
-            xscale="log",
-        )
-        axis.set_ylim(top=3.0)
-    axes[0].set_ylabel("held-out loss, nats per token")
-    axes[1].legend(frameon=False, fontsize=8)
+    """Held-out loss of a child against the tokens that it was trained on: all of it, and where the teachers lead."""
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained")
+    parent = _parent_on_curve(results)
+    for column, child in enumerate(CHILDREN):
+        for axis in axes[:, column]:
+            for kind, label in LABELS.items():
+                name = "family" if kind == "family" else f"{kind}-{child}"
+                for number, (x, y) in enumerate(_curves(results, name, child, "tokens")):
+                    axis.plot(x[1:], y[1:], color=COLOURS[kind], lw=1.2, marker="o", ms=2.5,
+                              label=label if number == 0 else None)  # fmt: skip
+            axis.axhline(parent, color=COLOURS["parent"], lw=0.8, ls=":", label="parent")
+        longest = [x[-1] for x, _ in _curves(results, f"whole-{child}", child, "tokens")]
+        axes[0, column].set(title=f"{child}: {BUDGETS[child]:.0%} of the parameters", xscale="log")
+        axes[1, column].set(ylim=(parent - 0.01, parent + 0.15), xlim=(0, 1.05 * max(longest, default=200)))
+        axes[1, column].set_xlabel("thousand tokens of this child")
+    for axis, words in zip(axes[:, 0], ("held-out loss, nats per token", "the same, near the parent"), strict=True):
+        axis.set_ylabel(words)
+    axes[0, 0].legend(frameon=False, fontsize=8, loc="center left")
     return figure
 
 
@@ -109,7 +110,7 @@ def solved(results: Any) -> Any:
     figure, axis = plt.subplots(figsize=(9, 0.36 * len(rows) + 1.3), layout="constrained")
     axis.grid(False)
     image = axis.imshow([values for _, values in rows], cmap="cividis", vmin=0, vmax=1, aspect="auto")
-    axis.set_xticks(range(len(classes)), [c.replace("_", " ").replace("/", "\n") for c in classes], fontsize=8)
+    axis.set_xticks(range(len(classes)), [_class_label(c) for c in classes], fontsize=8)
     axis.set_yticks(range(len(rows)), [label for label, _ in rows])
     for y, (_, values) in enumerate(rows):
         for x, value in enumerate(values):
@@ -117,6 +118,16 @@ def solved(results: Any) -> Any:
             axis.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize=8, color=colour)
     figure.colorbar(image, ax=axis, label="solved")
     return figure
+
+
+def _class_label(name: str) -> str:
+    kind, size = name.split("/")
+    words = {
+        "chain_sum": "sum\n{} terms",
+        "number_sorting": "sort\n{} numbers",
+        "spell_backward": "backward\nto {} letters",
+    }
+    return words[kind].format(size)
 
 
 def _share(rows: Sequence[Mapping[str, int]]) -> float:

@@ -142,7 +142,7 @@ def test_a_flat_order_puts_the_best_heads_into_the_kept_slots() -> None:
 
 
 def test_tokens_to_a_loss_are_read_between_validations() -> None:
-    from results import tokens_to
+    from readings import tokens_to
 
     curve = [{"tokens": {"x": t}, "losses": {"x": loss}} for t, loss in ((0, 4.0), (100, 3.0), (200, 2.0))]
     assert tokens_to(curve, "x", 2.5) == 150 and tokens_to(curve, "x", 4.5) == 0

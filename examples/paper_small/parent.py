@@ -18,18 +18,11 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from problems import training_file
+from problems import blend, training_file
 
 from nemo_elastic.nemo import cpu
 
 CONFIG = Path(__file__).with_name("parent.yaml")
-SHARES = {"problems": 3, "text": 1}  # of the samples
-
-
-def blend(folder: Path) -> list[dict[str, Any]]:
-    """`data.blend` of every run: problems and the text of the running Python."""
-    problems = {"path": str(folder / "problems.jsonl"), "weight": SHARES["problems"]}
-    return [problems, {"path": "builtin:corpus", "weight": SHARES["text"]}]
 
 
 def prepare(folder: Path) -> None:

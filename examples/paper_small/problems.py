@@ -24,6 +24,7 @@ import reasoning_gym
 
 SCORED = 1  # of 20 buckets of questions
 SIZES = {"chain_sum": (2, 3, 4), "number_sorting": (3, 4, 5), "spell_backward": (5, 7, 10)}
+SHARES = {"problems": 3, "text": 1}  # of the training samples
 COUNTS = {"chain_sum": 18_000, "number_sorting": 14_000, "spell_backward": 20_000}
 
 
@@ -138,6 +139,12 @@ def training_file(path: Path, seed: int = 11, counts: dict[str, int] | None = No
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     temporary.replace(path)
+
+
+def blend(folder: Path) -> list[dict[str, Any]]:
+    """`data.blend` of every run: problems, and the text of the running Python."""
+    ours = {"path": str(folder / "problems.jsonl"), "weight": SHARES["problems"]}
+    return [ours, {"path": "builtin:corpus", "weight": SHARES["text"]}]
 
 
 def scored_problems(each: int = 64, seed: int = 12) -> list[Problem]:

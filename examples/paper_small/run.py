@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from problems import blend
 from runs import BASES, GROUPS, RUNS, Run
 from shapes import random_subnets
 
@@ -61,9 +62,8 @@ class Series:
     def common(self, parent: str) -> list[str]:
         """Overrides of every run."""
         data = self.out / "data"
-        blend = [{"path": str(data / "problems.jsonl"), "weight": 3}, {"path": "builtin:corpus", "weight": 1}]
         words = [f"parent.path={self.out / parent}", f"data.tokenizer={data / 'tokenizer.json'}"]
-        return [*words, f"data.blend={json.dumps(blend)}", *(QUICK if self.quick else ())]
+        return [*words, f"data.blend={json.dumps(blend(data))}", *(QUICK if self.quick else ())]
 
     def verb(self, verb: str, folder: Path, words: Iterable[str], *flags: str) -> None:
         """`nemo-elastic VERB`."""

@@ -147,6 +147,15 @@ def ablations() -> Iterator[Run]:
                       {"steps": STEPS[1], **LONG, "budget_probabilities": WEIGHTS}))  # fmt: skip
     yield Run(name="speed-masked", group="speed", what="hard subnets run masked, the same shapes", budgets=BUDGETS,
               stages=stages(*STEPS, WEIGHTS), words=(EVEN, "train.mode=masked"), shapes_of="family")  # fmt: skip
+    yield Run(
+        name="speed-masked-small",
+        group="speed",
+        what="`small` alone, masked, all of the family's steps",
+        budgets={"small": BUDGETS["small"]},
+        stages=stages(*STEPS),
+        words=(EVEN, "train.mode=masked"),
+        shapes_of="family",
+    )
     yield Run(name="speed-soft", group="speed", what="soft masks to the end (the paper's router)", budgets=BUDGETS,
               stages=stages(*STEPS, WEIGHTS), words=("router.recipe=paper",))  # fmt: skip
 

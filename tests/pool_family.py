@@ -61,7 +61,7 @@ def build(run: RunConfig, dtype: torch.dtype, tied: bool, **more: Any) -> tuple[
     arch = architecture(share_embeddings_and_output_weights=tied)
     family = family_of(run, RANKING)
     layout = ParamLayout(arch, ffn_groups=FFN_GROUPS, tp_size=parallel_state.get_tensor_model_parallel_world_size())
-    teacher = build_plain_model(arch, params_dtype=dtype, **more)
+    teacher = build_plain_model(arch, params_dtype=dtype, **more)  # its configuration is the family's, too
     teacher.config.has_cond_embedder = True  # as `ElasticSSMConfig` says
     first, last = stage_ends()
     model = FamilyModel(
@@ -79,7 +79,8 @@ def build(run: RunConfig, dtype: torch.dtype, tied: bool, **more: Any) -> tuple[
     for module, seed in ((model, 0), (teacher, 1)):
         load_weights(module, random_weights(arch, dtype, seed), arch, ffn_groups=FFN_GROUPS)
         module.to(dtype)
-    model.attach(Router(family.space, family.learned, run.router, seed=3), teacher)
+    router = Router(family.space, family.learned, run.router, seed=3)
+    model.attach(router, teacher if run.distill.needs_teacher else None)
     planner = Planner(family, run.router, layout, timeline=Timeline(1, 3, 5, 6), seed=run.train.seed)
     return model, planner
 

@@ -24,6 +24,7 @@ PARENTS = sorted(path.name for path in CONF.glob("*.yaml"))
 GROUPS = sorted(str(path.relative_to(CONF)) for path in CONF.glob("*/*.yaml"))
 PUBLISHED = {  # integers: elements of the released weights; otherwise the makers' rounded totals. The 4B is not listed:
     "nemotron_nano_12b_v2.yaml": 12_310_001_152,  # "4B" is too coarse a figure to compare 4.49e9 with
+    "nemotron_elastic_paper.yaml": 12_310_001_152,
     "nemotron_nano_9b_v2.yaml": 8_888_227_328,
     "nemotron_h_8b.yaml": 8.1e9,
     "nemotron_h_47b.yaml": 47e9,
@@ -32,6 +33,7 @@ PUBLISHED = {  # integers: elements of the released weights; otherwise the maker
 }
 KINDS = {  # Mamba, attention, MLP layers
     "nemotron_nano_12b_v2.yaml": (28, 6, 28),
+    "nemotron_elastic_paper.yaml": (28, 6, 28),
     "nemotron_nano_9b_v2.yaml": (27, 4, 25),
     "nemotron_h_4b.yaml": (24, 4, 24),
     "nemotron_h_8b.yaml": (24, 4, 24),

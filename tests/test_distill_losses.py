@@ -73,6 +73,23 @@ def test_teacher_against_itself_is_zero(loss):
     assert student.grad.abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_without_a_teacher_it_is_cross_entropy(temperature):
+    config = DistillConfig(kd_weight=0.0, ce_weight=0.6, temperature=temperature, chunk_tokens=4)
+    student, _, labels, mask = case(6)
+    ours, plain = student.clone().requires_grad_(), student.clone().requires_grad_()
+    found = kd_loss(ours, None, config, labels=labels, mask=mask)
+    expected = (F.cross_entropy(plain.flatten(0, 1), labels.flatten(), reduction="none") * mask.flatten()).sum()
+    found.total.backward()
+    (0.6 * expected).backward()
+    torch.testing.assert_close(found.ce, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found.total, 0.6 * expected, rtol=1e-6, atol=1e-6)
+    assert found.kd == 0
+    torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-5, atol=2e-7)
+    with pytest.raises(ValueError, match=r"kd_weight=1.0 needs a teacher"):
+        kd_loss(student, None, DistillConfig(), labels=labels)
+
+
 def test_top_k_with_every_token_is_the_whole_kl():
     student, teacher, _, mask = case(3)
     whole = kd_loss(student, teacher, DistillConfig(), mask=mask)

@@ -94,6 +94,20 @@ def test_fused_with_the_heads_equals_autograd_through_them(config):
     torch.testing.assert_close(other_weight.grad, weight.grad, rtol=1e-5, atol=2e-6)
 
 
+def test_fused_without_a_teacher_equals_autograd_of_cross_entropy():
+    sh, sw, _, _, labels, mask = tensors()
+    config = DistillConfig(kd_weight=0.0, ce_weight=1.0, chunk_tokens=8)
+    hidden, weight = sh.clone().requires_grad_(), sw.clone().requires_grad_()
+    plain = torch.nn.functional.cross_entropy((hidden @ weight.t()).flatten(0, -2), labels.flatten(), reduction="none")
+    (plain * mask.flatten()).sum().backward()
+    other_hidden, other_weight = sh.clone().requires_grad_(), sw.clone().requires_grad_()
+    fused_kd_loss(other_hidden, other_weight, None, None, config, labels=labels, mask=mask).total.backward()
+    torch.testing.assert_close(other_hidden.grad, hidden.grad, rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(other_weight.grad, weight.grad, rtol=1e-5, atol=2e-6)
+    with pytest.raises(ValueError, match="needs a teacher"):
+        fused_kd_loss(sh, sw, None, None, DistillConfig())
+
+
 def test_a_prefix_view_of_the_parents_head_gets_its_gradient():
     sh, _, th, tw, _, _ = tensors()
     parent = tw.clone().requires_grad_()

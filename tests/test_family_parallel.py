@@ -35,10 +35,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "logits": {"distill": {"fuse_output_layer": False, "loss": "reverse_kl"}},
     "shared_teacher": {"distill": {"budgets_per_batch": 2, "hidden_weight": 0.5}},
     "top_k": {"distill": {"loss": "topk_kl", "top_k": 5}},
+    "no_teacher": {"distill": {"kd_weight": 0.0, "ce_weight": 1.0}},
 }
 QUICK = {
     ("dp2", "plain"), ("tp2_sp", "shared_teacher"), ("pp2", "shared_teacher"), ("tp2_pp2_sp", "tied"),
-    ("tp2_dp2", "plain"), ("pp2_dp2", "recompute"), ("tp4", "logits"), ("pp4", "plain"),
+    ("tp2_dp2", "plain"), ("pp2_dp2", "recompute"), ("tp4", "logits"), ("pp4", "plain"), ("pp2", "no_teacher"),
 }  # fmt: skip
 CASES = [
     pytest.param(name, kind, marks=() if (name, kind) in QUICK else pytest.mark.slow, id=f"{name}-{kind}")
@@ -106,6 +107,15 @@ def test_fused_is_logits(one_rank: None) -> None:
     kind = {"loss": "reverse_kl", "ce_weight": 0.3}
     fused = pool_family.train_steps(distill=kind)
     assert_same([pool_family.train_steps(distill={**kind, "fuse_output_layer": False})], fused)
+
+
+def test_without_a_teacher_it_is_a_teacher_without_weight(one_rank: None) -> None:
+    almost = pool_family.train_steps(distill={"kd_weight": 1e-30, "ce_weight": 1.0})
+    for step, without in zip(almost["steps"], reference("no_teacher")["steps"], strict=True):
+        assert step["losses"][0] == pytest.approx(without["losses"][0], rel=TOLERANCE)
+        assert step["losses"][1] > 0.1 and without["losses"][1] == 0.0  # KD for the log: not measured
+        for name, gradient in step["gradients"].items():
+            assert_close(without["gradients"][name], gradient, name)
 
 
 def test_recomputed_is_kept(one_rank: None) -> None:

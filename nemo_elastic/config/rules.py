@@ -69,6 +69,9 @@ def rule_problems(config: RunConfig) -> list[Problem]:
     if not any(weights):
         words = "0 with distill.ce_weight=0 and distill.hidden_weight=0 leaves nothing to learn; set one above 0"
         found.append(Problem("distill.kd_weight", words))
+    elif config.distill.teacher_cache and not config.distill.needs_teacher:
+        words = "has no use with distill.kd_weight=0 and distill.hidden_weight=0; leave it out"
+        found.append(Problem("distill.teacher_cache", words))
     found += _rate_problems(config)
     return [
         *found,

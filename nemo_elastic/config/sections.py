@@ -124,6 +124,11 @@ class DistillConfig:
     fuse_output_layer: bool = True  # output layer and loss in token chunks: logits never exist as a whole
     chunk_tokens: int = 256  # tokens whose logits are alive at once
 
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any term of the loss compares with the parent; without one no teacher is built or run."""
+        return bool(self.kd_weight or self.hidden_weight)
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSettings:

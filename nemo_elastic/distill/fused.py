@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..config.sections import DistillConfig
-from .losses import KDLoss, token_inputs
+from .losses import KDLoss, check_no_teacher, token_inputs
 from .token_losses import check, chunk_loss
 from .vocab_parallel import sum_over
 
@@ -21,8 +21,8 @@ from .vocab_parallel import sum_over
 def fused_kd_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
     config: DistillConfig,
     *,
     labels: Tensor | None = None,
@@ -35,7 +35,7 @@ def fused_kd_loss(
     Args:
         student_hidden: `[..., k]`, after the final norm; every rank of `group` has all tokens.
         student_weight: `[v/tp, k]` (a prefix view of the parent's for a sliced child).
-        teacher_hidden, teacher_weight: `[..., h]` and `[v/tp, h]`; no gradient.
+        teacher_hidden, teacher_weight: `[..., h]` and `[v/tp, h]`; no gradient. Both None with a `kd_weight` of 0.
         labels, mask, group: as in `kd_loss`.
         reduce_hidden_gradient: sum the hidden states' gradient over `group`, as a column-parallel layer does. False
             under sequence parallelism, where the gather before this loss reduces and scatters it.
@@ -45,20 +45,19 @@ def fused_kd_loss(
     """
     check(config)
     tokens = student_hidden.shape[:-1]
-    if teacher_hidden.shape[:-1] != tokens:
-        raise ValueError(f"teacher hidden states {tuple(teacher_hidden.shape)} must be of the tokens {tuple(tokens)}")
-    pairs = (("student", student_hidden, student_weight), ("teacher", teacher_hidden, teacher_weight))
-    for name, hidden, weight in pairs:
-        if hidden.shape[-1] != weight.shape[1]:
-            raise ValueError(f"{name} head {tuple(weight.shape)} does not fit hidden size {hidden.shape[-1]}")
-    if student_weight.shape[0] != teacher_weight.shape[0]:
-        raise ValueError(f"vocabularies differ: student {student_weight.shape[0]}, teacher {teacher_weight.shape[0]}")
+    _check_fit("student", student_hidden, student_weight)
+    if teacher_hidden is None:
+        check_no_teacher(config)
+    else:
+        _check_teacher(teacher_hidden, teacher_weight, tokens, student_weight.shape[0])
+        teacher_hidden = teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1])
+        teacher_weight = teacher_weight.detach()
     weights, labels = token_inputs(config, tokens, labels, mask, student_hidden.device)
     total, kd, ce = _FusedLoss.apply(
         student_hidden.reshape(-1, student_hidden.shape[-1]),
         student_weight,
-        teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1]),
-        teacher_weight.detach(),
+        teacher_hidden,
+        teacher_weight,
         labels,
         weights,
         config,
@@ -66,6 +65,19 @@ def fused_kd_loss(
         reduce_hidden_gradient,
     )
     return KDLoss(total, kd, ce, weights.sum())
+
+
+def _check_fit(name: str, hidden: Tensor, weight: Tensor) -> None:
+    if hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(f"{name} head {tuple(weight.shape)} does not fit hidden size {hidden.shape[-1]}")
+
+
+def _check_teacher(hidden: Tensor, weight: Tensor, tokens: torch.Size, vocabulary: int) -> None:
+    if hidden.shape[:-1] != tokens:
+        raise ValueError(f"teacher hidden states {tuple(hidden.shape)} must be of the tokens {tuple(tokens)}")
+    _check_fit("teacher", hidden, weight)
+    if vocabulary != weight.shape[0]:
+        raise ValueError(f"vocabularies differ: student {vocabulary}, teacher {weight.shape[0]}")
 
 
 def _logits(hidden: Tensor, weight: Tensor, into: Tensor) -> Tensor:
@@ -92,7 +104,10 @@ class _FusedLoss(torch.autograd.Function):
             rows = slice(begin, min(begin + length, count))
             student, teacher, scratch = (b[: rows.stop - begin] for b in buffers)
             _logits(hidden[rows], weight, student)
-            _logits(teacher_hidden[rows], teacher_weight, teacher)
+            if teacher_hidden is None:
+                teacher = None
+            else:
+                _logits(teacher_hidden[rows], teacher_weight, teacher)
             own_labels = None if labels is None else labels[rows]
             kd_rows, ce_rows = chunk_loss(student, teacher, own_labels, weights[rows], config, group, scratch)
             # `student` now holds the logits' gradient

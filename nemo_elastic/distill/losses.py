@@ -38,7 +38,7 @@ class KDLoss:
 
 def kd_loss(
     student: Tensor,
-    teacher: Tensor | TopTokens,
+    teacher: Tensor | TopTokens | None,
     config: DistillConfig,
     *,
     labels: Tensor | None = None,
@@ -49,7 +49,8 @@ def kd_loss(
 
     Args:
         student: `[..., v/tp]`, any floating dtype; its leading axes are the tokens, in any order.
-        teacher: `[..., v/tp]`, or its `TopTokens` `[tokens, k]` (`distill.loss=topk_kl` only).
+        teacher: `[..., v/tp]`, or its `TopTokens` `[tokens, k]` (`distill.loss=topk_kl` only), or None with a
+            `kd_weight` of 0: cross entropy alone.
         labels: global token ids over the same tokens; needed when `ce_weight` is not 0.
         mask: weight per token, same shape; None counts every token.
         group: the tensor-parallel group that the vocabulary is split over.
@@ -64,11 +65,19 @@ def kd_loss(
         if teacher.shape != student.shape:
             raise ValueError(f"teacher logits {tuple(teacher.shape)} must have the student's {tuple(student.shape)}")
         teacher = teacher.detach().reshape(-1, teacher.shape[-1])
+    elif teacher is None:
+        check_no_teacher(config)
     elif config.loss != "topk_kl":
         raise ValueError(f"distill.loss={config.loss} needs the teacher's logits; its top tokens do for topk_kl only")
     weights, labels = token_inputs(config, tokens, labels, mask, student.device)
     total, kd, ce = _ChunkedLoss.apply(flat, teacher, labels, weights, config, group)
     return KDLoss(total, kd, ce, weights.sum())
+
+
+def check_no_teacher(config: DistillConfig) -> None:
+    """Refuse a loss that compares with a teacher which is not there."""
+    if config.kd_weight:
+        raise ValueError(f"distill.kd_weight={config.kd_weight} needs a teacher")
 
 
 def token_inputs(
@@ -92,8 +101,10 @@ def chunk_length(config: DistillConfig, vocabulary: int, device: torch.device, *
     return max(1, min(config.chunk_tokens, elements // vocabulary))
 
 
-def part(teacher: Tensor | TopTokens, rows: slice, buffer: Tensor) -> Tensor | TopTokens:
+def part(teacher: Tensor | TopTokens | None, rows: slice, buffer: Tensor) -> Tensor | TopTokens | None:
     """A chunk of the teacher that may be destroyed."""
+    if teacher is None:
+        return None
     if isinstance(teacher, TopTokens):
         return TopTokens(teacher.log_probabilities[rows].float(), teacher.index[rows])
     return buffer[: rows.stop - rows.start].copy_(teacher[rows])

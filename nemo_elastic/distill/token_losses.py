@@ -44,7 +44,7 @@ def check(config: DistillConfig) -> None:
 
 def chunk_loss(
     student: Tensor,
-    teacher: Tensor | TopTokens,
+    teacher: Tensor | TopTokens | None,
     labels: Tensor | None,
     weights: Tensor,
     config: DistillConfig,
@@ -55,7 +55,7 @@ def chunk_loss(
 
     Args:
         student: logits `[n, v/tp]`, fp32; on return `weights x d(loss)/d(logits)`.
-        teacher: logits `[n, v/tp]`, fp32, destroyed; or its top tokens.
+        teacher: logits `[n, v/tp]`, fp32, destroyed; or its top tokens; or None, when `kd_weight` is 0: KD is then 0.
         labels: global token ids `[n]`; needed when `ce_weight` is not 0.
         weights: `[n]`, multiplies the gradient (the loss mask).
         scratch: `[n, v/tp]`, fp32, destroyed.
@@ -71,6 +71,7 @@ def chunk_loss(
     kd_scale = config.kd_weight * temperature
     ce_scale = config.ce_weight if mixed and not apart else 0.0
     terms = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "topk_kl": _top_k_kl}[config.loss]
+    terms = _no_teacher if teacher is None else terms
     kd, lse = terms(student, teacher, weights, kd_scale, ce_scale, group, scratch, config)
     kd = kd * temperature**2
     if not mixed:
@@ -128,6 +129,12 @@ def _combine_mean(local_lse: Tensor, local_mean: Tensor, under: int, group: dist
     shares = torch.exp(local_lse - highest)
     sums = sum_over(torch.cat([shares, (shares[under] * local_mean)[None]]), group)
     return highest + sums[:2].log(), sums[2] / sums[under]
+
+
+def _no_teacher(student, teacher, weights, kd_scale, ce_scale, group, scratch, config):
+    lse, local_max, _ = _log_sum_exp(student, group)
+    student.mul_((weights * ce_scale * torch.exp(local_max - lse))[:, None])
+    return torch.zeros_like(lse), lse
 
 
 def _forward_kl(student, teacher, weights, kd_scale, ce_scale, group, gap, config):

@@ -1,7 +1,7 @@
 """What the curriculum will cost before it runs: tokens, FLOPs, GPU-hours, bytes of checkpoints. Pure; no torch.
 
     FLOPs of a stage = sum over its steps of tokens * (teacher + sum over budgets of min(1, k p_b) student_b)
-    teacher          = one forward of the parent
+    teacher          = one forward of the parent; none where the loss does without it
     student_b        = three forwards of what budget b runs in that phase of the router, and the layers' once more
                        with full recomputation
     GPU-hours        = FLOPs / (report.mfu * report.peak_tflops * 1e12 * 3600)
@@ -93,7 +93,7 @@ def _stage(run: RunConfig, family: Family, subnets: Mapping[str, Subnet], index:
         for phase, steps in phases.items()
         if steps
     )
-    teacher = _forward(family, family.space.full_subnet(), stage)
+    teacher = _forward(family, family.space.full_subnet(), stage) if run.distill.needs_teacher else 0.0
     tokens = stage.steps * per_step
     return {
         "steps": stage.steps,

@@ -67,6 +67,8 @@ def _trained(run: RunConfig, family: Family, config: RouterConfig) -> list[dict[
 
 
 def _frozen(run: RunConfig, family: Family) -> list[dict[str, Any]]:
+    if not run.distill.needs_teacher:
+        return []
     cached = " (its hidden states come from distill.teacher_cache)" if run.distill.teacher_cache else ""
     count = parameters(family.layout, family.space.full_subnet())
     return [{"what": f"teacher: a copy of the parent{cached}", "parameters": count}]

@@ -55,7 +55,8 @@ class FamilyModel(ElasticMambaModel):
         if not distill:
             return super().forward(input_ids, position_ids, attention_mask, *args, elastic=elastic, **kwargs)
         plans: Sequence[Plan | None] = elastic
-        lanes = [None] * len(plans) if self.pre_process else self._split(plans, with_teacher=cached is None)
+        runs = self.teacher is not None and cached is None
+        lanes = [None] * len(plans) if self.pre_process else self._split(plans, with_teacher=runs)
         with torch.no_grad():
             teacher = self._teacher(input_ids, position_ids, cached)
         students = []
@@ -69,6 +70,8 @@ class FamilyModel(ElasticMambaModel):
         return torch.cat(students if teacher is None else [*students, teacher], dim=-1)
 
     def _teacher(self, ids: Tensor, positions: Tensor | None, cached: Cached | None) -> Any:
+        if self.teacher is None:
+            return None
         if cached is None:
             return teacher_head(self.teacher, ids, positions)
         return cached_head(self.teacher, cached()) if self.post_process else None
@@ -78,7 +81,6 @@ class FamilyModel(ElasticMambaModel):
         both, whole = self.decoder.input_tensor, self.config.hidden_size
         widths = [p.width if p is not None and p.mode == "sliced" else whole for p in plans]
         *students, teacher = both.split([*widths, both.shape[-1] - sum(widths)], dim=-1)
-        if not with_teacher:
-            return [lane.contiguous() for lane in students]
-        self.teacher.decoder.set_input_tensor(teacher.detach().contiguous())
+        if with_teacher:
+            self.teacher.decoder.set_input_tensor(teacher.detach().contiguous())
         return [lane.contiguous() for lane in students]

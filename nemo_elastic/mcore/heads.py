@@ -51,10 +51,10 @@ class Head:
 
 @dataclass(frozen=True)
 class Heads:
-    """Students (one per budget of the micro-batch) and their teacher."""
+    """Students (one per budget of the micro-batch) and their teacher, where the loss has one."""
 
     students: tuple[Head, ...]
-    teacher: Head
+    teacher: Head | None
 
 
 def student_head(model: ElasticMambaModel, hidden: Tensor, plan: Plan | None) -> Head:
@@ -97,7 +97,7 @@ def _head(model: nn.Module, hidden: Tensor, weight: Tensor, kept: int | Tensor) 
     return Head(hidden, weight, kept, gathered)
 
 
-def head_loss(student: Head, teacher: Head, config: DistillConfig, *, labels: Tensor, mask: Tensor) -> KDLoss:
+def head_loss(student: Head, teacher: Head | None, config: DistillConfig, *, labels: Tensor, mask: Tensor) -> KDLoss:
     """The distillation loss of one lane; sums over tokens.
 
     Args:
@@ -108,8 +108,8 @@ def head_loss(student: Head, teacher: Head, config: DistillConfig, *, labels: Te
         loss = fused_kd_loss(
             student.hidden,
             student.weight,
-            teacher.hidden,
-            teacher.weight,
+            None if teacher is None else teacher.hidden,
+            None if teacher is None else teacher.weight,
             config,
             labels=labels,
             mask=mask,
@@ -117,7 +117,8 @@ def head_loss(student: Head, teacher: Head, config: DistillConfig, *, labels: Te
             reduce_hidden_gradient=not student.gathered,
         )
     else:
-        loss = kd_loss(student.logits(), teacher.logits(), config, labels=labels, mask=mask, group=group)
+        logits = None if teacher is None else teacher.logits()
+        loss = kd_loss(student.logits(), logits, config, labels=labels, mask=mask, group=group)
     if not config.hidden_weight:
         return loss
     own = student.hidden

@@ -76,7 +76,7 @@ class ElasticCallback(pl.Callback):
         self.step, self.micro_batch, self.rate = 0, 0, 0.0
         self.tokens = dict.fromkeys(run.elastic.budgets, 0)
         self.last_losses: dict[str, float] = {}
-        self._clock = time.monotonic()
+        self._clock = _clocks()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: ElasticMambaModel) -> None:
         """Connect the loss to the planner."""
@@ -93,7 +93,7 @@ class ElasticCallback(pl.Callback):
             self.teacher.prepare(self.model)
         if self.step == 0:
             self._validate(trainer)
-        self._clock = time.monotonic()
+        self._clock = _clocks()
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: ElasticMambaModel, *_: Any) -> None:
         """The step's choices, from the router as it stands."""
@@ -165,8 +165,8 @@ class ElasticCallback(pl.Callback):
         stats = self._stats()
         for name, row in stats.items():
             self.tokens[name] += row["tokens"]
-        now = time.monotonic()
-        seconds, self._clock = now - self._clock, now
+        before, self._clock = self._clock, _clocks()
+        seconds, cpu_seconds = (now - then for now, then in zip(self._clock, before, strict=True))
         norms = self.guard.norms if self.guard else (0.0, 0.0)
         record = step_record(
             done,
@@ -178,6 +178,7 @@ class ElasticCallback(pl.Callback):
             probabilities=router_probabilities(self.model.policy, state) if due else None,
             lr=self.rate,
             seconds=seconds,
+            cpu_seconds=cpu_seconds,
             grad_norm=norms[0],
             router_grad_norm=norms[1],
         )
@@ -225,7 +226,7 @@ class ElasticCallback(pl.Callback):
             losses = {f"budget/{name}/heldout_loss": loss for name, loss in self.last_losses.items()}
             self.metrics.write(step, losses, trainer.loggers, "validation")
             logger.info("step %d held-out %s", step, {n: round(v, 4) for n, v in self.last_losses.items()})
-        self._clock = time.monotonic()
+        self._clock = _clocks()
 
 
 def metrics_of(run: RunConfig, planner: Planner, out: Path) -> Metrics:
@@ -237,6 +238,11 @@ def metrics_of(run: RunConfig, planner: Planner, out: Path) -> Metrics:
 
 def _field(stats: BudgetStats | None, key: str) -> float:
     return 0.0 if stats is None else float(getattr(stats, key))
+
+
+def _clocks() -> tuple[float, float]:
+    """Wall clock, and this process' time on all its cores, in seconds."""
+    return time.monotonic(), time.process_time()
 
 
 def _rate(trainer: pl.Trainer) -> float:

@@ -64,7 +64,7 @@ class ElasticSSMConfig(llm.SSMConfig):
     def configure_model(
         self, tokenizer: Any, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: Any = None
     ) -> FamilyModel:
-        """Student at the parent's size with the sorted parent's weights, its router, and the frozen teacher."""
+        """Student of the parent's size with the sorted weights, its router, and the teacher if the loss has one."""
         run = self.run_config()
         parent = sorted_parent(self.sorted_parent)
         family = family_of(run, parent.depth_ranking)
@@ -84,8 +84,8 @@ class ElasticSSMConfig(llm.SSMConfig):
             pre_process=first if pre_process is None else pre_process,
             post_process=last if post_process is None else post_process,
         )
-        teacher = build_plain_model(family.architecture, config=self)
-        for module in (model, teacher):
+        teacher = build_plain_model(family.architecture, config=self) if run.distill.needs_teacher else None
+        for module in (model,) if teacher is None else (model, teacher):
             load_weights(module, parent.reader, family.architecture, ffn_groups=family.space.ffn_groups)
             module.to(dtype=self.params_dtype)
         names = family.learned

@@ -46,6 +46,7 @@ class PretrainConfig:
     clip_grad: float = 1.0
     log_every_steps: int = 50
     heldout_every_steps: int = 500
+    heldout_batches: int | None = None  # global batches of every held-out loss; None: all
     checkpoint_every_steps: int = 500
     export_minutes: float = 10.0
     seed: int = 1234
@@ -183,7 +184,7 @@ def pretrain(
         use_distributed_optimizer=False,
         checkpoint_every=config.checkpoint_every_steps,
         val_check_interval=min(config.heldout_every_steps, config.max_steps),
-        limit_val_batches=data.heldout_batches,
+        limit_val_batches=config.heldout_batches or data.heldout_batches,
         callbacks=callbacks,
         seed=config.seed,
         log_every_n_steps=config.log_every_steps,

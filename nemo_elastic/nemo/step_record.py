@@ -2,7 +2,7 @@
 
     record = {step, phase, budgets: {name: {kd, ce, hidden, tokens, budget_loss}},
               router: {name: {price, argmax_error, error, entropy: {dim:}, probabilities: {dim: rows}}},
-              sizes: {name: {dim:}}, tokens: {name:}, tau, lr, seconds,
+              sizes: {name: {dim:}}, tokens: {name:}, tau, lr, seconds, cpu_seconds,
               tokens_per_second, grad_norm, router_grad_norm}
 
 `budgets` holds the step's own numbers, `tokens` what the run has seen. Pure functions: nothing is read from a trainer.
@@ -54,7 +54,7 @@ def step_record(
         prices: per learned budget.
         subnets: what each budget ran.
         probabilities: `router_probabilities`, on the steps that show them.
-        facts: `lr`, `seconds`, `grad_norm`, `router_grad_norm`.
+        facts: `lr`, `seconds`, `cpu_seconds` (of this process, without the validation before), `grad_norm`, `router_grad_norm`.
     """
     record: dict[str, Any] = {"step": step, "phase": state.phase, "budgets": {n: dict(s) for n, s in stats.items()}}
     for name, chosen in state.chosen.items():

@@ -1,0 +1,156 @@
+"""The figures of docs/results.md: loss against tokens and CPU time, solved problems, what was tried."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from runs import BUDGETS, RUNS
+
+CHILDREN = ("large", "small")
+COLOURS = {"family": "#0072b2", "alone": "#e69f00", "whole": "#d55e00", "scratch": "#666666", "parent": "#000000"}
+LABELS = {
+    "family": "in the family",
+    "alone": "alone, the family's tokens for it",
+    "whole": "alone, all of the family's steps",
+    "scratch": "from scratch",
+}
+STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "font.size": 9}
+Result = Mapping[str, Any]
+
+
+def write(results: Any, folder: Path) -> None:
+    """All figures that the files there are enough for."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made = {"tokens": tokens, "time": time, "solved": solved, "tries": tries}
+    for name, make in made.items():
+        with plt.rc_context(STYLE):
+            figure = make(results)
+            if figure is not None:
+                temporary = folder / f"{name}.tmp.png"
+                figure.savefig(temporary, dpi=130, bbox_inches="tight", metadata={"Software": None})
+                temporary.replace(folder / f"{name}.png")
+                plt.close(figure)
+
+
+def _curves(results: Any, name: str, budget: str, x: str) -> list[tuple[list[float], list[float]]]:
+    found = []
+    for seed in results.seeds(name):
+        points = results.runs[name, seed]["curve"]
+        places = [p["cpu"] if x == "cpu" else p["tokens"][budget] / 1000 for p in points]
+        found.append((places, [p["losses"][budget] for p in points]))
+    return found
+
+
+def tokens(results: Any) -> Any:
+    """Held-out loss of a child against the tokens that it was trained on: all of it, and where the teachers lead."""
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained")
+    parent = _parent_on_curve(results)
+    for column, child in enumerate(CHILDREN):
+        for axis in axes[:, column]:
+            for kind, label in LABELS.items():
+                name = "family" if kind == "family" else f"{kind}-{child}"
+                for number, (x, y) in enumerate(_curves(results, name, child, "tokens")):
+                    axis.plot(x[1:], y[1:], color=COLOURS[kind], lw=1.2, marker="o", ms=2.5,
+                              label=label if number == 0 else None)  # fmt: skip
+            axis.axhline(parent, color=COLOURS["parent"], lw=0.8, ls=":", label="parent")
+        longest = [x[-1] for x, _ in _curves(results, f"whole-{child}", child, "tokens")]
+        axes[0, column].set(title=f"{child}: {BUDGETS[child]:.0%} of the parameters", xscale="log")
+        axes[1, column].set(ylim=(parent - 0.01, parent + 0.15), xlim=(0, 1.05 * max(longest, default=200)))
+        axes[1, column].set_xlabel("thousand tokens of this child")
+    for axis, words in zip(axes[:, 0], ("held-out loss, nats per token", "the same, near the parent"), strict=True):
+        axis.set_ylabel(words)
+    axes[0, 0].legend(frameon=False, fontsize=8, loc="center left")
+    return figure
+
+
+def _parent_on_curve(results: Any) -> float:
+    """The parent's loss on the windows of the curves: the full member before any training."""
+    return statistics.fmean(results.runs["family", s]["curve"][0]["losses"]["full"] for s in results.seeds("family"))
+
+
+def time(results: Any) -> Any:
+    """Held-out loss against CPU time: sliced, masked, soft."""
+    names = {"shapes-own": ("sliced", "#0072b2"), "speed-masked": ("masked, the same shapes", "#d55e00"),
+             "family": ("learned shapes: soft, then sliced", "#009e73"),
+             "speed-soft": ("soft masks to the end", "#cc79a7")}  # fmt: skip
+    if not results.seeds("speed-masked"):
+        return None
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for axis, child in zip(axes, CHILDREN, strict=True):
+        for name, (label, colour) in names.items():
+            for number, (x, y) in enumerate(_curves(results, name, child, "cpu")[:1]):
+                axis.plot(x[1:], y[1:], color=colour, marker="o", ms=3, label=label if number == 0 else None)
+        axis.set(title=child, xlabel="CPU seconds of training", yscale="log")
+        axis.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%.2f"))
+        axis.yaxis.set_minor_formatter(matplotlib.ticker.FormatStrFormatter("%.2f"))
+    axes[0].set_ylabel("held-out loss, nats per token")
+    axes[1].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def solved(results: Any) -> Any:
+    """Solved problems by kind and size."""
+    classes = list(results.parent["problems"])
+    members = [("parent", None, "parent"), *((f"family {b}", "family", b) for b in BUDGETS)]
+    members += [(f"{c} {kind}", f"{kind}-{c}", c) for kind in ("alone", "scratch") for c in CHILDREN]
+    rows = []
+    for label, run, budget in members:
+        scores = [results.parent]
+        if run is not None:
+            scores = [results.runs[run, seed]["score"][budget] for seed in results.seeds(run)]
+        if scores:
+            rows.append((label, [_share([s["problems"][c] for s in scores]) for c in classes]))
+    figure, axis = plt.subplots(figsize=(9, 0.36 * len(rows) + 1.3), layout="constrained")
+    axis.grid(False)
+    image = axis.imshow([values for _, values in rows], cmap="cividis", vmin=0, vmax=1, aspect="auto")
+    axis.set_xticks(range(len(classes)), [_class_label(c) for c in classes], fontsize=8)
+    axis.set_yticks(range(len(rows)), [label for label, _ in rows])
+    for y, (_, values) in enumerate(rows):
+        for x, value in enumerate(values):
+            colour = "black" if value > 0.55 else "white"
+            axis.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize=8, color=colour)
+    figure.colorbar(image, ax=axis, label="solved")
+    return figure
+
+
+def _class_label(name: str) -> str:
+    kind, size = name.split("/")
+    words = {
+        "chain_sum": "sum\n{} terms",
+        "number_sorting": "sort\n{} numbers",
+        "spell_backward": "backward\nto {} letters",
+    }
+    return words[kind].format(size)
+
+
+def _share(rows: Sequence[Mapping[str, int]]) -> float:
+    return sum(r["solved"] for r in rows) / sum(r["count"] for r in rows)
+
+
+def tries(results: Any) -> Any:
+    """Every try against the family of the same seed: relative difference of the held-out loss."""
+    groups = ("shapes", "stages", "tries", "speed")
+    names = [n for n, run in RUNS.items() if run.group in groups and results.seeds(n, "family")]
+    if not names:
+        return None
+    figure, axis = plt.subplots(figsize=(8, 0.34 * len(names) + 1.2), layout="constrained")
+    marks = {"full": ("#000000", "s"), "large": ("#0072b2", "o"), "small": ("#d55e00", "^")}
+    for budget, (colour, mark) in marks.items():
+        places = []
+        for name in names:
+            seed = results.seeds(name, "family")[0]
+            places.append(100 * (results.loss(name, seed, budget) / results.loss("family", seed, budget) - 1))
+        axis.scatter(places, range(len(names)), color=colour, marker=mark, s=28, label=budget, zorder=3)
+    axis.axvline(0, color="black", lw=0.8)
+    axis.set_yticks(range(len(names)), [RUNS[n].what for n in names], fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlabel("held-out loss against the family with the default settings, % (left is better)")
+    axis.legend(frameon=False, loc="lower right", fontsize=8)
+    return figure

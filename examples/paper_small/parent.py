@@ -1,0 +1,111 @@
+"""The reasoning parent of the small reproduction: problems, tokenizer, and a hybrid model trained on them by NeMo.
+
+    python examples/paper_small/parent.py --out runs/paper_small
+
+writes OUT/data/problems.jsonl, OUT/data/tokenizer.json, OUT/initial (weights that nothing has trained, for the children
+from scratch) and OUT/parent; the last two are what `parent.path` takes. What is there already is not made again; an
+interrupted training goes on from its newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from problems import blend, training_file
+
+from nemo_elastic.nemo import cpu
+
+CONFIG = Path(__file__).with_name("parent.yaml")
+
+
+def prepare(folder: Path) -> None:
+    """The problems, and a byte-level BPE of them and of the text."""
+    from nemo_elastic.data.corpus import DEFAULT_LIST, load_corpus_list, read_documents, usable_files
+    from nemo_elastic.data.tokenizer import train_bpe
+
+    if not (folder / "problems.jsonl").is_file():
+        training_file(folder / "problems.jsonl")
+    if not (folder / "tokenizer.json").is_file():
+        lines = (folder / "problems.jsonl").read_text(encoding="utf-8").splitlines()
+        texts = [json.loads(line)["text"] for line in lines[::10]]
+        corpus = list(read_documents(usable_files(load_corpus_list(DEFAULT_LIST)), "train"))
+        train_bpe(texts + corpus, OmegaConf.load(CONFIG).model.vocab_size).save(str(folder / "tokenizer.json"))
+
+
+def save_initial(folder: Path, sizes: dict[str, Any], seed: int) -> None:
+    """A model as Megatron initialises it."""
+    from nemo_elastic.config.model_fields import architecture_of
+    from nemo_elastic.mcore.build import build_plain_model
+    from nemo_elastic.mcore.process_groups import start
+    from nemo_elastic.nemo.tiny_parent import save_parent
+
+    start(seed=seed)
+    torch.manual_seed(seed)
+    save_parent(folder, build_plain_model(architecture_of(sizes)), sizes, {"steps": 0, "seed": seed})
+
+
+def main() -> None:
+    """Prepare, train, save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=2600, help="of 2,048 tokens")
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--initial", action="store_true", help="data and OUT/initial only")
+    args = parser.parse_args()
+    prepare(args.out / "data")
+    sizes = OmegaConf.to_container(OmegaConf.load(CONFIG).model)
+    cpu.install()  # before the modules below, which build on a settled platform
+    if not (args.out / "initial" / "config.json").is_file():
+        save_initial(args.out / "initial", sizes, args.seed)
+    if not args.initial and not (args.out / "parent" / "config.json").is_file():
+        train(args, sizes)
+
+
+def train(args: argparse.Namespace, sizes: dict[str, Any]) -> None:
+    """The parent."""
+
+    from nemo_elastic.nemo.data import TextDataModule
+    from nemo_elastic.nemo.pretrain import PretrainConfig, pretrain
+    from nemo_elastic.nemo.tiny_parent import save_parent
+    from nemo_elastic.nemo.tokenizer import load_tokenizer
+    from nemo_elastic.nemo.trainer import plain_model_config
+
+    torch.set_num_threads(args.threads)
+    data = TextDataModule(
+        load_tokenizer(str(args.out / "data" / "tokenizer.json")),
+        seq_length=sizes["seq_length"],
+        micro_batch_size=8,
+        global_batch_size=8,
+        seed=args.seed,
+        blend=blend(args.out / "data"),
+    )
+    config = PretrainConfig(
+        max_steps=args.steps,
+        lr=args.lr,
+        warmup_steps=min(200, args.steps // 10),
+        min_lr_ratio=0.02,
+        heldout_every_steps=500,
+        heldout_batches=16,
+        checkpoint_every_steps=500,
+        seed=args.seed,
+    )
+    work = args.out / "parent_run"
+    checkpoints = sorted((work / "checkpoints").glob("step=*"), key=lambda p: p.stat().st_mtime)
+    module, facts = pretrain(
+        plain_model_config(sizes), data, config, work, resume_from=checkpoints[-1] if checkpoints else None
+    )
+    save_parent(args.out / "parent", module, sizes, facts | {"seed": args.seed, "lr": args.lr})
+
+
+if __name__ == "__main__":  # saving a checkpoint starts a process that imports this file again
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+    main()

@@ -1,0 +1,81 @@
+"""What the runs' files say: losses and solved problems by run, seed and budget, and how they are summed up."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Result = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Results:
+    """Every run's file by (name, seed), and the parent's score."""
+
+    runs: Mapping[tuple[str, int], Result]
+    parent: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path) -> Results:
+        """All `NAME-SEED.json` of a folder, and `parent.json`."""
+        found = {}
+        for path in sorted(folder.glob("*-*.json")):
+            run = json.loads(path.read_text(encoding="utf-8"))
+            found[run["name"], run["seed"]] = run
+        return cls(found, json.loads((folder / "parent.json").read_text(encoding="utf-8"))["parent"])
+
+    def seeds(self, *names: str) -> list[int]:
+        """Seeds that all of these runs have."""
+        sets = [{seed for name, seed in self.runs if name == wanted} for wanted in names]
+        return sorted(set.intersection(*sets)) if sets else []
+
+    def loss(self, name: str, seed: int, budget: str) -> float:
+        """Held-out loss at the end, of the big set of windows."""
+        return self.runs[name, seed]["score"][budget]["heldout_loss"]
+
+    def losses(self, name: str, budget: str, seeds: Iterable[int]) -> list[float]:
+        """Of several seeds."""
+        return [self.loss(name, seed, budget) for seed in seeds]
+
+    def solved(self, name: str, seed: int, budget: str) -> float:
+        """Share of problems solved."""
+        return self.runs[name, seed]["score"][budget]["solved"]
+
+
+def spread(values: Sequence[float], form: str = ".4f") -> str:
+    """Mean and, of several values, their standard deviation."""
+    if not values:
+        return "–"
+    mean = format(statistics.fmean(values), form)
+    return mean if len(values) == 1 else f"{mean} ± {format(statistics.stdev(values), form.lstrip('+'))}"
+
+
+def relative(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    """Mean and standard deviation of ours / theirs - 1, pair by pair."""
+    return spread([a / b - 1 for a, b in zip(ours, theirs, strict=True)], "+.2%") if ours else "–"
+
+
+def tokens_to(curve: Sequence[Mapping[str, Any]], budget: str, target: float) -> float | None:
+    """Tokens of that budget after which its loss first is `target`, between two validations on a line; None: never."""
+    before: tuple[float, float] | None = None
+    for point in curve:
+        tokens, loss = point["tokens"][budget], point["losses"][budget]
+        if loss <= target:
+            if before is None or before[1] == loss:
+                return float(tokens)
+            share = (before[1] - target) / (before[1] - loss)
+            return before[0] + share * (tokens - before[0])
+        before = (tokens, loss)
+    return None
+
+
+def ratio(found: Sequence[float | None], limit: str) -> str:
+    """Ratios over seeds; what never got there is at least `limit`."""
+    reached = [r for r in found if r is not None]
+    if not found:
+        return "–"
+    return spread(reached, ".1f") if len(reached) == len(found) else f"more than {limit}"

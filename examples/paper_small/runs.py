@@ -1,0 +1,183 @@
+"""Every run of the small reproduction, as overrides of `parent.yaml`: what the paper claims, and what was tried.
+
+A step is 2,048 tokens of student text in every run. STEPS are those of the family of three budgets; a child alone gets
+as many steps as the family spent on it (equal tokens per child), or as many as the family took (equal total steps).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+SHORT = {"seq_length": 128, "global_batch_size": 16}
+LONG = {"seq_length": 256, "global_batch_size": 8}
+STEPS = (160, 80)  # short, then long
+WEIGHTS = {"full": 0.5, "large": 0.3, "small": 0.2}  # of the second stage, the paper's
+BUDGETS = {"full": 1.0, "large": 0.75, "small": 0.5}
+FOUR = {"full": 1.0, "b875": 0.875, "large": 0.75, "b625": 0.625, "small": 0.5}
+FOUR_WEIGHTS = {"full": 0.35, "b875": 0.18, "large": 0.18, "b625": 0.17, "small": 0.12}
+SCRATCH_STEPS = 1200
+EVEN = "router.frozen=true"  # every budget without a subnet of its own is shrunk evenly
+TEXT = ("distill.kd_weight=0", "distill.ce_weight=1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run.
+
+    Attributes:
+        name: of its file; the seed is appended.
+        group: headline, four, shapes, depth, mamba, stages, speed or tries.
+        what: a line of the results.
+        budgets: `elastic.budgets`.
+        stages: `train.stages`.
+        words: further overrides.
+        shapes_of: a run (of the same seed) whose final subnets are forced here, for the budgets both have.
+        base: which sorted parent it starts from, see `BASES`.
+    """
+
+    name: str
+    group: str
+    what: str
+    budgets: Mapping[str, float]
+    stages: tuple[Mapping[str, Any], ...]
+    words: tuple[str, ...] = ()
+    shapes_of: str | None = None
+    base: str = "parent"
+
+    def overrides(self, seed: int, subnets: Mapping[str, Any]) -> list[str]:
+        """The command line of the run; `subnets` are those of `shapes_of`."""
+        words = [f"train.seed={seed}", f"elastic.budgets={json.dumps(dict(self.budgets))}"]
+        for name in sorted(set(subnets) & set(self.budgets) - {"full"}):
+            words.append(f"elastic.subnets.{name}={json.dumps(subnets[name])}")
+        return [*words, f"train.stages={json.dumps([dict(s) for s in self.stages])}", *self.words]
+
+
+@dataclass(frozen=True)
+class Base:
+    """A ranked and sorted parent: `parent.path` below the output folder, and overrides of the ranking."""
+
+    parent: str = "parent"
+    words: tuple[str, ...] = field(default=())
+
+
+BASES = {
+    "parent": Base(),
+    "initial": Base("initial", ("rank.samples=8", "rank.depth_samples=2")),
+    "depth_mse": Base(words=("rank.depth_metric=mse",)),
+    "depth_cosine": Base(words=("rank.depth=cosine",)),
+    "depth_random": Base(words=("rank.depth=random", "rank.seed=1")),
+    "mamba_flat": Base(),  # then `flat.py` moves heads across groups
+}
+
+
+def stages(short: int, long: int, weights: Mapping[str, float] | None = None) -> tuple[dict[str, Any], ...]:
+    """Two stages, or the one that has steps."""
+    second = {"steps": long, **LONG} | ({"budget_probabilities": dict(weights)} if weights else {})
+    return tuple(s for s in ({"steps": short, **SHORT}, second) if s["steps"])
+
+
+def steps_of(budget: str, family: Mapping[str, float], steps: tuple[int, int], weights: Mapping[str, float]) -> tuple:
+    """The steps that a family is expected to spend on one of its budgets."""
+    return round(steps[0] / len(family)), round(steps[1] * weights[budget])
+
+
+def headline() -> Iterator[Run]:
+    """(a) the family, (b) each child sorted, cut and distilled alone, (c) each from scratch: three seeds."""
+    yield Run(name="family", group="headline", what="elastic family, learned shapes", budgets=BUDGETS,
+              stages=stages(*STEPS, WEIGHTS))  # fmt: skip
+    for name in ("large", "small"):
+        own = {name: BUDGETS[name]}
+        yield Run(name=f"alone-{name}", group="headline", what=f"`{name}` alone, the family's tokens for it",
+                  budgets=own, stages=stages(*steps_of(name, BUDGETS, STEPS, WEIGHTS)), words=(EVEN,),
+                  shapes_of="family")  # fmt: skip
+        yield Run(name=f"whole-{name}", group="headline", what=f"`{name}` alone, all of the family's steps",
+                  budgets=own, stages=stages(*STEPS), words=(EVEN,), shapes_of="family")  # fmt: skip
+        yield Run(name=f"scratch-{name}", group="headline", what=f"`{name}` from scratch, evenly shrunk, no teacher",
+                  budgets=own, stages=stages(0, SCRATCH_STEPS),
+                  words=(EVEN, *TEXT, "train.optimizer={lr: 3e-3, warmup_steps: 100}",
+                         "train.val_every_steps=100"),
+                  base="initial")  # fmt: skip
+
+
+def family_of_four() -> Iterator[Run]:
+    """Four children, each with the tokens that the children of two have."""
+    grown = tuple(round(n * len(FOUR) / len(BUDGETS)) for n in STEPS)
+    yield Run(name="four", group="four", what="elastic family of four children", budgets=FOUR,
+              stages=stages(*grown, FOUR_WEIGHTS))  # fmt: skip
+    for name in ("b875", "b625"):
+        yield Run(name=f"whole-{name}", group="four", what=f"`{name}` alone, the steps of the family of two",
+                  budgets={name: FOUR[name]}, stages=stages(*STEPS), words=(EVEN,), shapes_of="four")  # fmt: skip
+
+
+def shapes() -> Iterator[Run]:
+    """(d) other shapes, forced from the first step; and the family's own, so that only the shape differs."""
+    yield Run(name="shapes-own", group="shapes", what="the family's final shapes from the first step", budgets=BUDGETS,
+              stages=stages(*STEPS, WEIGHTS), words=(EVEN,), shapes_of="family")  # fmt: skip
+    yield Run(name="shapes-even", group="shapes", what="even shrinking", budgets=BUDGETS,
+              stages=stages(*STEPS, WEIGHTS), words=(EVEN,))  # fmt: skip
+    for draw in (1, 2):
+        yield Run(name=f"shapes-random-{draw}", group="shapes", what=f"random shapes that fit, draw {draw}",
+                  budgets=BUDGETS, stages=stages(*STEPS, WEIGHTS), words=(EVEN,),
+                  shapes_of=f"random:{draw}")  # fmt: skip
+    yield Run(name="shapes-ffn-per-layer", group="shapes", what="learned, FFN width per layer", budgets=BUDGETS,
+              stages=stages(*STEPS, WEIGHTS), words=("elastic.dims.ffn_hidden_size.per_layer=true",))  # fmt: skip
+
+
+def ablations() -> Iterator[Run]:
+    """(e) depth ranking, Mamba trimming, curriculum, how a subnet runs."""
+    bases = {"greedy, centred MSE (default)": "parent", "greedy, MSE (the paper's)": "depth_mse",
+             "cosine": "depth_cosine", "random": "depth_random"}  # fmt: skip
+    for what, base in bases.items():
+        yield Run(name=f"depth-{base.removeprefix('depth_')}", group="depth", what=what, budgets={"shallow": 0.8},
+                  stages=stages(60, 0), words=("elastic.subnets.shallow={num_layers: 9}", "train.val_every_steps=20"),
+                  base=base)  # fmt: skip
+    for what, base in {"group by group": "parent", "flat over all heads": "mamba_flat"}.items():
+        yield Run(name=f"mamba-{'grouped' if base == 'parent' else 'flat'}", group="mamba", what=what,
+                  budgets={"half": 0.9}, stages=stages(60, 0), base=base,
+                  words=("elastic.subnets.half={mamba_num_heads: 8}", *TEXT, "train.val_every_steps=20"))  # fmt: skip
+    yield Run(name="stages-one", group="stages", what="one stage of short sequences", budgets=BUDGETS,
+              stages=stages(sum(STEPS), 0))  # fmt: skip
+    yield Run(name="stages-uniform", group="stages", what="two stages, both uniform", budgets=BUDGETS,
+              stages=stages(*STEPS))  # fmt: skip
+    yield Run(name="stages-weighted", group="stages", what="two stages, both weighted", budgets=BUDGETS,
+              stages=({"steps": STEPS[0], **SHORT, "budget_probabilities": WEIGHTS},
+                      {"steps": STEPS[1], **LONG, "budget_probabilities": WEIGHTS}))  # fmt: skip
+    yield Run(name="speed-masked", group="speed", what="hard subnets run masked, the same shapes", budgets=BUDGETS,
+              stages=stages(*STEPS, WEIGHTS), words=(EVEN, "train.mode=masked"), shapes_of="family")  # fmt: skip
+    yield Run(
+        name="speed-masked-small",
+        group="speed",
+        what="`small` alone, masked, all of the family's steps",
+        budgets={"small": BUDGETS["small"]},
+        stages=stages(*STEPS),
+        words=(EVEN, "train.mode=masked"),
+        shapes_of="family",
+    )
+    yield Run(name="speed-soft", group="speed", what="soft masks to the end (the paper's router)", budgets=BUDGETS,
+              stages=stages(*STEPS, WEIGHTS), words=("router.recipe=paper",))  # fmt: skip
+
+
+def tries() -> Iterator[Run]:
+    """What might bring the family closer to children alone, and its full member closer to the parent."""
+    settings = {
+        "lr-half": ("learning rate 5e-4", ("train.optimizer.lr=5e-4",)),
+        "lr-double": ("learning rate 2e-3", ("train.optimizer.lr=2e-3",)),
+        "shared": ("all budgets learn from every micro-batch (one teacher forward)", ("distill.budgets_per_batch=3",)),
+        "ce": ("KL + 0.3 x cross entropy", ("distill.ce_weight=0.3",)),
+        "warm-short": ("router: 10 % warm-up, 20 % soft", ("router.warmup_fraction=0.1", "router.soft_fraction=0.2")),
+    }
+    for name, (what, words) in settings.items():
+        yield Run(name=f"try-{name}", group="tries", what=what, budgets=BUDGETS, stages=stages(*STEPS, WEIGHTS),
+                  words=words)  # fmt: skip
+    third = tuple(n // 3 for n in STEPS)
+    yield Run(name="try-shared-third", group="tries", what="all budgets in every micro-batch, a third of the steps",
+              budgets=BUDGETS, stages=stages(*third, WEIGHTS), words=("distill.budgets_per_batch=3",))  # fmt: skip
+    yield Run(name="try-double", group="tries", what="twice the steps", budgets=BUDGETS,
+              stages=stages(*(2 * n for n in STEPS), WEIGHTS))  # fmt: skip
+
+
+RUNS = {run.name: run for make in (headline, family_of_four, shapes, ablations, tries) for run in make()}
+GROUPS = tuple(dict.fromkeys(run.group for run in RUNS.values()))

@@ -1,0 +1,176 @@
+"""The small reproduction's parts: problems and chains, what is kept for scoring, scores, shapes, the page."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "examples" / "paper_small"
+sys.path.insert(0, str(FOLDER))
+
+import problems as problems_module  # noqa: E402
+from problems import SIZES, Problem, problems, scored_problems, training_file  # noqa: E402
+from runs import BUDGETS, RUNS, STEPS, WEIGHTS  # noqa: E402
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_chains_end_in_the_answer_of_reasoning_gym(kind: str) -> None:
+    import reasoning_gym
+
+    for size in SIZES[kind]:
+        found = list(problems(kind, size, 50, seed=3))
+        assert len({p.question for p in found}) == len(found) > 20
+        again = reasoning_gym.create_dataset(kind, size=50, seed=3, **problems_module.options(kind, size))
+        answers = {e["answer"].replace("'", "").replace("[", "").replace("]", "").replace(".0", "") for e in again}
+        for p in found:
+            said = {"number_sorting": p.answer.replace(" ", ", "), "spell_backward": p.answer.replace(" ", "")}
+            assert said.get(kind, p.answer) in answers
+            assert p.text.splitlines() == [p.question, *p.chain, f"= {p.answer}"]
+
+
+def test_a_running_sum_is_right_at_every_step() -> None:
+    for p in problems("chain_sum", 4, 50, seed=3):
+        for line in p.chain:
+            left, right = line.split("=")
+            assert eval(left) == int(right)
+        assert eval(p.question.removeprefix("sum ")) == int(p.answer)
+
+
+def test_what_is_scored_is_never_trained_on(tmp_path: Path) -> None:
+    training_file(tmp_path / "p.jsonl", counts=dict.fromkeys(SIZES, 400))
+    questions = {json.loads(line)["text"].splitlines()[0] for line in (tmp_path / "p.jsonl").read_text().splitlines()}
+    scored = scored_problems(each=8)
+    assert len(scored) == 8 * 9 and len({(p.kind, p.size) for p in scored}) == 9
+    assert not questions & {p.question for p in scored} and len(questions) > 2000
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory):
+    from nemo_elastic.data.tokenizer import BPETokenizer, train_bpe
+
+    path = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
+    texts = [p.text for kind, sizes in SIZES.items() for size in sizes for p in problems(kind, size, 100, seed=5)]
+    train_bpe(texts, 300).save(str(path))
+    return BPETokenizer(path)
+
+
+class Parrot:
+    """A model that is sure of one document, and of nothing else."""
+
+    def __init__(self, ids: list[int], vocab_size: int) -> None:
+        self.ids, self.vocab_size = ids, vocab_size
+
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        found = torch.zeros(*tokens.shape, self.vocab_size)
+        for row in range(tokens.shape[0]):
+            for at in range(min(tokens.shape[1], len(self.ids) - 1)):
+                found[row, at, self.ids[at + 1]] = 20.0
+        return found
+
+
+def test_solved_is_what_greedy_decoding_writes(tokenizer) -> None:
+    from score import ids_of, solve
+
+    asked = next(problems("chain_sum", 3, 5, seed=7))
+    other = Problem(asked.kind, asked.size, asked.question, asked.chain, asked.answer + "0")
+    shorter = Problem(asked.kind, asked.size, asked.question, (), asked.answer)
+    ids, question = ids_of(asked, tokenizer)
+    parrot = Parrot(ids, tokenizer.vocab_size)
+    written = list(ids[:question])
+    while written[-1] != tokenizer.eod or len(written) == 1:
+        written.append(int(parrot.logits(torch.tensor([written]))[0, -1].argmax()))
+    assert tokenizer.decode(written[question:-1]) == asked.completion
+    (loss, tokens, right), (_, _, wrong), (_, _, unlike) = solve(parrot, [asked, other, shorter], tokenizer)
+    assert right and not wrong and not unlike
+    assert tokens == len(ids) - question and loss < 1e-3
+
+
+def test_equal_tokens_per_child() -> None:
+    """A child alone has the steps that the family spends on it, stage by stage."""
+    for child in ("large", "small"):
+        alone = [stage["steps"] for stage in RUNS[f"alone-{child}"].stages]
+        assert alone == [round(STEPS[0] / len(BUDGETS)), round(STEPS[1] * WEIGHTS[child])]
+        assert sum(stage["steps"] for stage in RUNS[f"whole-{child}"].stages) == sum(STEPS)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_run_is_a_configuration_that_can_run(name: str) -> None:
+    from nemo_elastic.config import load_config
+    from nemo_elastic.family import family_of
+
+    run = RUNS[name]
+    sizes = {"hidden_size": 168, "ffn_hidden_size": 448, "layers": [0, 1, 2, 3, 5, 6, 7, 8, 9, 10, 11]}
+    given = {b: sizes for b in run.budgets if b != "full"} if run.shapes_of else {}
+    config = load_config(FOLDER / "parent.yaml", run.overrides(7, given)).config
+    family = family_of(config, tuple(range(12)))
+    assert config.train.seed == 7 and [b.name for b in family.budgets] == list(run.budgets)
+    assert set(given) <= set(family.forced)
+    assert run.shapes_of is None or run.shapes_of.startswith("random:") or run.shapes_of in RUNS
+
+
+def test_random_shapes_meet_their_budgets() -> None:
+    from shapes import random_subnets
+
+    from nemo_elastic.config import load_config
+    from nemo_elastic.cost import parameters
+    from nemo_elastic.family import family_of
+
+    config = load_config(FOLDER / "parent.yaml", RUNS["family"].overrides(1, {})).config
+    family = family_of(config, tuple(range(12)))
+    full = parameters(family.layout, family.space.full_subnet())
+    draws = [random_subnets(family, seed) for seed in (1, 2)]
+    assert draws[0] != draws[1] and draws[0] == random_subnets(family, 1)
+    for name, subnet in draws[0].items():
+        count = parameters(family.layout, family.space.subnet_from_dict(subnet))
+        assert count / full == pytest.approx(BUDGETS[name], rel=0.011)
+
+
+def test_a_flat_order_puts_the_best_heads_into_the_kept_slots() -> None:
+    from flat import flat_order
+
+    scores, order = torch.tensor([3.0, 9.0, 1.0, 7.0, 8.0, 2.0, 6.0, 5.0]), torch.tensor([1, 3, 0, 2, 4, 6, 7, 5])
+    moved = flat_order(scores, order, groups=2, kept=4)
+    assert sorted(moved.tolist()) == list(range(8))
+    heads = order[moved].view(2, 4)  # the parent's heads, group by group
+    assert heads[:, :2].flatten().tolist() == [1, 4, 3, 6]  # scores 9, 8, 7, 6: two to a group, in order
+
+
+def test_tokens_to_a_loss_are_read_between_validations() -> None:
+    from readings import tokens_to
+
+    curve = [{"tokens": {"x": t}, "losses": {"x": loss}} for t, loss in ((0, 4.0), (100, 3.0), (200, 2.0))]
+    assert tokens_to(curve, "x", 2.5) == 150 and tokens_to(curve, "x", 4.5) == 0
+    assert tokens_to(curve, "x", 1.9) is None and tokens_to(curve, "x", 2.0) == 200
+
+
+def test_the_page_is_what_the_files_give(tmp_path: Path) -> None:
+    """Nothing in docs/results.md was typed by hand."""
+    command = [sys.executable, str(FOLDER / "results.py"), "--docs", str(tmp_path)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "results.md").read_text() == (ROOT / "docs" / "results.md").read_text()
+    names = {path.name for path in (tmp_path / "results").iterdir()}
+    assert names == {path.name for path in (ROOT / "docs" / "results").iterdir()}
+
+
+@pytest.mark.slow
+def test_the_series_runs_and_does_nothing_twice(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, str(FOLDER / "run.py"), "--out", str(out), "--quick", "--seeds", "1", "--jobs", "1"]
+    command += ["--only", "family,alone-small,scratch-small,mamba-flat,shapes-random-1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    files = {path.stem: json.loads(path.read_text()) for path in (out / "results").glob("*-1.json")}
+    assert set(files) == {"family-1", "alone-small-1", "scratch-small-1", "mamba-flat-1", "shapes-random-1-1"}
+    assert files["alone-small-1"]["subnets"]["small"] == files["family-1"]["subnets"]["small"]
+    assert files["family-1"]["curve"][-1]["cpu"] > 0 and set(files["family-1"]["score"]) == set(BUDGETS)
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0 and again.stderr.count(" s {") == 0

@@ -54,7 +54,8 @@ def step_record(
         prices: per learned budget.
         subnets: what each budget ran.
         probabilities: `router_probabilities`, on the steps that show them.
-        facts: `lr`, `seconds`, `cpu_seconds` (of this process, without the validation before), `grad_norm`, `router_grad_norm`.
+        facts: `lr`, `seconds`, `cpu_seconds` (of this process; neither has validation in it), `grad_norm`,
+            `router_grad_norm`.
     """
     record: dict[str, Any] = {"step": step, "phase": state.phase, "budgets": {n: dict(s) for n, s in stats.items()}}
     for name, chosen in state.chosen.items():

@@ -40,10 +40,12 @@ ELSEWHERE = {
     "make docs": "tests/test_reference.py",
     "TORCH_INDEX_URL=<index of CPU wheels> make setup": "tests/test_repository.py (its parts)",
     "PYTHON=python3.11 make setup": "tests/test_repository.py (its parts)",
-    "nemo elastic --help": "none: NeMo-Run's own command line takes half a minute to import",
-    "nemo elastic train --factory tiny_parent": "none: as above, and it trains",
+    "nemo elastic --help": "tests/test_nemo_run.py",
+    "nemo elastic train --factory tiny_parent": "tests/test_nemo_run.py, with --dryrun",
     "pip install wandb": "none: an optional package",
     "python scripts/reference.py": "tests/test_reference.py",
+    "python examples/paper_small/run.py --out runs/paper_small": "tests/test_paper_small.py, --quick",
+    "python examples/paper_small/results.py": "tests/test_paper_small.py",
 }
 
 

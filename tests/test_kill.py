@@ -18,7 +18,7 @@ from small_run import Server, difference, records
 pytest.importorskip("nemo.lightning")
 pytestmark = pytest.mark.slow
 KILLS, SEED = 10, 20
-TIMES = ("seconds", "tokens_per_second")
+TIMES = ("seconds", "cpu_seconds", "tokens_per_second")
 
 
 def strike(server: Server, out: Path, rng: random.Random, *, while_saving: bool, resume: bool) -> str:

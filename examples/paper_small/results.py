@@ -19,6 +19,7 @@ from nemo_elastic.files import write_text
 
 HERE = Path(__file__).resolve().parent
 CHILDREN = ("large", "small")
+LAYERS = 12  # of the parent
 
 
 def headline(results: Results) -> list[dict[str, str]]:
@@ -95,6 +96,8 @@ def group_rows(results: Results, group: str, budgets: Sequence[str], beside: Seq
             continue
         run = results.runs[name, seeds[0]]
         row = {"name": name, "what": RUNS[name].what, "seed": str(seeds[0]), "cpu": f"{run['curve'][-1]['cpu']:.0f}"}
+        smallest = min(run["subnets"].values(), key=lambda subnet: len(subnet["layers"]))["layers"]
+        row["dropped"] = ", ".join(str(n) for n in range(LAYERS) if n not in smallest) or "none"
         for budget in budgets:
             row[budget] = f"{run['score'][budget]['heldout_loss']:.4f}" if budget in run["score"] else "–"
             row[f"{budget}_solved"] = f"{run['score'][budget]['solved']:.1%}" if budget in run["score"] else "–"

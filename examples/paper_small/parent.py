@@ -55,7 +55,7 @@ def main() -> None:
     """Prepare, train, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=2600, help="of 2,048 tokens")
+    parser.add_argument("--steps", type=int, default=2200, help="of 2,048 tokens")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
@@ -36,6 +37,13 @@ def loggers_of(run: RunConfig, out: Path, resume_step: int) -> list[Logger]:
                 )
             )
     return found
+
+
+def finish(loggers: Iterable[Logger]) -> None:
+    """Have W&B write out what it holds: the process goes on after training, and may end without its exit hook."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()
 
 
 def _run_id(logs: Path, resume_step: int) -> str | None:

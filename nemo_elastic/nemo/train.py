@@ -30,7 +30,7 @@ from nemo_elastic.nemo.data import TextDataModule
 from nemo_elastic.nemo.elastic_model import ElasticMambaModel, ElasticSSMConfig
 from nemo_elastic.nemo.guard import FiniteGuard
 from nemo_elastic.nemo.learning_rate import ROUTER_MARK, CurriculumRate
-from nemo_elastic.nemo.loggers import loggers_of
+from nemo_elastic.nemo.loggers import finish, loggers_of
 from nemo_elastic.nemo.logs import quiet
 from nemo_elastic.nemo.resume import StopOnSignal, steps_done, whole_checkpoints
 from nemo_elastic.nemo.sources import collate
@@ -146,6 +146,7 @@ def train(
     # Megatron's loader unpickles: it is given what was checked.
     with HeldCheckpoint(resume_from) if resume_from else nullcontext() as checked:
         trainer.fit(model, data, ckpt_path=None if checked is None else str(checked))
+    finish(trainer.loggers)
     process_groups.barrier()  # the first rank takes the mark of an unfinished checkpoint away last
     callback.catch_up(trainer, model)
     if trainer.global_step < steps:

@@ -17,6 +17,7 @@ from nemo_elastic.distill.training_cost import PHASES, checkpoint_bytes, trainin
 from nemo_elastic.distill.training_plan import router_parameters, training_plan
 from nemo_elastic.family import family_of
 from nemo_elastic.plan import plan
+from nemo_elastic.problems import ProblemsError
 from nemo_elastic.router.schedule import Timeline, resolve_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -140,6 +141,18 @@ def test_what_is_trained_is_counted(words: list[str]) -> None:
     assert len(found["trained"]) == 1 and found["phases"] == [] and "tau" not in found["schedule"][0]
     assert found["budgets"] == {"full": "parent", "large": "forced", "small": "forced"}
     assert "teacher" in found["frozen"][0]["what"]
+
+
+def test_text_alone_needs_no_teacher() -> None:
+    """No forward of the parent, nothing frozen, and no cache to be filled with its states."""
+    words = ("distill.kd_weight=0", "distill.ce_weight=1")
+    (run, family, subnets), (_, _, same) = planned(*words), planned()
+    cost = training_cost(run, family, subnets)["flops"]
+    assert cost["teacher"] == 0 and cost["total"] == cost["students"] > 0 and subnets == same
+    assert training_plan(run, family)["frozen"] == []
+    assert planned("distill.kd_weight=0", "distill.hidden_weight=1")[0].distill.needs_teacher
+    with pytest.raises(ProblemsError, match=r"distill\.teacher_cache: has no use with distill\.kd_weight=0"):
+        load_config(TINY, [*words, "distill.teacher_cache=/tmp/cache"])
 
 
 def test_bytes_on_disk() -> None:

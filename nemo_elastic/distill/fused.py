@@ -98,16 +98,14 @@ class _FusedLoss(torch.autograd.Function):
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden, dtype=torch.float32) if wants_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        buffers = [hidden.new_empty(length, vocabulary, dtype=torch.float32) for _ in range(3)]
+        needed = 2 if teacher_hidden is None else 3
+        buffers = [hidden.new_empty(length, vocabulary, dtype=torch.float32) for _ in range(needed)]
         kd, ce = hidden.new_zeros((), dtype=torch.float64), hidden.new_zeros((), dtype=torch.float64)
         for begin in range(0, count, length):
             rows = slice(begin, min(begin + length, count))
-            student, teacher, scratch = (b[: rows.stop - begin] for b in buffers)
+            student, scratch, *others = (b[: rows.stop - begin] for b in buffers)
             _logits(hidden[rows], weight, student)
-            if teacher_hidden is None:
-                teacher = None
-            else:
-                _logits(teacher_hidden[rows], teacher_weight, teacher)
+            teacher = _logits(teacher_hidden[rows], teacher_weight, others[0]) if others else None
             own_labels = None if labels is None else labels[rows]
             kd_rows, ce_rows = chunk_loss(student, teacher, own_labels, weights[rows], config, group, scratch)
             # `student` now holds the logits' gradient

@@ -41,9 +41,11 @@ def loggers_of(run: RunConfig, out: Path, resume_step: int) -> list[Logger]:
 
 def finish(loggers: Iterable[Logger]) -> None:
     """Have W&B write out what it holds: the process goes on after training, and may end without its exit hook."""
-    for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            logger.experiment.finish()
+    if any(isinstance(logger, WandbLogger) for logger in loggers):
+        import wandb
+
+        if wandb.run is not None:  # on the first rank, once something was logged
+            wandb.run.finish()
 
 
 def _run_id(logs: Path, resume_step: int) -> str | None:

@@ -57,6 +57,8 @@ class PretrainConfig:
             problems.append(f"max_steps={self.max_steps} must be at least 1")
         if self.max_minutes is not None and self.max_minutes <= 0:
             problems.append(f"max_minutes={self.max_minutes} must be positive")
+        if self.heldout_batches is not None and self.heldout_batches < 1:
+            problems.append(f"heldout_batches={self.heldout_batches} must be at least 1, or None for all")
         if self.lr <= 0:
             problems.append(f"lr={self.lr} must be positive")
         if not 0 <= self.min_lr_ratio <= 1:

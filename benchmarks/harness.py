@@ -66,6 +66,9 @@ def start(words: argparse.ArgumentParser) -> argparse.Namespace:
     repeats, threads = arguments.full_repetitions, getattr(arguments, "threads", None)
     if repeats is not None and arguments.repetitions is None:
         arguments.repetitions = 1 if arguments.quick else repeats
+    for name in ("repetitions", "threads"):
+        if (value := getattr(arguments, name, None)) is not None and value < 1:
+            words.error(f"--{name} {value} must be at least 1")
     if threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(threads)  # of processes that this one starts
         if "torch" in sys.modules:

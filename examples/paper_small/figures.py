@@ -11,9 +11,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from runs import BUDGETS, RUNS
+from runs import BUDGETS, CHILDREN, RUNS
 
-CHILDREN = ("large", "small")
 COLOURS = {"family": "#0072b2", "alone": "#e69f00", "whole": "#d55e00", "scratch": "#666666", "parent": "#000000"}
 LABELS = {
     "family": "in the family",

@@ -41,6 +41,13 @@ class Results:
         """Of several seeds."""
         return [self.loss(name, seed, budget) for seed in seeds]
 
+    def same_losses(self, name: str, other: str) -> float | None:
+        """Largest difference between the validations of two runs that should be one and the same; None: not both."""
+        both = self.seeds(name, other)
+        pairs = [zip(self.runs[name, s]["curve"], self.runs[other, s]["curve"], strict=True) for s in both]
+        gaps = [abs(a["losses"][b] - c["losses"][b]) for pair in pairs for a, c in pair for b in a["losses"]]
+        return max(gaps, default=None)
+
     def solved(self, name: str, seed: int, budget: str) -> float:
         """Share of problems solved."""
         return self.runs[name, seed]["score"][budget]["solved"]

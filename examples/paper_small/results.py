@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import argparse
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import figures
 import jinja2
 from readings import Results, ratio, relative, spread, tokens_to
-from runs import BUDGETS, FOUR, RUNS, SCRATCH_STEPS, STEPS
+from runs import BUDGETS, CHILDREN, FOUR, RUNS, SCRATCH_STEPS, STEPS
 
 from nemo_elastic.files import write_text
 
 HERE = Path(__file__).resolve().parent
-CHILDREN = ("large", "small")
 LAYERS = 12  # of the parent
 
 
@@ -32,12 +31,15 @@ def headline(results: Results) -> list[dict[str, str]]:
         row["share"] = spread([100 * r["parameters"][child] / r["parameters"]["full"] for r in first], ".1f")
         row["before"] = spread([r["curve"][0]["losses"][child] for r in first], ".3f")
         row["family"] = spread(results.losses("family", child, seeds))
-        row["solved"] = spread([results.solved("family", s, child) for s in seeds], ".1%")
+        shared = results.seeds("family", f"alone-{child}")
+        ends = [
+            [results.runs[n, s]["curve"][-1]["tokens"][child] for n in ("family", f"alone-{child}")] for s in shared
+        ]
+        row["tokens"] = spread([ours / theirs for ours, theirs in ends], ".2f")
         for kind in ("alone", "whole", "scratch"):
             both = results.seeds("family", f"{kind}-{child}")
             other = results.losses(f"{kind}-{child}", child, both)
             row[kind], row[f"over_{kind}"] = spread(other), relative(results.losses("family", child, both), other)
-            row[f"{kind}_solved"] = spread([results.solved(f"{kind}-{child}", s, child) for s in both], ".1%")
         rows.append(row)
     return rows
 
@@ -95,7 +97,7 @@ def group_rows(results: Results, group: str, budgets: Sequence[str], beside: Seq
         if not seeds:
             continue
         run = results.runs[name, seeds[0]]
-        row = {"name": name, "what": RUNS[name].what, "seed": str(seeds[0]), "cpu": f"{run['curve'][-1]['cpu']:.0f}"}
+        row = {"what": RUNS[name].what, "cpu": f"{run['curve'][-1]['cpu']:.0f}"}
         smallest = min(run["subnets"].values(), key=lambda subnet: len(subnet["layers"]))["layers"]
         row["dropped"] = ", ".join(str(n) for n in range(LAYERS) if n not in smallest) or "none"
         for budget in budgets:
@@ -107,41 +109,29 @@ def group_rows(results: Results, group: str, budgets: Sequence[str], beside: Seq
 
 
 def by_class(results: Results) -> list[dict[str, str]]:
-    """Solved by kind and size: parent, family's members, each child alone and from scratch, means over seeds."""
-    columns = [("family", b) for b in BUDGETS]
-    columns += [(f"{kind}-{child}", child) for kind in ("alone", "scratch") for child in CHILDREN]
+    """Solved by kind and size: the parent, the family's members and each child alone, over seeds."""
+    columns = {f"family {b}": ("family", b) for b in BUDGETS} | {f"alone {c}": (f"alone-{c}", c) for c in CHILDREN}
     rows = []
-    for name in results.parent["problems"]:
-        row = {"class": name, "parent": share(results.parent["problems"][name])}
-        for run, budget in columns:
+    for name, own in results.parent["problems"].items():
+        row = {"class": name.replace("_", " ").replace("/", ", "), "parent": f"{own['solved'] / own['count']:.0%}"}
+        for column, (run, budget) in columns.items():
             found = [results.runs[run, s]["score"][budget]["problems"][name] for s in results.seeds(run)]
-            total = {key: sum(f[key] for f in found) for key in ("solved", "count")}
-            row[f"{run}/{budget}"] = share(total) if found else "–"
+            row[column] = spread([f["solved"] / f["count"] for f in found], ".0%")
         rows.append(row)
     return rows
 
 
-def share(row: Mapping[str, int]) -> str:
-    """Solved of count."""
-    return f"{row['solved'] / row['count']:.0%}"
-
-
-def cpu_to_reach(results: Results) -> list[dict[str, str]]:
-    """CPU time of the ways to run a subnet: per step, and until the masked run's final losses are reached."""
+def speed(results: Results) -> list[dict[str, str]]:
+    """CPU time of a run's training steps, as it is and over the masked run that does the same."""
+    pairs = {"shapes-own": "speed-masked", "speed-masked": "speed-masked", "family": "speed-masked",
+             "speed-soft": "speed-masked", "whole-small": "speed-masked-small",
+             "speed-masked-small": "speed-masked-small"}  # fmt: skip
     rows = []
-    masked = next((results.runs["speed-masked", s] for s in results.seeds("speed-masked")), None)
-    for name in ("shapes-own", "speed-masked", "family", "speed-soft"):
-        seeds = results.seeds(name)
-        if not seeds or masked is None:
-            continue
-        curve = results.runs[name, masked["seed"]]["curve"] if (name, masked["seed"]) in results.runs else None
-        if curve is None:
-            continue
-        row = {"name": name, "what": RUNS[name].what, "total": f"{curve[-1]['cpu']:.0f}"}
-        row["of_masked"] = f"{curve[-1]['cpu'] / masked['curve'][-1]['cpu']:.2f}"
-        for child in CHILDREN:
-            row[child] = f"{curve[-1]['losses'][child]:.4f}"
-        rows.append(row)
+    for name, masked in pairs.items():
+        for seed in results.seeds(name, masked)[:1]:
+            end, other = (results.runs[n, seed]["curve"][-1] for n in (name, masked))
+            row = {"what": RUNS[name].what, "cpu": f"{end['cpu']:.0f}", "of_masked": f"{end['cpu'] / other['cpu']:.2f}"}
+            rows.append(row | {c: f"{end['losses'][c]:.4f}" if c in end["losses"] else "–" for c in CHILDREN})
     return rows
 
 
@@ -180,8 +170,9 @@ def page(results: Results) -> str:
         mamba=group_rows(results, "mamba", ("half",)),
         curricula=group_rows(results, "stages", tuple(BUDGETS), ("family",)),
         tries=group_rows(results, "tries", tuple(BUDGETS), ("family",)),
-        four=group_rows(results, "four", tuple(FOUR)),
-        speed=cpu_to_reach(results),
+        speed=speed(results),
+        same=results.same_losses("shapes-own", "speed-masked"),
+        asked=sum(row["count"] for row in results.parent["problems"].values()),
         machines=machines(results),
         count=len(results.runs),
     )
@@ -193,6 +184,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--docs", type=Path, default=HERE.parents[1] / "docs")
     args = parser.parse_args()
+    if not (args.results / "parent.json").is_file():
+        parser.error(f"--results {args.results}: has no parent.json; run.py writes it")
     results = Results.read(args.results)
     write_text(args.docs / "results.md", page(results))
     figures.write(results, args.docs / "results")

@@ -201,14 +201,20 @@ def all_runs(series: Series, wanted: list[tuple[Run, int]], jobs: int) -> None:
             future.result()
 
 
-def selected(args: argparse.Namespace) -> list[tuple[Run, int]]:
+def numbers(text: str) -> list[int]:
+    """`1,2,3`."""
+    return [int(word) for word in text.split(",")]
+
+
+def selected(args: argparse.Namespace, words: argparse.ArgumentParser) -> list[tuple[Run, int]]:
     """Runs by name or group; everything but the headline with the first seed only, unless named."""
-    seeds = [int(s) for s in args.seeds.split(",")]
+    seeds = args.seeds
     groups = args.groups.split(",") if args.groups else GROUPS
     names = args.only.split(",") if args.only else [r.name for r in RUNS.values() if r.group in groups]
     unknown = [n for n in names if n not in RUNS] + [g for g in groups if g not in GROUPS]
     if unknown:
-        raise SystemExit(f"no run or group {', '.join(unknown)}; runs: {', '.join(RUNS)}; groups: {', '.join(GROUPS)}")
+        known = f"runs: {', '.join(RUNS)}; groups: {', '.join(GROUPS)}"
+        words.error(f"no run or group {', '.join(unknown)}; {known}")
     every = {"headline", "four"} if not args.only else set(GROUPS)
     return [(RUNS[n], s) for s in seeds for n in names if s == seeds[0] or RUNS[n].group in every]
 
@@ -218,7 +224,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="parent, checkpoints and work in progress")
     parser.add_argument("--results", type=Path, help="where the runs' files go; default: results/ here")
-    parser.add_argument("--seeds", default="1,2,3")
+    parser.add_argument("--seeds", type=numbers, default="1,2,3", help="comma separated")
     parser.add_argument("--groups", help=f"comma separated, of {', '.join(GROUPS)}")
     parser.add_argument("--only", help="names of runs, comma separated")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
@@ -226,7 +232,9 @@ def main() -> None:
     args = parser.parse_args()
     out = args.out.resolve()
     series = Series(out, args.results or (out / "results" if args.quick else RESULTS), args.quick)
-    wanted = selected(args)
+    if args.jobs < 1:
+        parser.error(f"--jobs {args.jobs} must be at least 1")
+    wanted = selected(args, parser)
     short = ["--steps", "4"] if args.quick else []
     bases = list(dict.fromkeys(run.base for run, _ in wanted))
     only_initial = bases == ["initial"]

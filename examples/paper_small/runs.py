@@ -15,6 +15,7 @@ SHORT = {"seq_length": 128, "global_batch_size": 16}
 LONG = {"seq_length": 256, "global_batch_size": 8}
 STEPS = (160, 80)  # short, then long
 WEIGHTS = {"full": 0.5, "large": 0.3, "small": 0.2}  # of the second stage, the paper's
+CHILDREN = ("large", "small")  # of the family
 BUDGETS = {"full": 1.0, "large": 0.75, "small": 0.5}
 FOUR = {"full": 1.0, "b875": 0.875, "large": 0.75, "b625": 0.625, "small": 0.5}
 FOUR_WEIGHTS = {"full": 0.35, "b875": 0.18, "large": 0.18, "b625": 0.17, "small": 0.12}
@@ -88,7 +89,7 @@ def headline() -> Iterator[Run]:
     """(a) the family, (b) each child sorted, cut and distilled alone, (c) each from scratch: three seeds."""
     yield Run(name="family", group="headline", what="elastic family, learned shapes", budgets=BUDGETS,
               stages=stages(*STEPS, WEIGHTS))  # fmt: skip
-    for name in ("large", "small"):
+    for name in CHILDREN:
         own = {name: BUDGETS[name]}
         yield Run(name=f"alone-{name}", group="headline", what=f"`{name}` alone, the family's tokens for it",
                   budgets=own, stages=stages(*steps_of(name, BUDGETS, STEPS, WEIGHTS)), words=(EVEN,),

@@ -40,9 +40,9 @@ def main() -> None:
     from nemo.lightning import io
 
     from nemo_elastic.nemo.data import TextDataModule
+    from nemo_elastic.nemo.plain_config import plain_model_config
     from nemo_elastic.nemo.pretrain import PretrainConfig, pretrain
     from nemo_elastic.nemo.tokenizer import load_tokenizer
-    from nemo_elastic.nemo.trainer import plain_model_config
 
     data = TextDataModule(
         load_tokenizer(),

@@ -5,22 +5,22 @@ import pytest
 import torch
 
 from nemo_elastic.mcore.versions import AttnBackend
-from nemo_elastic.nemo import trainer
+from nemo_elastic.nemo import plain_config, trainer
 
 MODEL = plain_training.TINY_PARENT
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_the_padded_vocabulary_is_the_same_in_every_layout(tp: int) -> None:
-    config = trainer.plain_model_config(MODEL, tensor_model_parallel_size=tp)
-    assert trainer.check_vocabulary(config, 2000) == 2048
-    assert trainer.check_vocabulary(config, 2048) == 2048
+    config = plain_config.plain_model_config(MODEL, tensor_model_parallel_size=tp)
+    assert plain_config.check_vocabulary(config, 2000) == 2048
+    assert plain_config.check_vocabulary(config, 2048) == 2048
     with pytest.raises(ValueError, match=r"2049 tokens, more than model\.vocab_size=2048"):
-        trainer.check_vocabulary(config, 2049)
+        plain_config.check_vocabulary(config, 2049)
 
 
 def test_config_holds_the_users_fields_and_what_a_cpu_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = trainer.plain_model_config(MODEL, precision="bf16-mixed", sequence_parallel=True, mamba_state_dim=64)
+    config = plain_config.plain_model_config(MODEL, precision="bf16-mixed", sequence_parallel=True, mamba_state_dim=64)
     assert (config.num_layers, config.hidden_size, config.mamba_num_heads) == (16, 128, 16)
     assert config.mamba_state_dim == 64
     assert (config.params_dtype, config.pipeline_dtype, config.bf16) == (torch.bfloat16, torch.bfloat16, True)
@@ -28,8 +28,8 @@ def test_config_holds_the_users_fields_and_what_a_cpu_needs(monkeypatch: pytest.
     assert config.attention_backend is AttnBackend.local
     assert config.is_hybrid_model and not config.bias_dropout_fusion and not config.cross_entropy_loss_fusion
     torch.testing.assert_close(config.activation_func(torch.tensor([-2.0, 3.0])), torch.tensor([0.0, 9.0]))
-    monkeypatch.setattr(trainer, "have_transformer_engine", lambda: True)
-    with_gpu = trainer.plain_model_config(MODEL, apply_rope_fusion=False)  # this fusion checks for itself
+    monkeypatch.setattr(plain_config, "have_transformer_engine", lambda: True)
+    with_gpu = plain_config.plain_model_config(MODEL, apply_rope_fusion=False)  # this fusion checks for itself
     assert with_gpu.attention_backend is not AttnBackend.local and with_gpu.bias_dropout_fusion
 
 
@@ -43,7 +43,7 @@ def test_config_holds_the_users_fields_and_what_a_cpu_needs(monkeypatch: pytest.
 )
 def test_config_errors_name_the_users_keys(model: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        trainer.plain_model_config(model, tensor_model_parallel_size=2)
+        plain_config.plain_model_config(model, tensor_model_parallel_size=2)
 
 
 def test_layout_is_checked_against_the_processes_that_were_started() -> None:

@@ -6,6 +6,7 @@ Children of a random family, changed by hand in their tensors, bytes and configu
 import json
 import re
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -140,6 +141,9 @@ def test_another_child_is_bad_input(family: Path) -> None:
         checks(family, format="hf")
     with pytest.raises(ProblemsError, match="--hf-python: '/no/such/python' is no program"):
         checks(family, format="hf", python="/no/such/python")
+    for other in (shutil.which("false"), sys.executable):  # no Python; a Python whose transformers is older
+        with pytest.raises(ProblemsError, match="is no Python whose transformers knows NemotronH"):
+            checks(family, format="hf", python=other)
 
 
 def test_a_layer_that_computes_something_else_is_named() -> None:

@@ -18,7 +18,8 @@ from plain_training import RandomTokenModule
 
 from nemo_elastic.mcore.layer_specs import hybrid_stack_spec
 from nemo_elastic.nemo import cpu
-from nemo_elastic.nemo.trainer import WITHOUT_GPU, build_optimizer, build_trainer
+from nemo_elastic.nemo.plain_config import WITHOUT_GPU
+from nemo_elastic.nemo.trainer import build_optimizer, build_trainer
 
 
 class Record(pl.Callback):

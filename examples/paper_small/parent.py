@@ -74,10 +74,10 @@ def train(args: argparse.Namespace, sizes: dict[str, Any]) -> None:
     """The parent."""
 
     from nemo_elastic.nemo.data import TextDataModule
+    from nemo_elastic.nemo.plain_config import plain_model_config
     from nemo_elastic.nemo.pretrain import PretrainConfig, pretrain
     from nemo_elastic.nemo.tiny_parent import save_parent
     from nemo_elastic.nemo.tokenizer import load_tokenizer
-    from nemo_elastic.nemo.trainer import plain_model_config
 
     torch.set_num_threads(args.threads)
     data = TextDataModule(

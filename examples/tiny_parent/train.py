@@ -69,10 +69,10 @@ def main() -> None:
     from nemo_elastic.data.tokenizer import train_bpe
     from nemo_elastic.mcore.versions import installed
     from nemo_elastic.nemo.data import TextDataModule
+    from nemo_elastic.nemo.plain_config import plain_model_config
     from nemo_elastic.nemo.pretrain import PretrainConfig, pretrain
     from nemo_elastic.nemo.tiny_parent import bf16_weights, heldout_loss, save_card, save_parent
     from nemo_elastic.nemo.tokenizer import load_tokenizer
-    from nemo_elastic.nemo.trainer import plain_model_config
 
     torch.set_num_threads(args.threads)
     args.assets.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ from nemo.lightning.io.mixin import IOMixin
 from nemo.lightning.io.pl import TrainerContext
 
 from nemo_elastic.checkpoint.tokenizer_files import write_tokenizer
-from nemo_elastic.nemo.trainer import ACTIVATIONS
+from nemo_elastic.nemo.plain_config import ACTIVATIONS
 
 logger = logging.getLogger(__name__)
 TOKENIZER_FOLDER = "tokenizer"

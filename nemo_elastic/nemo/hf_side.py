@@ -26,6 +26,9 @@ from nemo_elastic.checkpoint import hf_reference
 from nemo_elastic.problems import Problem, ProblemsError
 
 KEY = "--hf-python"
+KNOWS_NEMOTRON_H = (
+    "from importlib.util import find_spec as f; exit(not (f(t := 'transformers') and f(t + '.models.nemotron_h')))"
+)
 
 
 @dataclass(frozen=True)
@@ -41,12 +44,16 @@ def hf_python(given: str | None) -> str:
     """The Python to ask: `given`, or this one where its transformers knows NemotronH.
 
     Raises:
-        ProblemsError: neither.
+        ProblemsError: neither, or `given` is no Python with that transformers.
     """
     if given is not None:
         found = shutil.which(given)
         if found is None:
             raise ProblemsError([Problem(KEY, f"{given!r} is no program; give e.g. .venv-hf/bin/python")])
+        asked = subprocess.run([found, "-I", "-c", KNOWS_NEMOTRON_H], env=_environment(), capture_output=True)
+        if asked.returncode:
+            words = "is no Python whose transformers knows NemotronH; `make setup-hf` makes one, .venv-hf/bin/python"
+            raise ProblemsError([Problem(KEY, f"{given!r} {words}")])
         return found
     if importlib.util.find_spec("transformers") and importlib.util.find_spec("transformers.models.nemotron_h"):
         return sys.executable

@@ -32,10 +32,11 @@ from nemo_elastic.nemo.guard import FiniteGuard
 from nemo_elastic.nemo.learning_rate import ROUTER_MARK, CurriculumRate
 from nemo_elastic.nemo.loggers import finish, loggers_of
 from nemo_elastic.nemo.logs import quiet
+from nemo_elastic.nemo.plain_config import plain_model_config
 from nemo_elastic.nemo.resume import StopOnSignal, steps_done, whole_checkpoints
 from nemo_elastic.nemo.sources import collate
 from nemo_elastic.nemo.tokenizer import load_tokenizer
-from nemo_elastic.nemo.trainer import build_optimizer, build_trainer, plain_model_config
+from nemo_elastic.nemo.trainer import build_optimizer, build_trainer
 from nemo_elastic.problems import Problem, Stopped, raise_if_any
 from nemo_elastic.router.schedule import Timeline, resolve_recipe
 from nemo_elastic.serving_conditions import serving_of

@@ -41,7 +41,7 @@ from nemo_elastic.nemo.first_difference import (
     tensor_difference,
 )
 from nemo_elastic.nemo.hf_side import hf_python, run_transformers
-from nemo_elastic.nemo.trainer import ACTIVATIONS
+from nemo_elastic.nemo.plain_config import ACTIVATIONS
 from nemo_elastic.problems import Problem, ProblemsError
 from nemo_elastic.space import Subnet
 

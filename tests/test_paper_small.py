@@ -16,7 +16,7 @@ sys.path.insert(0, str(FOLDER))
 
 import problems as problems_module  # noqa: E402
 from problems import SIZES, Problem, problems, scored_problems, training_file  # noqa: E402
-from runs import BUDGETS, RUNS, STEPS, WEIGHTS  # noqa: E402
+from runs import BUDGETS, OTHER_SHAPES, RUNS, STEPS, WEIGHTS  # noqa: E402
 
 
 @pytest.mark.parametrize("kind", SIZES)
@@ -111,7 +111,7 @@ def test_every_run_is_a_configuration_that_can_run(name: str) -> None:
     family = family_of(config, tuple(range(12)))
     assert config.train.seed == 7 and [b.name for b in family.budgets] == list(run.budgets)
     assert set(given) <= set(family.forced)
-    assert run.shapes_of is None or run.shapes_of.startswith("random:") or run.shapes_of in RUNS
+    assert run.shapes_of is None or run.shapes_of.partition(":")[0] in (*OTHER_SHAPES, *RUNS)
 
 
 def test_random_shapes_meet_their_budgets() -> None:
@@ -142,11 +142,13 @@ def test_a_flat_order_puts_the_best_heads_into_the_kept_slots() -> None:
 
 
 def test_tokens_to_a_loss_are_read_between_validations() -> None:
-    from readings import tokens_to
+    from readings import spent_to
 
-    curve = [{"tokens": {"x": t}, "losses": {"x": loss}} for t, loss in ((0, 4.0), (100, 3.0), (200, 2.0))]
-    assert tokens_to(curve, "x", 2.5) == 150 and tokens_to(curve, "x", 4.5) == 0
-    assert tokens_to(curve, "x", 1.9) is None and tokens_to(curve, "x", 2.0) == 200
+    points = ((0, 4.0), (100, 3.0), (200, 2.0))
+    curve = [{"tokens": {"x": t}, "losses": {"x": loss}, "cpu": 3 * t} for t, loss in points]
+    assert spent_to(curve, "x", 2.5) == 150 and spent_to(curve, "x", 4.5) == 0
+    assert spent_to(curve, "x", 1.9) is None and spent_to(curve, "x", 2.0) == 200
+    assert spent_to(curve, "x", 2.5, "cpu") == 450
 
 
 def test_the_page_is_what_the_files_give(tmp_path: Path) -> None:
@@ -165,11 +167,18 @@ def test_the_page_is_what_the_files_give(tmp_path: Path) -> None:
 def test_the_series_runs_and_does_nothing_twice(tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, str(FOLDER / "run.py"), "--out", str(out), "--quick", "--seeds", "1", "--jobs", "1"]
-    command += ["--only", "family,alone-small,scratch-small,mamba-flat,shapes-random-1"]
+    command += ["--only", "family,alone-small,scratch-small,mamba-flat,shapes-random-1,shapes-greedy"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     files = {path.stem: json.loads(path.read_text()) for path in (out / "results").glob("*-1.json")}
-    assert set(files) == {"family-1", "alone-small-1", "scratch-small-1", "mamba-flat-1", "shapes-random-1-1"}
+    assert set(files) == {
+        "family-1",
+        "alone-small-1",
+        "scratch-small-1",
+        "mamba-flat-1",
+        "shapes-random-1-1",
+        "shapes-greedy-1",
+    }
     assert files["alone-small-1"]["subnets"]["small"] == files["family-1"]["subnets"]["small"]
     assert files["family-1"]["curve"][-1]["cpu"] > 0 and set(files["family-1"]["score"]) == set(BUDGETS)
     again = subprocess.run(command, capture_output=True, text=True)

@@ -74,19 +74,32 @@ def _parent_on_curve(results: Any) -> float:
     return statistics.fmean(results.runs["family", s]["curve"][0]["losses"]["full"] for s in results.seeds("family"))
 
 
+TIMED = {  # panel: runs, first seed; the last panel's have no other budget than the child
+    "large in the family": ("shapes-own", "speed-masked", "family", "speed-soft"),
+    "small in the family": ("shapes-own", "speed-masked", "family", "speed-soft"),
+    "small alone": ("whole-small", "speed-masked-small"),
+}
+TIMED_AS = {
+    "shapes-own": ("sliced", "#0072b2"),
+    "speed-masked": ("masked, the same shapes", "#d55e00"),
+    "family": ("learned shapes: soft, then sliced", "#009e73"),
+    "speed-soft": ("soft masks to the end", "#cc79a7"),
+    "whole-small": ("sliced", "#0072b2"),
+    "speed-masked-small": ("masked, the same shapes", "#d55e00"),
+}
+
+
 def time(results: Any) -> Any:
     """Held-out loss against CPU time: sliced, masked, soft."""
-    names = {"shapes-own": ("sliced", "#0072b2"), "speed-masked": ("masked, the same shapes", "#d55e00"),
-             "family": ("learned shapes: soft, then sliced", "#009e73"),
-             "speed-soft": ("soft masks to the end", "#cc79a7")}  # fmt: skip
     if not results.seeds("speed-masked"):
         return None
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for axis, child in zip(axes, CHILDREN, strict=True):
-        for name, (label, colour) in names.items():
-            for number, (x, y) in enumerate(_curves(results, name, child, "cpu")[:1]):
-                axis.plot(x[1:], y[1:], color=colour, marker="o", ms=3, label=label if number == 0 else None)
-        axis.set(title=child, xlabel="CPU seconds of training", yscale="log")
+    figure, axes = plt.subplots(1, len(TIMED), figsize=(11, 3.4), layout="constrained")
+    for axis, (title, names) in zip(axes, TIMED.items(), strict=True):
+        for name in names:
+            label, colour = TIMED_AS[name]
+            for x, y in _curves(results, name, title.split()[0], "cpu")[:1]:
+                axis.plot(x[1:], y[1:], color=colour, marker="o", ms=3, label=label)
+        axis.set(title=title, xlabel="CPU seconds of training", yscale="log", xlim=(0, None))
         axis.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%.2f"))
         axis.yaxis.set_minor_formatter(matplotlib.ticker.FormatStrFormatter("%.2f"))
     axes[0].set_ylabel("held-out loss, nats per token")
@@ -135,8 +148,9 @@ def _share(rows: Sequence[Mapping[str, int]]) -> float:
 
 def tries(results: Any) -> Any:
     """Every try against the family of the same seed: relative difference of the held-out loss."""
-    groups = ("shapes", "stages", "tries", "speed")
+    groups = ("best", "shapes", "stages", "tries", "speed")
     names = [n for n, run in RUNS.items() if run.group in groups and results.seeds(n, "family")]
+    names = [n for n in names if RUNS[n].budgets == BUDGETS]
     if not names:
         return None
     figure, axis = plt.subplots(figsize=(8, 0.34 * len(names) + 1.2), layout="constrained")

@@ -45,8 +45,9 @@ class Results:
         """Largest difference between the validations of two runs that should be one and the same; None: not both."""
         both = self.seeds(name, other)
         pairs = [zip(self.runs[name, s]["curve"], self.runs[other, s]["curve"], strict=True) for s in both]
-        gaps = [abs(a["losses"][b] - c["losses"][b]) for pair in pairs for a, c in pair for b in a["losses"]]
-        return max(gaps, default=None)
+        return max(
+            (abs(a["losses"][b] - c["losses"][b]) for pair in pairs for a, c in pair for b in a["losses"]), default=None
+        )
 
     def solved(self, name: str, seed: int, budget: str) -> float:
         """Share of problems solved."""
@@ -66,17 +67,20 @@ def relative(ours: Sequence[float], theirs: Sequence[float]) -> str:
     return spread([a / b - 1 for a, b in zip(ours, theirs, strict=True)], "+.2%") if ours else "–"
 
 
-def tokens_to(curve: Sequence[Mapping[str, Any]], budget: str, target: float) -> float | None:
-    """Tokens of that budget after which its loss first is `target`, between two validations on a line; None: never."""
+def spent_to(curve: Sequence[Mapping[str, Any]], budget: str, target: float, what: str = "tokens") -> float | None:
+    """Tokens of that budget (or CPU seconds of the run) after which its loss first is `target`; None: never.
+
+    Between two validations it is read on a line.
+    """
     before: tuple[float, float] | None = None
     for point in curve:
-        tokens, loss = point["tokens"][budget], point["losses"][budget]
+        spent, loss = point["cpu"] if what == "cpu" else point["tokens"][budget], point["losses"][budget]
         if loss <= target:
             if before is None or before[1] == loss:
-                return float(tokens)
+                return float(spent)
             share = (before[1] - target) / (before[1] - loss)
-            return before[0] + share * (tokens - before[0])
-        before = (tokens, loss)
+            return before[0] + share * (spent - before[0])
+        before = (spent, loss)
     return None
 
 

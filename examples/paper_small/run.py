@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from problems import blend
-from runs import BASES, GROUPS, RUNS, Run
+from runs import BASES, GROUPS, OTHER_SHAPES, REPEATED, RUNS, Run
 from shapes import random_subnets
 
 from nemo_elastic.config import load_config
@@ -48,8 +48,8 @@ class Series:
     results: Path
     quick: bool
 
-    def command(self, script: str, *words: str) -> None:
-        """One of the scripts here, or `nemo_elastic`, in a process of its own with one thread."""
+    def command(self, script: str, *words: str) -> str:
+        """What one of the scripts here, or `nemo_elastic`, prints; a process of its own with one thread."""
         start = ["-m", "nemo_elastic"] if script == "nemo_elastic" else [str(HERE / f"{script}.py")]
         own = {"PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
         environment = os.environ | own
@@ -58,6 +58,7 @@ class Series:
         if done.returncode:
             tail = "\n".join(done.stderr.splitlines()[-12:])
             raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{tail}")
+        return done.stdout
 
     def common(self, parent: str) -> list[str]:
         """Overrides of every run."""
@@ -66,7 +67,7 @@ class Series:
         return [*words, f"data.blend={json.dumps(blend(data))}", *(QUICK if self.quick else ())]
 
     def verb(self, verb: str, folder: Path, words: Iterable[str], *flags: str) -> None:
-        """`nemo-elastic VERB`."""
+        """`nemo-elastic VERB` in the folder of a run."""
         self.command("nemo_elastic", verb, "--config", str(CONFIG), "--out", str(folder), *flags, *words)
 
     def prepared(self, base: str) -> Path:
@@ -84,17 +85,32 @@ class Series:
         return folder
 
     def subnets(self, source: str | None, seed: int) -> dict[str, Any]:
-        """Final subnets of another run, as the configuration takes them; or random ones that meet its budgets."""
+        """Final subnets of another run, as the configuration takes them; or those of `OTHER_SHAPES`."""
         if source is None:
             return {}
-        if source.startswith("random:"):
-            description = json.loads((self.out / "bases/parent/importance/importance.json").read_text())
-            words = [*self.common("parent"), f"elastic.budgets={json.dumps(dict(RUNS['family'].budgets))}"]
-            run = load_config(CONFIG, [*words, "train.stages=[{steps: 1}]"]).config
-            found = random_subnets(family_of(run, tuple(description["depth_ranking"])), int(source.split(":")[1]))
-            return {name: without_depth(subnet) for name, subnet in found.items()}
-        found = json.loads(self.file(source, seed).read_text(encoding="utf-8"))["subnets"]
+        kind, _, number = source.partition(":")
+        if kind in OTHER_SHAPES:
+            found = self.random(int(number)) if kind == "random" else self.proposed(kind)
+        else:
+            found = json.loads(self.file(source, seed).read_text(encoding="utf-8"))["subnets"]
         return {name: without_depth(subnet) for name, subnet in found.items()}
+
+    def of_family(self) -> list[str]:
+        """Overrides that make the family of three budgets."""
+        budgets = json.dumps(dict(RUNS["family"].budgets))
+        return [*self.common("parent"), f"elastic.budgets={budgets}", "train.stages=[{steps: 1}]"]
+
+    def random(self, number: int) -> dict[str, Any]:
+        """Random shapes that meet the family's budgets."""
+        description = json.loads((self.out / "bases/parent/importance/importance.json").read_text(encoding="utf-8"))
+        run = load_config(CONFIG, self.of_family()).config
+        return random_subnets(family_of(run, tuple(description["depth_ranking"])), number)
+
+    def proposed(self, how: str) -> dict[str, Any]:
+        """Shapes that `nemo-elastic plan --search` proposes from the ranking's scores."""
+        words = ("--search", how, "--ranking", str(self.out / "bases/parent"), "--json")
+        plan = json.loads(self.command("nemo_elastic", "plan", "--config", str(CONFIG), *words, *self.of_family()))
+        return {b["name"]: b["subnet"] for b in plan["budgets"] if b["origin"] != "parent"}
 
     def file(self, name: str, seed: int) -> Path:
         """The result of a run."""
@@ -207,7 +223,7 @@ def numbers(text: str) -> list[int]:
 
 
 def selected(args: argparse.Namespace, words: argparse.ArgumentParser) -> list[tuple[Run, int]]:
-    """Runs by name or group; everything but the headline with the first seed only, unless named."""
+    """Runs by name or group; what is not repeated with the first seed only, unless named."""
     seeds = args.seeds
     groups = args.groups.split(",") if args.groups else GROUPS
     names = args.only.split(",") if args.only else [r.name for r in RUNS.values() if r.group in groups]
@@ -215,7 +231,7 @@ def selected(args: argparse.Namespace, words: argparse.ArgumentParser) -> list[t
     if unknown:
         known = f"runs: {', '.join(RUNS)}; groups: {', '.join(GROUPS)}"
         words.error(f"no run or group {', '.join(unknown)}; {known}")
-    every = {"headline", "four"} if not args.only else set(GROUPS)
+    every = REPEATED if not args.only else GROUPS
     return [(RUNS[n], s) for s in seeds for n in names if s == seeds[0] or RUNS[n].group in every]
 
 

@@ -22,6 +22,13 @@ FOUR_WEIGHTS = {"full": 0.35, "b875": 0.18, "large": 0.18, "b625": 0.17, "small"
 SCRATCH_STEPS = 1200
 EVEN = "router.frozen=true"  # every budget without a subnet of its own is shrunk evenly
 TEXT = ("distill.kd_weight=0", "distill.ce_weight=1")
+MICRO = ("train.micro_batch_size=2",)  # of 16 and 8 sequences: 8 and 4 draws of a budget a step, not 2 and 1
+EARLY = ("router.warmup_fraction=0.05", "router.soft_fraction=0.2", "router.freeze_fraction=0.7")
+SEARCH = ("router.warmup_fraction=0.1", "router.soft_fraction=0.6", "router.freeze_fraction=0.1")
+SHARED = ("distill.budgets_per_batch=3",)
+BETTER_RATE = "train.optimizer.lr=7e-4"
+OTHER_SHAPES = ("random", "greedy")  # random:N, a draw; greedy, what `plan --search greedy` proposes
+REPEATED = ("headline", "best", "four")  # groups with three seeds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +37,13 @@ class Run:
 
     Attributes:
         name: of its file; the seed is appended.
-        group: headline, four, shapes, depth, mamba, stages, speed or tries.
+        group: headline, best, longer, four, shapes, depth, mamba, stages, speed or tries.
         what: a line of the results.
         budgets: `elastic.budgets`.
         stages: `train.stages`.
         words: further overrides.
-        shapes_of: a run (of the same seed) whose final subnets are forced here, for the budgets both have.
+        shapes_of: a run (of the same seed) whose final subnets are forced here, for the budgets both have; or one of
+            OTHER_SHAPES.
         base: which sorted parent it starts from, see `BASES`.
     """
 
@@ -85,22 +93,50 @@ def steps_of(budget: str, family: Mapping[str, float], steps: tuple[int, int], w
     return round(steps[0] / len(family)), round(steps[1] * weights[budget])
 
 
-def headline() -> Iterator[Run]:
-    """(a) the family, (b) each child sorted, cut and distilled alone, (c) each from scratch: three seeds."""
-    yield Run(name="family", group="headline", what="elastic family, learned shapes", budgets=BUDGETS,
-              stages=stages(*STEPS, WEIGHTS))  # fmt: skip
+def compared(group: str, prefix: str, steps: tuple[int, int], what: str) -> Iterator[Run]:
+    """(a) the family, and (b) each child sorted, cut and distilled alone, with equal tokens and with all steps.
+
+    Args:
+        prefix: of their names.
+        what: the family's line of the results.
+    """
+    family = f"{prefix}family"
+    yield Run(name=family, group=group, what=what, budgets=BUDGETS, stages=stages(*steps, WEIGHTS))
     for name in CHILDREN:
-        own = {name: BUDGETS[name]}
-        yield Run(name=f"alone-{name}", group="headline", what=f"`{name}` alone, the family's tokens for it",
-                  budgets=own, stages=stages(*steps_of(name, BUDGETS, STEPS, WEIGHTS)), words=(EVEN,),
-                  shapes_of="family")  # fmt: skip
-        yield Run(name=f"whole-{name}", group="headline", what=f"`{name}` alone, all of the family's steps",
-                  budgets=own, stages=stages(*STEPS), words=(EVEN,), shapes_of="family")  # fmt: skip
+        given = {"group": group, "budgets": {name: BUDGETS[name]}, "words": (EVEN,), "shapes_of": family}
+        equal, all_of_them = steps_of(name, BUDGETS, steps, WEIGHTS), steps
+        yield Run(name=f"{prefix}alone-{name}", what=f"`{name}` alone, the family's tokens for it",
+                  stages=stages(*equal), **given)  # fmt: skip
+        yield Run(name=f"{prefix}whole-{name}", what=f"`{name}` alone, all of the family's steps",
+                  stages=stages(*all_of_them), **given)  # fmt: skip
+
+
+def headline() -> Iterator[Run]:
+    """(a) and (b), and (c) each child from scratch: three seeds."""
+    yield from compared("headline", "", STEPS, "elastic family, learned shapes")
+    for name in CHILDREN:
         yield Run(name=f"scratch-{name}", group="headline", what=f"`{name}` from scratch, evenly shrunk, no teacher",
-                  budgets=own, stages=stages(0, SCRATCH_STEPS),
+                  budgets={name: BUDGETS[name]}, stages=stages(0, SCRATCH_STEPS),
                   words=(EVEN, *TEXT, "train.optimizer={lr: 3e-3, warmup_steps: 100}",
                          "train.val_every_steps=100"),
                   base="initial")  # fmt: skip
+
+
+def best() -> Iterator[Run]:
+    """What helped of what was tried, together, and each child alone with the same shapes, rate and steps."""
+    yield Run(name="best-family", group="best",
+              what="shapes from the first step, all budgets in every micro-batch, learning rate 7e-4",
+              budgets=BUDGETS, stages=stages(*STEPS, WEIGHTS), words=(EVEN, *SHARED, BETTER_RATE),
+              shapes_of="family")  # fmt: skip
+    for name in CHILDREN:
+        yield Run(name=f"best-whole-{name}", group="best", what=f"`{name}` alone, as many steps, learning rate 7e-4",
+                  budgets={name: BUDGETS[name]}, stages=stages(*STEPS), words=(EVEN, BETTER_RATE),
+                  shapes_of="family")  # fmt: skip
+
+
+def longer() -> Iterator[Run]:
+    """(a) and (b) again with twice the steps."""
+    yield from compared("longer", "long-", (2 * STEPS[0], 2 * STEPS[1]), "twice the steps")
 
 
 def family_of_four() -> Iterator[Run]:
@@ -123,6 +159,8 @@ def shapes() -> Iterator[Run]:
         yield Run(name=f"shapes-random-{draw}", group="shapes", what=f"random shapes that fit, draw {draw}",
                   budgets=BUDGETS, stages=stages(*STEPS, WEIGHTS), words=(EVEN,),
                   shapes_of=f"random:{draw}")  # fmt: skip
+    yield Run(name="shapes-greedy", group="shapes", what="greedy search over the ranking's scores (`plan --search`)",
+              budgets=BUDGETS, stages=stages(*STEPS, WEIGHTS), words=(EVEN,), shapes_of="greedy")  # fmt: skip
     yield Run(name="shapes-ffn-per-layer", group="shapes", what="learned, FFN width per layer", budgets=BUDGETS,
               stages=stages(*STEPS, WEIGHTS), words=("elastic.dims.ffn_hidden_size.per_layer=true",))  # fmt: skip
 
@@ -165,20 +203,27 @@ def tries() -> Iterator[Run]:
     """What might bring the family closer to children alone, and its full member closer to the parent."""
     settings = {
         "lr-half": ("learning rate 5e-4", ("train.optimizer.lr=5e-4",)),
-        "lr-double": ("learning rate 2e-3", ("train.optimizer.lr=2e-3",)),
-        "shared": ("all budgets learn from every micro-batch (one teacher forward)", ("distill.budgets_per_batch=3",)),
+        "shared": ("all budgets learn from every micro-batch (one teacher forward)", SHARED),
         "ce": ("KL + 0.3 x cross entropy", ("distill.ce_weight=0.3",)),
-        "warm-short": ("router: 10 % warm-up, 20 % soft", ("router.warmup_fraction=0.1", "router.soft_fraction=0.2")),
+        "micro": ("micro-batches of 2 instead of 8 sequences: more budgets a step", MICRO),
+        "early": ("router: 5 % warm-up, 20 % soft, the last 70 % with pinned shapes", EARLY),
     }
     for name, (what, words) in settings.items():
         yield Run(name=f"try-{name}", group="tries", what=what, budgets=BUDGETS, stages=stages(*STEPS, WEIGHTS),
                   words=words)  # fmt: skip
+    for name, (what, words) in {
+        "own-shared": ("the family's final shapes from the first step, and all budgets in every micro-batch", SHARED),
+        "own-shared-lr": ("the same at learning rate 5e-4", (*SHARED, "train.optimizer.lr=5e-4")),
+    }.items():
+        yield Run(name=f"try-{name}", group="tries", what=what, budgets=BUDGETS, stages=stages(*STEPS, WEIGHTS),
+                  words=(EVEN, *words), shapes_of="family")  # fmt: skip
+    yield Run(name="try-search", group="tries", what="shapes alone: a third of the steps, 10 % warm-up, 60 % soft",
+              budgets=BUDGETS, stages=stages(sum(STEPS) // 3, 0),
+              words=SEARCH)  # fmt: skip
     third = tuple(n // 3 for n in STEPS)
     yield Run(name="try-shared-third", group="tries", what="all budgets in every micro-batch, a third of the steps",
-              budgets=BUDGETS, stages=stages(*third, WEIGHTS), words=("distill.budgets_per_batch=3",))  # fmt: skip
-    yield Run(name="try-double", group="tries", what="twice the steps", budgets=BUDGETS,
-              stages=stages(*(2 * n for n in STEPS), WEIGHTS))  # fmt: skip
+              budgets=BUDGETS, stages=stages(*third, WEIGHTS), words=SHARED)  # fmt: skip
 
 
-RUNS = {run.name: run for make in (headline, family_of_four, shapes, ablations, tries) for run in make()}
+RUNS = {run.name: run for make in (headline, best, longer, family_of_four, shapes, ablations, tries) for run in make()}
 GROUPS = tuple(dict.fromkeys(run.group for run in RUNS.values()))

@@ -1,0 +1,185 @@
+"""The tables of docs/results.md, as rows of words: what the runs' files give, and `plan` of the real parent."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from readings import Results, ratio, relative, spent_to, spread
+from runs import BUDGETS, CHILDREN, RUNS
+
+LAYERS = 12  # of the parent
+SAME = 1e-4  # nats: losses of runs that do the same in another order of sums differ by less
+
+
+def headline(results: Results, prefix: str = "") -> list[dict[str, str]]:
+    """A row per child: before, the family's, alone, whole, scratch, and how they compare.
+
+    Args:
+        prefix: of the names of these runs, see `runs.compared`.
+    """
+    rows, name = [], f"{prefix}family"
+    for child in CHILDREN:
+        row = {"child": child}
+        seeds = results.seeds(name)
+        first = [results.runs[name, s] for s in seeds]
+        row["share"] = spread([100 * r["parameters"][child] / r["parameters"]["full"] for r in first], ".1f")
+        row["before"] = spread([r["curve"][0]["losses"][child] for r in first], ".3f")
+        row["family"] = spread(results.losses(name, child, seeds))
+        pair = (name, f"{prefix}alone-{child}")
+        ends = [[results.runs[n, s]["curve"][-1]["tokens"][child] for n in pair] for s in results.seeds(*pair)]
+        row["tokens"] = spread([ours / theirs for ours, theirs in ends], ".2f")
+        for kind in ("alone", "whole", "scratch"):
+            both = results.seeds(name, f"{prefix}{kind}-{child}")
+            other = results.losses(f"{prefix}{kind}-{child}", child, both)
+            row[kind], row[f"over_{kind}"] = spread(other), relative(results.losses(name, child, both), other)
+        rows.append(row)
+    return rows
+
+
+def full_row(results: Results, prefix: str = "") -> dict[str, str]:
+    """The full member against its own parent."""
+    name = f"{prefix}family"
+    seeds = results.seeds(name)
+    ours, parent = results.losses(name, "full", seeds), results.parent["heldout_loss"]
+    return {
+        "parent": f"{parent:.4f}",
+        "parent_solved": f"{results.parent['solved']:.1%}",
+        "full": spread(ours),
+        "solved": spread([results.solved(name, s, "full") for s in seeds], ".1%"),
+        "over": relative(ours, [parent] * len(ours)),
+    }
+
+
+def best_rows(results: Results) -> list[dict[str, str]]:
+    """A row per member of the family with what helped: against the default family, the parent, and itself alone."""
+    rows, name = [], "best-family"
+    seeds = results.seeds(name)
+    for budget in BUDGETS if seeds else ():
+        ours = results.losses(name, budget, seeds)
+        row = {"budget": budget, "family": spread(ours)}
+        row["solved"] = spread([results.solved(name, s, budget) for s in seeds], ".1%")
+        row["over_default"] = relative(ours, results.losses("family", budget, seeds))
+        row["over_parent"] = relative(ours, [results.parent["heldout_loss"]] * len(seeds))
+        for other in ("whole", "best-whole"):
+            both = results.seeds(name, f"{other}-{budget}")
+            alone = results.losses(f"{other}-{budget}", budget, both)
+            row[other], row[f"over_{other}"] = spread(alone), relative(results.losses(name, budget, both), alone)
+        rows.append(row)
+    return rows
+
+
+def equal_loss(results: Results, prefix: str = "") -> list[dict[str, str]]:
+    """Tokens that a child alone or from scratch needs for the loss of the family's child, over the family's for it."""
+    rows, name = [], f"{prefix}family"
+    for child in CHILDREN:
+        row = {"child": child}
+        for kind in ("whole", "scratch"):
+            found, limits = [], []
+            for seed in results.seeds(name, f"{prefix}{kind}-{child}"):
+                own = results.runs[name, seed]["curve"][-1]
+                curve = results.runs[f"{prefix}{kind}-{child}", seed]["curve"]
+                needed = spent_to(curve, child, own["losses"][child])
+                found.append(None if needed is None else needed / own["tokens"][child])
+                limits.append(curve[-1]["tokens"][child] / own["tokens"][child])
+            row[kind] = ratio(found, f"{min(limits):.1f}" if limits else "")
+        rows.append(row)
+    return rows
+
+
+def family_ratio(results: Results, family: str, children: Sequence[str], prefix: str = "") -> dict[str, str]:
+    """Tokens of children trained one by one to the family's losses, over the family's: of all members, of these."""
+    found: dict[str, list[float]] = {"all": [], "children": []}
+    for seed in results.seeds(family, *(f"{prefix}whole-{c}" for c in children)):
+        own = results.runs[family, seed]["curve"][-1]
+        curves = {c: results.runs[f"{prefix}whole-{c}", seed]["curve"] for c in children}
+        needed = [spent_to(curve, c, own["losses"][c]) for c, curve in curves.items()]
+        # what a child does not reach in its run counts as the whole run: the ratio is then a lower bound
+        spent = [n if n is not None else curves[c][-1]["tokens"][c] for n, c in zip(needed, curves, strict=True)]
+        found["all"].append(sum(spent) / sum(own["tokens"].values()))
+        found["children"].append(sum(spent) / sum(own["tokens"][c] for c in children))
+    what = f"{len(children)} children" + (", twice the steps" if prefix else "")
+    return {"what": what, **{name: spread(values, ".2f") for name, values in found.items()}}
+
+
+def group_rows(results: Results, group: str, budgets: Sequence[str], beside: Sequence[str] = ()) -> list[dict]:
+    """A row per run of a group that has a file (first seed), in the order of `runs.py`; `beside` come first."""
+    rows = []
+    for name in (*beside, *(n for n, run in RUNS.items() if run.group == group)):
+        seeds = results.seeds(name)
+        if not seeds:
+            continue
+        run = results.runs[name, seeds[0]]
+        row = {"what": RUNS[name].what, "cpu": f"{run['curve'][-1]['cpu']:.0f}"}
+        smallest = min(run["subnets"].values(), key=lambda subnet: len(subnet["layers"]))["layers"]
+        row["dropped"] = ", ".join(str(n) for n in range(LAYERS) if n not in smallest) or "none"
+        for budget in budgets:
+            row[budget] = f"{run['score'][budget]['heldout_loss']:.4f}" if budget in run["score"] else "–"
+            row[f"{budget}_solved"] = f"{run['score'][budget]['solved']:.1%}" if budget in run["score"] else "–"
+            row[f"{budget}_before"] = f"{run['curve'][0]['losses'][budget]:.3f}" if budget in run["score"] else "–"
+        rows.append(row)
+    return rows
+
+
+def by_class(results: Results) -> list[dict[str, str]]:
+    """Solved by kind and size: the parent, the family's members and each child alone, over seeds."""
+    columns = {f"family {b}": ("family", b) for b in BUDGETS} | {f"alone {c}": (f"alone-{c}", c) for c in CHILDREN}
+    rows = []
+    for name, own in results.parent["problems"].items():
+        row = {"class": name.replace("_", " ").replace("/", ", "), "parent": f"{own['solved'] / own['count']:.0%}"}
+        for column, (run, budget) in columns.items():
+            found = [results.runs[run, s]["score"][budget]["problems"][name] for s in results.seeds(run)]
+            row[column] = spread([f["solved"] / f["count"] for f in found], ".0%")
+        rows.append(row)
+    return rows
+
+
+def cpu_seconds(results: Results, *names: str) -> str:
+    """Of the training steps of these runs together, over the seeds that all have."""
+    seeds = results.seeds(*names)
+    return spread([sum(results.runs[n, s]["curve"][-1]["cpu"] for n in names) for s in seeds], ".0f")
+
+
+PAIRS = {"shapes-own": "speed-masked", "whole-small": "speed-masked-small", "family": "speed-soft"}
+
+
+def speed(results: Results) -> list[dict[str, str]]:
+    """CPU time of a run's training steps over that of the masked one, whole and to that one's last loss."""
+    rows = []
+    for name, masked in PAIRS.items():
+        for seed in results.seeds(name, masked)[:1]:
+            ours, theirs = (results.runs[n, seed]["curve"] for n in (name, masked))
+            end, other = ours[-1], theirs[-1]
+            row = {"what": RUNS[name].what, "masked": RUNS[masked].what, "cpu": f"{end['cpu']:.0f}"}
+            row["same"] = "–" if name == "family" else f"{results.same_losses(name, masked):.0e}"
+            row |= {"masked_cpu": f"{other['cpu']:.0f}", "ratio": f"{end['cpu'] / other['cpu']:.2f}"}
+            for child in CHILDREN:
+                if child in end["losses"]:
+                    reached = spent_to(ours, child, other["losses"][child] + SAME, "cpu")
+                    row[child] = f"{end['losses'][child]:.4f} / {other['losses'][child]:.4f}"
+                    row[f"{child}_to"] = "not reached" if reached is None else f"{reached / other['cpu']:.2f}"
+                else:
+                    row |= {child: "–", f"{child}_to": "–"}
+            rows.append(row)
+    return rows
+
+
+def machines(results: Results) -> list[str]:
+    """Where the runs were done, and how loaded it was."""
+    loads = defaultdict(list)
+    for run in results.runs.values():
+        machine = run["machine"]
+        loads[f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}"].append(run["load_before"])
+    return [
+        f"{name}: {len(v)} runs, load average {min(v):.1f} to {max(v):.1f} when they began" for name, v in loads.items()
+    ]
+
+
+def real_parent() -> dict[str, Any]:
+    """What `nemo-elastic plan` prints for the paper's own run, as `nemotron_elastic_paper.yaml` has it."""
+    command = [sys.executable, "-m", "nemo_elastic", "plan", "--config", "nemotron_elastic_paper.yaml", "--json"]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)

@@ -91,12 +91,17 @@ def test_solved_is_what_greedy_decoding_writes(tokenizer) -> None:
     assert tokens == len(ids) - question and loss < 1e-3
 
 
-def test_equal_tokens_per_child() -> None:
-    """A child alone has the steps that the family spends on it, stage by stage."""
+@pytest.mark.parametrize(("prefix", "times"), [("", 1), ("long-", 2)])
+def test_equal_tokens_per_child(prefix: str, times: int) -> None:
+    """A child alone has the steps that the family spends on it, stage by stage, and the shape that it has there."""
+    family = RUNS[f"{prefix}family"]
+    assert [stage["steps"] for stage in family.stages] == [times * n for n in STEPS]
     for child in ("large", "small"):
-        alone = [stage["steps"] for stage in RUNS[f"alone-{child}"].stages]
-        assert alone == [round(STEPS[0] / len(BUDGETS)), round(STEPS[1] * WEIGHTS[child])]
-        assert sum(stage["steps"] for stage in RUNS[f"whole-{child}"].stages) == sum(STEPS)
+        alone, whole = (RUNS[f"{prefix}{kind}-{child}"] for kind in ("alone", "whole"))
+        expected = [round(times * STEPS[0] / len(BUDGETS)), round(times * STEPS[1] * WEIGHTS[child])]
+        assert [stage["steps"] for stage in alone.stages] == expected
+        assert sum(stage["steps"] for stage in whole.stages) == times * sum(STEPS)
+        assert alone.shapes_of == whole.shapes_of == family.name
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -149,6 +154,42 @@ def test_tokens_to_a_loss_are_read_between_validations() -> None:
     assert spent_to(curve, "x", 2.5) == 150 and spent_to(curve, "x", 4.5) == 0
     assert spent_to(curve, "x", 1.9) is None and spent_to(curve, "x", 2.0) == 200
     assert spent_to(curve, "x", 2.5, "cpu") == 450
+
+
+def result(losses: list[float], cpu: float, budgets: tuple[str, ...] = ("small",)) -> dict:
+    """A run whose budgets all have these losses at its validations, `cpu` seconds and 100 tokens apart."""
+    points = [
+        {"tokens": dict.fromkeys(budgets, 100 * i), "cpu": cpu * i, "losses": dict.fromkeys(budgets, loss)}
+        for i, loss in enumerate(losses)
+    ]
+    score = {budget: {"heldout_loss": losses[-1], "solved": 0.5} for budget in budgets}
+    return {"curve": points, "score": score, "parameters": {**dict.fromkeys(budgets, 2), "full": 4}}
+
+
+def test_time_is_read_to_the_masked_runs_last_loss() -> None:
+    from readings import Results
+    from tables import speed
+
+    runs = {("whole-small", 1): result([3, 2.5, 1], 10), ("speed-masked-small", 1): result([3, 2.5, 2], 20)}
+    (row,) = speed(Results(runs | {("speed-soft", 1): result([3, 1], 1)}, {}))  # without its partner: no row
+    assert (row["cpu"], row["masked_cpu"], row["ratio"]) == ("20", "40", "0.50")
+    assert row["small_to"] == "0.33" and row["large_to"] == "–"  # 13.3 of 40 seconds
+    slower = {("whole-small", 1): result([3, 2.5, 2.1], 5), ("speed-masked-small", 1): result([3, 2.5, 2], 20)}
+    assert speed(Results(slower, {}))[0]["small_to"] == "not reached"
+
+
+def test_a_family_is_compared_seed_by_seed() -> None:
+    from readings import Results
+    from tables import family_ratio, headline
+
+    children = ("large", "small")
+    runs = {("p-family", seed): result([4, 3, 1], 1, children) for seed in (1, 2)}
+    runs |= {(f"p-whole-{c}", seed): result([4, 3, 0.5 * seed], 1, (c,)) for c in children for seed in (1, 2)}
+    for row in headline(Results(runs | {("p-family", 3): result([4, 4, 9], 1, children)}, {}), "p-"):
+        assert row["family"].startswith("3.6667 ±")  # all seeds; a comparison has those of both
+        assert row["over_whole"] == "+50.00% ± 70.71%" and row["share"] == "50.0 ± 0.0"
+    ratio = family_ratio(Results(runs, {}), "p-family", ["small"], "p-")
+    assert ratio["children"] == "0.95 ± 0.07" and ratio["all"] == "0.47 ± 0.04"  # 180 and 200 of 200, and of 400
 
 
 def test_the_page_is_what_the_files_give(tmp_path: Path) -> None:

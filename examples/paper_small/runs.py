@@ -15,6 +15,7 @@ SHORT = {"seq_length": 128, "global_batch_size": 16}
 LONG = {"seq_length": 256, "global_batch_size": 8}
 STEPS = (160, 80)  # short, then long
 WEIGHTS = {"full": 0.5, "large": 0.3, "small": 0.2}  # of the second stage, the paper's
+SMALL_FIRST = {"full": 0.3, "large": 0.25, "small": 0.45}
 CHILDREN = ("large", "small")  # of the family
 BUDGETS = {"full": 1.0, "large": 0.75, "small": 0.5}
 FOUR = {"full": 1.0, "b875": 0.875, "large": 0.75, "b625": 0.625, "small": 0.5}
@@ -128,6 +129,11 @@ def best() -> Iterator[Run]:
               what="shapes from the first step, all budgets in every micro-batch, learning rate 7e-4",
               budgets=BUDGETS, stages=stages(*STEPS, WEIGHTS), words=(EVEN, *SHARED, BETTER_RATE),
               shapes_of="family")  # fmt: skip
+    yield Run(name="best-small-first", group="best",
+              what="the same, and `small` drawn most in both stages (0.3, 0.25, 0.45)",
+              budgets=BUDGETS, words=(EVEN, *SHARED, BETTER_RATE), shapes_of="family",
+              stages=({"steps": STEPS[0], **SHORT, "budget_probabilities": SMALL_FIRST},
+                      {"steps": STEPS[1], **LONG, "budget_probabilities": SMALL_FIRST}))  # fmt: skip
     for name in CHILDREN:
         yield Run(name=f"best-whole-{name}", group="best", what=f"`{name}` alone, as many steps, learning rate 7e-4",
                   budgets={name: BUDGETS[name]}, stages=stages(*STEPS), words=(EVEN, BETTER_RATE),

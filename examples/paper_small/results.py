@@ -53,12 +53,12 @@ def page(results: Results) -> str:
         longer_full=full_row(results, "long-"),
         longer_seeds=results.seeds("long-family"),
         longer_equal=equal_loss(results, "long-"),
-        best=best_rows(results),
+        best=best_rows(results, "best-family"),
+        small_first=best_rows(results, "best-small-first"),
         best_cpu={
             "family": cpu_seconds(results, "best-family"),
             "children": cpu_seconds(results, *(f"best-whole-{c}" for c in CHILDREN)),
         },
-        best_seeds=results.seeds("best-family"),
         families=[
             family_ratio(results, "family", CHILDREN),
             family_ratio(results, "long-family", CHILDREN, "long-"),

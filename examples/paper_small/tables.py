@@ -30,15 +30,20 @@ def headline(results: Results, prefix: str = "") -> list[dict[str, str]]:
         row["share"] = spread([100 * r["parameters"][child] / r["parameters"]["full"] for r in first], ".1f")
         row["before"] = spread([r["curve"][0]["losses"][child] for r in first], ".3f")
         row["family"] = spread(results.losses(name, child, seeds))
-        pair = (name, f"{prefix}alone-{child}")
-        ends = [[results.runs[n, s]["curve"][-1]["tokens"][child] for n in pair] for s in results.seeds(*pair)]
-        row["tokens"] = spread([ours / theirs for ours, theirs in ends], ".2f")
+        row["tokens"] = token_ratio(results, name, f"{prefix}alone-{child}", child)
         for kind in ("alone", "whole", "scratch"):
             both = results.seeds(name, f"{prefix}{kind}-{child}")
             other = results.losses(f"{prefix}{kind}-{child}", child, both)
             row[kind], row[f"over_{kind}"] = spread(other), relative(results.losses(name, child, both), other)
         rows.append(row)
     return rows
+
+
+def token_ratio(results: Results, name: str, other: str, budget: str) -> str:
+    """Tokens of a budget in one run over those in another one."""
+    seeds = results.seeds(name, other)
+    ours, theirs = ([results.runs[n, s]["curve"][-1]["tokens"][budget] for s in seeds] for n in (name, other))
+    return spread([a / b for a, b in zip(ours, theirs, strict=True)], ".2f")
 
 
 def full_row(results: Results, prefix: str = "") -> dict[str, str]:
@@ -55,16 +60,16 @@ def full_row(results: Results, prefix: str = "") -> dict[str, str]:
     }
 
 
-def best_rows(results: Results) -> list[dict[str, str]]:
-    """A row per member of the family with what helped: against the default family, the parent, and itself alone."""
-    rows, name = [], "best-family"
-    seeds = results.seeds(name)
+def best_rows(results: Results, name: str) -> list[dict[str, str]]:
+    """A row per member of a family with what helped: against the default family, the parent, and itself alone."""
+    rows, seeds = [], results.seeds(name)
     for budget in BUDGETS if seeds else ():
         ours = results.losses(name, budget, seeds)
-        row = {"budget": budget, "family": spread(ours)}
+        row = {"budget": budget, "seeds": ", ".join(map(str, seeds)), "family": spread(ours)}
         row["solved"] = spread([results.solved(name, s, budget) for s in seeds], ".1%")
         row["over_default"] = relative(ours, results.losses("family", budget, seeds))
         row["over_parent"] = relative(ours, [results.parent["heldout_loss"]] * len(seeds))
+        row["tokens"] = token_ratio(results, name, f"whole-{budget}", budget)
         for other in ("whole", "best-whole"):
             both = results.seeds(name, f"{other}-{budget}")
             alone = results.losses(f"{other}-{budget}", budget, both)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 Result = Mapping[str, Any]
+NONE = "–"  # what a table shows where there is nothing yet
 
 
 @dataclass(frozen=True)
@@ -57,14 +58,14 @@ class Results:
 def spread(values: Sequence[float], form: str = ".4f") -> str:
     """Mean and, of several values, their standard deviation."""
     if not values:
-        return "–"
+        return NONE
     mean = format(statistics.fmean(values), form)
     return mean if len(values) == 1 else f"{mean} ± {format(statistics.stdev(values), form.lstrip('+'))}"
 
 
 def relative(ours: Sequence[float], theirs: Sequence[float]) -> str:
     """Mean and standard deviation of ours / theirs - 1, pair by pair."""
-    return spread([a / b - 1 for a, b in zip(ours, theirs, strict=True)], "+.2%") if ours else "–"
+    return spread([a / b - 1 for a, b in zip(ours, theirs, strict=True)], "+.2%") if ours else NONE
 
 
 def spent_to(curve: Sequence[Mapping[str, Any]], budget: str, target: float, what: str = "tokens") -> float | None:
@@ -88,5 +89,5 @@ def ratio(found: Sequence[float | None], limit: str) -> str:
     """Ratios over seeds; what never got there is at least `limit`."""
     reached = [r for r in found if r is not None]
     if not found:
-        return "–"
+        return NONE
     return spread(reached, ".1f") if len(reached) == len(found) else f"more than {limit}"

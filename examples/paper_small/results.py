@@ -10,7 +10,7 @@ from pathlib import Path
 
 import figures
 import jinja2
-from readings import Results
+from readings import NONE, Results
 from runs import BUDGETS, CHILDREN, FOUR, SCRATCH_STEPS, STEPS
 from tables import (
     best_rows,
@@ -40,6 +40,11 @@ def page(results: Results) -> str:
         keep_trailing_newline=True,
         undefined=jinja2.StrictUndefined,
     )
+    families = [
+        family_ratio(results, "family", CHILDREN),
+        family_ratio(results, "long-family", CHILDREN, "long-"),
+        family_ratio(results, "four", [b for b in FOUR if b != "full"]),
+    ]
     template = environment.get_template("results.md.j2")
     return template.render(
         steps=sum(STEPS),
@@ -59,11 +64,7 @@ def page(results: Results) -> str:
             "family": cpu_seconds(results, "best-family"),
             "children": cpu_seconds(results, *(f"best-whole-{c}" for c in CHILDREN)),
         },
-        families=[
-            family_ratio(results, "family", CHILDREN),
-            family_ratio(results, "long-family", CHILDREN, "long-"),
-            family_ratio(results, "four", [b for b in FOUR if b != "full"]),
-        ],
+        families=[row for row in families if row["all"] != NONE],
         classes=by_class(results),
         shapes=group_rows(results, "shapes", tuple(BUDGETS), ("family",)),
         depth=group_rows(results, "depth", ("shallow",)),

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from readings import Results, ratio, relative, spent_to, spread
+from readings import NONE, Results, ratio, relative, spent_to, spread
 from runs import BUDGETS, CHILDREN, RUNS
 
 LAYERS = 12  # of the parent
@@ -123,9 +123,9 @@ def group_rows(results: Results, group: str, budgets: Sequence[str], beside: Seq
         smallest = min(run["subnets"].values(), key=lambda subnet: len(subnet["layers"]))["layers"]
         row["dropped"] = ", ".join(str(n) for n in range(LAYERS) if n not in smallest) or "none"
         for budget in budgets:
-            row[budget] = f"{run['score'][budget]['heldout_loss']:.4f}" if budget in run["score"] else "–"
-            row[f"{budget}_solved"] = f"{run['score'][budget]['solved']:.1%}" if budget in run["score"] else "–"
-            row[f"{budget}_before"] = f"{run['curve'][0]['losses'][budget]:.3f}" if budget in run["score"] else "–"
+            row[budget] = f"{run['score'][budget]['heldout_loss']:.4f}" if budget in run["score"] else NONE
+            row[f"{budget}_solved"] = f"{run['score'][budget]['solved']:.1%}" if budget in run["score"] else NONE
+            row[f"{budget}_before"] = f"{run['curve'][0]['losses'][budget]:.3f}" if budget in run["score"] else NONE
         rows.append(row)
     return rows
 
@@ -160,7 +160,7 @@ def speed(results: Results) -> list[dict[str, str]]:
             ours, theirs = (results.runs[n, seed]["curve"] for n in (name, masked))
             end, other = ours[-1], theirs[-1]
             row = {"what": RUNS[name].what, "masked": RUNS[masked].what, "cpu": f"{end['cpu']:.0f}"}
-            row["same"] = "–" if name == "family" else f"{results.same_losses(name, masked):.0e}"
+            row["same"] = NONE if name == "family" else f"{results.same_losses(name, masked):.0e}"
             row |= {"masked_cpu": f"{other['cpu']:.0f}", "ratio": f"{end['cpu'] / other['cpu']:.2f}"}
             for child in CHILDREN:
                 if child in end["losses"]:
@@ -168,7 +168,7 @@ def speed(results: Results) -> list[dict[str, str]]:
                     row[child] = f"{end['losses'][child]:.4f} / {other['losses'][child]:.4f}"
                     row[f"{child}_to"] = "not reached" if reached is None else f"{reached / other['cpu']:.2f}"
                 else:
-                    row |= {child: "–", f"{child}_to": "–"}
+                    row |= {child: NONE, f"{child}_to": NONE}
             rows.append(row)
     return rows
 

@@ -162,7 +162,7 @@ def tries(results: Any) -> Any:
             places.append(100 * (results.loss(name, seed, budget) / results.loss("family", seed, budget) - 1))
         axis.scatter(places, range(len(names)), color=colour, marker=mark, s=28, label=budget, zorder=3)
     axis.axvline(0, color="black", lw=0.8)
-    axis.set_yticks(range(len(names)), [RUNS[n].what for n in names], fontsize=8)
+    axis.set_yticks(range(len(names)), [RUNS[n].what.replace("`", "") for n in names], fontsize=8)
     axis.invert_yaxis()
     axis.set_xlabel("held-out loss against the family with the default settings, % (left is better)")
     axis.legend(frameon=False, loc="lower right", fontsize=8)

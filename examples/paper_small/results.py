@@ -50,6 +50,7 @@ def page(results: Results) -> str:
         steps=sum(STEPS),
         stages=STEPS,
         scratch_steps=SCRATCH_STEPS,
+        scratch_seeds=results.seeds(*(f"scratch-{child}" for child in CHILDREN)),
         seeds=results.seeds("family"),
         headline=headline(results),
         full=full_row(results),

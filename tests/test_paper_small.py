@@ -204,6 +204,14 @@ def test_the_page_is_what_the_files_give(tmp_path: Path) -> None:
     assert names == {path.name for path in (ROOT / "docs" / "results").iterdir()}
 
 
+def test_where_nothing_is_missing_nothing_is_made(tmp_path: Path) -> None:
+    """Not even the parent, which takes longest."""
+    command = [sys.executable, str(FOLDER / "run.py"), "--out", str(tmp_path / "out"), "--only", "family,shapes-own"]
+    done = subprocess.run([*command, "--seeds", "1"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_the_series_runs_and_does_nothing_twice(tmp_path: Path) -> None:
     out = tmp_path / "out"

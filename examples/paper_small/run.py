@@ -195,8 +195,8 @@ def score_parent(series: Series) -> None:
         series.command("score", "--out", str(series.out), "--weights", str(weights), "--output", str(output), *few)
 
 
-def all_runs(series: Series, wanted: list[tuple[Run, int]], jobs: int) -> None:
-    """What has no file yet, `jobs` at a time; a run begins when the one whose shapes it takes has its file."""
+def all_runs(series: Series, missing: list[tuple[Run, int]], jobs: int) -> None:
+    """These, `jobs` at a time; a run begins when the one whose shapes it takes has its file."""
     futures: dict[tuple[str, int], Future[None]] = {}
 
     def one(run: Run, seed: int) -> None:
@@ -210,9 +210,8 @@ def all_runs(series: Series, wanted: list[tuple[Run, int]], jobs: int) -> None:
         print(f"{run.name}-{seed}: {time.monotonic() - begin:.0f} s {losses}", file=sys.stderr, flush=True)
 
     with ThreadPoolExecutor(jobs) as pool:
-        for run, seed in wanted:
-            if not series.file(run.name, seed).is_file():
-                futures[run.name, seed] = pool.submit(one, run, seed)
+        for run, seed in missing:
+            futures[run.name, seed] = pool.submit(one, run, seed)
         for future in futures.values():
             future.result()
 
@@ -235,6 +234,17 @@ def selected(args: argparse.Namespace, words: argparse.ArgumentParser) -> list[t
     return [(RUNS[n], s) for s in seeds for n in names if s == seeds[0] or RUNS[n].group in every]
 
 
+def prepare(series: Series, bases: list[str]) -> None:
+    """The parents that these need, as they are, ranked and sorted, and the trained one's score."""
+    only_initial = bases == ["initial"]
+    short = ["--steps", "4"] if series.quick else []
+    series.command("parent", "--out", str(series.out), *(["--initial"] if only_initial else short))
+    if not only_initial:
+        score_parent(series)
+    for base in bases:
+        series.prepared(base)
+
+
 def main() -> None:
     """Everything that is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -250,16 +260,10 @@ def main() -> None:
     series = Series(out, args.results or (out / "results" if args.quick else RESULTS), args.quick)
     if args.jobs < 1:
         parser.error(f"--jobs {args.jobs} must be at least 1")
-    wanted = selected(args, parser)
-    short = ["--steps", "4"] if args.quick else []
-    bases = list(dict.fromkeys(run.base for run, _ in wanted))
-    only_initial = bases == ["initial"]
-    series.command("parent", "--out", str(out), *(["--initial"] if only_initial else short))
-    if not only_initial:
-        score_parent(series)
-    for base in bases:
-        series.prepared(base)
-    all_runs(series, wanted, args.jobs)
+    missing = [(run, seed) for run, seed in selected(args, parser) if not series.file(run.name, seed).is_file()]
+    if missing:
+        prepare(series, list(dict.fromkeys(run.base for run, _ in missing)))
+        all_runs(series, missing, args.jobs)
     if not args.quick and not args.only:
         series.command("results", "--results", str(series.results))
 

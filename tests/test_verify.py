@@ -132,17 +132,20 @@ def test_another_configuration_is_named(family: Path, tmp_path: Path) -> None:
     assert not check.same_logits  # and it was run as its folder says
 
 
-def test_another_child_is_bad_input(family: Path) -> None:
+def test_another_child_is_bad_input(family: Path, tmp_path: Path) -> None:
     with pytest.raises(ProblemsError, match="has another shape"):
         checks(family, family / "children" / "large")
     with pytest.raises(ProblemsError, match="no child of format nemo here"):
         checks(family, family / "hf" / "small")
-    with pytest.raises(ProblemsError, match=r"--hf-python: is not given, and the transformers of this Python"):
+    with pytest.raises(ProblemsError, match=r"--hf-python: is not given, and this Python's is older"):
         checks(family, format="hf")
     with pytest.raises(ProblemsError, match="--hf-python: '/no/such/python' is no program"):
         checks(family, format="hf", python="/no/such/python")
-    for other in (shutil.which("false"), sys.executable):  # no Python; a Python whose transformers is older
-        with pytest.raises(ProblemsError, match="is no Python whose transformers knows NemotronH"):
+    broken = tmp_path / "python"
+    broken.write_bytes(b"no program of this machine")
+    broken.chmod(0o755)
+    for other in (shutil.which("false"), sys.executable, str(broken)):  # the second: its transformers is older
+        with pytest.raises(ProblemsError, match="is no such Python; it must be one whose transformers"):
             checks(family, format="hf", python=other)
 
 

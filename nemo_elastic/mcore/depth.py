@@ -253,7 +253,7 @@ def cosine_scores(model: nn.Module, batches: Sequence[Tensor], groups: Groups | 
     if stack.sequence_is_split:
         dist.all_reduce(sums, group=groups.tp)
     dist.all_reduce(sums, group=groups.dp)
-    tokens_seen = sums[depth].item()
+    tokens_seen = sums[depth].clone()  # before the stages, which all saw them, are summed
     dist.all_reduce(sums, group=groups.pp)
     dist.broadcast(sums, dist.get_global_rank(groups.tp, 0), group=groups.tp)
-    return {layer: 1.0 - sums[layer].item() / tokens_seen for layer in range(depth)}
+    return dict(enumerate((1.0 - sums[:depth] / tokens_seen).tolist()))

@@ -6,7 +6,6 @@ NeMo's pins exclude the transformers that knows NemotronH, so the reference usua
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -41,27 +40,24 @@ class HfSide:
 
 
 def hf_python(given: str | None) -> str:
-    """The Python to ask: `given`, or this one where its transformers knows NemotronH.
+    """The Python to ask, whose transformers knows NemotronH: `given`, or this one.
 
     Raises:
-        ProblemsError: neither, or `given` is no Python with that transformers.
+        ProblemsError: it is no program, or no such Python.
     """
-    if given is not None:
-        found = shutil.which(given)
-        if found is None:
-            raise ProblemsError([Problem(KEY, f"{given!r} is no program; give e.g. .venv-hf/bin/python")])
-        asked = subprocess.run([found, "-I", "-c", KNOWS_NEMOTRON_H], env=_environment(), capture_output=True)
-        if asked.returncode:
-            words = "is no Python whose transformers knows NemotronH; `make setup-hf` makes one, .venv-hf/bin/python"
-            raise ProblemsError([Problem(KEY, f"{given!r} {words}")])
-        return found
-    if importlib.util.find_spec("transformers") and importlib.util.find_spec("transformers.models.nemotron_h"):
-        return sys.executable
-    words = (
-        "is not given, and the transformers of this Python does not know NemotronH; name a Python with transformers 5: "
-        "`make setup-hf` makes .venv-hf/bin/python"
-    )
-    raise ProblemsError([Problem(KEY, words)])
+    python = shutil.which(sys.executable if given is None else given)
+    if python is None:
+        raise ProblemsError([Problem(KEY, f"{given!r} is no program; give e.g. .venv-hf/bin/python")])
+    try:
+        asked = subprocess.run([python, "-I", "-c", KNOWS_NEMOTRON_H], env=_environment(), capture_output=True)
+        knows = asked.returncode == 0
+    except OSError:  # a file that may be executed and cannot
+        knows = False
+    if knows:
+        return python
+    words = "is not given, and this Python's is older" if given is None else f"{given!r} is no such Python"
+    remedy = "it must be one whose transformers (5) knows NemotronH; `make setup-hf` makes one, .venv-hf/bin/python"
+    raise ProblemsError([Problem(KEY, f"{words}; {remedy}")])
 
 
 def run_transformers(

@@ -65,7 +65,7 @@ def table(results: dict[str, Any]) -> str:
     for name, result in results.items():
         machine = result.get("machine", {})
         facts = (machine.get("cpu"), f"{machine['cores']} cores" if "cores" in machine else None)
-        facts += (f"{machine['threads']} thread" if "threads" in machine else None,)
+        facts += (f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}" if "threads" in machine else None,)
         facts += (f"torch {machine['torch']}" if machine.get("torch") else None,)
         words = ", ".join(fact for fact in facts if fact) or "a machine that the file does not name"
         machines.setdefault(words, []).append(f"`{name}`")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -202,6 +204,24 @@ def test_the_page_is_what_the_files_give(tmp_path: Path) -> None:
     assert (tmp_path / "results.md").read_text() == (ROOT / "docs" / "results.md").read_text()
     names = {path.name for path in (tmp_path / "results").iterdir()}
     assert names == {path.name for path in (ROOT / "docs" / "results").iterdir()}
+
+
+@pytest.mark.parametrize("kept", ["depth-*", "family-1.json", "*-1.json"])
+def test_a_part_of_the_runs_makes_a_page(kept: str, tmp_path: Path) -> None:
+    """Of one group, of one run, of one seed: no claim about what has no file, no link to a figure that is not there."""
+    folder = tmp_path / "results"
+    folder.mkdir()
+    for path in (FOLDER / "results" / "parent.json", *(FOLDER / "results").glob(kept)):
+        shutil.copy(path, folder)
+    command = [sys.executable, str(FOLDER / "results.py"), "--results", str(folder), "--docs", str(tmp_path / "docs")]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    text = (tmp_path / "docs" / "results.md").read_text()
+    for linked in re.findall(r"\]\((results/\w+\.png)\)", text):
+        assert (tmp_path / "docs" / linked).is_file()
+    assert ("four children one by one take" in text) == (kept == "*-1.json")
 
 
 def test_where_nothing_is_missing_nothing_is_made(tmp_path: Path) -> None:

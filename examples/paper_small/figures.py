@@ -24,11 +24,11 @@ STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True
 Result = Mapping[str, Any]
 
 
-def write(results: Any, folder: Path) -> None:
-    """All figures that the files there are enough for."""
+def write(results: Any, folder: Path) -> list[str]:
+    """The names of all figures that the files there are enough for."""
     folder.mkdir(parents=True, exist_ok=True)
-    made = {"tokens": tokens, "time": time, "solved": solved, "tries": tries}
-    for name, make in made.items():
+    written = []
+    for name, make in {"tokens": tokens, "time": time, "solved": solved, "tries": tries}.items():
         with plt.rc_context(STYLE):
             figure = make(results)
             if figure is not None:
@@ -36,6 +36,8 @@ def write(results: Any, folder: Path) -> None:
                 figure.savefig(temporary, dpi=130, bbox_inches="tight", metadata={"Software": None})
                 temporary.replace(folder / f"{name}.png")
                 plt.close(figure)
+                written.append(name)
+    return written
 
 
 def _curves(results: Any, name: str, budget: str, x: str) -> list[tuple[list[float], list[float]]]:
@@ -49,6 +51,8 @@ def _curves(results: Any, name: str, budget: str, x: str) -> list[tuple[list[flo
 
 def tokens(results: Any) -> Any:
     """Held-out loss of a child against the tokens that it was trained on: all of it, and where the teachers lead."""
+    if not results.seeds("family"):
+        return None
     figure, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained")
     parent = _parent_on_curve(results)
     for column, child in enumerate(CHILDREN):
@@ -74,10 +78,10 @@ def _parent_on_curve(results: Any) -> float:
     return statistics.fmean(results.runs["family", s]["curve"][0]["losses"]["full"] for s in results.seeds("family"))
 
 
-TIMED = {  # panel: runs, first seed; the last panel's have no other budget than the child
-    "large in the family": ("shapes-own", "speed-masked", "family", "speed-soft"),
-    "small in the family": ("shapes-own", "speed-masked", "family", "speed-soft"),
-    "small alone": ("whole-small", "speed-masked-small"),
+TIMED = {  # panel: child and runs, first seed; the last panel's have no other budget than the child
+    "large in the family": ("large", ("shapes-own", "speed-masked", "family", "speed-soft")),
+    "small in the family": ("small", ("shapes-own", "speed-masked", "family", "speed-soft")),
+    "small alone": ("small", ("whole-small", "speed-masked-small")),
 }
 TIMED_AS = {
     "shapes-own": ("sliced", "#0072b2"),
@@ -94,10 +98,10 @@ def time(results: Any) -> Any:
     if not results.seeds("speed-masked"):
         return None
     figure, axes = plt.subplots(1, len(TIMED), figsize=(11, 3.4), layout="constrained")
-    for axis, (title, names) in zip(axes, TIMED.items(), strict=True):
+    for axis, (title, (child, names)) in zip(axes, TIMED.items(), strict=True):
         for name in names:
             label, colour = TIMED_AS[name]
-            for x, y in _curves(results, name, title.split()[0], "cpu")[:1]:
+            for x, y in _curves(results, name, child, "cpu")[:1]:
                 axis.plot(x[1:], y[1:], color=colour, marker="o", ms=3, label=label)
         axis.set(title=title, xlabel="CPU seconds of training", yscale="log", xlim=(0, None))
         axis.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%.2f"))

@@ -8,8 +8,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import figures
 import jinja2
+from figures import write as write_figures
 from readings import NONE, Results
 from runs import BUDGETS, CHILDREN, FOUR, SCRATCH_STEPS, STEPS
 from tables import (
@@ -31,8 +31,8 @@ from nemo_elastic.files import write_text
 HERE = Path(__file__).resolve().parent
 
 
-def page(results: Results) -> str:
-    """The Markdown."""
+def page(results: Results, figures: list[str]) -> str:
+    """The Markdown, with these figures."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
         trim_blocks=True,
@@ -47,6 +47,7 @@ def page(results: Results) -> str:
     ]
     template = environment.get_template("results.md.j2")
     return template.render(
+        figures=figures,
         steps=sum(STEPS),
         stages=STEPS,
         scratch_steps=SCRATCH_STEPS,
@@ -65,14 +66,14 @@ def page(results: Results) -> str:
             "family": cpu_seconds(results, "best-family"),
             "children": cpu_seconds(results, *(f"best-whole-{c}" for c in CHILDREN)),
         },
-        families=[row for row in families if row["all"] != NONE],
+        families={row["family"]: row for row in families if row["all"] != NONE},
         classes=by_class(results),
         shapes=group_rows(results, "shapes", tuple(BUDGETS), ("family",)),
         depth=group_rows(results, "depth", ("shallow",)),
         mamba=group_rows(results, "mamba", ("half",)),
         curricula=group_rows(results, "stages", tuple(BUDGETS), ("family",)),
         tries=group_rows(results, "tries", tuple(BUDGETS), ("family",)),
-        speed=speed(results),
+        speed={row["name"]: row for row in speed(results)},
         asked=sum(row["count"] for row in results.parent["problems"].values()),
         real=real_parent(),
         machines=machines(results),
@@ -89,8 +90,7 @@ def main() -> None:
     if not (args.results / "parent.json").is_file():
         parser.error(f"--results {args.results}: has no parent.json; run.py writes it")
     results = Results.read(args.results)
-    write_text(args.docs / "results.md", page(results))
-    figures.write(results, args.docs / "results")
+    write_text(args.docs / "results.md", page(results, write_figures(results, args.docs / "results")))
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def family_ratio(results: Results, family: str, children: Sequence[str], prefix:
         found["all"].append(sum(spent) / sum(own["tokens"].values()))
         found["children"].append(sum(spent) / sum(own["tokens"][c] for c in children))
     what = f"{len(children)} children" + (", twice the steps" if prefix else "")
-    return {"what": what, **{name: spread(values, ".2f") for name, values in found.items()}}
+    return {"what": what, "family": family, **{name: spread(values, ".2f") for name, values in found.items()}}
 
 
 def group_rows(results: Results, group: str, budgets: Sequence[str], beside: Sequence[str] = ()) -> list[dict]:
@@ -159,7 +159,7 @@ def speed(results: Results) -> list[dict[str, str]]:
         for seed in results.seeds(name, masked)[:1]:
             ours, theirs = (results.runs[n, seed]["curve"] for n in (name, masked))
             end, other = ours[-1], theirs[-1]
-            row = {"what": RUNS[name].what, "masked": RUNS[masked].what, "cpu": f"{end['cpu']:.0f}"}
+            row = {"name": name, "what": RUNS[name].what, "masked": RUNS[masked].what, "cpu": f"{end['cpu']:.0f}"}
             row["same"] = NONE if name == "family" else f"{results.same_losses(name, masked):.0e}"
             row |= {"masked_cpu": f"{other['cpu']:.0f}", "ratio": f"{end['cpu'] / other['cpu']:.2f}"}
             for child in CHILDREN:

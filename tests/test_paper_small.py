@@ -232,6 +232,21 @@ def test_where_nothing_is_missing_nothing_is_made(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_two_processes_do_not_do_the_same_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import run
+
+    first, second = (run.Series(tmp_path, tmp_path / "results", True) for _ in range(2))
+    with first.alone("family-1"):
+        with second.alone("family-2"):  # another run
+            pass
+        with pytest.raises(SystemExit) as stopped:
+            second.do(RUNS["family"], 1)
+        assert stopped.value.code == 2 and "family-1: another process does it in" in capsys.readouterr().err
+    with second.alone("family-1"):
+        pass
+    assert not (tmp_path / "work" / "family-1").exists()
+
+
 @pytest.mark.slow
 def test_the_series_runs_and_does_nothing_twice(tmp_path: Path) -> None:
     out = tmp_path / "out"

@@ -11,14 +11,16 @@ interrupted one goes on from its newest checkpoint), and writes docs/results.md 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -116,8 +118,31 @@ class Series:
         """The result of a run."""
         return self.results / f"{name}-{seed}.json"
 
+    @contextmanager
+    def alone(self, name: str) -> Iterator[None]:
+        """Nobody else does this run meanwhile: a second process would resume in the folder that the first writes to.
+
+        Raises:
+            SystemExit: somebody does.
+        """
+        path = self.out / "work" / f"{name}.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"{name}: another process does it in {self.out}; wait for that one", file=sys.stderr)
+                raise SystemExit(2) from None
+            yield
+
     def do(self, run: Run, seed: int) -> None:
         """A run, its score and its file; the nested checkpoint is kept, checkpoints of the training are not."""
+        with self.alone(f"{run.name}-{seed}"):
+            if not self.file(run.name, seed).is_file():
+                self.do_alone(run, seed)
+
+    def do_alone(self, run: Run, seed: int) -> None:
+        """`do`, with the run's folder to itself."""
         name = f"{run.name}-{seed}"
         folder, words = self.out / "work" / name, run.overrides(seed, self.subnets(run.shapes_of, seed))
         started = any((folder / "checkpoints").glob("step=*"))

@@ -227,7 +227,7 @@ def test_a_part_of_the_runs_makes_a_page(kept: str, tmp_path: Path) -> None:
 def test_where_nothing_is_missing_nothing_is_made(tmp_path: Path) -> None:
     """Not even the parent, which takes longest."""
     command = [sys.executable, str(FOLDER / "run.py"), "--out", str(tmp_path / "out"), "--only", "family,shapes-own"]
-    done = subprocess.run([*command, "--seeds", "1"], capture_output=True, text=True)
+    done = subprocess.run([*command, "--seeds", "1"], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr[-3000:]
     assert not (tmp_path / "out").exists()
 

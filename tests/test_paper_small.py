@@ -18,7 +18,7 @@ sys.path.insert(0, str(FOLDER))
 
 import problems as problems_module  # noqa: E402
 from problems import SIZES, Problem, problems, scored_problems, training_file  # noqa: E402
-from runs import BUDGETS, OTHER_SHAPES, RUNS, STEPS, WEIGHTS  # noqa: E402
+from runs import BASES, BUDGETS, OTHER_SHAPES, PARENTS, RUNS, STEPS, WEIGHTS, parent_of  # noqa: E402
 
 
 @pytest.mark.parametrize("kind", SIZES)
@@ -121,6 +121,59 @@ def test_every_run_is_a_configuration_that_can_run(name: str) -> None:
     assert run.shapes_of is None or run.shapes_of.partition(":")[0] in (*OTHER_SHAPES, *RUNS)
 
 
+def test_a_seed_belongs_to_one_parent_and_its_runs_are_all_there() -> None:
+    seeds = [seed for own in PARENTS.values() for seed in own]
+    assert len(set(seeds)) == len(seeds) and all(seed in PARENTS[parent_of(seed)] for seed in seeds)
+    for run in RUNS.values():
+        assert set(run.seeds) <= set(seeds) and len(set(run.seeds)) == len(run.seeds) > 0
+        source = RUNS.get(run.shapes_of or "")
+        assert source is None or set(run.seeds) <= set(source.seeds)  # nothing takes the shapes of a run never done
+        assert BASES[run.base].trained or set(run.seeds) <= set(PARENTS[1])  # the untrained model is no parent's
+
+
+def small_series(folder: Path):
+    import run
+
+    (folder / "results").mkdir()
+    return run, run.Series(folder / "out", folder / "results", False)
+
+
+def write_parent(folder: Path, number: int, sha256: str | None) -> None:
+    score = {"seed": number, "sha256": sha256, "score": {}}
+    (folder / "results" / f"parent-{number}.json").write_text(json.dumps(score))
+
+
+def test_runs_on_a_parent_that_was_not_kept_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its files would be compared with those of another one; refused before anything is made."""
+    run, series = small_series(tmp_path)
+    write_parent(tmp_path, 1, None)
+    with pytest.raises(SystemExit) as stopped:
+        run.prepare(series, [(RUNS["family"], 4), (RUNS["family"], 1)])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and "--seeds 1,2,3: " in said and "--results FOLDER" in said
+    assert not series.out.exists()
+
+
+def test_runs_on_another_parent_than_the_known_one_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, series = small_series(tmp_path)
+    weights = series.out / "parents" / "2"
+    weights.mkdir(parents=True)
+    (weights / "model.safetensors").write_bytes(b"these")
+    commands: list[str] = []
+    monkeypatch.setattr(run.Series, "command", lambda self, script, *words: commands.append(script) or "")
+    monkeypatch.setattr(run.Series, "prepared", lambda self, base, seed: weights)
+    write_parent(tmp_path, 2, run.digest(weights))
+    run.prepare(series, [(RUNS["family"], 4)])  # its own
+    write_parent(tmp_path, 2, "0123456789abcdef")
+    with pytest.raises(SystemExit) as stopped:
+        run.prepare(series, [(RUNS["family"], 4)])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and "0123456789ab" in said and run.digest(weights)[:12] in said
+    assert commands == ["parent", "parent"] * 2 and not list((tmp_path / "results").glob("family*"))
+
+
 def test_random_shapes_meet_their_budgets() -> None:
     from shapes import random_subnets
 
@@ -190,6 +243,11 @@ def test_a_family_is_compared_seed_by_seed() -> None:
     for row in headline(Results(runs | {("p-family", 3): result([4, 4, 9], 1, children)}, {}), "p-"):
         assert row["family"].startswith("3.6667 ±")  # all seeds; a comparison has those of both
         assert row["over_whole"] == "+50.00% ± 70.71%" and row["share"] == "50.0 ± 0.0"
+    own = {("shapes-own", 2): result([4, 3, 0.5], 1, children)} | {("alone-small", 2): result([4, 3, 2], 1)}
+    own |= {("family", seed): result([4, 3, 1], 1, children) for seed in (1, 2)}
+    rows = {row["child"]: row for row in headline(Results(own, {}))}
+    assert rows["small"]["own_over_alone"] == "-75.00%" and rows["small"]["over_alone"] == "-50.00%"
+    assert rows["large"]["own_over_alone"] == "–" and rows["large"]["own"] == "0.5000"
     ratio = family_ratio(Results(runs, {}), "p-family", ["small"], "p-")
     assert ratio["children"] == "0.95 ± 0.07" and ratio["all"] == "0.47 ± 0.04"  # 180 and 200 of 200, and of 400
 
@@ -211,7 +269,7 @@ def test_a_part_of_the_runs_makes_a_page(kept: str, tmp_path: Path) -> None:
     """Of one group, of one run, of one seed: no claim about what has no file, no link to a figure that is not there."""
     folder = tmp_path / "results"
     folder.mkdir()
-    for path in (FOLDER / "results" / "parent.json", *(FOLDER / "results").glob(kept)):
+    for path in (FOLDER / "results" / "parent-1.json", *(FOLDER / "results").glob(kept)):
         shutil.copy(path, folder)
     command = [sys.executable, str(FOLDER / "results.py"), "--results", str(folder), "--docs", str(tmp_path / "docs")]
     done = subprocess.run(
@@ -251,7 +309,7 @@ def test_two_processes_do_not_do_the_same_run(tmp_path: Path, capsys: pytest.Cap
 def test_the_series_runs_and_does_nothing_twice(tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, str(FOLDER / "run.py"), "--out", str(out), "--quick", "--seeds", "1", "--jobs", "1"]
-    command += ["--only", "family,alone-small,scratch-small,mamba-flat,shapes-random-1,shapes-greedy"]
+    command += ["--only", "family,alone-small,scratch-small,mamba-flat,shapes-random-1"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     files = {path.stem: json.loads(path.read_text()) for path in (out / "results").glob("*-1.json")}
@@ -261,7 +319,6 @@ def test_the_series_runs_and_does_nothing_twice(tmp_path: Path) -> None:
         "scratch-small-1",
         "mamba-flat-1",
         "shapes-random-1-1",
-        "shapes-greedy-1",
     }
     assert files["alone-small-1"]["subnets"]["small"] == files["family-1"]["subnets"]["small"]
     assert files["family-1"]["curve"][-1]["cpu"] > 0 and set(files["family-1"]["score"]) == set(BUDGETS)

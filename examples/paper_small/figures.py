@@ -24,19 +24,21 @@ STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True
 Result = Mapping[str, Any]
 
 
-def write(results: Any, folder: Path) -> list[str]:
-    """The names of all figures that the files there are enough for."""
+def write(parents: Mapping[int, Any], folder: Path) -> list[str]:
+    """Figures of every parent's runs, as far as there are enough of them; their names, with the parent's number."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for name, make in {"tokens": tokens, "time": time, "solved": solved, "tries": tries}.items():
-        with plt.rc_context(STYLE):
-            figure = make(results)
-            if figure is not None:
-                temporary = folder / f"{name}.tmp.png"
-                figure.savefig(temporary, dpi=130, bbox_inches="tight", metadata={"Software": None})
-                temporary.replace(folder / f"{name}.png")
-                plt.close(figure)
-                written.append(name)
+    for kind, make in {"tokens": tokens, "time": time, "solved": solved, "tries": tries}.items():
+        for number, results in parents.items():
+            name = f"{kind}-{number}"
+            with plt.rc_context(STYLE):
+                figure = make(results)
+                if figure is not None:
+                    temporary = folder / f"{name}.tmp.png"
+                    figure.savefig(temporary, dpi=130, bbox_inches="tight", metadata={"Software": None})
+                    temporary.replace(folder / f"{name}.png")
+                    plt.close(figure)
+                    written.append(name)
     return written
 
 
@@ -151,7 +153,7 @@ def _share(rows: Sequence[Mapping[str, int]]) -> float:
 
 
 def tries(results: Any) -> Any:
-    """Every try against the family of the same seed: relative difference of the held-out loss."""
+    """Every try against the families of the same seeds: relative difference of the held-out loss, mean over them."""
     groups = ("best", "shapes", "stages", "tries", "speed")
     names = [n for n, run in RUNS.items() if run.group in groups and results.seeds(n, "family")]
     names = [n for n in names if RUNS[n].budgets == BUDGETS]
@@ -162,8 +164,9 @@ def tries(results: Any) -> Any:
     for budget, (colour, mark) in marks.items():
         places = []
         for name in names:
-            seed = results.seeds(name, "family")[0]
-            places.append(100 * (results.loss(name, seed, budget) / results.loss("family", seed, budget) - 1))
+            both = results.seeds(name, "family")
+            ratios = [results.loss(name, seed, budget) / results.loss("family", seed, budget) for seed in both]
+            places.append(100 * (statistics.fmean(ratios) - 1))
         axis.scatter(places, range(len(names)), color=colour, marker=mark, s=28, label=budget, zorder=3)
     axis.axvline(0, color="black", lw=0.8)
     axis.set_yticks(range(len(names)), [RUNS[n].what.replace("`", "") for n in names], fontsize=8)

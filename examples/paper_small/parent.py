@@ -1,9 +1,10 @@
-"""The reasoning parent of the small reproduction: problems, tokenizer, and a hybrid model trained on them by NeMo.
+"""The reasoning parents of the small reproduction: problems, tokenizer, hybrid models trained on them by NeMo.
 
-    python examples/paper_small/parent.py --out runs/paper_small
+    python examples/paper_small/parent.py --out runs/paper_small --seed 2
 
 writes OUT/data/problems.jsonl, OUT/data/tokenizer.json, OUT/initial (weights that nothing has trained, for the children
-from scratch) and OUT/parent; the last two are what `parent.path` takes. What is there already is not made again; an
+from scratch) and OUT/parents/SEED; the last two are what `parent.path` takes. The tokenizer and parents that stand in
+`parents/` here are copied, other parents are trained (20 to 40 minutes). What is there already is not made again; an
 interrupted training goes on from its newest checkpoint.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,16 +25,22 @@ from problems import blend, training_file
 from nemo_elastic.nemo import cpu
 
 CONFIG = Path(__file__).with_name("parent.yaml")
+KEPT = Path(__file__).with_name("parents")  # tokenizer.json, and a folder for each parent that the results came from
+INITIAL_SEED = 1  # of the untrained model
 
 
 def prepare(folder: Path) -> None:
-    """The problems, and a byte-level BPE of them and of the text."""
+    """The problems, and a byte-level BPE of them and of the text: the kept one, which the kept parents read."""
     from nemo_elastic.data.corpus import DEFAULT_LIST, load_corpus_list, read_documents, usable_files
     from nemo_elastic.data.tokenizer import train_bpe
 
     if not (folder / "problems.jsonl").is_file():
         training_file(folder / "problems.jsonl")
-    if not (folder / "tokenizer.json").is_file():
+    if (folder / "tokenizer.json").is_file():
+        return
+    if (KEPT / "tokenizer.json").is_file():
+        shutil.copyfile(KEPT / "tokenizer.json", folder / "tokenizer.json")
+    else:
         lines = (folder / "problems.jsonl").read_text(encoding="utf-8").splitlines()
         texts = [json.loads(line)["text"] for line in lines[::10]]
         corpus = list(read_documents(usable_files(load_corpus_list(DEFAULT_LIST)), "train"))
@@ -55,7 +63,7 @@ def main() -> None:
     """Prepare, train, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=2200, help="of 2,048 tokens")
+    parser.add_argument("--steps", type=int, help="of 2,048 tokens; default: 2200, or the kept parent of this seed")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
@@ -65,14 +73,18 @@ def main() -> None:
     sizes = OmegaConf.to_container(OmegaConf.load(CONFIG).model)
     cpu.install()  # before the modules below, which build on a settled platform
     if not (args.out / "initial" / "config.json").is_file():
-        save_initial(args.out / "initial", sizes, args.seed)
-    if not args.initial and not (args.out / "parent" / "config.json").is_file():
-        train(args, sizes)
+        save_initial(args.out / "initial", sizes, INITIAL_SEED)
+    kept, folder = KEPT / str(args.seed), args.out / "parents" / str(args.seed)
+    if args.initial or (folder / "config.json").is_file():
+        return
+    if args.steps is None and kept.is_dir():
+        shutil.copytree(kept, folder, dirs_exist_ok=True)
+    else:
+        train(args, sizes, folder)
 
 
-def train(args: argparse.Namespace, sizes: dict[str, Any]) -> None:
-    """The parent."""
-
+def train(args: argparse.Namespace, sizes: dict[str, Any], folder: Path) -> None:
+    """The parent, into `folder`."""
     from nemo_elastic.nemo.data import TextDataModule
     from nemo_elastic.nemo.plain_config import plain_model_config
     from nemo_elastic.nemo.pretrain import PretrainConfig, pretrain
@@ -80,6 +92,7 @@ def train(args: argparse.Namespace, sizes: dict[str, Any]) -> None:
     from nemo_elastic.nemo.tokenizer import load_tokenizer
 
     torch.set_num_threads(args.threads)
+    steps = args.steps or 2200
     data = TextDataModule(
         load_tokenizer(str(args.out / "data" / "tokenizer.json")),
         seq_length=sizes["seq_length"],
@@ -89,21 +102,21 @@ def train(args: argparse.Namespace, sizes: dict[str, Any]) -> None:
         blend=blend(args.out / "data"),
     )
     config = PretrainConfig(
-        max_steps=args.steps,
+        max_steps=steps,
         lr=args.lr,
-        warmup_steps=min(200, args.steps // 10),
+        warmup_steps=min(200, steps // 10),
         min_lr_ratio=0.02,
         heldout_every_steps=500,
         heldout_batches=16,
         checkpoint_every_steps=500,
         seed=args.seed,
     )
-    work = args.out / "parent_run"
+    work = args.out / "parent_runs" / str(args.seed)
     checkpoints = sorted((work / "checkpoints").glob("step=*"), key=lambda p: p.stat().st_mtime)
     module, facts = pretrain(
         plain_model_config(sizes), data, config, work, resume_from=checkpoints[-1] if checkpoints else None
     )
-    save_parent(args.out / "parent", module, sizes, facts | {"seed": args.seed, "lr": args.lr})
+    save_parent(folder, module, sizes, facts | {"seed": args.seed, "lr": args.lr})
 
 
 if __name__ == "__main__":  # saving a checkpoint starts a process that imports this file again

@@ -9,25 +9,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runs import PARENTS
+
 Result = Mapping[str, Any]
 NONE = "–"  # what a table shows where there is nothing yet
 
 
 @dataclass(frozen=True)
 class Results:
-    """Every run's file by (name, seed), and the parent's score."""
+    """The files of the runs on one parent by (name, seed), and the parent's score."""
 
     runs: Mapping[tuple[str, int], Result]
     parent: Mapping[str, Any]
 
     @classmethod
-    def read(cls, folder: Path) -> Results:
-        """All `NAME-SEED.json` of a folder, and `parent.json`."""
-        found = {}
+    def read(cls, folder: Path) -> dict[int, Results]:
+        """All `NAME-SEED.json` of a folder, for each parent that has its `parent-NUMBER.json` there."""
+        parents, runs = {}, {}
         for path in sorted(folder.glob("*-*.json")):
-            run = json.loads(path.read_text(encoding="utf-8"))
-            found[run["name"], run["seed"]] = run
-        return cls(found, json.loads((folder / "parent.json").read_text(encoding="utf-8"))["parent"])
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if path.name.startswith("parent-"):
+                parents[found["seed"]] = found["score"]
+            else:
+                runs[found["name"], found["seed"]] = found
+        return {
+            number: cls({key: run for key, run in runs.items() if key[1] in PARENTS[number]}, score)
+            for number, score in parents.items()
+        }
 
     def seeds(self, *names: str) -> list[int]:
         """Seeds that all of these runs have."""

@@ -6,17 +6,18 @@ python examples/paper_small/results.py [--results FOLDER] [--docs FOLDER]
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from figures import write as write_figures
 from readings import NONE, Results
-from runs import BUDGETS, CHILDREN, FOUR, SCRATCH_STEPS, STEPS
+from runs import BUDGETS, CHILDREN, FOUR, RUNS, SCRATCH_STEPS, STEPS
 from tables import (
     best_rows,
     by_class,
     cpu_seconds,
-    equal_loss,
     family_ratio,
     full_row,
     group_rows,
@@ -29,9 +30,10 @@ from tables import (
 from nemo_elastic.files import write_text
 
 HERE = Path(__file__).resolve().parent
+ORDINALS = {1: "first", 2: "second"}
 
 
-def page(results: Results, figures: list[str]) -> str:
+def page(parents: Mapping[int, Results], figures: list[str]) -> str:
     """The Markdown, with these figures."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
@@ -40,45 +42,72 @@ def page(results: Results, figures: list[str]) -> str:
         keep_trailing_newline=True,
         undefined=jinja2.StrictUndefined,
     )
-    families = [
+    parts = [{"parent": ORDINALS[number], "number": number, **part(results)} for number, results in parents.items()]
+    runs = [run for results in parents.values() for run in results.runs.values()]
+    return environment.get_template("results.md.j2").render(
+        figures=figures,
+        parts=parts,
+        rows={name: [row | {"parent": p["parent"]} for p in parts for row in p["tables"][name]] for name in TABLES},
+        steps=sum(STEPS),
+        stages=STEPS,
+        scratch_steps=SCRATCH_STEPS,
+        real=real_parent(),
+        machines=machines(runs),
+        count=len(runs),
+    )
+
+
+def part(results: Results) -> dict[str, Any]:
+    """What the runs on one parent give: tables of all parents have its rows, the rest is said of it by itself."""
+    tables = {name: make(results) for name, make in TABLES.items()}
+    return {
+        "tables": tables,
+        "seeds": results.seeds("family"),
+        "scratch_seeds": results.seeds(*(f"scratch-{child}" for child in CHILDREN)),
+        "full": full_row(results),
+        "longer_full": full_row(results, "long-family"),
+        "classes": by_class(results),
+        "families": {row["family"]: row for row in tables["families"]},
+        "speed": {row["name"]: row for row in tables["speed"]},
+        "best_cpu": cpu_seconds(results, "best-family"),
+        "best_cpu_alone": cpu_seconds(results, *(f"best-whole-{child}" for child in CHILDREN)),
+        "asked": sum(row["count"] for row in results.parent["problems"].values()),
+    }
+
+
+def families(results: Results) -> list[dict[str, str]]:
+    """Families by their number of children."""
+    rows = [
         family_ratio(results, "family", CHILDREN),
         family_ratio(results, "long-family", CHILDREN, "long-"),
         family_ratio(results, "four", [b for b in FOUR if b != "full"]),
     ]
-    template = environment.get_template("results.md.j2")
-    return template.render(
-        figures=figures,
-        steps=sum(STEPS),
-        stages=STEPS,
-        scratch_steps=SCRATCH_STEPS,
-        scratch_seeds=results.seeds(*(f"scratch-{child}" for child in CHILDREN)),
-        seeds=results.seeds("family"),
-        headline=headline(results),
-        full=full_row(results),
-        equal=equal_loss(results),
-        longer=headline(results, "long-") if results.seeds("long-family") else [],
-        longer_full=full_row(results, "long-"),
-        longer_seeds=results.seeds("long-family"),
-        longer_equal=equal_loss(results, "long-"),
-        best=best_rows(results, "best-family"),
-        small_first=best_rows(results, "best-small-first"),
-        best_cpu={
-            "family": cpu_seconds(results, "best-family"),
-            "children": cpu_seconds(results, *(f"best-whole-{c}" for c in CHILDREN)),
-        },
-        families={row["family"]: row for row in families if row["all"] != NONE},
-        classes=by_class(results),
-        shapes=group_rows(results, "shapes", tuple(BUDGETS), ("family",)),
-        depth=group_rows(results, "depth", ("shallow",)),
-        mamba=group_rows(results, "mamba", ("half",)),
-        curricula=group_rows(results, "stages", tuple(BUDGETS), ("family",)),
-        tries=group_rows(results, "tries", tuple(BUDGETS), ("family",)),
-        speed={row["name"]: row for row in speed(results)},
-        asked=sum(row["count"] for row in results.parent["problems"].values()),
-        real=real_parent(),
-        machines=machines(results),
-        count=len(results.runs),
-    )
+    return [row for row in rows if row["all"] != NONE]
+
+
+def of_group(group: str, budgets: Iterable[str], *beside: str) -> Callable[[Results], list[dict[str, str]]]:
+    """The runs of a group, with others before them; nothing where it has none."""
+
+    def rows(results: Results) -> list[dict[str, str]]:
+        names = [name for name, run in RUNS.items() if run.group == group and results.seeds(name)]
+        return group_rows(results, [*beside, *names], tuple(budgets)) if names else []
+
+    return rows
+
+
+TABLES: dict[str, Callable[[Results], list[dict[str, str]]]] = {
+    "headline": headline,
+    "longer": lambda results: headline(results, "long-"),
+    "best": lambda results: best_rows(results, "best-family"),
+    "small_first": lambda results: best_rows(results, "best-small-first"),
+    "families": families,
+    "shapes": of_group("shapes", BUDGETS, "family"),
+    "depth": of_group("depth", ("shallow",)),
+    "mamba": of_group("mamba", ("half",)),
+    "curricula": of_group("stages", BUDGETS, "family"),
+    "tries": of_group("tries", BUDGETS, "family"),
+    "speed": speed,
+}
 
 
 def main() -> None:
@@ -87,10 +116,10 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--docs", type=Path, default=HERE.parents[1] / "docs")
     args = parser.parse_args()
-    if not (args.results / "parent.json").is_file():
-        parser.error(f"--results {args.results}: has no parent.json; run.py writes it")
-    results = Results.read(args.results)
-    write_text(args.docs / "results.md", page(results, write_figures(results, args.docs / "results")))
+    parents = Results.read(args.results)
+    if not parents:
+        parser.error(f"--results {args.results}: has no parent-NUMBER.json; run.py writes it")
+    write_text(args.docs / "results.md", page(parents, write_figures(parents, args.docs / "results")))
 
 
 if __name__ == "__main__":

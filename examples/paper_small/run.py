@@ -1,33 +1,35 @@
 """The paper's experiment at the size of two CPU cores: one command, resumable at any point, a file per run.
 
     python examples/paper_small/run.py --out runs/paper_small                     # everything: about 10 core-hours
-    python examples/paper_small/run.py --out runs/paper_small --groups headline --seeds 1 --jobs 2
+    python examples/paper_small/run.py --out runs/paper_small --groups headline --seeds 4 --jobs 2
     python examples/paper_small/run.py --out runs/paper_small --quick              # a few steps of each: that it runs
 
-Makes the parent (`parent.py`), ranks and sorts it, does every run of `runs.py` that has no file in RESULTS yet (an
-interrupted one goes on from its newest checkpoint), and writes docs/results.md from the files (`results.py`).
+Makes the parents (`parent.py`), ranks and sorts them, does every run of `runs.py` that has no file in RESULTS yet (an
+interrupted one goes on from its newest checkpoint), and writes docs/results.md from the files (`results.py`). Runs on
+another parent than the one whose files are in RESULTS are refused: --results names a folder for a set of their own.
 """
 
 from __future__ import annotations
 
 import argparse
 import fcntl
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from problems import blend
-from runs import BASES, GROUPS, OTHER_SHAPES, REPEATED, RUNS, Run
+from runs import BASES, BUDGETS, GROUPS, OTHER_SHAPES, PARENTS, RUNS, Run, parent_of
 from shapes import random_subnets
 
 from nemo_elastic.config import load_config
@@ -62,23 +64,31 @@ class Series:
             raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{tail}")
         return done.stdout
 
-    def common(self, parent: str) -> list[str]:
-        """Overrides of every run."""
+    def weights(self, base: str, seed: int) -> Path:
+        """Folder of the unsorted weights that runs on this base and with this seed start from."""
+        return self.out / "parents" / str(parent_of(seed)) if BASES[base].trained else self.out / "initial"
+
+    def common(self, weights: Path) -> list[str]:
+        """Overrides of every run that starts from these weights."""
         data = self.out / "data"
-        words = [f"parent.path={self.out / parent}", f"data.tokenizer={data / 'tokenizer.json'}"]
+        words = [f"parent.path={weights}", f"data.tokenizer={data / 'tokenizer.json'}"]
         return [*words, f"data.blend={json.dumps(blend(data))}", *(QUICK if self.quick else ())]
 
     def verb(self, verb: str, folder: Path, words: Iterable[str], *flags: str) -> None:
         """`nemo-elastic VERB` in the folder of a run."""
         self.command("nemo_elastic", verb, "--config", str(CONFIG), "--out", str(folder), *flags, *words)
 
-    def prepared(self, base: str) -> Path:
-        """A ranked and sorted parent; made at first use."""
-        folder, made = self.out / "bases" / base, BASES[base]
+    def base(self, base: str, seed: int) -> Path:
+        """Where `prepared` puts it."""
+        return self.out / "bases" / (f"{base}-{parent_of(seed)}" if BASES[base].trained else base)
+
+    def prepared(self, base: str, seed: int) -> Path:
+        """A ranked and sorted parent, for the runs with this seed; made at first use."""
+        folder, made = self.base(base, seed), BASES[base]
         if not (folder / "done").is_file():
             shutil.rmtree(folder, ignore_errors=True)
             # Ranking needs a whole configuration; budgets and stages play no part in it.
-            words = [*self.common(made.parent), "elastic.budgets={full: 1.0}", "train.stages=[{steps: 1}]", *made.words]
+            words = [*self.configured(base, seed, {"full": 1.0}), *made.words]
             for verb in ("rank", "sort"):
                 self.verb(verb, folder, words)
             if base == "mamba_flat":
@@ -92,26 +102,26 @@ class Series:
             return {}
         kind, _, number = source.partition(":")
         if kind in OTHER_SHAPES:
-            found = self.random(int(number)) if kind == "random" else self.proposed(kind)
+            found = self.random(int(number), seed) if kind == "random" else self.proposed(kind, seed)
         else:
             found = json.loads(self.file(source, seed).read_text(encoding="utf-8"))["subnets"]
         return {name: without_depth(subnet) for name, subnet in found.items()}
 
-    def of_family(self) -> list[str]:
-        """Overrides that make the family of three budgets."""
-        budgets = json.dumps(dict(RUNS["family"].budgets))
-        return [*self.common("parent"), f"elastic.budgets={budgets}", "train.stages=[{steps: 1}]"]
+    def configured(self, base: str, seed: int, budgets: Mapping[str, float] = BUDGETS) -> list[str]:
+        """Overrides of a whole configuration that nothing trains with."""
+        words = [f"elastic.budgets={json.dumps(dict(budgets))}", "train.stages=[{steps: 1}]"]
+        return [*self.common(self.weights(base, seed)), *words]
 
-    def random(self, number: int) -> dict[str, Any]:
+    def random(self, number: int, seed: int) -> dict[str, Any]:
         """Random shapes that meet the family's budgets."""
-        description = json.loads((self.out / "bases/parent/importance/importance.json").read_text(encoding="utf-8"))
-        run = load_config(CONFIG, self.of_family()).config
-        return random_subnets(family_of(run, tuple(description["depth_ranking"])), number)
+        run = load_config(CONFIG, self.configured("parent", seed)).config
+        return random_subnets(family_of(run, depth_ranking(self.base("parent", seed))), number)
 
-    def proposed(self, how: str) -> dict[str, Any]:
+    def proposed(self, how: str, seed: int) -> dict[str, Any]:
         """Shapes that `nemo-elastic plan --search` proposes from the ranking's scores."""
-        words = ("--search", how, "--ranking", str(self.out / "bases/parent"), "--json")
-        plan = json.loads(self.command("nemo_elastic", "plan", "--config", str(CONFIG), *words, *self.of_family()))
+        words = ("--search", how, "--ranking", str(self.base("parent", seed)), "--json")
+        words = ("--config", str(CONFIG), *words, *self.configured("parent", seed))
+        plan = json.loads(self.command("nemo_elastic", "plan", *words))
         return {b["name"]: b["subnet"] for b in plan["budgets"] if b["origin"] != "parent"}
 
     def file(self, name: str, seed: int) -> Path:
@@ -149,10 +159,10 @@ class Series:
         if not started:
             shutil.rmtree(folder, ignore_errors=True)
             for part in ("importance", "sorted"):
-                shutil.copytree(self.prepared(run.base) / part, folder / part)
-        parent = BASES[run.base].parent
+                shutil.copytree(self.prepared(run.base, seed) / part, folder / part)
+        words = [*self.common(self.weights(run.base, seed)), *words]
         begin, load = time.monotonic(), os.getloadavg()[0]
-        self.verb("train", folder, [*self.common(parent), *words], *(["--resume"] if started else []))
+        self.verb("train", folder, words, *(["--resume"] if started else []))
         few = ["--windows", "4", "--each", "1"] if self.quick else []
         score = folder / "score.json"
         self.command("score", "--out", str(self.out), "--weights", str(folder / "nested"), "--output", str(score), *few)
@@ -175,15 +185,14 @@ class Series:
                 row = records[step]
                 curve.append({"step": step, "tokens": row["tokens"], "losses": row["losses"], "cpu": round(cpu, 2)})
         subnets = records[max(records)]["subnets"]
-        config = load_config(CONFIG, [*self.common(BASES[run.base].parent), *words]).config
-        description = json.loads((folder / "importance" / "importance.json").read_text(encoding="utf-8"))
-        family = family_of(config, tuple(description["depth_ranking"]))
+        family = family_of(load_config(CONFIG, words).config, depth_ranking(folder))
         counts = {n: parameters(family.layout, family.space.subnet_from_dict(s)) for n, s in subnets.items()}
         return {
             "name": run.name,
             "group": run.group,
             "what": run.what,
             "seed": seed,
+            "parent_sha256": digest(self.weights(run.base, seed)),
             "quick": self.quick,
             "stages": [dict(s) for s in run.stages],
             "words": list(run.words),
@@ -193,6 +202,17 @@ class Series:
             "curve": curve,
             "score": json.loads((folder / "score.json").read_text(encoding="utf-8")),
         }
+
+
+def depth_ranking(folder: Path) -> tuple[int, ...]:
+    """Of a ranked run or base."""
+    path = folder / "importance" / "importance.json"
+    return tuple(json.loads(path.read_text(encoding="utf-8"))["depth_ranking"])
+
+
+def digest(weights: Path) -> str:
+    """SHA-256 of a parent's weights."""
+    return hashlib.sha256((weights / "model.safetensors").read_bytes()).hexdigest()
 
 
 def without_depth(subnet: dict[str, Any]) -> dict[str, Any]:
@@ -212,12 +232,44 @@ def quick(run: Run) -> Run:
     return replace(run, stages=tuple({**stage, "steps": 2, "global_batch_size": 8} for stage in run.stages))
 
 
-def score_parent(series: Series) -> None:
-    """The parent's own score."""
-    if not (series.results / "parent.json").is_file():
+def score_parent(series: Series, parent: int) -> None:
+    """The file of a parent: the hash of its weights, and its score.
+
+    Raises:
+        SystemExit: there is one already, of another parent.
+    """
+    file, weights = series.results / f"parent-{parent}.json", series.out / "parents" / str(parent)
+    if not file.is_file():
         few = ["--windows", "4", "--each", "1"] if series.quick else []
-        weights, output = series.out / "parent", series.results / "parent.json"
-        series.command("score", "--out", str(series.out), "--weights", str(weights), "--output", str(output), *few)
+        score = series.out / "parents" / f"{parent}.score.json"
+        series.command("score", "--out", str(series.out), "--weights", str(weights), "--output", str(score), *few)
+        found = json.loads(score.read_text(encoding="utf-8"))["parent"]
+        write_json(file, {"seed": parent, "sha256": digest(weights), "machine": machine(), "score": found})
+
+
+def known_parent(series: Series, parent: int) -> str | None:
+    """SHA-256 of the parent that the results are of; None: there are none yet.
+
+    Raises:
+        SystemExit: there are, and their parent was not kept.
+    """
+    file = series.results / f"parent-{parent}.json"
+    if not file.is_file():
+        return None
+    known = json.loads(file.read_text(encoding="utf-8"))["sha256"]
+    if known is None:
+        seeds = ",".join(map(str, PARENTS[parent]))
+        refuse(
+            f"--seeds {seeds}: the files in {series.results} are of a parent whose weights were not kept, and runs on "
+            "another one do not compare with them; --seeds leaves these out, --results FOLDER makes a set of its own"
+        )
+    return known
+
+
+def refuse(message: str) -> NoReturn:
+    """Bad input."""
+    print(message, file=sys.stderr)
+    raise SystemExit(2)
 
 
 def all_runs(series: Series, missing: list[tuple[Run, int]], jobs: int) -> None:
@@ -247,27 +299,36 @@ def numbers(text: str) -> list[int]:
 
 
 def selected(args: argparse.Namespace, words: argparse.ArgumentParser) -> list[tuple[Run, int]]:
-    """Runs by name or group; what is not repeated with the first seed only, unless named."""
-    seeds = args.seeds
+    """Runs by name or group, each with those of its seeds that were asked for."""
     groups = args.groups.split(",") if args.groups else GROUPS
     names = args.only.split(",") if args.only else [r.name for r in RUNS.values() if r.group in groups]
     unknown = [n for n in names if n not in RUNS] + [g for g in groups if g not in GROUPS]
     if unknown:
         known = f"runs: {', '.join(RUNS)}; groups: {', '.join(GROUPS)}"
         words.error(f"no run or group {', '.join(unknown)}; {known}")
-    every = REPEATED if not args.only else GROUPS
-    return [(RUNS[n], s) for s in seeds for n in names if s == seeds[0] or RUNS[n].group in every]
+    seeds = [seed for own in PARENTS.values() for seed in own]
+    if args.seeds and not set(args.seeds) <= set(seeds):
+        words.error(f"--seeds {','.join(map(str, args.seeds))}: must be of {', '.join(map(str, seeds))}")
+    return [(RUNS[n], s) for s in args.seeds or seeds for n in names if s in RUNS[n].seeds]
 
 
-def prepare(series: Series, bases: list[str]) -> None:
-    """The parents that these need, as they are, ranked and sorted, and the trained one's score."""
-    only_initial = bases == ["initial"]
-    short = ["--steps", "4"] if series.quick else []
-    series.command("parent", "--out", str(series.out), *(["--initial"] if only_initial else short))
-    if not only_initial:
-        score_parent(series)
-    for base in bases:
-        series.prepared(base)
+def prepare(series: Series, missing: list[tuple[Run, int]]) -> None:
+    """What these start from: the trained parents with their scores, the untrained one, ranked and sorted."""
+    parents = dict.fromkeys(parent_of(seed) for run, seed in missing if BASES[run.base].trained)
+    known = {parent: known_parent(series, parent) for parent in parents}
+    series.command("parent", "--out", str(series.out), "--initial")
+    for parent in parents:
+        short = ["--steps", "4"] if series.quick else []
+        series.command("parent", "--out", str(series.out), "--seed", str(parent), *short)
+        found = digest(series.out / "parents" / str(parent))
+        if known[parent] not in (None, found):
+            refuse(
+                f"--out {series.out}: its parent {parent} (SHA-256 {found[:12]}) is not the one of the files in "
+                f"{series.results} ({known[parent][:12]}); give another --out, or another --results"
+            )
+        score_parent(series, parent)
+    for run, seed in missing:
+        series.prepared(run.base, seed)
 
 
 def main() -> None:
@@ -275,7 +336,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="parent, checkpoints and work in progress")
     parser.add_argument("--results", type=Path, help="where the runs' files go; default: results/ here")
-    parser.add_argument("--seeds", type=numbers, default="1,2,3", help="comma separated")
+    parser.add_argument("--seeds", type=numbers, help="comma separated; default: all that a run is done with")
     parser.add_argument("--groups", help=f"comma separated, of {', '.join(GROUPS)}")
     parser.add_argument("--only", help="names of runs, comma separated")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
@@ -287,7 +348,7 @@ def main() -> None:
         parser.error(f"--jobs {args.jobs} must be at least 1")
     missing = [(run, seed) for run, seed in selected(args, parser) if not series.file(run.name, seed).is_file()]
     if missing:
-        prepare(series, list(dict.fromkeys(run.base for run, _ in missing)))
+        prepare(series, missing)
         all_runs(series, missing, args.jobs)
     if not args.quick and not args.only:
         series.command("results", "--results", str(series.results))

@@ -1,16 +1,19 @@
 """Every run of the small reproduction, as overrides of `parent.yaml`: what the paper claims, and what was tried.
 
-A step is 2,048 tokens of student text in every run. STEPS are those of the family of three budgets; a child alone gets
-as many steps as the family spent on it (equal tokens per child), or as many as the family took (equal total steps).
+A seed is of everything that is drawn in a run, and belongs to one parent (PARENTS): settings were chosen on the first
+one, the second confirms them. A step is 2,048 tokens of student text in every run. STEPS are those of the family of
+three budgets; a child alone gets as many steps as the family spent on it (equal tokens per child), or as many as the
+family took (equal total steps).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+Seeds = tuple[int, ...]
 SHORT = {"seq_length": 128, "global_batch_size": 16}
 LONG = {"seq_length": 256, "global_batch_size": 8}
 STEPS = (160, 80)  # short, then long
@@ -28,7 +31,11 @@ EARLY = ("router.warmup_fraction=0.05", "router.soft_fraction=0.2", "router.free
 SHARED = ("distill.budgets_per_batch=3",)
 BETTER_RATE = "train.optimizer.lr=7e-4"
 OTHER_SHAPES = ("random", "greedy")  # random:N, a draw; greedy, what `plan --search greedy` proposes
-REPEATED = ("headline", "best", "four")  # groups with three seeds
+PARENTS = {1: (1, 2, 3), 2: (4, 5, 6)}  # a parent's own seed, and the seeds of the runs on it
+FIRST, SECOND = PARENTS[1], PARENTS[2]
+BOTH = (*FIRST, *SECOND)
+ONCE = (1, 4)  # one seed on each parent
+ONCE_THEN_ALL = (1, *SECOND)  # the first parent was not kept: what it has one seed of, or none, stays so
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +52,7 @@ class Run:
         shapes_of: a run (of the same seed) whose final subnets are forced here, for the budgets both have; or one of
             OTHER_SHAPES.
         base: which sorted parent it starts from, see `BASES`.
+        seeds: those it is done with.
     """
 
     name: str
@@ -55,6 +63,7 @@ class Run:
     words: tuple[str, ...] = ()
     shapes_of: str | None = None
     base: str = "parent"
+    seeds: Seeds = ONCE
 
     def overrides(self, seed: int, subnets: Mapping[str, Any]) -> list[str]:
         """The command line of the run; `subnets` are those of `shapes_of`."""
@@ -66,20 +75,25 @@ class Run:
 
 @dataclass(frozen=True)
 class Base:
-    """A ranked and sorted parent: `parent.path` below the output folder, and overrides of the ranking."""
+    """A ranked and sorted parent, or the model that nothing has trained; and overrides of the ranking."""
 
-    parent: str = "parent"
-    words: tuple[str, ...] = field(default=())
+    trained: bool = True
+    words: tuple[str, ...] = ()
 
 
 BASES = {
     "parent": Base(),
-    "initial": Base("initial", ("rank.samples=8", "rank.depth_samples=2")),
+    "initial": Base(trained=False, words=("rank.samples=8", "rank.depth_samples=2")),
     "depth_mse": Base(words=("rank.depth_metric=mse",)),
     "depth_cosine": Base(words=("rank.depth=cosine",)),
     "depth_random": Base(words=("rank.depth=random", "rank.seed=1")),
     "mamba_flat": Base(),  # then `flat.py` moves heads across groups
 }
+
+
+def parent_of(seed: int) -> int:
+    """The parent that runs with this seed start from."""
+    return next(parent for parent, seeds in PARENTS.items() if seed in seeds)
 
 
 def stages(short: int, long: int, weights: Mapping[str, float] | None = None) -> tuple[dict[str, Any], ...]:
@@ -93,33 +107,35 @@ def steps_of(budget: str, family: Mapping[str, float], steps: tuple[int, int], w
     return round(steps[0] / len(family)), round(steps[1] * weights[budget])
 
 
-def compared(group: str, prefix: str, steps: tuple[int, int], what: str) -> Iterator[Run]:
+def compared(group: str, prefix: str, steps: tuple[int, int], what: str, seeds: Mapping[str, Seeds]) -> Iterator[Run]:
     """(a) the family, and (b) each child sorted, cut and distilled alone, with equal tokens and with all steps.
 
     Args:
         prefix: of their names.
         what: the family's line of the results.
+        seeds: of equal tokens and of all steps.
     """
     family = f"{prefix}family"
-    yield Run(name=family, group=group, what=what, budgets=BUDGETS, stages=stages(*steps, WEIGHTS))
+    yield Run(name=family, group=group, what=what, budgets=BUDGETS, stages=stages(*steps, WEIGHTS),
+              seeds=seeds["equal"])  # fmt: skip
     for name in CHILDREN:
         given = {"group": group, "budgets": {name: BUDGETS[name]}, "words": (EVEN,), "shapes_of": family}
         equal, all_of_them = steps_of(name, BUDGETS, steps, WEIGHTS), steps
         yield Run(name=f"{prefix}alone-{name}", what=f"`{name}` alone, the family's tokens for it",
-                  stages=stages(*equal), **given)  # fmt: skip
+                  stages=stages(*equal), seeds=seeds["equal"], **given)  # fmt: skip
         yield Run(name=f"{prefix}whole-{name}", what=f"`{name}` alone, all of the family's steps",
-                  stages=stages(*all_of_them), **given)  # fmt: skip
+                  stages=stages(*all_of_them), seeds=seeds["all"], **given)  # fmt: skip
 
 
 def headline() -> Iterator[Run]:
-    """(a) and (b), and (c) each child from scratch: three seeds."""
-    yield from compared("headline", "", STEPS, "elastic family, learned shapes")
+    """(a) and (b) on both parents, and (c) each child from scratch, in which no parent plays a part."""
+    yield from compared("headline", "", STEPS, "elastic family, learned shapes", {"equal": BOTH, "all": BOTH})
     for name in CHILDREN:
         yield Run(name=f"scratch-{name}", group="headline", what=f"`{name}` from scratch, evenly shrunk, no teacher",
                   budgets={name: BUDGETS[name]}, stages=stages(0, SCRATCH_STEPS),
                   words=(EVEN, *TEXT, "train.optimizer={lr: 3e-3, warmup_steps: 100}",
                          "train.val_every_steps=100"),
-                  base="initial")  # fmt: skip
+                  base="initial", seeds=FIRST)  # fmt: skip
 
 
 def best() -> Iterator[Run]:
@@ -127,43 +143,48 @@ def best() -> Iterator[Run]:
     yield Run(name="best-family", group="best",
               what="shapes from the first step, all budgets in every micro-batch, learning rate 7e-4",
               budgets=BUDGETS, stages=stages(*STEPS, WEIGHTS), words=(EVEN, *SHARED, BETTER_RATE),
-              shapes_of="family")  # fmt: skip
+              shapes_of="family", seeds=BOTH)  # fmt: skip
     yield Run(name="best-small-first", group="best",
               what="the same, and `small` drawn most in both stages (0.3, 0.25, 0.45)",
-              budgets=BUDGETS, words=(EVEN, *SHARED, BETTER_RATE), shapes_of="family",
+              budgets=BUDGETS, words=(EVEN, *SHARED, BETTER_RATE), shapes_of="family", seeds=BOTH,
               stages=({"steps": STEPS[0], **SHORT, "budget_probabilities": SMALL_FIRST},
                       {"steps": STEPS[1], **LONG, "budget_probabilities": SMALL_FIRST}))  # fmt: skip
     for name in CHILDREN:
         yield Run(name=f"best-whole-{name}", group="best", what=f"`{name}` alone, as many steps, learning rate 7e-4",
                   budgets={name: BUDGETS[name]}, stages=stages(*STEPS), words=(EVEN, BETTER_RATE),
-                  shapes_of="family")  # fmt: skip
+                  shapes_of="family", seeds=ONCE_THEN_ALL)  # fmt: skip
 
 
 def longer() -> Iterator[Run]:
-    """(a) and (b) again with twice the steps."""
-    yield from compared("longer", "long-", (2 * STEPS[0], 2 * STEPS[1]), "twice the steps")
+    """(a) and (b) again with twice the steps, and the family's own shapes from the first of them."""
+    twice = (2 * STEPS[0], 2 * STEPS[1])
+    yield from compared("longer", "long-", twice, "twice the steps", {"equal": ONCE_THEN_ALL, "all": SECOND})
+    yield Run(name="long-own", group="longer", what="its final shapes from the first step", budgets=BUDGETS,
+              stages=stages(*twice, WEIGHTS), words=(EVEN,), shapes_of="long-family", seeds=SECOND)  # fmt: skip
 
 
 def family_of_four() -> Iterator[Run]:
     """Four children, each with the tokens that the children of two have."""
     grown = tuple(round(n * len(FOUR) / len(BUDGETS)) for n in STEPS)
     yield Run(name="four", group="four", what="elastic family of four children", budgets=FOUR,
-              stages=stages(*grown, FOUR_WEIGHTS))  # fmt: skip
+              stages=stages(*grown, FOUR_WEIGHTS), seeds=ONCE_THEN_ALL)  # fmt: skip
     for name in ("b875", "b625"):
         yield Run(name=f"whole-{name}", group="four", what=f"`{name}` alone, the steps of the family of two",
-                  budgets={name: FOUR[name]}, stages=stages(*STEPS), words=(EVEN,), shapes_of="four")  # fmt: skip
+                  budgets={name: FOUR[name]}, stages=stages(*STEPS), words=(EVEN,), shapes_of="four",
+                  seeds=ONCE_THEN_ALL)  # fmt: skip
 
 
 def shapes() -> Iterator[Run]:
     """(d) other shapes, forced from the first step; and the family's own, so that only the shape differs."""
     yield Run(name="shapes-own", group="shapes", what="the family's final shapes from the first step", budgets=BUDGETS,
-              stages=stages(*STEPS, WEIGHTS), words=(EVEN,), shapes_of="family")  # fmt: skip
+              stages=stages(*STEPS, WEIGHTS), words=(EVEN,), shapes_of="family", seeds=ONCE_THEN_ALL)  # fmt: skip
     yield Run(name="shapes-even", group="shapes", what="even shrinking", budgets=BUDGETS,
               stages=stages(*STEPS, WEIGHTS), words=(EVEN,))  # fmt: skip
     yield Run(name="shapes-random-1", group="shapes", what="random shapes that fit", budgets=BUDGETS,
               stages=stages(*STEPS, WEIGHTS), words=(EVEN,), shapes_of="random:1")  # fmt: skip
     yield Run(name="shapes-greedy", group="shapes", what="greedy search over the ranking's scores (`plan --search`)",
-              budgets=BUDGETS, stages=stages(*STEPS, WEIGHTS), words=(EVEN,), shapes_of="greedy")  # fmt: skip
+              budgets=BUDGETS, stages=stages(*STEPS, WEIGHTS), words=(EVEN,), shapes_of="greedy",
+              seeds=SECOND[:1])  # fmt: skip
     yield Run(name="shapes-ffn-per-layer", group="shapes", what="learned, FFN width per layer", budgets=BUDGETS,
               stages=stages(*STEPS, WEIGHTS), words=("elastic.dims.ffn_hidden_size.per_layer=true",))  # fmt: skip
 

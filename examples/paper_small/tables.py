@@ -6,37 +6,48 @@ import json
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from readings import NONE, Results, ratio, relative, spent_to, spread
+from readings import NONE, Result, Results, ratio, relative, spent_to, spread
 from runs import BUDGETS, CHILDREN, RUNS
 
 LAYERS = 12  # of the parent
 SAME = 1e-4  # nats: losses of runs that do the same in another order of sums differ by less
 
 
+OWN = {"": "shapes-own", "long-": "long-own"}  # a family with its final shapes from the first step, by prefix
+
+
 def headline(results: Results, prefix: str = "") -> list[dict[str, str]]:
-    """A row per child: before, the family's, alone, whole, scratch, and how they compare.
+    """A row per child: before, the family's, alone, whole, scratch, and how they compare; then the full member's.
 
     Args:
         prefix: of the names of these runs, see `runs.compared`.
     """
     rows, name = [], f"{prefix}family"
-    for child in CHILDREN:
-        row = {"child": child}
-        seeds = results.seeds(name)
-        first = [results.runs[name, s] for s in seeds]
+    seeds = results.seeds(name)
+    first = [results.runs[name, s] for s in seeds]
+    for child in CHILDREN if seeds else ():
+        row = {"child": child, "seeds": ", ".join(map(str, seeds))}
         row["share"] = spread([100 * r["parameters"][child] / r["parameters"]["full"] for r in first], ".1f")
         row["before"] = spread([r["curve"][0]["losses"][child] for r in first], ".3f")
         row["family"] = spread(results.losses(name, child, seeds))
         row["tokens"] = token_ratio(results, name, f"{prefix}alone-{child}", child)
         for kind in ("alone", "whole", "scratch"):
-            both = results.seeds(name, f"{prefix}{kind}-{child}")
-            other = results.losses(f"{prefix}{kind}-{child}", child, both)
-            row[kind], row[f"over_{kind}"] = spread(other), relative(results.losses(name, child, both), other)
-        rows.append(row)
+            row[kind], row[f"over_{kind}"] = compared(results, name, f"{prefix}{kind}-{child}", child)
+        own = OWN.get(prefix, "")
+        row["own"] = spread(results.losses(own, child, results.seeds(own)))
+        row["own_over_alone"] = compared(results, own, f"{prefix}alone-{child}", child)[1]
+        rows.append(row | equal_loss(results, child, prefix))
     return rows
+
+
+def compared(results: Results, name: str, other: str, budget: str) -> tuple[str, str]:
+    """Loss of a budget in another run, and that of one over it, seed by seed."""
+    seeds = results.seeds(name, other)
+    ours, theirs = (results.losses(n, budget, seeds) for n in (name, other))
+    return spread(theirs), relative(ours, theirs)
 
 
 def token_ratio(results: Results, name: str, other: str, budget: str) -> str:
@@ -46,9 +57,8 @@ def token_ratio(results: Results, name: str, other: str, budget: str) -> str:
     return spread([a / b for a, b in zip(ours, theirs, strict=True)], ".2f")
 
 
-def full_row(results: Results, prefix: str = "") -> dict[str, str]:
-    """The full member against its own parent."""
-    name = f"{prefix}family"
+def full_row(results: Results, name: str = "family") -> dict[str, str]:
+    """The full member of a family against its own parent."""
     seeds = results.seeds(name)
     ours, parent = results.losses(name, "full", seeds), results.parent["heldout_loss"]
     return {
@@ -71,29 +81,24 @@ def best_rows(results: Results, name: str) -> list[dict[str, str]]:
         row["over_parent"] = relative(ours, [results.parent["heldout_loss"]] * len(seeds))
         row["tokens"] = token_ratio(results, name, f"whole-{budget}", budget)
         for other in ("whole", "best-whole"):
-            both = results.seeds(name, f"{other}-{budget}")
-            alone = results.losses(f"{other}-{budget}", budget, both)
-            row[other], row[f"over_{other}"] = spread(alone), relative(results.losses(name, budget, both), alone)
+            row[other], row[f"over_{other}"] = compared(results, name, f"{other}-{budget}", budget)
         rows.append(row)
     return rows
 
 
-def equal_loss(results: Results, prefix: str = "") -> list[dict[str, str]]:
+def equal_loss(results: Results, child: str, prefix: str = "") -> dict[str, str]:
     """Tokens that a child alone or from scratch needs for the loss of the family's child, over the family's for it."""
-    rows, name = [], f"{prefix}family"
-    for child in CHILDREN:
-        row = {"child": child}
-        for kind in ("whole", "scratch"):
-            found, limits = [], []
-            for seed in results.seeds(name, f"{prefix}{kind}-{child}"):
-                own = results.runs[name, seed]["curve"][-1]
-                curve = results.runs[f"{prefix}{kind}-{child}", seed]["curve"]
-                needed = spent_to(curve, child, own["losses"][child])
-                found.append(None if needed is None else needed / own["tokens"][child])
-                limits.append(curve[-1]["tokens"][child] / own["tokens"][child])
-            row[kind] = ratio(found, f"{min(limits):.1f}" if limits else "")
-        rows.append(row)
-    return rows
+    row, name = {}, f"{prefix}family"
+    for kind in ("whole", "scratch"):
+        found, limits = [], []
+        for seed in results.seeds(name, f"{prefix}{kind}-{child}"):
+            own = results.runs[name, seed]["curve"][-1]
+            curve = results.runs[f"{prefix}{kind}-{child}", seed]["curve"]
+            needed = spent_to(curve, child, own["losses"][child])
+            found.append(None if needed is None else needed / own["tokens"][child])
+            limits.append(curve[-1]["tokens"][child] / own["tokens"][child])
+        row[f"tokens_{kind}"] = ratio(found, f"{min(limits):.1f}" if limits else "")
+    return row
 
 
 def family_ratio(results: Results, family: str, children: Sequence[str], prefix: str = "") -> dict[str, str]:
@@ -108,13 +113,14 @@ def family_ratio(results: Results, family: str, children: Sequence[str], prefix:
         found["all"].append(sum(spent) / sum(own["tokens"].values()))
         found["children"].append(sum(spent) / sum(own["tokens"][c] for c in children))
     what = f"{len(children)} children" + (", twice the steps" if prefix else "")
-    return {"what": what, "family": family, **{name: spread(values, ".2f") for name, values in found.items()}}
+    seeds = f"{len(found['all'])} seed{'' if len(found['all']) == 1 else 's'}"
+    return {"what": what, "family": family, "seeds": seeds, **{n: spread(v, ".2f") for n, v in found.items()}}
 
 
-def group_rows(results: Results, group: str, budgets: Sequence[str], beside: Sequence[str] = ()) -> list[dict]:
-    """A row per run of a group that has a file (first seed), in the order of `runs.py`; `beside` come first."""
+def group_rows(results: Results, names: Sequence[str], budgets: Sequence[str]) -> list[dict[str, str]]:
+    """A row per run that has a file, of its first seed."""
     rows = []
-    for name in (*beside, *(n for n, run in RUNS.items() if run.group == group)):
+    for name in names:
         seeds = results.seeds(name)
         if not seeds:
             continue
@@ -173,10 +179,10 @@ def speed(results: Results) -> list[dict[str, str]]:
     return rows
 
 
-def machines(results: Results) -> list[str]:
-    """Where the runs were done, and how loaded it was."""
+def machines(runs: Iterable[Result]) -> list[str]:
+    """Where these were done, and how loaded it was."""
     loads = defaultdict(list)
-    for run in results.runs.values():
+    for run in runs:
         machine = run["machine"]
         loads[f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}"].append(run["load_before"])
     return [

@@ -171,6 +171,9 @@ def test_runs_on_another_parent_than_the_known_one_are_refused(
         run.prepare(series, [(RUNS["family"], 4)])
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and "0123456789ab" in said and run.digest(weights)[:12] in said
+    with pytest.raises(SystemExit):
+        run.prepare(series, [(RUNS["alone-small"], 4)])
+    assert "takes the shapes of family-4" in capsys.readouterr().err
     assert commands == ["parent", "parent"] * 2 and not list((tmp_path / "results").glob("family*"))
 
 
@@ -277,7 +280,7 @@ def test_a_part_of_the_runs_makes_a_page(kept: str, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     text = (tmp_path / "docs" / "results.md").read_text()
-    for linked in re.findall(r"\]\((results/\w+\.png)\)", text):
+    for linked in re.findall(r"\]\((results/[^)]+)\)", text):
         assert (tmp_path / "docs" / linked).is_file()
     assert ("four children one by one take" in text) == (kept == "*-1.json")
 
@@ -312,7 +315,8 @@ def test_the_series_runs_and_does_nothing_twice(tmp_path: Path) -> None:
     command += ["--only", "family,alone-small,scratch-small,mamba-flat,shapes-random-1"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    files = {path.stem: json.loads(path.read_text()) for path in (out / "results").glob("*-1.json")}
+    files = {path.stem: json.loads(path.read_text()) for path in (out / "quick" / "results").glob("*-1.json")}
+    assert files.pop("parent-1")["sha256"] == files["family-1"]["parent_sha256"]
     assert set(files) == {
         "family-1",
         "alone-small-1",

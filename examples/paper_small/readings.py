@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runs import PARENTS
+from runs import BASES, PARENTS, RUNS, parent_of
 
 Result = Mapping[str, Any]
 NONE = "–"  # what a table shows where there is nothing yet
@@ -24,17 +24,27 @@ class Results:
 
     @classmethod
     def read(cls, folder: Path) -> dict[int, Results]:
-        """All `NAME-SEED.json` of a folder, for each parent that has its `parent-NUMBER.json` there."""
+        """All `NAME-SEED.json` of a folder, for each parent that has its `parent-NUMBER.json` there.
+
+        Raises:
+            ValueError: a run is a quick one, or of another parent.
+        """
         parents, runs = {}, {}
         for path in sorted(folder.glob("*-*.json")):
             found = json.loads(path.read_text(encoding="utf-8"))
             if path.name.startswith("parent-"):
-                parents[found["seed"]] = found["score"]
-            else:
-                runs[found["name"], found["seed"]] = found
+                parents[found["seed"]] = found
+                continue
+            runs[found["name"], found["seed"]] = found
+            if found["quick"]:
+                raise ValueError(f"{path}: a quick run shows nothing; remove it")
+        for (name, seed), run in runs.items():
+            known = parents.get(parent_of(seed), {}).get("sha256")
+            if BASES[RUNS[name].base].trained and known != run.get("parent_sha256", known):
+                raise ValueError(f"{folder}/{name}-{seed}.json is of another parent than {parent_of(seed)} there")
         return {
-            number: cls({key: run for key, run in runs.items() if key[1] in PARENTS[number]}, score)
-            for number, score in parents.items()
+            number: cls({key: run for key, run in runs.items() if key[1] in PARENTS[number]}, parent["score"])
+            for number, parent in parents.items()
         }
 
     def seeds(self, *names: str) -> list[int]:

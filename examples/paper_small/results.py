@@ -116,7 +116,10 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--docs", type=Path, default=HERE.parents[1] / "docs")
     args = parser.parse_args()
-    parents = Results.read(args.results)
+    try:
+        parents = Results.read(args.results)
+    except ValueError as error:
+        parser.error(str(error))
     if not parents:
         parser.error(f"--results {args.results}: has no parent-NUMBER.json; run.py writes it")
     write_text(args.docs / "results.md", page(parents, write_figures(parents, args.docs / "results")))

@@ -129,20 +129,19 @@ class Series:
         return self.results / f"{name}-{seed}.json"
 
     @contextmanager
-    def alone(self, name: str) -> Iterator[None]:
-        """Nobody else does this run meanwhile: a second process would resume in the folder that the first writes to.
+    def alone(self, name: str, *, wait: bool = False) -> Iterator[None]:
+        """Nobody else does this meanwhile: a second process would resume in the folder that the first writes to.
 
         Raises:
-            SystemExit: somebody does.
+            SystemExit: somebody does, and it is not to be waited for.
         """
         path = self.out / "work" / f"{name}.lock"
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
-                print(f"{name}: another process does it in {self.out}; wait for that one", file=sys.stderr)
-                raise SystemExit(2) from None
+                refuse(f"{name}: another process does it in {self.out}; wait for that one")
             yield
 
     def do(self, run: Run, seed: int) -> None:
@@ -299,25 +298,48 @@ def numbers(text: str) -> list[int]:
 
 
 def selected(args: argparse.Namespace, words: argparse.ArgumentParser) -> list[tuple[Run, int]]:
-    """Runs by name or group, each with those of its seeds that were asked for."""
+    """Runs by name or group, in the order of `runs.py`, each with those of its seeds that were asked for."""
     groups = args.groups.split(",") if args.groups else GROUPS
-    names = args.only.split(",") if args.only else [r.name for r in RUNS.values() if r.group in groups]
-    unknown = [n for n in names if n not in RUNS] + [g for g in groups if g not in GROUPS]
+    only = args.only.split(",") if args.only else [r.name for r in RUNS.values() if r.group in groups]
+    unknown = [n for n in only if n not in RUNS] + [g for g in groups if g not in GROUPS]
     if unknown:
         known = f"runs: {', '.join(RUNS)}; groups: {', '.join(GROUPS)}"
         words.error(f"no run or group {', '.join(unknown)}; {known}")
     seeds = [seed for own in PARENTS.values() for seed in own]
     if args.seeds and not set(args.seeds) <= set(seeds):
         words.error(f"--seeds {','.join(map(str, args.seeds))}: must be of {', '.join(map(str, seeds))}")
-    return [(RUNS[n], s) for s in args.seeds or seeds for n in names if s in RUNS[n].seeds]
+    found = [
+        (run, seed) for seed in args.seeds or seeds for run in RUNS.values() if run.name in only and seed in run.seeds
+    ]
+    if not found:
+        done_with = "; ".join(f"{name}: {', '.join(map(str, RUNS[name].seeds))}" for name in only)
+        words.error(f"--seeds {','.join(map(str, args.seeds))}: none of these runs is done with that ({done_with})")
+    return found
 
 
 def prepare(series: Series, missing: list[tuple[Run, int]]) -> None:
     """What these start from: the trained parents with their scores, the untrained one, ranked and sorted."""
     parents = dict.fromkeys(parent_of(seed) for run, seed in missing if BASES[run.base].trained)
     known = {parent: known_parent(series, parent) for parent in parents}
+    for run, seed in missing:
+        source = RUNS.get(run.shapes_of or "")
+        if source and (source, seed) not in missing and not series.file(source.name, seed).is_file():
+            refuse(
+                f"{run.name}-{seed} takes the shapes of {source.name}-{seed}, which has no file in {series.results}: "
+                f"name {source.name} as well"
+            )
+    with series.alone("parents", wait=True):
+        make(series, missing, known)
+
+
+def make(series: Series, missing: list[tuple[Run, int]], known: Mapping[int, str | None]) -> None:
+    """`prepare`, where nothing forbids it.
+
+    Raises:
+        SystemExit: a parent is there that is not the known one.
+    """
     series.command("parent", "--out", str(series.out), "--initial")
-    for parent in parents:
+    for parent in known:
         short = ["--steps", "4"] if series.quick else []
         series.command("parent", "--out", str(series.out), "--seed", str(parent), *short)
         found = digest(series.out / "parents" / str(parent))
@@ -342,7 +364,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
     parser.add_argument("--quick", action="store_true", help="two steps a stage: that it runs, not what it shows")
     args = parser.parse_args()
-    out = args.out.resolve()
+    out = args.out.resolve() / "quick" if args.quick else args.out.resolve()  # a quick parent is no parent for the rest
     series = Series(out, args.results or (out / "results" if args.quick else RESULTS), args.quick)
     if args.jobs < 1:
         parser.error(f"--jobs {args.jobs} must be at least 1")
@@ -351,7 +373,8 @@ def main() -> None:
         prepare(series, missing)
         all_runs(series, missing, args.jobs)
     if not args.quick and not args.only:
-        series.command("results", "--results", str(series.results))
+        docs = ["--docs", str(out / "docs")] if args.results else []
+        series.command("results", "--results", str(series.results), *docs)
 
 
 if __name__ == "__main__":

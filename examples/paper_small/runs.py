@@ -23,7 +23,9 @@ CHILDREN = ("large", "small")  # of the family
 BUDGETS = {"full": 1.0, "large": 0.75, "small": 0.5}
 FOUR = {"full": 1.0, "b875": 0.875, "large": 0.75, "b625": 0.625, "small": 0.5}
 FOUR_WEIGHTS = {"full": 0.35, "b875": 0.18, "large": 0.18, "b625": 0.17, "small": 0.12}
+FOUR_CHILDREN = tuple(name for name in FOUR if name != "full")
 SCRATCH_STEPS = 1200
+SEARCH = 40
 EVEN = "router.frozen=true"  # every budget without a subnet of its own is shrunk evenly
 TEXT = ("distill.kd_weight=0", "distill.ce_weight=1")
 MICRO = ("train.micro_batch_size=2",)  # of 16 and 8 sequences: 8 and 4 draws of a budget a step, not 2 and 1
@@ -164,14 +166,16 @@ def longer() -> Iterator[Run]:
 
 
 def family_of_four() -> Iterator[Run]:
-    """Four children, each with the tokens that the children of two have."""
+    """Four children, each with the tokens that the children of two have; and each of them alone, as in (b)."""
     grown = tuple(round(n * len(FOUR) / len(BUDGETS)) for n in STEPS)
     yield Run(name="four", group="four", what="elastic family of four children", budgets=FOUR,
               stages=stages(*grown, FOUR_WEIGHTS), seeds=ONCE_THEN_ALL)  # fmt: skip
-    for name in ("b875", "b625"):
-        yield Run(name=f"whole-{name}", group="four", what=f"`{name}` alone, the steps of the family of two",
-                  budgets={name: FOUR[name]}, stages=stages(*STEPS), words=(EVEN,), shapes_of="four",
-                  seeds=ONCE_THEN_ALL)  # fmt: skip
+    for name in FOUR_CHILDREN:
+        given = {"group": "four", "budgets": {name: FOUR[name]}, "words": (EVEN,), "shapes_of": "four"}
+        yield Run(name=f"four-alone-{name}", what=f"`{name}` alone, the family's tokens for it", seeds=SECOND,
+                  stages=stages(*steps_of(name, FOUR, grown, FOUR_WEIGHTS)), **given)  # fmt: skip
+        yield Run(name=f"four-whole-{name}", what=f"`{name}` alone, the steps of the family of two",
+                  stages=stages(*STEPS), seeds=SECOND if name in CHILDREN else ONCE_THEN_ALL, **given)  # fmt: skip
 
 
 def shapes() -> Iterator[Run]:
@@ -223,6 +227,18 @@ def ablations() -> Iterator[Run]:
               stages=stages(*STEPS, WEIGHTS), words=("router.recipe=paper",))  # fmt: skip
 
 
+def search_first(steps: int) -> tuple[dict[str, Any], ...]:
+    """As many steps in all: the router's on children alone, then those of the weights with shapes pinned."""
+    pinned = {"router": "frozen"}
+    children = {name: 1 / len(CHILDREN) for name in CHILDREN}
+    first, second = stages(*STEPS, WEIGHTS)
+    return (
+        {**first, "steps": steps, "router": "soft", "budget_probabilities": children},
+        {**first, "steps": STEPS[0] - steps, "lr": 1e-3, **pinned},
+        {**second, **pinned},
+    )
+
+
 def tries() -> Iterator[Run]:
     """What might bring the family closer to children alone, and its full member closer to the parent."""
     settings = {
@@ -241,6 +257,9 @@ def tries() -> Iterator[Run]:
     }.items():
         yield Run(name=f"try-{name}", group="tries", what=what, budgets=BUDGETS, stages=stages(*STEPS, WEIGHTS),
                   words=(EVEN, *words), shapes_of="family")  # fmt: skip
+    yield Run(name="try-search", group="tries", budgets=BUDGETS, words=("train.optimizer.lr=1e-5",),
+              what="the router alone for 40 steps (weights at 1e-5), then its shapes pinned and the weights trained",
+              stages=search_first(SEARCH), seeds=SECOND[:1])  # fmt: skip
     third = tuple(n // 3 for n in STEPS)
     yield Run(name="try-shared-third", group="tries", what="all budgets in every micro-batch, a third of the steps",
               budgets=BUDGETS, stages=stages(*third, WEIGHTS), words=SHARED)  # fmt: skip

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from harness import finish, interleaved, least, parser, start
+from harness import finish, interleaved, least, listed, parser, start
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -219,12 +219,14 @@ def measure(arch: Architecture, fractions: list[float], *, length: int, repetiti
 
 def main() -> int:
     words = parser(__doc__, quick="a toy model: shows that it runs, measures overheads only", repetitions=5)
-    words.add_argument("--budgets", default="0.75,0.5,0.25", help="fractions of the parent's parameters")
+    fractions = "fractions of the parent's parameters"
+    words.add_argument("--budgets", type=listed(float), default="0.75,0.5,0.25", help=fractions)
     arguments = start(words)
+    if not all(0 < fraction < 1 for fraction in arguments.budgets):
+        words.error(f"--budgets {arguments.budgets} must be {fractions}, each between 0 and 1")
     start_megatron()
-    fractions = [float(f) for f in arguments.budgets.split(",")]
     arch, length = (QUICK, 128) if arguments.quick else (FULL, 2048)
-    result = measure(arch, fractions, length=length, repetitions=arguments.repetitions)
+    result = measure(arch, arguments.budgets, length=length, repetitions=arguments.repetitions)
     return finish(arguments, {**result, "load_average_at_end": round(os.getloadavg()[0], 2)})
 
 

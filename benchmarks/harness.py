@@ -60,6 +60,19 @@ def parser(
     return found
 
 
+def listed(of: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """The type of a flag whose value is a comma separated list."""
+
+    def several(text: str) -> list[Any]:
+        try:
+            return [of(word) for word in text.split(",")]
+        except ValueError:
+            message = f"{text!r} must be a comma separated list, each of it {of.__name__}"
+            raise argparse.ArgumentTypeError(message) from None
+
+    return several
+
+
 def start(words: argparse.ArgumentParser) -> argparse.Namespace:
     """Read the command line, set threads and note the machine, before anything has run."""
     arguments = words.parse_args()

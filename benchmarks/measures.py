@@ -90,15 +90,18 @@ def sorted_over_random(result: Result) -> list[float]:
     return [next(iter(row["sorted"].values())) / row["random_mean"] for row in rows]
 
 
-def router_over_uniform(result: Result) -> list[float]:
-    """Held-out loss of learned children over that of evenly shrunk ones, where both were trained."""
-    runs = {(run["kind"], run["seed"], run["mode"]): run["budgets"] for run in result["runs"]}
-    return [
-        budget["loss"] / runs[kind, seed, "uniform"][name]["loss"]
-        for (kind, seed, mode), budgets in runs.items()
-        if mode == "router" and (kind, seed, "uniform") in runs
-        for name, budget in budgets.items()
-    ]
+def router_over_uniform(budget: str) -> Callable[[Result], list[float]]:
+    """Held-out loss of a learned member over that of the evenly shrunk one, where both were trained."""
+
+    def of(result: Result) -> list[float]:
+        runs = {(run["kind"], run["seed"], run["mode"]): run["budgets"] for run in result["runs"]}
+        return [
+            budgets[budget]["loss"] / runs[kind, seed, "uniform"][budget]["loss"]
+            for (kind, seed, mode), budgets in runs.items()
+            if mode == "router" and (kind, seed, "uniform") in runs
+        ]
+
+    return of
 
 
 def over_modelopt(result: Result) -> list[float]:
@@ -148,11 +151,16 @@ MEASURES = (
     Measure("ranking_quality", "loss, sorted / random orders", sorted_over_random),
     Measure("router_budgets", "error before repair", of_recipe("before"), "limits.before", unit="%"),
     Measure("router_budgets", "error after repair", of_recipe("after"), "limits.after", unit="%"),
-    Measure("router_against_uniform", "loss, router / uniform", router_over_uniform),
-    Measure("family_cost", "CPU, routed / each alone", "ratios.family.cpu"),
-    Measure("family_cost", "CPU, fixed subnets / alone", "ratios.family_fixed.cpu"),
-    Measure("family_cost", "CPU, shared teacher / alone", "ratios.family_shared.cpu"),
-    Measure("family_cost", "FLOPs, the three / alone", "ratios.*.flops"),
+    Measure("router_against_uniform", "loss, router / uniform, full", router_over_uniform("full")),
+    Measure("router_against_uniform", "loss, router / uniform, large", router_over_uniform("large")),
+    Measure("router_against_uniform", "loss, router / uniform, small", router_over_uniform("small")),
+    Measure("family_cost", "CPU, routed / full and children alone", "ratios.family.cpu"),
+    Measure("family_cost", "CPU, fixed subnets / the same", "ratios.family_fixed.cpu"),
+    Measure("family_cost", "CPU, shared teacher / the same", "ratios.family_shared.cpu"),
+    Measure("family_cost", "wall clock, the three / the same", "ratios.*.wall"),
+    Measure("family_cost", "FLOPs, the three / the same", "ratios.*.flops"),
+    Measure("family_cost", "CPU, the three / children alone", "ratios_to_children.*.cpu"),
+    Measure("family_cost", "FLOPs, the three / children alone", "ratios_to_children.*.flops"),
     Measure("serving", "memory / parent", "memory_ratio_to_parent", "goals.memory_ratio_to_parent"),
     Measure("serving", "switch with its first token", "switch_ms", "goals.switch_ms", unit="ms"),
     Measure("serving", "decoding, compact / views", compact_over_views),

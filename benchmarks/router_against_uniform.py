@@ -25,7 +25,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from harness import finish, parser, start
+from harness import finish, listed, parser, start
 from training_runs import CONFIG, QUICK, nemo_elastic, prepared, ranked
 
 from nemo_elastic.budget_cost import BudgetCost
@@ -40,6 +40,7 @@ from nemo_elastic.serving_conditions import serving_of
 
 CONDITIONS = ("report.batch_size=4", "report.sequence_length=512")
 SHARES = {"large": 0.75, "small": 0.55}  # of the parent's memory; the parameter budgets are those of the configuration
+KINDS = ("parameters", "memory")
 MODES = {"router": (), "uniform": ("router.frozen=true",)}
 
 
@@ -140,18 +141,21 @@ def main() -> int:
     """Does what is missing; JSON, and the table on standard error and in OUT/table.md."""
     words = parser(__doc__, quick="6 steps of one kind and seed: that it runs, not what it shows")
     words.add_argument("--out", type=Path, help="folder of the series; may be left out with --quick")
-    words.add_argument("--seeds", default="1,2,3", help="comma separated")
-    words.add_argument("--kinds", default="parameters,memory")
+    words.add_argument("--seeds", type=listed(int), default="1,2,3", help="comma separated")
+    words.add_argument("--kinds", type=listed(str), default=",".join(KINDS))
     words.add_argument("--table", action="store_true", help="only the table of what is there")
     args = start(words)
     if not args.out and not args.quick:
         words.error("--out is needed for a series that can go on")
+    if unknown := [kind for kind in args.kinds if kind not in KINDS]:
+        words.error(f"--kinds {','.join(unknown)}: must be of {', '.join(KINDS)}")
     if args.quick:
-        args.seeds, args.kinds = "1", "memory"
+        args.seeds, args.kinds = [1], ["memory"]
     with tempfile.TemporaryDirectory() as scratch:
         out = (args.out or Path(scratch)).resolve()
-        for seed in map(int, args.seeds.split(",")):
-            for kind in args.kinds.split(","):
+        out = out / "quick" if args.quick else out  # a quick run is no part of a series
+        for seed in args.seeds:
+            for kind in args.kinds:
                 for mode in MODES:
                     path = out / "results" / f"{kind}-{mode}-{seed}.json"
                     if not args.table and not path.is_file():

@@ -120,6 +120,14 @@ def test_runs_take_turns_and_the_first_round_does_not_count(harness: ModuleType)
     assert harness.least(times) == (1.0, 1.0)
 
 
+def test_a_list_that_cannot_be_read_is_one_message(harness: ModuleType) -> None:
+    import argparse
+
+    assert harness.listed(int)("1,2") == [1, 2] and harness.listed(str)("a") == ["a"]
+    with pytest.raises(argparse.ArgumentTypeError, match="'1,x' must be a comma separated list, each of it int"):
+        harness.listed(int)("1,x")
+
+
 def test_values_on_a_path(harness: ModuleType) -> None:
     result = {"cases": [{"ratio": 1}, {"ratio": 2}], "budgets": {"small": {"ratio": 3}}}
     assert list(harness.values(result, "cases.*.ratio")) == [(("cases", "0", "ratio"), 1), (("cases", "1", "ratio"), 2)]

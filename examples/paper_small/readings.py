@@ -82,8 +82,21 @@ def spread(values: Sequence[float], form: str = ".4f") -> str:
 
 
 def relative(ours: Sequence[float], theirs: Sequence[float]) -> str:
-    """Mean and standard deviation of ours / theirs - 1, pair by pair."""
-    return spread([a / b - 1 for a, b in zip(ours, theirs, strict=True)], "+.2%") if ours else NONE
+    """Mean and standard deviation of ours / theirs - 1, pair by pair; says where there is one pair only."""
+    found = spread([a / b - 1 for a, b in zip(ours, theirs, strict=True)], "+.2%")
+    return f"{found} (1 seed)" if len(ours) == 1 else found
+
+
+def finished_to(runs: Sequence[tuple[float, float]], target: float) -> float | None:
+    """Tokens that a run would need to end at this loss, from (tokens, last loss) of two runs that ended.
+
+    On the line through them, loss over the logarithm of tokens; None: the longer one did not get there. The loss in
+    the middle of a run is no such reading: its learning rate has not come down yet.
+    """
+    (short, high), (long, low) = sorted(runs)
+    if target < low:
+        return None
+    return short * (long / short) ** ((high - target) / (high - low))
 
 
 def spent_to(curve: Sequence[Mapping[str, Any]], budget: str, target: float, what: str = "tokens") -> float | None:
@@ -103,9 +116,8 @@ def spent_to(curve: Sequence[Mapping[str, Any]], budget: str, target: float, wha
     return None
 
 
-def ratio(found: Sequence[float | None], limit: str) -> str:
-    """Ratios over seeds; what never got there is at least `limit`."""
-    reached = [r for r in found if r is not None]
-    if not found:
-        return NONE
-    return spread(reached, ".1f") if len(reached) == len(found) else f"more than {limit}"
+def ratio(found: Sequence[float], limits: Sequence[float], form: str = ".1f") -> str:
+    """Ratios over seeds; `limits` are of seeds that never got there: their ratio is more than that."""
+    if not limits:
+        return spread(found, form) + (" (1 seed)" if len(found) == 1 else "")
+    return f"more than {format(min([*found, *limits]), form)}"

@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 from figures import write as write_figures
 from readings import NONE, Results
-from runs import BUDGETS, CHILDREN, FOUR, RUNS, SCRATCH_STEPS, STEPS
+from runs import BUDGETS, CHILDREN, FOUR_CHILDREN, RUNS, SCRATCH_STEPS, STEPS
 from tables import (
     best_rows,
     by_class,
@@ -80,7 +80,7 @@ def families(results: Results) -> list[dict[str, str]]:
     rows = [
         family_ratio(results, "family", CHILDREN),
         family_ratio(results, "long-family", CHILDREN, "long-"),
-        family_ratio(results, "four", [b for b in FOUR if b != "full"]),
+        family_ratio(results, "four", FOUR_CHILDREN, "four-"),
     ]
     return [row for row in rows if row["all"] != NONE]
 

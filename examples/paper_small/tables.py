@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from readings import NONE, Result, Results, ratio, relative, spent_to, spread
+from readings import NONE, Result, Results, finished_to, ratio, relative, spent_to, spread
 from runs import BUDGETS, CHILDREN, RUNS
 
 LAYERS = 12  # of the parent
@@ -88,33 +88,63 @@ def best_rows(results: Results, name: str) -> list[dict[str, str]]:
 
 def equal_loss(results: Results, child: str, prefix: str = "") -> dict[str, str]:
     """Tokens that a child alone or from scratch needs for the loss of the family's child, over the family's for it."""
-    row, name = {}, f"{prefix}family"
-    for kind in ("whole", "scratch"):
-        found, limits = [], []
-        for seed in results.seeds(name, f"{prefix}{kind}-{child}"):
-            own = results.runs[name, seed]["curve"][-1]
-            curve = results.runs[f"{prefix}{kind}-{child}", seed]["curve"]
-            needed = spent_to(curve, child, own["losses"][child])
-            found.append(None if needed is None else needed / own["tokens"][child])
-            limits.append(curve[-1]["tokens"][child] / own["tokens"][child])
-        row[f"tokens_{kind}"] = ratio(found, f"{min(limits):.1f}" if limits else "")
-    return row
+    name, scratch = f"{prefix}family", f"{prefix}scratch-{child}"
+    alone = [
+        (*needed_alone(results, name, prefix, child, seed), spent(results, name, seed, child))
+        for seed in results.seeds(name, *alone_runs(prefix, child))
+    ]
+    from_scratch = [
+        (*needed_from_scratch(results, name, child, seed), spent(results, name, seed, child))
+        for seed in results.seeds(name, scratch)
+    ]
+    return {"tokens_alone": over_own(alone), "tokens_scratch": over_own(from_scratch)}
+
+
+def over_own(needed: Sequence[tuple[float, bool, int]]) -> str:
+    """Ratios of (tokens, got there, the family's tokens)."""
+    return ratio(
+        [n / own for n, reached, own in needed if reached], [n / own for n, reached, own in needed if not reached]
+    )
+
+
+def spent(results: Results, name: str, seed: int, budget: str) -> int:
+    """Tokens that a run trained a budget on."""
+    return results.runs[name, seed]["curve"][-1]["tokens"][budget]
+
+
+def needed_alone(results: Results, family: str, prefix: str, child: str, seed: int) -> tuple[float, bool]:
+    """Tokens of the child alone for the family's loss; of its longest run, and False, where that did not get there."""
+    ends = [(spent(results, n, seed, child), results.loss(n, seed, child)) for n in alone_runs(prefix, child)]
+    needed = finished_to(ends, results.loss(family, seed, child))
+    return (max(ends)[0], False) if needed is None else (needed, True)
+
+
+def needed_from_scratch(results: Results, family: str, child: str, seed: int) -> tuple[float, bool]:
+    """The same of a child from scratch; there is one run of it, so that this is where its curve gets there."""
+    curve = results.runs[f"scratch-{child}", seed]["curve"]
+    needed = spent_to(curve, child, results.runs[family, seed]["curve"][-1]["losses"][child])
+    return (curve[-1]["tokens"][child], False) if needed is None else (needed, True)
+
+
+def alone_runs(prefix: str, child: str) -> tuple[str, str]:
+    """Runs of a child alone that ended, short and long."""
+    return f"{prefix}alone-{child}", f"{prefix}whole-{child}"
 
 
 def family_ratio(results: Results, family: str, children: Sequence[str], prefix: str = "") -> dict[str, str]:
     """Tokens of children trained one by one to the family's losses, over the family's: of all members, of these."""
     found: dict[str, list[float]] = {"all": [], "children": []}
-    for seed in results.seeds(family, *(f"{prefix}whole-{c}" for c in children)):
-        own = results.runs[family, seed]["curve"][-1]
-        curves = {c: results.runs[f"{prefix}whole-{c}", seed]["curve"] for c in children}
-        needed = [spent_to(curve, c, own["losses"][c]) for c, curve in curves.items()]
-        # what a child does not reach in its run counts as the whole run: the ratio is then a lower bound
-        spent = [n if n is not None else curves[c][-1]["tokens"][c] for n, c in zip(needed, curves, strict=True)]
-        found["all"].append(sum(spent) / sum(own["tokens"].values()))
-        found["children"].append(sum(spent) / sum(own["tokens"][c] for c in children))
-    what = f"{len(children)} children" + (", twice the steps" if prefix else "")
-    seeds = f"{len(found['all'])} seed{'' if len(found['all']) == 1 else 's'}"
-    return {"what": what, "family": family, "seeds": seeds, **{n: spread(v, ".2f") for n, v in found.items()}}
+    limits: dict[str, list[float]] = {"all": [], "children": []}
+    seeds = results.seeds(family, *(name for child in children for name in alone_runs(prefix, child)))
+    for seed in seeds:
+        own = results.runs[family, seed]["curve"][-1]["tokens"]
+        needed = [needed_alone(results, family, prefix, child, seed) for child in children]
+        into = found if all(reached for _, reached in needed) else limits
+        into["all"].append(sum(n for n, _ in needed) / sum(own.values()))
+        into["children"].append(sum(n for n, _ in needed) / sum(own[c] for c in children))
+    what = f"{len(children)} children" + (", twice the steps" if family.startswith("long") else "")
+    row = {"what": what, "family": family, "seeds": ", ".join(map(str, seeds))}
+    return row | {name: ratio(found[name], limits[name], ".2f") for name in found}
 
 
 def group_rows(results: Results, names: Sequence[str], budgets: Sequence[str]) -> list[dict[str, str]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,9 +27,12 @@ Result = Mapping[str, Any]
 
 
 def write(parents: Mapping[int, Any], folder: Path) -> list[str]:
-    """Figures of every parent's runs, as far as there are enough of them; their names, with the parent's number."""
+    """Figures of every parent's runs, as far as there are enough of them; their names, with the parent's number.
+
+    The hash of the results goes into each: a figure of other results is found out.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    written = []
+    facts, written = {"Software": None, "Results": digest(parents)}, []
     for kind, make in {"tokens": tokens, "time": time, "solved": solved, "tries": tries}.items():
         for number, results in parents.items():
             name = f"{kind}-{number}"
@@ -35,11 +40,17 @@ def write(parents: Mapping[int, Any], folder: Path) -> list[str]:
                 figure = make(results)
                 if figure is not None:
                     temporary = folder / f"{name}.tmp.png"
-                    figure.savefig(temporary, dpi=130, bbox_inches="tight", metadata={"Software": None})
+                    figure.savefig(temporary, dpi=130, bbox_inches="tight", metadata=facts)
                     temporary.replace(folder / f"{name}.png")
                     plt.close(figure)
                     written.append(name)
     return written
+
+
+def digest(parents: Mapping[int, Any]) -> str:
+    """SHA-256 of everything that the figures could show."""
+    runs = [[*key, run] for results in parents.values() for key, run in results.runs.items()]
+    return hashlib.sha256(json.dumps([runs, [r.parent for r in parents.values()]]).encode()).hexdigest()
 
 
 def _curves(results: Any, name: str, budget: str, x: str) -> list[tuple[list[float], list[float]]]:

@@ -29,7 +29,7 @@ from typing import Any, NoReturn
 
 import torch
 from problems import blend
-from runs import BASES, BUDGETS, GROUPS, OTHER_SHAPES, PARENTS, RUNS, Run, parent_of
+from runs import BASES, BUDGETS, FOUR, GROUPS, OTHER_SHAPES, PARENTS, RUNS, Run, parent_of
 from shapes import random_subnets
 
 from nemo_elastic.config import load_config
@@ -120,7 +120,7 @@ class Series:
     def proposed(self, how: str, seed: int) -> dict[str, Any]:
         """Shapes that `nemo-elastic plan --search` proposes from the ranking's scores."""
         words = ("--search", how, "--ranking", str(self.base("parent", seed)), "--json")
-        words = ("--config", str(CONFIG), *words, *self.configured("parent", seed))
+        words = ("--config", str(CONFIG), *words, *self.configured("parent", seed, FOUR))
         plan = json.loads(self.command("nemo_elastic", "plan", *words))
         return {b["name"]: b["subnet"] for b in plan["budgets"] if b["origin"] != "parent"}
 

@@ -17,6 +17,7 @@ Seeds = tuple[int, ...]
 SHORT = {"seq_length": 128, "global_batch_size": 16}
 LONG = {"seq_length": 256, "global_batch_size": 8}
 STEPS = (160, 80)  # short, then long
+TWICE = (320, 160)
 WEIGHTS = {"full": 0.5, "large": 0.3, "small": 0.2}  # of the second stage, the paper's
 SMALL_FIRST = {"full": 0.3, "large": 0.25, "small": 0.45}
 CHILDREN = ("large", "small")  # of the family
@@ -46,7 +47,7 @@ class Run:
 
     Attributes:
         name: of its file; the seed is appended.
-        group: headline, best, longer, four, shapes, depth, mamba, stages, speed or tries.
+        group: headline, best, greedy, longer, four, shapes, depth, mamba, stages, speed or tries.
         what: a line of the results.
         budgets: `elastic.budgets`.
         stages: `train.stages`.
@@ -109,24 +110,28 @@ def steps_of(budget: str, family: Mapping[str, float], steps: tuple[int, int], w
     return round(steps[0] / len(family)), round(steps[1] * weights[budget])
 
 
-def compared(group: str, prefix: str, steps: tuple[int, int], what: str, seeds: Mapping[str, Seeds]) -> Iterator[Run]:
+def compared(
+    group: str, prefix: str, steps: tuple[int, int], what: str, seeds: Mapping[str, Seeds], shapes: str | None = None
+) -> Iterator[Run]:
     """(a) the family, and (b) each child sorted, cut and distilled alone, with equal tokens and with all steps.
 
     Args:
         prefix: of their names.
         what: the family's line of the results.
         seeds: of equal tokens and of all steps.
+        shapes: one of OTHER_SHAPES for all of them, from the first step; empty: the family learns its own.
     """
-    family = f"{prefix}family"
-    yield Run(name=family, group=group, what=what, budgets=BUDGETS, stages=stages(*steps, WEIGHTS),
-              seeds=seeds["equal"])  # fmt: skip
+    family, fixed = f"{prefix}family", (EVEN,) if shapes else ()
+    yield Run(name=family, group=group, what=what, budgets=BUDGETS, stages=stages(*steps, WEIGHTS), words=fixed,
+              shapes_of=shapes, seeds=seeds["equal"])  # fmt: skip
     for name in CHILDREN:
-        given = {"group": group, "budgets": {name: BUDGETS[name]}, "words": (EVEN,), "shapes_of": family}
+        given = {"group": group, "budgets": {name: BUDGETS[name]}, "words": (EVEN,), "shapes_of": shapes or family}
         equal, all_of_them = steps_of(name, BUDGETS, steps, WEIGHTS), steps
         yield Run(name=f"{prefix}alone-{name}", what=f"`{name}` alone, the family's tokens for it",
                   stages=stages(*equal), seeds=seeds["equal"], **given)  # fmt: skip
-        yield Run(name=f"{prefix}whole-{name}", what=f"`{name}` alone, all of the family's steps",
-                  stages=stages(*all_of_them), seeds=seeds["all"], **given)  # fmt: skip
+        if seeds["all"]:
+            yield Run(name=f"{prefix}whole-{name}", what=f"`{name}` alone, all of the family's steps",
+                      stages=stages(*all_of_them), seeds=seeds["all"], **given)  # fmt: skip
 
 
 def headline() -> Iterator[Run]:
@@ -142,40 +147,54 @@ def headline() -> Iterator[Run]:
 
 def best() -> Iterator[Run]:
     """What helped of what was tried, together, and each child alone with the same shapes, rate and steps."""
+    together = (EVEN, *SHARED, BETTER_RATE)
     yield Run(name="best-family", group="best",
               what="shapes from the first step, all budgets in every micro-batch, learning rate 7e-4",
-              budgets=BUDGETS, stages=stages(*STEPS, WEIGHTS), words=(EVEN, *SHARED, BETTER_RATE),
-              shapes_of="family", seeds=BOTH)  # fmt: skip
+              budgets=BUDGETS, stages=stages(*STEPS, WEIGHTS), words=together, shapes_of="family",
+              seeds=FIRST)  # fmt: skip
     yield Run(name="best-small-first", group="best",
               what="the same, and `small` drawn most in both stages (0.3, 0.25, 0.45)",
-              budgets=BUDGETS, words=(EVEN, *SHARED, BETTER_RATE), shapes_of="family", seeds=BOTH,
-              stages=({"steps": STEPS[0], **SHORT, "budget_probabilities": SMALL_FIRST},
-                      {"steps": STEPS[1], **LONG, "budget_probabilities": SMALL_FIRST}))  # fmt: skip
+              budgets=BUDGETS, stages=small_first(), words=together, shapes_of="family", seeds=BOTH)  # fmt: skip
     for name in CHILDREN:
         yield Run(name=f"best-whole-{name}", group="best", what=f"`{name}` alone, as many steps, learning rate 7e-4",
                   budgets={name: BUDGETS[name]}, stages=stages(*STEPS), words=(EVEN, BETTER_RATE),
-                  shapes_of="family", seeds=ONCE_THEN_ALL)  # fmt: skip
+                  shapes_of="family", seeds=ONCE)  # fmt: skip
+
+
+def small_first() -> tuple[dict[str, Any], ...]:
+    """Both stages, `small` drawn most."""
+    return tuple({**stage, "budget_probabilities": SMALL_FIRST} for stage in stages(*STEPS))
+
+
+def searched() -> Iterator[Run]:
+    """(a) and (b) with the shapes of `plan --search greedy`, known before any training; longer; with what helped."""
+    yield from compared("greedy", "greedy-", STEPS, "greedy search over the ranking's scores (`plan --search`)",
+                        {"equal": SECOND, "all": SECOND}, "greedy")  # fmt: skip
+    yield Run(name="greedy-best", group="greedy", what="the same, with what helped, `small` drawn most",
+              budgets=BUDGETS, stages=small_first(), words=(EVEN, *SHARED, BETTER_RATE), shapes_of="greedy",
+              seeds=SECOND)  # fmt: skip
+    yield from compared("greedy", "greedy-long-", TWICE, "greedy search, twice the steps",
+                        {"equal": SECOND, "all": ()}, "greedy")  # fmt: skip
 
 
 def longer() -> Iterator[Run]:
-    """(a) and (b) again with twice the steps, and the family's own shapes from the first of them."""
-    twice = (2 * STEPS[0], 2 * STEPS[1])
-    yield from compared("longer", "long-", twice, "twice the steps", {"equal": ONCE_THEN_ALL, "all": SECOND})
-    yield Run(name="long-own", group="longer", what="its final shapes from the first step", budgets=BUDGETS,
-              stages=stages(*twice, WEIGHTS), words=(EVEN,), shapes_of="long-family", seeds=SECOND)  # fmt: skip
+    """(a) and (b) again with twice the steps."""
+    yield from compared("longer", "long-", TWICE, "twice the steps", {"equal": FIRST[:1], "all": ()})
 
 
 def family_of_four() -> Iterator[Run]:
-    """Four children, each with the tokens that the children of two have; and each of them alone, as in (b)."""
+    """Four children, each with the tokens that the children of two have; and those alone that two do not have."""
     grown = tuple(round(n * len(FOUR) / len(BUDGETS)) for n in STEPS)
-    yield Run(name="four", group="four", what="elastic family of four children", budgets=FOUR,
-              stages=stages(*grown, FOUR_WEIGHTS), seeds=ONCE_THEN_ALL)  # fmt: skip
+    given = {"group": "four", "words": (EVEN,), "shapes_of": "greedy", "seeds": SECOND}
+    yield Run(name="four-family", what="family of four children, shapes by greedy search", budgets=FOUR,
+              stages=stages(*grown, FOUR_WEIGHTS), **given)  # fmt: skip
     for name in FOUR_CHILDREN:
-        given = {"group": "four", "budgets": {name: FOUR[name]}, "words": (EVEN,), "shapes_of": "four"}
-        yield Run(name=f"four-alone-{name}", what=f"`{name}` alone, the family's tokens for it", seeds=SECOND,
-                  stages=stages(*steps_of(name, FOUR, grown, FOUR_WEIGHTS)), **given)  # fmt: skip
-        yield Run(name=f"four-whole-{name}", what=f"`{name}` alone, the steps of the family of two",
-                  stages=stages(*STEPS), seeds=SECOND if name in CHILDREN else ONCE_THEN_ALL, **given)  # fmt: skip
+        if name not in CHILDREN:
+            alone = {**given, "budgets": {name: FOUR[name]}}
+            yield Run(name=f"greedy-alone-{name}", what=f"`{name}` alone, the family's tokens for it",
+                      stages=stages(*steps_of(name, FOUR, grown, FOUR_WEIGHTS)), **alone)  # fmt: skip
+            yield Run(name=f"greedy-whole-{name}", what=f"`{name}` alone, the steps of the family of two",
+                      stages=stages(*STEPS), **alone)  # fmt: skip
 
 
 def shapes() -> Iterator[Run]:
@@ -186,9 +205,6 @@ def shapes() -> Iterator[Run]:
               stages=stages(*STEPS, WEIGHTS), words=(EVEN,))  # fmt: skip
     yield Run(name="shapes-random-1", group="shapes", what="random shapes that fit", budgets=BUDGETS,
               stages=stages(*STEPS, WEIGHTS), words=(EVEN,), shapes_of="random:1")  # fmt: skip
-    yield Run(name="shapes-greedy", group="shapes", what="greedy search over the ranking's scores (`plan --search`)",
-              budgets=BUDGETS, stages=stages(*STEPS, WEIGHTS), words=(EVEN,), shapes_of="greedy",
-              seeds=SECOND[:1])  # fmt: skip
     yield Run(name="shapes-ffn-per-layer", group="shapes", what="learned, FFN width per layer", budgets=BUDGETS,
               stages=stages(*STEPS, WEIGHTS), words=("elastic.dims.ffn_hidden_size.per_layer=true",))  # fmt: skip
 
@@ -265,5 +281,9 @@ def tries() -> Iterator[Run]:
               budgets=BUDGETS, stages=stages(*third, WEIGHTS), words=SHARED)  # fmt: skip
 
 
-RUNS = {run.name: run for make in (headline, best, longer, family_of_four, shapes, ablations, tries) for run in make()}
+RUNS = {
+    run.name: run
+    for make in (headline, best, searched, longer, family_of_four, shapes, ablations, tries)
+    for run in make()
+}
 GROUPS = tuple(dict.fromkeys(run.group for run in RUNS.values()))

@@ -80,6 +80,18 @@ def search(run: RunConfig, method: Method, ranking: str | None = None) -> dict[s
     return described_plan(run.name, family, serving, rows, notes)
 
 
+def with_searched_shapes(run: RunConfig, ranking: str) -> RunConfig:
+    """The configuration with `elastic.subnets` from greedy search for every budget that needs one.
+
+    What `router.shapes: greedy` means once there are scores. Deterministic: every process finds the same.
+
+    Raises:
+        ProblemsError: as `search`.
+    """
+    found = {row["name"]: row["subnet"] for row in search(run, Method("greedy"), ranking)["budgets"]}
+    return replace(run, elastic=replace(run.elastic, subnets={**run.elastic.subnets, **found}))
+
+
 def _proposals(cost: BudgetCost, method: Method, damage: Damage | None, run: RunConfig) -> list[Subnet]:
     tolerance = run.router.tolerance
     if method.name == "uniform":

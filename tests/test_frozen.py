@@ -138,3 +138,34 @@ def test_two_frozen_runs_are_the_same_to_the_bit_and_leave_no_router(tmp_path):
         found.append((subnets, [v["losses"] for v in validations], [r["budgets"] for r in records]))
     for left, right in zip(*found, strict=True):
         assert left == right
+
+
+@pytest.mark.slow
+def test_a_run_finds_its_shapes_between_ranking_and_training_and_again_on_a_resume(tmp_path):
+    """`router.shapes: greedy`, one command: what is trained is what `plan --search` proposes from the run's scores."""
+    words = [
+        "router.frozen=true", "router.shapes=greedy", "train.stages=[{steps: 2, global_batch_size: 4}]",
+        "train.val_samples=4", "rank.samples=4", "rank.depth_samples=2",
+    ]  # fmt: skip
+
+    def run(verb, *more):
+        command = [sys.executable, "-m", "nemo_elastic", verb, "--config", TINY, "--json", *more]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout)
+
+    out = tmp_path / "run"
+    run("train", "--out", str(out), *words)
+    plan = run("plan", "--search", "greedy", "--ranking", str(out))
+    proposed = {b["name"]: b["subnet"] for b in plan["budgets"]}
+    manifest = json.loads((out / "nested" / "elastic" / "manifest.json").read_text())
+    assert {name: manifest["subnets"][name] for name in proposed} == proposed
+    config = json.loads((out / "config.json").read_text())
+    assert config["values"]["elastic"]["subnets"] == proposed
+    assert "router.shapes" in config["origins"]["elastic.subnets.small.hidden_size"]
+    assert not (out / "nested" / "elastic" / "router.safetensors").exists()
+    words[2] = "train.stages=[{steps: 3, global_batch_size: 4}]"
+    done = run("train", "--out", str(out), "--resume", *words)
+    again = json.loads((out / "nested" / "elastic" / "manifest.json").read_text())
+    assert again["subnets"] == manifest["subnets"] and done["tokens"]

@@ -23,7 +23,7 @@ from nemo_elastic.importance.store import Importance
 from nemo_elastic.interpolate import between
 from nemo_elastic.nested_plan import plan_nested, with_subnets, write_subnets
 from nemo_elastic.problems import ProblemsError
-from nemo_elastic.proposals import greedy_selection
+from nemo_elastic.proposals import greedy_selection, with_searched_shapes
 from nemo_elastic.search import propose_uniform
 from nemo_elastic.space import KIND_OF_DIM, WIDTH_DIMS, Budget
 
@@ -317,3 +317,48 @@ def test_bad_subnet_files_are_one_clear_problem(tmp_path, text, words):
         yaml.safe_load(text)
     with pytest.raises(ProblemsError, match=words):
         with_subnets(tiny_manifest(), path)
+
+
+def test_frozen_shapes_by_search_are_those_that_plan_proposes(ranked, capsys, tmp_path):
+    """`router.shapes: greedy` and `plan --search greedy --output` are one search; nothing is left to a router."""
+    out = tmp_path / "shapes.yaml"
+    search = ["plan", "--config", TINY, "--search", "greedy", "--ranking", str(ranked), "--json"]
+    assert main([*search, "--output", str(out)]) == 0
+    proposed = {b["name"]: b["subnet"] for b in json.loads(capsys.readouterr().out)["budgets"]}
+    assert set(proposed) == {"large", "small"}
+    words = ["router.frozen=true", "router.shapes=greedy"]
+    run = with_searched_shapes(load_config(TINY, words).config, str(ranked))
+    ranking = read_scores(ranked, family_of(run).architecture).depth_ranking
+    family = family_of(run, ranking)
+    assert family.learned == () and not family.notes
+    assert {name: subnet.to_dict() for name, subnet in family.forced.items()} == proposed
+    (tmp_path / "both.yaml").write_text(f"base: [{TINY}, shapes.yaml]\n")
+    assert family_of(load_config(tmp_path / "both.yaml").config, ranking).forced == family.forced
+    assert main(["plan", "--config", TINY, "--ranking", str(ranked), "--json", *words]) == 0
+    shown = {b["name"]: b["subnet"] for b in json.loads(capsys.readouterr().out)["budgets"]}
+    assert {name: shown[name] for name in proposed} == proposed
+    given_one = with_searched_shapes(
+        load_config(TINY, [*words, "elastic.subnets={small: {num_layers: 13}}"]).config, str(ranked)
+    )
+    assert given_one.elastic.subnets["small"] == {"num_layers": 13}
+    assert given_one.elastic.subnets["large"] == proposed["large"]
+
+
+def test_before_a_ranking_even_shapes_stand_in_and_it_is_said(capsys):
+    assert main(["plan", "--config", TINY, "--json", "router.frozen=true", "router.shapes=greedy"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert any("even shrinking stands in" in note for note in plan["notes"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["router.shapes=greedy"], "router.shapes: greedy needs router.frozen=true"),
+        (["router.frozen=true", "router.shapes=gredy"], "'gredy' must be one of even, greedy"),
+        (["--search", "random:3", "--output", "x.yaml"], "takes one subnet per budget"),
+        (["--output", "x.yaml"], "is for `plan NESTED` and --search"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(words, said, capsys):
+    assert main(["plan", "--config", TINY, *words]) == 2
+    assert said in capsys.readouterr().err

@@ -18,6 +18,7 @@ EXAMPLES = """examples:
   nemo-elastic plan --config conf/tiny_parent.yaml --search greedy --ranking runs/tiny --score
   nemo-elastic plan runs/tiny/nested --budget 0.6 --output subnet.yaml
   nemo-elastic extract runs/tiny/nested --subnet subnet.yaml
+  nemo-elastic plan --config conf/tiny_parent.yaml --search greedy --ranking runs/tiny --output shapes.yaml
   nemo-elastic plan runs/tiny/nested --budget memory_gb:12 report.sequence_length=131072
 
 exit code 2 when the plan has problems; it is printed all the same"""
@@ -42,7 +43,8 @@ def add_parser(subparsers: Any) -> None:
         metavar="VALUE",
         help="of NESTED: 0.6, a number of parameters, KIND:VALUE, or a trained budget's name",
     )
-    parser.add_argument("--output", metavar="YAML", help="of NESTED: write the subnets, to force (base:) or to extract")
+    words = "of NESTED or --search: write the subnets, to force (base:) or to extract"
+    parser.add_argument("--output", metavar="YAML", help=words)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -70,8 +72,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _misplaced(arguments: argparse.Namespace) -> list[Problem]:
     nested = not arguments.config and any(not is_override(word) for word in arguments.words)
-    found = [Problem(f"--{name}", "is for `plan NESTED`; budgets of a configuration are in elastic.budgets")
-             for name in ("budget", "output") if getattr(arguments, name) and not nested]  # fmt: skip
+    found = []
+    if arguments.budget and not nested:
+        found.append(Problem("--budget", "is for `plan NESTED`; budgets of a configuration are in elastic.budgets"))
+    if arguments.output and not (nested or arguments.search):
+        found.append(Problem("--output", "is for `plan NESTED` and --search, whose subnets it writes"))
     found += [Problem(f"--{name}", "is for `plan --config`, not for a nested checkpoint")
               for name in ("search", "ranking", "score", "train") if getattr(arguments, name) and nested]  # fmt: skip
     if arguments.train and arguments.search:
@@ -87,6 +92,10 @@ def _of_configuration(arguments: argparse.Namespace) -> dict[str, Any]:
     from ..plan import plan
 
     config, ranking = configuration(arguments).config, _depth_ranking(arguments)
+    if ranking and config.router.frozen and config.router.shapes == "greedy":
+        from ..proposals import with_searched_shapes
+
+        config = with_searched_shapes(config, arguments.ranking)
     result = plan(config, ranking)
     try:
         family = family_of(config, ranking)
@@ -113,7 +122,11 @@ def _proposals(arguments: argparse.Namespace) -> dict[str, Any]:
     from ..proposals import parse_method, search
 
     resolved, method = configuration(arguments), parse_method(arguments.search)
+    if arguments.output and method.count > 1:
+        words = f"takes one subnet per budget, --search {arguments.search} proposes {method.count}"
+        raise ProblemsError([Problem("--output", words)])
     result = search(resolved.config, method, arguments.ranking)
+    _write(arguments, result)
     if arguments.score:
         _score(arguments, resolved, result)
     return result
@@ -141,15 +154,23 @@ def _score(arguments: argparse.Namespace, resolved: Any, result: dict[str, Any])
 
 def _of_nested(arguments: argparse.Namespace, folder: str) -> dict[str, Any]:
     from ..checkpoint.manifest import load_manifest
-    from ..nested_plan import plan_nested, write_subnets
+    from ..nested_plan import plan_nested
 
     result = plan_nested(load_manifest(folder), arguments.budget, overrides(arguments))
-    if arguments.output:
-        out = Path(arguments.output)
-        if out.exists() and not arguments.force:
-            raise ProblemsError([Problem("--output", f"{str(out)!r} is there already; replace it with --force")])
-        if out.is_dir():
-            raise ProblemsError([Problem("--output", f"{str(out)!r} is a folder; name a file")])
-        raise_if_any(folder_problems("--output", out.parent))
-        write_subnets(out, result)
+    _write(arguments, result)
     return result
+
+
+def _write(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
+    """`--output`, where it was asked for."""
+    if not arguments.output:
+        return
+    from ..nested_plan import write_subnets
+
+    out = Path(arguments.output)
+    if out.exists() and not arguments.force:
+        raise ProblemsError([Problem("--output", f"{str(out)!r} is there already; replace it with --force")])
+    if out.is_dir():
+        raise ProblemsError([Problem("--output", f"{str(out)!r} is a folder; name a file")])
+    raise_if_any(folder_problems("--output", out.parent))
+    write_subnets(out, result)

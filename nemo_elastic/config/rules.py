@@ -15,6 +15,7 @@ ALLOWED = {
     "rank.depth": ("greedy", "one_shot", "cosine", "random"),
     "rank.depth_metric": ("centred_mse", "mse"),
     "router.recipe": ("default", "paper"),
+    "router.shapes": ("even", "greedy"),
     "distill.loss": ("forward_kl", "reverse_kl", "topk_kl"),
     "train.mode": ("sliced", "masked"),
     "train.precision": ("32", "bf16-mixed"),
@@ -120,6 +121,8 @@ def _data_problems(config: RunConfig) -> Iterable[Problem]:
 
 
 def _elastic_problems(config: RunConfig) -> Iterable[Problem]:
+    if config.router.shapes == "greedy" and not config.router.frozen:
+        yield Problem("router.shapes", "greedy needs router.frozen=true; else the router learns the shapes")
     for name in config.elastic.dims:
         if name not in DIMS:
             yield Problem(f"elastic.dims.{name}", f"is no elastic dim{did_you_mean(name, DIMS)}")

@@ -106,7 +106,8 @@ class RouterConfig:
     settle_weight: float = 3.0  # of that pull at the end of the soft phase; 0: none
     lr: float = 1e-2
     recipe: str = "default"  # or paper: lambda 1, no warm-up, dual ascent or settling, soft to the end, as published
-    frozen: bool = False  # nothing is learned or random: elastic.subnets as given, even shrinking for other budgets
+    frozen: bool = False  # nothing is learned or random: elastic.subnets as given, `shapes` for other budgets
+    shapes: str = "even"  # of budgets without a subnet when frozen: even shrinking, or greedy by the ranking's scores
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """The steps of a run as functions of (configuration, run folder), each done once and skipped when its result is there.
 
-    rank -> sort -> train -> nest -> extract -> verify -> results.json -> report
+    rank -> (search shapes) -> sort -> train -> nest -> extract -> verify -> results.json -> report
 
 Every process of a distributed run calls every step; what is written, the first rank writes.
 """
@@ -18,7 +18,7 @@ import torch
 
 from nemo_elastic.checkpoint.comparison import ChildCheck
 from nemo_elastic.checkpoint.manifest import Manifest
-from nemo_elastic.config.load import Resolved
+from nemo_elastic.config.load import Resolved, leaves, plain
 from nemo_elastic.data.tokenizer import DEFAULT_TOKENIZER
 from nemo_elastic.family import family_of
 from nemo_elastic.files import write_json
@@ -38,6 +38,7 @@ from nemo_elastic.nemo.resume import remove_unfinished, whole_checkpoints
 from nemo_elastic.nemo.train import Trained, data_module, heldout_batches, latest_checkpoint, train
 from nemo_elastic.nemo.verify import verify
 from nemo_elastic.problems import Problem, ProblemsError
+from nemo_elastic.proposals import with_searched_shapes
 from nemo_elastic.runlog import RunLog
 from nemo_elastic.space import Subnet
 
@@ -90,6 +91,17 @@ class Run:
             resume=resume,
             report=lambda phase, done, total: self.progress(f"rank {phase}", done, total, ""),
         )
+
+    def search_shapes(self) -> None:
+        """`router.shapes: greedy`, now that there are scores: subnets for all budgets, in `OUT/config.json` as well."""
+        if not (self.config.router.frozen and self.config.router.shapes == "greedy"):
+            return
+        given = self.config.elastic.subnets
+        self.config = with_searched_shapes(self.config, str(self.out))
+        new = {name: subnet for name, subnet in self.config.elastic.subnets.items() if name not in given}
+        origins = {key: f"router.shapes, by {self.out / 'importance'}" for key, _ in leaves(new, "elastic.subnets")}
+        self.resolved = Resolved(self.config, plain(self.config), self.resolved.origins | origins)
+        self.write_config()
 
     def sort(self, importance: Importance, *, force: bool = False) -> Path:
         """The sorted parent's folder."""
@@ -213,6 +225,7 @@ def quickstart(run: Run) -> dict[str, Any]:
     run.start()
     run.write_config()
     importance = run.timed("rank", run.importance)
+    run.search_shapes()
     sorted_folder = run.timed("sort", lambda: run.sort(importance))
     trained = run.timed("train", lambda: run.train(sorted_folder))
     nested = run.timed("nest", run.nest)

@@ -78,6 +78,7 @@ def train(
     """
     parent = sorted_parent(sorted_folder)
     family = family_of(run, parent.depth_ranking)
+    raise_if_any(_shapes_not_searched(run, family))
     raise_if_any(parallel_problems(family.architecture, run.train, family.space.ffn_groups))
     check_processes(run, started_processes())
     stages, settings = run.train.stages, run.train.optimizer
@@ -161,6 +162,15 @@ def train(
         tokens=callback.tokens,
         model=callback.model,
     )
+
+
+def _shapes_not_searched(run: RunConfig, family: Family) -> list[Problem]:
+    """Budgets that even shrinking stands in for, because nobody has searched yet."""
+    if not (run.router.frozen and run.router.shapes == "greedy"):
+        return []
+    missing = [b.name for b in family.budgets if not b.is_full and b.name not in run.elastic.subnets]
+    words = "has no subnet yet, which router.shapes=greedy searches for: train by `api.train`, or give one"
+    return [Problem(f"elastic.subnets.{name}", words) for name in missing]
 
 
 def is_router(name: str, parameter: Any) -> bool:

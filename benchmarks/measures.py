@@ -90,15 +90,15 @@ def sorted_over_random(result: Result) -> list[float]:
     return [next(iter(row["sorted"].values())) / row["random_mean"] for row in rows]
 
 
-def router_over_uniform(budget: str) -> Callable[[Result], list[float]]:
-    """Held-out loss of a learned member over that of the evenly shrunk one, where both were trained."""
+def router_over(mode: str, budget: str) -> Callable[[Result], list[float]]:
+    """Held-out loss of a learned member over that of the one with a fixed shape, where both were trained."""
 
     def of(result: Result) -> list[float]:
         runs = {(run["kind"], run["seed"], run["mode"]): run["budgets"] for run in result["runs"]}
         return [
-            budgets[budget]["loss"] / runs[kind, seed, "uniform"][budget]["loss"]
-            for (kind, seed, mode), budgets in runs.items()
-            if mode == "router" and (kind, seed, "uniform") in runs
+            budgets[budget]["loss"] / runs[kind, seed, mode][budget]["loss"]
+            for (kind, seed, ours), budgets in runs.items()
+            if ours == "router" and (kind, seed, mode) in runs
         ]
 
     return of
@@ -151,9 +151,11 @@ MEASURES = (
     Measure("ranking_quality", "loss, sorted / random orders", sorted_over_random),
     Measure("router_budgets", "error before repair", of_recipe("before"), "limits.before", unit="%"),
     Measure("router_budgets", "error after repair", of_recipe("after"), "limits.after", unit="%"),
-    Measure("router_against_uniform", "loss, router / uniform, full", router_over_uniform("full")),
-    Measure("router_against_uniform", "loss, router / uniform, large", router_over_uniform("large")),
-    Measure("router_against_uniform", "loss, router / uniform, small", router_over_uniform("small")),
+    *(
+        Measure("router_against_uniform", f"loss, router / {mode}, {budget}", router_over(mode, budget))
+        for mode in ("uniform", "greedy")
+        for budget in ("full", "large", "small")
+    ),
     Measure("family_cost", "CPU, routed / full and children alone", "ratios.family.cpu"),
     Measure("family_cost", "CPU, fixed subnets / the same", "ratios.family_fixed.cpu"),
     Measure("family_cost", "CPU, shared teacher / the same", "ratios.family_shared.cpu"),

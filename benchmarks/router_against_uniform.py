@@ -3,8 +3,9 @@
     python benchmarks/router_against_uniform.py --out runs/router_against_uniform [--seeds 1,2,3] [--quick]
     python benchmarks/router_against_uniform.py --out runs/router_against_uniform --table
 
-Per seed and kind of budget (parameters, memory) the same run is done with the router and with `router.frozen=true`,
-where every budget has its even shrink from the first step to the last; everything else is alike. Ranking and sorting
+Per seed and kind of budget (parameters, memory) the same run is done with the router and twice with `router.frozen=true`,
+where every budget has one shape from the first step to the last: its even shrink, and what greedy search over the
+ranking's scores proposes; everything else is alike. Ranking and sorting
 are done once. A run that has its JSON in OUT/results is not done again, so that an interrupted series goes on, and
 seeds may be added. Reported per budget:
 
@@ -41,7 +42,8 @@ from nemo_elastic.serving_conditions import serving_of
 CONDITIONS = ("report.batch_size=4", "report.sequence_length=512")
 SHARES = {"large": 0.75, "small": 0.55}  # of the parent's memory; the parameter budgets are those of the configuration
 KINDS = ("parameters", "memory")
-MODES = {"router": (), "uniform": ("router.frozen=true",)}
+FROZEN = "router.frozen=true"
+MODES = {"router": (), "uniform": (FROZEN,), "greedy": (FROZEN, "router.shapes=greedy")}
 
 
 def overrides(kind: str, mode: str, seed: int, quick: bool) -> list[str]:
@@ -103,31 +105,31 @@ def collected(run: RunConfig, folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def table(results: list[Mapping[str, Any]]) -> str:
-    """Markdown: a row per kind, seed and budget, router beside uniform; then what was asked of it."""
+    """Markdown: a row per kind, seed and budget, the router beside fixed shapes; then what was asked of it."""
     by_key = {(r["kind"], r["seed"], r["mode"]): r["budgets"] for r in results}
+    others = [mode for mode in MODES if mode != "router"]
     lines = [
-        "| budgets | seed | budget | before | after | uniform after | loss | uniform loss | difference |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| budgets | seed | budget | before | after | loss |" + "".join(f" {m} loss | difference |" for m in others),
+        "|---" * (6 + 2 * len(others)) + "|",
     ]
-    misses = {"before": 0, "after": 0}
-    beaten = compared = 0
+    misses, wins = {"before": 0, "after": 0}, {mode: [0, 0] for mode in others}
     for kind, seed, _ in sorted(k for k in by_key if k[2] == "router"):
-        uniform = by_key.get((kind, seed, "uniform"), {})
         for name, row in by_key[kind, seed, "router"].items():
-            other = uniform.get(name)
-            before = "" if row["before"] is None else f"{row['before']:+.1%}"
             misses["before"] += row["before"] is not None and abs(row["before"]) > 0.02
             misses["after"] += abs(row["after"]) > 0.01
-            shown = ["", "", ""]
-            if other:
-                shown = [f"{other['after']:+.1%}", f"{other['loss']:.4f}", f"{row['loss'] / other['loss'] - 1:+.2%}"]
-                compared, beaten = compared + 1, beaten + (row["loss"] < other["loss"])
-            cells = (kind, seed, name, before, f"{row['after']:+.1%}", shown[0], f"{row['loss']:.4f}", *shown[1:])
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
+            before = "" if row["before"] is None else f"{row['before']:+.1%}"
+            cells = [kind, str(seed), name, before, f"{row['after']:+.1%}", f"{row['loss']:.4f}"]
+            for mode in others:
+                other = by_key.get((kind, seed, mode), {}).get(name)
+                cells += [f"{other['loss']:.4f}", f"{row['loss'] / other['loss'] - 1:+.2%}"] if other else ["", ""]
+                wins[mode][0] += bool(other) and row["loss"] < other["loss"]
+                wins[mode][1] += bool(other)
+            lines.append("| " + " | ".join(cells) + " |")
+    lower = ", ".join(f"{won} of {compared} {mode}" for mode, (won, compared) in wins.items())
     lines += [
         "",
         f"missed by more than 2 % before repair: {misses['before']}, by more than 1 % after: {misses['after']}; "
-        f"lower loss than uniform: {beaten} of {compared}",
+        f"the router's loss is lower than that of {lower} runs",
     ]
     return "\n".join(lines)
 

@@ -1,13 +1,13 @@
-"""The learned router against uniform shrinking on the parent that ships: runs of quickstart length, several seeds.
+"""The learned router against fixed shapes on the parent that ships: runs of quickstart length, several seeds.
 
     python benchmarks/router_against_uniform.py --out runs/router_against_uniform [--seeds 1,2,3] [--quick]
     python benchmarks/router_against_uniform.py --out runs/router_against_uniform --table
 
-Per seed and kind of budget (parameters, memory) the same run is done with the router and twice with `router.frozen=true`,
-where every budget has one shape from the first step to the last: its even shrink, and what greedy search over the
-ranking's scores proposes; everything else is alike. Ranking and sorting
-are done once. A run that has its JSON in OUT/results is not done again, so that an interrupted series goes on, and
-seeds may be added. Reported per budget:
+Per seed and kind of budget (parameters, memory) the same run is done with the router, and twice with
+`router.frozen=true`, where every budget has one shape from the first step to the last: its even shrink, and what greedy
+search over the ranking's scores proposes. Everything else is alike. Ranking and sorting are done once. A run that has
+its JSON in OUT/results is not done again, so that an interrupted series goes on, and seeds may be added. Reported per
+budget:
 
     before   cost of the router's noise-free argmax when the soft phase ends / budget - 1
     after    cost of the subnet that is trained on and extracted / budget - 1

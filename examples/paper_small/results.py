@@ -25,6 +25,7 @@ from tables import (
     machines,
     real_parent,
     speed,
+    summary,
 )
 
 from nemo_elastic.files import write_text
@@ -66,6 +67,8 @@ def part(results: Results) -> dict[str, Any]:
         "scratch_seeds": results.seeds(*(f"scratch-{child}" for child in CHILDREN)),
         "full": full_row(results),
         "longer_full": full_row(results, "long-family"),
+        "greedy_full": full_row(results, "greedy-family"),
+        "greedy_longer_full": full_row(results, "greedy-long-family"),
         "classes": by_class(results),
         "families": {row["family"]: row for row in tables["families"]},
         "speed": {row["name"]: row for row in tables["speed"]},
@@ -75,14 +78,17 @@ def part(results: Results) -> dict[str, Any]:
     }
 
 
+FAMILIES = (  # with their children, and the prefix of these alone with the same shapes
+    ("family", CHILDREN, ""),
+    ("shapes-own", CHILDREN, ""),
+    ("greedy-family", CHILDREN, "greedy-"),
+    ("four-family", FOUR_CHILDREN, "greedy-"),
+)
+
+
 def families(results: Results) -> list[dict[str, str]]:
-    """Families by their number of children."""
-    rows = [
-        family_ratio(results, "family", CHILDREN),
-        family_ratio(results, "long-family", CHILDREN, "long-"),
-        family_ratio(results, "four", FOUR_CHILDREN, "four-"),
-    ]
-    return [row for row in rows if row["all"] != NONE]
+    """Families against their children one by one."""
+    return [row for row in (family_ratio(results, *family) for family in FAMILIES) if row["all"] != NONE]
 
 
 def of_group(group: str, budgets: Iterable[str], *beside: str) -> Callable[[Results], list[dict[str, str]]]:
@@ -96,12 +102,17 @@ def of_group(group: str, budgets: Iterable[str], *beside: str) -> Callable[[Resu
 
 
 TABLES: dict[str, Callable[[Results], list[dict[str, str]]]] = {
+    "summary": summary,
     "headline": headline,
     "longer": lambda results: headline(results, "long-"),
+    "greedy": lambda results: headline(results, "greedy-"),
+    "greedy_longer": lambda results: headline(results, "greedy-long-"),
+    "greedy_best": lambda results: best_rows(results, "greedy-best", "greedy-"),
+    "greedy_slow": lambda results: best_rows(results, "greedy-slow", "greedy-"),
     "best": lambda results: best_rows(results, "best-family"),
     "small_first": lambda results: best_rows(results, "best-small-first"),
     "families": families,
-    "shapes": of_group("shapes", BUDGETS, "family"),
+    "shapes": of_group("shapes", BUDGETS, "family", "greedy-family"),
     "depth": of_group("depth", ("shallow",)),
     "mamba": of_group("mamba", ("half",)),
     "curricula": of_group("stages", BUDGETS, "family"),

@@ -170,9 +170,11 @@ def searched() -> Iterator[Run]:
     """(a) and (b) with the shapes of `plan --search greedy`, known before any training; longer; with what helped."""
     yield from compared("greedy", "greedy-", STEPS, "greedy search over the ranking's scores (`plan --search`)",
                         {"equal": SECOND, "all": SECOND}, "greedy")  # fmt: skip
-    yield Run(name="greedy-best", group="greedy", what="the same, with what helped, `small` drawn most",
-              budgets=BUDGETS, stages=small_first(), words=(EVEN, *SHARED, BETTER_RATE), shapes_of="greedy",
-              seeds=SECOND)  # fmt: skip
+    given = {"group": "greedy", "budgets": BUDGETS, "stages": small_first(), "shapes_of": "greedy", "seeds": SECOND}
+    yield Run(name="greedy-best", what="greedy search, with what helped, `small` drawn most",
+              words=(EVEN, *SHARED, BETTER_RATE), **given)  # fmt: skip
+    yield Run(name="greedy-slow", what="the same at learning rate 4e-4",
+              words=(EVEN, *SHARED, "train.optimizer.lr=4e-4"), **given)  # fmt: skip
     yield from compared("greedy", "greedy-long-", TWICE, "greedy search, twice the steps",
                         {"equal": SECOND, "all": ()}, "greedy")  # fmt: skip
 

@@ -16,7 +16,7 @@ LAYERS = 12  # of the parent
 SAME = 1e-4  # nats: losses of runs that do the same in another order of sums differ by less
 
 
-OWN = {"": "shapes-own", "long-": "long-own"}  # a family with its final shapes from the first step, by prefix
+OWN = {"": "shapes-own"}  # a family with its final shapes from the first step, by prefix
 
 
 def headline(results: Results, prefix: str = "") -> list[dict[str, str]]:
@@ -50,6 +50,36 @@ def compared(results: Results, name: str, other: str, budget: str) -> tuple[str,
     return spread(theirs), relative(ours, theirs)
 
 
+WAYS = (  # family, prefix of its children alone, whether a child in it has the tokens of these at equal tokens
+    ("family", "", True),
+    ("shapes-own", "", True),
+    ("greedy-family", "greedy-", True),
+    ("long-family", "long-", True),
+    ("greedy-long-family", "greedy-long-", True),
+    ("best-family", "", False),
+    ("best-small-first", "", False),
+    ("greedy-best", "greedy-", False),
+    ("greedy-slow", "greedy-", False),
+)
+
+
+def summary(results: Results) -> list[dict[str, str]]:
+    """A row per way of training a family: against children alone, and its full member against the parent."""
+    rows = []
+    for name, prefix, equal in WAYS:
+        if seeds := results.seeds(name):
+            row = {
+                "what": RUNS[name].what,
+                "seeds": ", ".join(map(str, seeds)),
+                "full": full_row(results, name)["over"],
+            }
+            for child in CHILDREN:
+                row[f"alone_{child}"] = compared(results, name, f"{prefix}alone-{child}", child)[1] if equal else NONE
+                row[f"whole_{child}"] = compared(results, name, f"{prefix}whole-{child}", child)[1]
+            rows.append(row)
+    return rows
+
+
 def token_ratio(results: Results, name: str, other: str, budget: str) -> str:
     """Tokens of a budget in one run over those in another one."""
     seeds = results.seeds(name, other)
@@ -70,18 +100,23 @@ def full_row(results: Results, name: str = "family") -> dict[str, str]:
     }
 
 
-def best_rows(results: Results, name: str) -> list[dict[str, str]]:
-    """A row per member of a family with what helped: against the default family, the parent, and itself alone."""
+def best_rows(results: Results, name: str, prefix: str = "") -> list[dict[str, str]]:
+    """A row per member of a family with what helped: against the plain family, the parent, and itself alone.
+
+    Args:
+        prefix: of the names of the plain family and of the children alone that have the same shapes.
+    """
     rows, seeds = [], results.seeds(name)
     for budget in BUDGETS if seeds else ():
         ours = results.losses(name, budget, seeds)
         row = {"budget": budget, "seeds": ", ".join(map(str, seeds)), "family": spread(ours)}
         row["solved"] = spread([results.solved(name, s, budget) for s in seeds], ".1%")
-        row["over_default"] = relative(ours, results.losses("family", budget, seeds))
+        row["over_plain"] = compared(results, name, f"{prefix}family", budget)[1]
         row["over_parent"] = relative(ours, [results.parent["heldout_loss"]] * len(seeds))
-        row["tokens"] = token_ratio(results, name, f"whole-{budget}", budget)
+        row["tokens"] = token_ratio(results, name, f"{prefix}whole-{budget}", budget)
         for other in ("whole", "best-whole"):
-            row[other], row[f"over_{other}"] = compared(results, name, f"{other}-{budget}", budget)
+            alone = f"{prefix}{other}-{budget}" if other == "whole" else f"{other}-{budget}"
+            row[other], row[f"over_{other}"] = compared(results, name, alone, budget)
         rows.append(row)
     return rows
 
@@ -142,7 +177,7 @@ def family_ratio(results: Results, family: str, children: Sequence[str], prefix:
         into = found if all(reached for _, reached in needed) else limits
         into["all"].append(sum(n for n, _ in needed) / sum(own.values()))
         into["children"].append(sum(n for n, _ in needed) / sum(own[c] for c in children))
-    what = f"{len(children)} children" + (", twice the steps" if family.startswith("long") else "")
+    what = f"{len(children)} children, {RUNS[family].what}" if family in RUNS else family
     row = {"what": what, "family": family, "seeds": ", ".join(map(str, seeds))}
     return row | {name: ratio(found[name], limits[name], ".2f") for name in found}
 

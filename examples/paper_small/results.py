@@ -26,6 +26,7 @@ from tables import (
     real_parent,
     speed,
     summary,
+    verdict,
 )
 
 from nemo_elastic.files import write_text
@@ -52,6 +53,7 @@ def page(parents: Mapping[int, Results], figures: list[str]) -> str:
         steps=sum(STEPS),
         stages=STEPS,
         scratch_steps=SCRATCH_STEPS,
+        verdict=lambda *which: verdict(parents.values(), *which),
         real=real_parent(),
         machines=machines(runs),
         count=len(runs),
@@ -73,7 +75,7 @@ def part(results: Results) -> dict[str, Any]:
         "families": {row["family"]: row for row in tables["families"]},
         "speed": {row["name"]: row for row in tables["speed"]},
         "best_cpu": cpu_seconds(results, "best-family"),
-        "best_cpu_alone": cpu_seconds(results, *(f"best-whole-{child}" for child in CHILDREN)),
+        "best_cpu_alone": cpu_seconds(results, *(f"whole-{child}" for child in CHILDREN)),
         "asked": sum(row["count"] for row in results.parent["problems"].values()),
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 from collections import defaultdict
@@ -45,9 +46,29 @@ def headline(results: Results, prefix: str = "") -> list[dict[str, str]]:
 
 def compared(results: Results, name: str, other: str, budget: str) -> tuple[str, str]:
     """Loss of a budget in another run, and that of one over it, seed by seed."""
-    seeds = results.seeds(name, other)
-    ours, theirs = (results.losses(n, budget, seeds) for n in (name, other))
+    ours, theirs = paired(results, name, other, budget)
     return spread(theirs), relative(ours, theirs)
+
+
+def paired(results: Results, name: str, other: str, budget: str) -> list[list[float]]:
+    """Losses of a budget in two runs, of the seeds that both have."""
+    seeds = results.seeds(name, other)
+    return [results.losses(n, budget, seeds) for n in (name, other)]
+
+
+def verdict(parents: Iterable[Results], name: str, prefix: str, kind: str, limit: float = 0.0) -> str:
+    """Whether the children in a family have at most the losses of those alone, up to a share of them, on the mean.
+
+    Args:
+        kind: `alone` (equal tokens) or `whole` (all steps).
+    """
+    met = []
+    for results in parents:
+        for child in CHILDREN:
+            ours, theirs = paired(results, name, f"{prefix}{kind}-{child}", child)
+            if ours:
+                met.append(statistics.fmean(a / b - 1 for a, b in zip(ours, theirs, strict=True)) <= limit)
+    return "Not shown" if not met else "Agrees" if all(met) else "Agrees in part" if any(met) else "Does not agree"
 
 
 WAYS = (  # family, prefix of its children alone, whether a child in it has the tokens of these at equal tokens
@@ -215,8 +236,8 @@ def by_class(results: Results) -> list[dict[str, str]]:
 
 
 def cpu_seconds(results: Results, *names: str) -> str:
-    """Of the training steps of these runs together, over the seeds that all have."""
-    seeds = results.seeds(*names)
+    """Of the training steps of these runs together, first seed."""
+    seeds = results.seeds(*names)[:1]
     return spread([sum(results.runs[n, s]["curve"][-1]["cpu"] for n in names) for s in seeds], ".0f")
 
 

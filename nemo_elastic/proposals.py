@@ -86,9 +86,13 @@ def with_searched_shapes(run: RunConfig, ranking: str) -> RunConfig:
     What `router.shapes: greedy` means once there are scores. Deterministic: every process finds the same.
 
     Raises:
-        ProblemsError: as `search`.
+        ProblemsError: as `search`, in the words of a run.
     """
-    found = {row["name"]: row["subnet"] for row in search(run, Method("greedy"), ranking)["budgets"]}
+    keys = {"--search": "router.shapes", "--ranking": ranking}
+    try:
+        found = {row["name"]: row["subnet"] for row in search(run, Method("greedy"), ranking)["budgets"]}
+    except ProblemsError as error:
+        raise ProblemsError([replace(p, key=keys.get(p.key, p.key)) for p in error.problems]) from error
     return replace(run, elastic=replace(run.elastic, subnets={**run.elastic.subnets, **found}))
 
 
@@ -108,6 +112,8 @@ def _proposals(cost: BudgetCost, method: Method, damage: Damage | None, run: Run
 def greedy_selection(cost: BudgetCost, damage: Damage, *, tolerance: float = 0.01) -> Selection:
     """Shrink the parent step by step until it fits, then give back what still fits, at last one step for another.
 
+    A measured latency may have steps that save nothing: where all are such, the one that loses least is taken.
+
     Raises:
         ProblemsError: no subnet of the space is small enough.
     """
@@ -115,13 +121,11 @@ def greedy_selection(cost: BudgetCost, damage: Damage, *, tolerance: float = 0.0
     price, now = cost.tables.cost, full_selection(cost.space)
     limit = cost.target * (1 + tolerance)
     while (at := price(now)) > limit:
-        before, moves = damage.of(now), []
-        for after in _moves(cost, now, 1):
-            saved = at - price(after)
-            if saved > 0:
-                moves.append(((damage.of(after) - before) / saved, after))
-        assert moves, "raise_if_impossible has seen a selection that fits"
-        now = min(moves, key=lambda m: m[0])[1]
+        before = damage.of(now)
+        smaller = [(damage.of(after) - before, at - price(after), after) for after in _moves(cost, now, 1)]
+        assert smaller, "raise_if_impossible has seen that the smallest fits"
+        saving = [(lost / saved, after) for lost, saved, after in smaller if saved > 0]
+        now = min(saving or [(lost, after) for lost, _, after in smaller], key=lambda m: m[0])[1]
     while True:
         larger = list(_moves(cost, now, -1))
         better = _less_damage(damage, now, [after for after in larger if price(after) <= limit])

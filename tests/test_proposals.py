@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,12 +20,14 @@ from nemo_elastic.cli.main import main
 from nemo_elastic.config import load_config
 from nemo_elastic.damage import Damage, Scores, kept_share, read_scores
 from nemo_elastic.family import family_of, parse_budget
+from nemo_elastic.importance.sorting import orders_to_tensors
 from nemo_elastic.importance.store import Importance
 from nemo_elastic.interpolate import between
 from nemo_elastic.nested_plan import plan_nested, with_subnets, write_subnets
 from nemo_elastic.problems import ProblemsError
 from nemo_elastic.proposals import greedy_selection, with_searched_shapes
 from nemo_elastic.search import propose_uniform
+from nemo_elastic.serving_conditions import serving_of
 from nemo_elastic.space import KIND_OF_DIM, WIDTH_DIMS, Budget
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -135,6 +138,27 @@ def test_greedy_fits_and_is_close_to_the_least_damage_there_is(tmp_path):
     assert abs(per_layer.error(per_layer.tables.cost(found))) <= 0.02
     with pytest.raises(ProblemsError, match="smallest subnet"):
         greedy_selection(cost_of(0.05), Damage(cost_of(0.05).space, scores_of(ARCHITECTURE, tmp_path)))
+
+
+def test_greedy_gets_over_a_step_that_saves_nothing(tmp_path):
+    """As measured latencies may have: only two dims cut together are faster, or a smaller layer is slower."""
+
+    class Plateau(BudgetCost):
+        """Costs 10; 4 once hidden size and FFN are both at their smallest, 11 where one of them is."""
+
+        @property
+        def tables(self):
+            def price(selection):
+                cut = sum(selection[n][0] == len(FEW[n]) - 1 for n in ("hidden_size", "ffn_hidden_size"))
+                return (10.0, 11.0, 4.0)[cut]
+
+            return SimpleNamespace(cost=price)
+
+    real = cost_of(0.6, choices=FEW)
+    cost = Plateau(real.space, real.layout, Budget(name="b", kind="parameters", value=5))
+    damage = Damage(cost.space, scores_of(ARCHITECTURE, tmp_path))
+    found = greedy_selection(cost, damage)
+    assert cost.tables.cost(found) == 4.0 and found["num_layers"] == (0,)  # what was cut on the way is given back
 
 
 @pytest.mark.parametrize("how", ["uniform", "random:3", "greedy"])
@@ -344,6 +368,51 @@ def test_frozen_shapes_by_search_are_those_that_plan_proposes(ranked, capsys, tm
     assert given_one.elastic.subnets["large"] == proposed["large"]
 
 
+def test_a_memory_budget_is_searched_under_the_serving_conditions(ranked):
+    words = ["router.frozen=true", "router.shapes=greedy", "elastic.budgets={small: {kind: memory_gb, value: 0.006}}"]
+    run = with_searched_shapes(load_config(TINY, words).config, str(ranked))
+    family = family_of(run, read_scores(ranked, family_of(run).architecture).depth_ranking)
+    cost = BudgetCost(
+        family.space, family.layout, family.budget("small"), **serving_of(run.report, family.architecture).conditions
+    )
+    assert -0.1 < cost.error(cost.of(family.forced["small"])) <= 0.01
+
+
+def test_scores_that_do_not_fit_are_said_in_the_words_of_a_run(tmp_path):
+    words = ["router.frozen=true", "router.shapes=greedy"]
+    with pytest.raises(ProblemsError) as stopped:
+        with_searched_shapes(load_config(TINY, words).config, str(tmp_path))
+    assert [p.key for p in stopped.value.problems] == [str(tmp_path)]
+
+
+def test_a_run_without_its_search_does_not_train_even_shapes_instead(ranked):
+    from nemo_elastic.nemo.train import shapes_not_searched
+
+    words = ["router.frozen=true", "router.shapes=greedy"]
+    run = load_config(TINY, words).config
+    assert [p.key for p in shapes_not_searched(run, family_of(run))] == [
+        "elastic.subnets.large",
+        "elastic.subnets.small",
+    ]
+    searched = with_searched_shapes(run, str(ranked))
+    assert shapes_not_searched(searched, family_of(searched)) == []
+    even = load_config(TINY, words[:1]).config
+    assert shapes_not_searched(even, family_of(even)) == []
+
+
+def test_scores_of_another_ranking_do_not_fit_a_sorted_parent(tmp_path):
+    """A parent sorted by other scores would be cut in the wrong place: neither widths nor layers may differ."""
+    from nemo_elastic.mcore.parents import SortedParent, is_sorted_by
+
+    layout = make_layout()
+    first, second = importance(ARCHITECTURE, 0), importance(ARCHITECTURE, 1)
+    parent = SortedParent(None, first.depth_ranking, orders_to_tensors(first.orders(layout)), {})
+    assert is_sorted_by(parent, first, layout)
+    assert not is_sorted_by(parent, second, layout)
+    assert not is_sorted_by(parent, replace(first, depth_ranking=second.depth_ranking), layout)
+    assert not is_sorted_by(parent, replace(first, widths=second.widths), layout)
+
+
 def test_before_a_ranking_even_shapes_stand_in_and_it_is_said(capsys):
     assert main(["plan", "--config", TINY, "--json", "router.frozen=true", "router.shapes=greedy"]) == 0
     plan = json.loads(capsys.readouterr().out)
@@ -357,6 +426,16 @@ def test_before_a_ranking_even_shapes_stand_in_and_it_is_said(capsys):
         (["router.frozen=true", "router.shapes=gredy"], "'gredy' must be one of even, greedy"),
         (["--search", "random:3", "--output", "x.yaml"], "takes one subnet per budget"),
         (["--output", "x.yaml"], "is for `plan NESTED` and --search"),
+        (
+            [
+                "--search",
+                "uniform",
+                "--output",
+                "x.yaml",
+                "elastic.subnets={large: {num_layers: 13}, small: {num_layers: 12}}",
+            ],
+            "nothing to write",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_refused(words, said, capsys):

@@ -20,6 +20,7 @@ STEPS = (160, 80)  # short, then long
 TWICE = (320, 160)
 WEIGHTS = {"full": 0.5, "large": 0.3, "small": 0.2}  # of the second stage, the paper's
 SMALL_FIRST = {"full": 0.3, "large": 0.25, "small": 0.45}
+FULL_FIRST = {"full": 0.55, "large": 0.15, "small": 0.3}
 CHILDREN = ("large", "small")  # of the family
 BUDGETS = {"full": 1.0, "large": 0.75, "small": 0.5}
 FOUR = {"full": 1.0, "b875": 0.875, "large": 0.75, "b625": 0.625, "small": 0.5}
@@ -175,6 +176,9 @@ def searched() -> Iterator[Run]:
               words=(EVEN, *SHARED, BETTER_RATE), **given)  # fmt: skip
     yield Run(name="greedy-slow", what="the same at learning rate 4e-4",
               words=(EVEN, *SHARED, "train.optimizer.lr=4e-4"), **given)  # fmt: skip
+    full_first = tuple({**stage, "budget_probabilities": FULL_FIRST} for stage in stages(*STEPS))
+    yield Run(name="greedy-full-first", what="the same, and `full` drawn most (0.55, 0.15, 0.3)",
+              words=(EVEN, *SHARED, "train.optimizer.lr=4e-4"), **(given | {"stages": full_first}))  # fmt: skip
     yield from compared("greedy", "greedy-long-", TWICE, "greedy search, twice the steps",
                         {"equal": SECOND, "all": ()}, "greedy")  # fmt: skip
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from readings import NONE, Result, Results, finished_to, ratio, relative, spent_to, spread
-from runs import BUDGETS, CHILDREN, RUNS
+from runs import BUDGETS, CHILDREN, FOUR, RUNS
 
 LAYERS = 12  # of the parent
 SAME = 1e-4  # nats: losses of runs that do the same in another order of sums differ by less
@@ -81,6 +81,7 @@ WAYS = (  # family, prefix of its children alone, whether a child in it has the 
     ("best-small-first", "", False),
     ("greedy-best", "greedy-", False),
     ("greedy-slow", "greedy-", False),
+    ("greedy-full-first", "greedy-", False),
 )
 
 
@@ -98,6 +99,21 @@ def summary(results: Results) -> list[dict[str, str]]:
                 row[f"alone_{child}"] = compared(results, name, f"{prefix}alone-{child}", child)[1] if equal else NONE
                 row[f"whole_{child}"] = compared(results, name, f"{prefix}whole-{child}", child)[1]
             rows.append(row)
+    return rows
+
+
+def four_children(results: Results) -> list[dict[str, str]]:
+    """A row per member of the family of four children: against itself alone, and the full one against the parent."""
+    rows, name = [], "four-family"
+    seeds = results.seeds(name)
+    for budget in FOUR if seeds else ():
+        ours = results.losses(name, budget, seeds)
+        row = {"budget": budget, "seeds": ", ".join(map(str, seeds)), "family": spread(ours)}
+        row["over_parent"] = relative(ours, [results.parent["heldout_loss"]] * len(ours))
+        row["tokens"] = token_ratio(results, name, f"greedy-alone-{budget}", budget)
+        for kind in ("alone", "whole"):
+            row[kind], row[f"over_{kind}"] = compared(results, name, f"greedy-{kind}-{budget}", budget)
+        rows.append(row)
     return rows
 
 

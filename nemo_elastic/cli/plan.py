@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -92,10 +93,11 @@ def _of_configuration(arguments: argparse.Namespace) -> dict[str, Any]:
     from ..plan import plan
 
     config, ranking = configuration(arguments).config, _depth_ranking(arguments)
-    if ranking and config.router.frozen and config.router.shapes == "greedy":
+    if arguments.ranking and config.router.frozen and config.router.shapes == "greedy":
         from ..proposals import with_searched_shapes
 
-        config = with_searched_shapes(config, arguments.ranking)
+        with suppress(ProblemsError):  # the plan says it, too
+            config = with_searched_shapes(config, arguments.ranking)
     result = plan(config, ranking)
     try:
         family = family_of(config, ranking)
@@ -123,9 +125,11 @@ def _proposals(arguments: argparse.Namespace) -> dict[str, Any]:
 
     resolved, method = configuration(arguments), parse_method(arguments.search)
     if arguments.output and method.count > 1:
-        words = f"takes one subnet per budget, --search {arguments.search} proposes {method.count}"
+        words = f"takes one subnet per budget, --search {arguments.search} proposes {method.count}; use random:1"
         raise ProblemsError([Problem("--output", words)])
     result = search(resolved.config, method, arguments.ranking)
+    if arguments.output and not result["budgets"]:
+        raise ProblemsError([Problem("--output", "every budget is the parent or has its subnet; nothing to write")])
     _write(arguments, result)
     if arguments.score:
         _score(arguments, resolved, result)

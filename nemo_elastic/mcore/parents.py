@@ -116,6 +116,15 @@ def write_sorted(
     return out
 
 
+def is_sorted_by(parent: SortedParent, importance: Importance, layout: ParamLayout) -> bool:
+    """Whether a sorted parent's order is the one that these scores give, of widths and of layers."""
+    orders = orders_to_tensors(importance.orders(layout))
+    same = orders.keys() == parent.permutations.keys() and all(
+        torch.equal(orders[n], parent.permutations[n]) for n in orders
+    )
+    return same and tuple(importance.depth_ranking) == (parent.depth_ranking or ())
+
+
 def sorted_parent(folder: str | Path) -> SortedParent:
     """Open what `write_sorted` wrote.
 

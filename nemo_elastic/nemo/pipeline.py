@@ -1,6 +1,6 @@
 """The steps of a run as functions of (configuration, run folder), each done once and skipped when its result is there.
 
-    rank -> (search shapes) -> sort -> train -> nest -> extract -> verify -> results.json -> report
+    rank -> sort -> (search shapes) -> train -> nest -> extract -> verify -> results.json -> report
 
 Every process of a distributed run calls every step; what is written, the first rank writes.
 """
@@ -11,6 +11,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from nemo_elastic.checkpoint.comparison import ChildCheck
 from nemo_elastic.checkpoint.manifest import Manifest
 from nemo_elastic.config.load import Resolved, leaves, plain
+from nemo_elastic.config.sections import RunConfig
 from nemo_elastic.data.tokenizer import DEFAULT_TOKENIZER
 from nemo_elastic.family import family_of
 from nemo_elastic.files import write_json
@@ -29,7 +31,7 @@ from nemo_elastic.mcore.checks import is_ranked
 from nemo_elastic.mcore.dist_checkpoint import TorchDistReader
 from nemo_elastic.mcore.elastic.plan import hard_plan
 from nemo_elastic.mcore.evaluate import heldout_loss
-from nemo_elastic.mcore.parents import open_parent, sorted_parent, write_sorted
+from nemo_elastic.mcore.parents import is_sorted_by, open_parent, sorted_parent, write_sorted
 from nemo_elastic.nemo.checkpoints import extract, open_nested, tokenizer_of, write_nested
 from nemo_elastic.nemo.logs import quiet
 from nemo_elastic.nemo.ranking import rank_run
@@ -54,6 +56,10 @@ class Run:
         self.resolved, self.config, self.out = resolved, resolved.config, out
         self.progress = progress or (lambda name, done, total, text: None)
         self.seconds: dict[str, float] = {}
+
+    @property
+    def _searches(self) -> bool:
+        return self.config.router.frozen and self.config.router.shapes == "greedy"
 
     def start(self) -> None:
         """Process groups at the run's layout."""
@@ -92,10 +98,17 @@ class Run:
             report=lambda phase, done, total: self.progress(f"rank {phase}", done, total, ""),
         )
 
-    def search_shapes(self) -> None:
-        """`router.shapes: greedy`, now that there are scores: subnets for all budgets, in `OUT/config.json` as well."""
-        if not (self.config.router.frozen and self.config.router.shapes == "greedy"):
+    def search_shapes(self, importance: Importance, sorted_folder: Path) -> None:
+        """`router.shapes: greedy`, now that there are scores: subnets for all budgets, in `OUT/config.json` as well.
+
+        Raises:
+            ProblemsError: the parent is sorted by other scores, so that these would cut it in the wrong place.
+        """
+        if not self._searches:
             return
+        if not is_sorted_by(sorted_parent(sorted_folder), importance, family_of(self.config).layout):
+            words = "is sorted by other scores than those in importance/; `nemo-elastic sort --force` sorts it again"
+            raise ProblemsError([Problem(str(sorted_folder), words)])
         given = self.config.elastic.subnets
         self.config = with_searched_shapes(self.config, str(self.out))
         new = {name: subnet for name, subnet in self.config.elastic.subnets.items() if name not in given}
@@ -139,6 +152,7 @@ class Run:
         if process_groups.rank() == 0:
             family = family_of(self.config, parent.depth_ranking)
             record = self._record_of(checkpoint)
+            config = self.config if not self._searches else with_subnets_of(self.config, record["subnets"])
             with TorchDistReader(checkpoint) as reader:
                 router = {k.removeprefix(ROUTER_PREFIX): k for k in reader.other_keys() if k.startswith(ROUTER_PREFIX)}
                 write_nested(
@@ -150,7 +164,7 @@ class Run:
                         budgets={b.name: b for b in family.budgets},
                         subnets={n: family.space.subnet_from_dict(s) for n, s in record["subnets"].items()},
                         rankings={"depth_ranking": list(parent.depth_ranking or ())},
-                        provenance=provenance(self.config) | {"step": record["step"], "tokens": record["tokens"]},
+                        provenance=provenance(config) | {"step": record["step"], "tokens": record["tokens"]},
                     ),
                     tokenizer=tokenizer_of(self.config) or DEFAULT_TOKENIZER,
                     permutations=dict(parent.permutations),
@@ -220,13 +234,19 @@ class Run:
         return result
 
 
+def with_subnets_of(config: RunConfig, subnets: Mapping[str, Any]) -> RunConfig:
+    """The configuration with the shapes that a run has searched, for those that its file does not give."""
+    searched = {name: subnets[name] for b in family_of(config).budgets if not b.is_full for name in (b.name,)}
+    return replace(config, elastic=replace(config.elastic, subnets={**searched, **config.elastic.subnets}))
+
+
 def quickstart(run: Run) -> dict[str, Any]:
     """All of the above, once."""
     run.start()
     run.write_config()
     importance = run.timed("rank", run.importance)
-    run.search_shapes()
     sorted_folder = run.timed("sort", lambda: run.sort(importance))
+    run.search_shapes(importance, sorted_folder)
     trained = run.timed("train", lambda: run.train(sorted_folder))
     nested = run.timed("nest", run.nest)
     before = run.timed("zero_shot", lambda: run.zero_shot(sorted_folder, trained.subnets))

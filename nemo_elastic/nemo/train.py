@@ -78,7 +78,7 @@ def train(
     """
     parent = sorted_parent(sorted_folder)
     family = family_of(run, parent.depth_ranking)
-    raise_if_any(_shapes_not_searched(run, family))
+    raise_if_any(shapes_not_searched(run, family))
     raise_if_any(parallel_problems(family.architecture, run.train, family.space.ffn_groups))
     check_processes(run, started_processes())
     stages, settings = run.train.stages, run.train.optimizer
@@ -164,7 +164,7 @@ def train(
     )
 
 
-def _shapes_not_searched(run: RunConfig, family: Family) -> list[Problem]:
+def shapes_not_searched(run: RunConfig, family: Family) -> list[Problem]:
     """Budgets that even shrinking stands in for, because nobody has searched yet."""
     if not (run.router.frozen and run.router.shapes == "greedy"):
         return []

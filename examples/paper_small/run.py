@@ -1,6 +1,6 @@
 """The paper's experiment at the size of two CPU cores: one command, resumable at any point, a file per run.
 
-    python examples/paper_small/run.py --out runs/paper_small                     # everything: about 10 core-hours
+    python examples/paper_small/run.py --out runs/paper_small                     # everything: 10 to 15 core-hours
     python examples/paper_small/run.py --out runs/paper_small --groups headline --seeds 4 --jobs 2
     python examples/paper_small/run.py --out runs/paper_small --quick              # a few steps of each: that it runs
 

@@ -111,9 +111,11 @@ TABLES: dict[str, Callable[[Results], list[dict[str, str]]]] = {
     "longer": lambda results: headline(results, "long-"),
     "greedy": lambda results: headline(results, "greedy-"),
     "greedy_longer": lambda results: headline(results, "greedy-long-"),
-    "greedy_best": lambda results: best_rows(results, "greedy-best", "greedy-"),
-    "greedy_full_first": lambda results: best_rows(results, "greedy-full-first", "greedy-"),
-    "greedy_slow": lambda results: best_rows(results, "greedy-slow", "greedy-"),
+    "greedy_helped": lambda results: [
+        {"what": RUNS[name].what, **row}
+        for name in ("greedy-best", "greedy-slow", "greedy-full-first", "greedy-gentle")
+        for row in best_rows(results, name, "greedy-")
+    ],
     "four": four_children,
     "best": lambda results: best_rows(results, "best-family"),
     "small_first": lambda results: best_rows(results, "best-small-first"),

@@ -39,6 +39,7 @@ PARENTS = {1: (1, 2, 3), 2: (4, 5, 6)}  # a parent's own seed, and the seeds of 
 FIRST, SECOND = PARENTS[1], PARENTS[2]
 BOTH = (*FIRST, *SECOND)
 ONCE = (1, 4)  # one seed on each parent
+ONLY = SECOND[:1]  # one seed, on the second
 ONCE_THEN_ALL = (1, *SECOND)  # the first parent was not kept: what it has one seed of, or none, stays so
 
 
@@ -154,7 +155,7 @@ def best() -> Iterator[Run]:
               budgets=BUDGETS, stages=stages(*STEPS, WEIGHTS), words=together, shapes_of="family",
               seeds=FIRST)  # fmt: skip
     yield Run(name="best-small-first", group="best",
-              what="the same, and `small` drawn most in both stages (0.3, 0.25, 0.45)",
+              what="shapes from the first step, all budgets in every micro-batch, learning rate 7e-4, `small` drawn most",
               budgets=BUDGETS, stages=small_first(), words=together, shapes_of="family", seeds=BOTH)  # fmt: skip
     for name in CHILDREN:
         yield Run(name=f"best-whole-{name}", group="best", what=f"`{name}` alone, as many steps, learning rate 7e-4",
@@ -171,21 +172,23 @@ def searched() -> Iterator[Run]:
     """(a) and (b) with the shapes of `plan --search greedy`, known before any training; longer; with what helped."""
     yield from compared("greedy", "greedy-", STEPS, "greedy search over the ranking's scores (`plan --search`)",
                         {"equal": SECOND, "all": SECOND}, "greedy")  # fmt: skip
-    given = {"group": "greedy", "budgets": BUDGETS, "stages": small_first(), "shapes_of": "greedy", "seeds": SECOND}
-    yield Run(name="greedy-best", what="greedy search, with what helped, `small` drawn most",
-              words=(EVEN, *SHARED, BETTER_RATE), **given)  # fmt: skip
-    yield Run(name="greedy-slow", what="the same at learning rate 4e-4",
-              words=(EVEN, *SHARED, "train.optimizer.lr=4e-4"), **given)  # fmt: skip
     full_first = tuple({**stage, "budget_probabilities": FULL_FIRST} for stage in stages(*STEPS))
-    yield Run(name="greedy-full-first", what="the same, and `full` drawn most (0.55, 0.15, 0.3)",
-              words=(EVEN, *SHARED, "train.optimizer.lr=4e-4"), **(given | {"stages": full_first}))  # fmt: skip
+    given = {"group": "greedy", "budgets": BUDGETS, "shapes_of": "greedy"}
+    for name, what, drawn, rate, seeds in (
+        ("best", "`small` drawn most (0.3, 0.25, 0.45), learning rate 7e-4", small_first(), 7e-4, ONLY),
+        ("slow", "`small` drawn most, learning rate 4e-4", small_first(), 4e-4, ONLY),
+        ("full-first", "`full` drawn most (0.55, 0.15, 0.3), learning rate 4e-4", full_first, 4e-4, ONLY),
+        ("gentle", "`full` drawn most, learning rate 3e-4", full_first, 3e-4, SECOND),
+    ):
+        yield Run(name=f"greedy-{name}", what=f"greedy search, all budgets in every micro-batch, {what}", stages=drawn, words=(EVEN, *SHARED, f"train.optimizer.lr={rate:g}"),
+                  seeds=seeds, **given)  # fmt: skip
     yield from compared("greedy", "greedy-long-", TWICE, "greedy search, twice the steps",
-                        {"equal": SECOND, "all": ()}, "greedy")  # fmt: skip
+                        {"equal": SECOND[:2], "all": ()}, "greedy")  # fmt: skip
 
 
 def longer() -> Iterator[Run]:
     """(a) and (b) again with twice the steps."""
-    yield from compared("longer", "long-", TWICE, "twice the steps", {"equal": FIRST[:1], "all": ()})
+    yield from compared("longer", "long-", TWICE, "learned shapes, twice the steps", {"equal": FIRST[:1], "all": ()})
 
 
 def family_of_four() -> Iterator[Run]:
@@ -281,7 +284,7 @@ def tries() -> Iterator[Run]:
                   words=(EVEN, *words), shapes_of="family")  # fmt: skip
     yield Run(name="try-search", group="tries", budgets=BUDGETS, words=("train.optimizer.lr=1e-5",),
               what="the router alone for 40 steps (weights at 1e-5), then its shapes pinned and the weights trained",
-              stages=search_first(SEARCH), seeds=SECOND[:1])  # fmt: skip
+              stages=search_first(SEARCH), seeds=ONLY)  # fmt: skip
     third = tuple(n // 3 for n in STEPS)
     yield Run(name="try-shared-third", group="tries", what="all budgets in every micro-batch, a third of the steps",
               budgets=BUDGETS, stages=stages(*third, WEIGHTS), words=SHARED)  # fmt: skip

@@ -82,6 +82,7 @@ WAYS = (  # family, prefix of its children alone, whether a child in it has the 
     ("greedy-best", "greedy-", False),
     ("greedy-slow", "greedy-", False),
     ("greedy-full-first", "greedy-", False),
+    ("greedy-gentle", "greedy-", False),
 )
 
 

@@ -134,6 +134,24 @@ def test_a_seed_belongs_to_one_parent_and_its_runs_are_all_there() -> None:
         assert BASES[run.base].trained or set(run.seeds) <= set(PARENTS[1])  # the untrained model is no parent's
 
 
+def test_the_results_are_of_these_runs_and_of_the_kept_parent() -> None:
+    """A file says what was run: nothing in `runs.py` was changed behind it; the second parent is the one that is kept."""
+    import run
+
+    kept = json.loads((FOLDER / "results" / "parent-2.json").read_text())["sha256"]
+    assert kept == run.digest(FOLDER / "parents" / "2")
+    for path in sorted((FOLDER / "results").glob("*.json")):
+        found = json.loads(path.read_text())
+        if path.stem.startswith("parent-"):
+            continue
+        made = RUNS[found["name"]]
+        assert path.stem == f"{made.name}-{found['seed']}" and found["seed"] in made.seeds and not found["quick"]
+        assert [dict(stage) for stage in made.stages] == found["stages"], path
+        assert (made.shapes_of, set(made.budgets)) == (found["shapes_of"], set(found["score"])), path
+        if parent_of(found["seed"]) == 2:
+            assert found["parent_sha256"] == kept
+
+
 def small_series(folder: Path):
     import run
 

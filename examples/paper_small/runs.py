@@ -38,9 +38,7 @@ OTHER_SHAPES = ("random", "greedy")  # random:N, a draw; greedy, what `plan --se
 PARENTS = {1: (1, 2, 3), 2: (4, 5, 6)}  # a parent's own seed, and the seeds of the runs on it
 FIRST, SECOND = PARENTS[1], PARENTS[2]
 BOTH = (*FIRST, *SECOND)
-ONCE = (1, 4)  # one seed on each parent
-ONLY = SECOND[:1]  # one seed, on the second
-ONCE_THEN_ALL = (1, *SECOND)  # the first parent was not kept: what it has one seed of, or none, stays so
+ONCE, THERE = FIRST[:1], SECOND[:1]  # one seed, on the first parent or on the second
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,46 +147,43 @@ def headline() -> Iterator[Run]:
 
 def best() -> Iterator[Run]:
     """What helped of what was tried, together, and each child alone with the same shapes, rate and steps."""
-    together = (EVEN, *SHARED, BETTER_RATE)
-    yield Run(name="best-family", group="best",
-              what="shapes from the first step, all budgets in every micro-batch, learning rate 7e-4",
-              budgets=BUDGETS, stages=stages(*STEPS, WEIGHTS), words=together, shapes_of="family",
-              seeds=FIRST)  # fmt: skip
-    yield Run(name="best-small-first", group="best",
-              what="shapes from the first step, all budgets in every micro-batch, learning rate 7e-4, `small` drawn most",
-              budgets=BUDGETS, stages=small_first(), words=together, shapes_of="family", seeds=BOTH)  # fmt: skip
+    given = {"group": "best", "budgets": BUDGETS, "words": (EVEN, *SHARED, BETTER_RATE), "shapes_of": "family"}
+    what = "shapes from the first step, all budgets in every micro-batch, learning rate 7e-4"
+    yield Run(name="best-family", what=what, stages=stages(*STEPS, WEIGHTS), seeds=FIRST, **given)
+    what = f"{what}, `small` drawn most"
+    yield Run(name="best-small-first", what=what, stages=drawn(SMALL_FIRST), seeds=(*FIRST, *THERE), **given)
     for name in CHILDREN:
         yield Run(name=f"best-whole-{name}", group="best", what=f"`{name}` alone, as many steps, learning rate 7e-4",
                   budgets={name: BUDGETS[name]}, stages=stages(*STEPS), words=(EVEN, BETTER_RATE),
-                  shapes_of="family", seeds=ONCE)  # fmt: skip
+                  shapes_of="family")  # fmt: skip
 
 
-def small_first() -> tuple[dict[str, Any], ...]:
-    """Both stages, `small` drawn most."""
-    return tuple({**stage, "budget_probabilities": SMALL_FIRST} for stage in stages(*STEPS))
+def drawn(probabilities: Mapping[str, float]) -> tuple[dict[str, Any], ...]:
+    """Both stages, with these probabilities of the budgets."""
+    return tuple({**stage, "budget_probabilities": dict(probabilities)} for stage in stages(*STEPS))
 
 
 def searched() -> Iterator[Run]:
     """(a) and (b) with the shapes of `plan --search greedy`, known before any training; longer; with what helped."""
     yield from compared("greedy", "greedy-", STEPS, "greedy search over the ranking's scores (`plan --search`)",
                         {"equal": SECOND, "all": SECOND}, "greedy")  # fmt: skip
-    full_first = tuple({**stage, "budget_probabilities": FULL_FIRST} for stage in stages(*STEPS))
     given = {"group": "greedy", "budgets": BUDGETS, "shapes_of": "greedy"}
-    for name, what, drawn, rate, seeds in (
-        ("best", "`small` drawn most (0.3, 0.25, 0.45), learning rate 7e-4", small_first(), 7e-4, ONLY),
-        ("slow", "`small` drawn most, learning rate 4e-4", small_first(), 4e-4, ONLY),
-        ("full-first", "`full` drawn most (0.55, 0.15, 0.3), learning rate 4e-4", full_first, 4e-4, ONLY),
-        ("gentle", "`full` drawn most, learning rate 3e-4", full_first, 3e-4, SECOND),
+    for name, what, probabilities, rate, seeds in (
+        ("best", "`small` drawn most (0.3, 0.25, 0.45), learning rate 7e-4", SMALL_FIRST, 7e-4, THERE),
+        ("slow", "`small` drawn most, learning rate 4e-4", SMALL_FIRST, 4e-4, THERE),
+        ("full-first", "`full` drawn most (0.55, 0.15, 0.3), learning rate 4e-4", FULL_FIRST, 4e-4, THERE),
+        ("gentle", "`full` drawn most, learning rate 3e-4", FULL_FIRST, 3e-4, SECOND),
     ):
-        yield Run(name=f"greedy-{name}", what=f"greedy search, all budgets in every micro-batch, {what}", stages=drawn, words=(EVEN, *SHARED, f"train.optimizer.lr={rate:g}"),
-                  seeds=seeds, **given)  # fmt: skip
+        words = (EVEN, *SHARED, f"train.optimizer.lr={rate:g}")
+        what = f"greedy search, all budgets in every micro-batch, {what}"
+        yield Run(name=f"greedy-{name}", what=what, stages=drawn(probabilities), words=words, seeds=seeds, **given)
     yield from compared("greedy", "greedy-long-", TWICE, "greedy search, twice the steps",
                         {"equal": SECOND[:2], "all": ()}, "greedy")  # fmt: skip
 
 
 def longer() -> Iterator[Run]:
     """(a) and (b) again with twice the steps."""
-    yield from compared("longer", "long-", TWICE, "learned shapes, twice the steps", {"equal": FIRST[:1], "all": ()})
+    yield from compared("longer", "long-", TWICE, "learned shapes, twice the steps", {"equal": ONCE, "all": ()})
 
 
 def family_of_four() -> Iterator[Run]:
@@ -209,7 +204,8 @@ def family_of_four() -> Iterator[Run]:
 def shapes() -> Iterator[Run]:
     """(d) other shapes, forced from the first step; and the family's own, so that only the shape differs."""
     yield Run(name="shapes-own", group="shapes", what="the family's final shapes from the first step", budgets=BUDGETS,
-              stages=stages(*STEPS, WEIGHTS), words=(EVEN,), shapes_of="family", seeds=ONCE_THEN_ALL)  # fmt: skip
+              stages=stages(*STEPS, WEIGHTS), words=(EVEN,), shapes_of="family",
+              seeds=(*ONCE, *THERE))  # fmt: skip
     yield Run(name="shapes-even", group="shapes", what="even shrinking", budgets=BUDGETS,
               stages=stages(*STEPS, WEIGHTS), words=(EVEN,))  # fmt: skip
     yield Run(name="shapes-random-1", group="shapes", what="random shapes that fit", budgets=BUDGETS,
@@ -235,8 +231,7 @@ def ablations() -> Iterator[Run]:
     yield Run(name="stages-uniform", group="stages", what="two stages, both uniform", budgets=BUDGETS,
               stages=stages(*STEPS))  # fmt: skip
     yield Run(name="stages-weighted", group="stages", what="two stages, both weighted", budgets=BUDGETS,
-              stages=({"steps": STEPS[0], **SHORT, "budget_probabilities": WEIGHTS},
-                      {"steps": STEPS[1], **LONG, "budget_probabilities": WEIGHTS}))  # fmt: skip
+              stages=drawn(WEIGHTS))  # fmt: skip
     yield Run(name="speed-masked", group="speed", what="hard subnets run masked, the same shapes", budgets=BUDGETS,
               stages=stages(*STEPS, WEIGHTS), words=(EVEN, "train.mode=masked"), shapes_of="family")  # fmt: skip
     yield Run(
@@ -284,7 +279,7 @@ def tries() -> Iterator[Run]:
                   words=(EVEN, *words), shapes_of="family")  # fmt: skip
     yield Run(name="try-search", group="tries", budgets=BUDGETS, words=("train.optimizer.lr=1e-5",),
               what="the router alone for 40 steps (weights at 1e-5), then its shapes pinned and the weights trained",
-              stages=search_first(SEARCH), seeds=ONLY)  # fmt: skip
+              stages=search_first(SEARCH), seeds=THERE)  # fmt: skip
     third = tuple(n // 3 for n in STEPS)
     yield Run(name="try-shared-third", group="tries", what="all budgets in every micro-batch, a third of the steps",
               budgets=BUDGETS, stages=stages(*third, WEIGHTS), words=SHARED)  # fmt: skip

@@ -135,7 +135,7 @@ def test_a_seed_belongs_to_one_parent_and_its_runs_are_all_there() -> None:
 
 
 def test_the_results_are_of_these_runs_and_of_the_kept_parent() -> None:
-    """A file says what was run: nothing in `runs.py` was changed behind it; the second parent is the one that is kept."""
+    """A file says what was run: nothing in `runs.py` was changed behind it; the second parent is the kept one."""
     import run
 
     kept = json.loads((FOLDER / "results" / "parent-2.json").read_text())["sha256"]

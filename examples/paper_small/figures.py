@@ -15,12 +15,15 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from runs import BUDGETS, CHILDREN, RUNS
 
-COLOURS = {"family": "#0072b2", "alone": "#e69f00", "whole": "#d55e00", "scratch": "#666666", "parent": "#000000"}
+COLOURS = {"family": "#0072b2", "alone": "#e69f00", "whole": "#d55e00", "scratch": "#666666", "parent": "#000000",
+           "greedy-family": "#009e73", "greedy-alone": "#cc79a7"}  # fmt: skip
 LABELS = {
     "family": "in the family",
     "alone": "alone, the family's tokens for it",
     "whole": "alone, all of the family's steps",
     "scratch": "from scratch",
+    "greedy-family": "in the family, shapes by greedy search",
+    "greedy-alone": "alone, these shapes and the family's tokens",
 }
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "font.size": 9}
 Result = Mapping[str, Any]
@@ -71,18 +74,22 @@ def tokens(results: Any) -> Any:
     for column, child in enumerate(CHILDREN):
         for axis in axes[:, column]:
             for kind, label in LABELS.items():
-                name = "family" if kind == "family" else f"{kind}-{child}"
+                name = kind if kind.endswith("family") else f"{kind}-{child}"
                 for number, (x, y) in enumerate(_curves(results, name, child, "tokens")):
                     axis.plot(x[1:], y[1:], color=COLOURS[kind], lw=1.2, marker="o", ms=2.5,
                               label=label if number == 0 else None)  # fmt: skip
             axis.axhline(parent, color=COLOURS["parent"], lw=0.8, ls=":", label="parent")
         longest = [x[-1] for x, _ in _curves(results, f"whole-{child}", child, "tokens")]
         axes[0, column].set(title=f"{child}: {BUDGETS[child]:.0%} of the parameters", xscale="log")
+        axes[0, column].xaxis.set_major_locator(matplotlib.ticker.FixedLocator([25 * 2**n for n in range(8)]))
+        axes[0, column].xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+        axes[0, column].xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
         axes[1, column].set(ylim=(parent - 0.01, parent + 0.15), xlim=(0, 1.05 * max(longest, default=200)))
         axes[1, column].set_xlabel("thousand tokens of this child")
     for axis, words in zip(axes[:, 0], ("held-out loss, nats per token", "the same, near the parent"), strict=True):
         axis.set_ylabel(words)
-    axes[0, 0].legend(frameon=False, fontsize=8, loc="center left")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside upper center", ncols=3)
     return figure
 
 
@@ -165,9 +172,10 @@ def _share(rows: Sequence[Mapping[str, int]]) -> float:
 
 def tries(results: Any) -> Any:
     """Every try against the families of the same seeds: relative difference of the held-out loss, mean over them."""
-    groups = ("best", "shapes", "stages", "tries", "speed")
+    groups = ("best", "greedy", "shapes", "stages", "tries", "speed")
     names = [n for n, run in RUNS.items() if run.group in groups and results.seeds(n, "family")]
-    names = [n for n in names if RUNS[n].budgets == BUDGETS]
+    steps = {name: sum(stage["steps"] for stage in RUNS[name].stages) for name in ("family", *names)}
+    names = [n for n in names if RUNS[n].budgets == BUDGETS and steps[n] <= steps["family"]]
     if not names:
         return None
     figure, axis = plt.subplots(figsize=(8, 0.34 * len(names) + 1.2), layout="constrained")
@@ -183,5 +191,5 @@ def tries(results: Any) -> Any:
     axis.set_yticks(range(len(names)), [RUNS[n].what.replace("`", "") for n in names], fontsize=8)
     axis.invert_yaxis()
     axis.set_xlabel("held-out loss against the family with the default settings, % (left is better)")
-    axis.legend(frameon=False, loc="lower right", fontsize=8)
+    figure.legend(frameon=False, loc="outside upper right", ncols=len(marks), fontsize=8)
     return figure

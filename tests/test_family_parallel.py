@@ -177,4 +177,7 @@ def test_the_distributed_optimizer_changes_nothing(request: pytest.FixtureReques
         for on in (True, False)
     ]
     for on, off in zip(*runs, strict=True):
-        assert_same_run(on, off, 1e-5)
+        # The norm that gradients are clipped by is summed in another order; fp32 rounding grows from there. How much
+        # depends on the processor's kernels: under 1e-5 on one, 1.3e-5 on another after six steps.
+        assert on["steps"][0]["grad_norm"] == pytest.approx(off["steps"][0]["grad_norm"], rel=1e-6)
+        assert_same_run(on, off, 5e-5)

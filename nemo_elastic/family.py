@@ -100,7 +100,7 @@ def family_of(config: RunConfig, depth_ranking: tuple[int, ...] | None = None) -
     free = [b for b in budgets if b.name not in forced and not b.is_full]
     if config.router.frozen and free:
         forced |= _uniform(config, space, free)
-        if config.router.shapes == "greedy":
+        if config.router.searches:
             notes.append("router.shapes=greedy finds shapes once there is a ranking; even shrinking stands in for them")
     return Family(architecture=architecture, space=space, budgets=tuple(budgets), forced=forced, notes=tuple(notes))
 

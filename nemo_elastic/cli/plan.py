@@ -93,7 +93,7 @@ def _of_configuration(arguments: argparse.Namespace) -> dict[str, Any]:
     from ..plan import plan
 
     config, ranking = configuration(arguments).config, _depth_ranking(arguments)
-    if arguments.ranking and config.router.frozen and config.router.shapes == "greedy":
+    if arguments.ranking and config.router.searches:
         from ..proposals import with_searched_shapes
 
         with suppress(ProblemsError):  # the plan says it, too

@@ -109,6 +109,11 @@ class RouterConfig:
     frozen: bool = False  # nothing is learned or random: elastic.subnets as given, `shapes` for other budgets
     shapes: str = "even"  # of budgets without a subnet when frozen: even shrinking, or greedy by the ranking's scores
 
+    @property
+    def searches(self) -> bool:
+        """Whether shapes come from greedy search, once there is a ranking."""
+        return self.frozen and self.shapes == "greedy"
+
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:

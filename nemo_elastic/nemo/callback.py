@@ -155,7 +155,7 @@ class ElasticCallback(pl.Callback):
         """
         before, now = state_dict["elastic"], plain(self.run.elastic)
         words = "differs from what the run began with; set it back, or start anew in another --out"
-        if self.run.router.shapes == "greedy":
+        if self.run.router.searches:
             words += " (router.shapes=greedy finds subnets by OUT/importance, router.tolerance and report.*)"
         raise_if_any(Problem(f"elastic.{key}", words) for key in now if before.get(key) != now[key])
         self.planner.load_state_dict(state_dict["planner"])

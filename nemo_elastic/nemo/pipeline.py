@@ -57,10 +57,6 @@ class Run:
         self.progress = progress or (lambda name, done, total, text: None)
         self.seconds: dict[str, float] = {}
 
-    @property
-    def _searches(self) -> bool:
-        return self.config.router.frozen and self.config.router.shapes == "greedy"
-
     def start(self) -> None:
         """Process groups at the run's layout."""
         quiet()
@@ -104,7 +100,7 @@ class Run:
         Raises:
             ProblemsError: the parent is sorted by other scores, so that these would cut it in the wrong place.
         """
-        if not self._searches:
+        if not self.config.router.searches:
             return
         if not is_sorted_by(sorted_parent(sorted_folder), importance, family_of(self.config).layout):
             words = "is sorted by other scores than those in importance/; `nemo-elastic sort --force` sorts it again"
@@ -152,7 +148,7 @@ class Run:
         if process_groups.rank() == 0:
             family = family_of(self.config, parent.depth_ranking)
             record = self._record_of(checkpoint)
-            config = self.config if not self._searches else with_subnets_of(self.config, record["subnets"])
+            config = with_subnets_of(self.config, record["subnets"]) if self.config.router.searches else self.config
             with TorchDistReader(checkpoint) as reader:
                 router = {k.removeprefix(ROUTER_PREFIX): k for k in reader.other_keys() if k.startswith(ROUTER_PREFIX)}
                 write_nested(
@@ -236,7 +232,7 @@ class Run:
 
 def with_subnets_of(config: RunConfig, subnets: Mapping[str, Any]) -> RunConfig:
     """The configuration with the shapes that a run has searched, for those that its file does not give."""
-    searched = {name: subnets[name] for b in family_of(config).budgets if not b.is_full for name in (b.name,)}
+    searched = {b.name: subnets[b.name] for b in family_of(config).budgets if not b.is_full}
     return replace(config, elastic=replace(config.elastic, subnets={**searched, **config.elastic.subnets}))
 
 

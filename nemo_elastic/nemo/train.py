@@ -166,7 +166,7 @@ def train(
 
 def shapes_not_searched(run: RunConfig, family: Family) -> list[Problem]:
     """Budgets that even shrinking stands in for, because nobody has searched yet."""
-    if not (run.router.frozen and run.router.shapes == "greedy"):
+    if not run.router.searches:
         return []
     missing = [b.name for b in family.budgets if not b.is_full and b.name not in run.elastic.subnets]
     words = "has no subnet yet, which router.shapes=greedy searches for: train by `api.train`, or give one"

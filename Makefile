@@ -6,10 +6,10 @@ RUN ?= runs/quickstart
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-hf quickstart test test-slow test-gpu lint format docs clean
+.PHONY: help setup setup-hf quickstart test test-slow test-signals test-gpu lint format docs clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup:  ## make .venv with the exact pins of constraints.txt (about 3 minutes, then nothing)
 	@$(PYTHON) scripts/setup_venv.py
@@ -29,6 +29,9 @@ test: lint  ## lint and every test that takes under 20 seconds
 
 test-slow: setup setup-hf  ## the tests that take over 20 seconds, Hugging Face's among them
 	@$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS) || [ $$? -eq 5 ]  # 5: there is none
+
+test-signals: setup  ## every case of a signal to a run (the slow tests have a choice of them)
+	@SIGNALS=all $(BIN)/python -m pytest -m slow tests/test_preemption.py $(ARGS)
 
 test-gpu: setup  ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu $(ARGS)

@@ -33,6 +33,13 @@ and logs to stderr.
 | 1 | a check failed: a child differs from its nested subnet |
 | 2 | bad input: one message with the value, the rule and the remedy |
 | 130, 143 | interrupted; stopped by SIGTERM after a checkpoint |
+| 128 + n | a process of `--nproc` was killed by signal n |
+
+`--nproc N` starts N processes on this machine and leaves with their code; it passes SIGTERM and SIGINT on and waits for
+as long as a checkpoint needs. On several machines `torchrun` starts them: every process leaves with the code above, our
+message appears once, from the first one, and below it torchrun writes a summary of its own and leaves with 1. It kills
+30 seconds after a signal (`TORCHELASTIC_SIGNALS_TO_HANDLE` and your batch system's own limit decide whether it comes so
+far), so signal the workers instead of torchrun where a checkpoint takes longer.
 """
 CONFIG_HEAD = """# Configuration
 

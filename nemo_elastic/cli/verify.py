@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..problems import Problem, ProblemsError
-from .arguments import folders, overrides, restart_under_torchrun, verb_parser
+from .arguments import folders, overrides, start_workers, verb_parser
 from .console import is_first_rank, progress_bar, quiet_libraries, show_problems
 
 EXAMPLES = """examples:
@@ -29,7 +29,7 @@ def add_parser(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Compare; 1 when something differs."""
     nested, *child = folders(arguments, "NESTED", "CHILD", optional=1)
-    restart_under_torchrun(arguments)
+    start_workers(arguments)
     quiet_libraries(arguments.verbose)
     from ..checkpoint.manifest import HashMismatch, load_manifest
     from ..config import load_config

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from ..problems import Problem, ProblemsError, did_you_mean
 from ..serving_conditions import byte_profile
-from ..space import DIMS
+from ..space import DIMS, name_problems
 from .sections import PHASES, RunConfig, StageConfig
 
 ALLOWED = {
@@ -20,7 +20,7 @@ ALLOWED = {
     "train.mode": ("sliced", "masked"),
     "train.precision": ("32", "bf16-mixed"),
     "train.recompute_granularity": (None, "full", "selective"),
-    "export.dtype": ("bfloat16", "float32"),
+    "export.dtype": (None, "bfloat16", "float32"),
     "export.hf_schema": ("uniform", "list", "per_layer_config"),
 }
 POSITIVE = (
@@ -41,6 +41,7 @@ NOT_NEGATIVE = (
     "train.optimizer.clip_grad", "data.num_workers", "rank.min_attention_layers",
 )  # fmt: skip
 LOGGERS = ("tensorboard", "wandb")
+SEEDS = ("train.seed", "rank.seed")  # 32 bits: what Lightning and numpy take
 FRACTIONS = (
     "router.warmup_fraction",
     "router.soft_fraction",
@@ -61,6 +62,9 @@ def rule_problems(config: RunConfig) -> list[Problem]:
     found += [Problem(k, f"{_get(config, k)} must be above 0") for k in POSITIVE if not _get(config, k) > 0]
     found += [Problem(k, f"{_get(config, k)} must not be negative") for k in NOT_NEGATIVE if not _get(config, k) >= 0]
     found += [Problem(k, f"{_get(config, k)} must be from 0 to 1") for k in FRACTIONS if not 0 <= _get(config, k) <= 1]
+    for key in SEEDS:
+        if not 0 <= _get(config, key) < 2**32:
+            found.append(Problem(key, f"{_get(config, key)} must be from 0 to {2**32 - 1}"))
     for i, name in enumerate(config.train.loggers):
         if name not in LOGGERS:
             found.append(Problem(f"train.loggers.{i}", f"{name!r} is no logger{did_you_mean(name, LOGGERS)}"))
@@ -126,6 +130,8 @@ def _elastic_problems(config: RunConfig) -> Iterable[Problem]:
     for name in config.elastic.dims:
         if name not in DIMS:
             yield Problem(f"elastic.dims.{name}", f"is no elastic dim{did_you_mean(name, DIMS)}")
+    for name in config.elastic.budgets:
+        yield from name_problems(name)
     for name in config.elastic.subnets:
         if name not in config.elastic.budgets:
             yield Problem(f"elastic.subnets.{name}", f"is no budget{did_you_mean(name, config.elastic.budgets)}")

@@ -57,6 +57,8 @@ def test_no_two_ratios_become_one_by_default() -> None:
     """128 heads at 0.875, 0.75 and 0.625: multiples of 64 would leave two sizes, multiples of 16 keep all four."""
     assert choices("nemotron_h_8b.yaml")["mamba_num_heads"] == (128, 112, 96, 80)
     assert choices("tiny_parent.yaml")["mamba_num_heads"] == (16, 12, 8)
+    three = "elastic.dims.mamba_num_heads={choices: [1.0, 0.875, 0.7]}"
+    assert choices("nemotron_h_8b.yaml", three)["mamba_num_heads"] == (128, 112, 96)  # of 16; by the groups alone 88
 
 
 def test_a_given_multiple_holds() -> None:

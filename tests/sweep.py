@@ -54,9 +54,10 @@ def arrange(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Draw the sample, group what shares a fixture, and put the longest files first."""
     if config.getoption("--sweep") == "sample":
         _leave_out(config, items)
-    for item in items:
-        shared = next((name for name in SHARED_FIXTURES if name in getattr(item, "fixturenames", ())), None)
-        item.add_marker(pytest.mark.xdist_group(shared or item.path.name))
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            shared = next((name for name in SHARED_FIXTURES if name in getattr(item, "fixturenames", ())), None)
+            item.add_marker(pytest.mark.xdist_group(shared or item.path.name))
     order = {name: number for number, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
 

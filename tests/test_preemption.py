@@ -1,12 +1,11 @@
 """SIGTERM as launchers send it: to the launcher, to every process of a group, to one worker; twice; while saving.
 
 Right is always the same: every rank leaves with 143, the last checkpoint is whole and later than the signal, and no
-process stays behind. A seeded choice of the cases runs with the slow tests, all of them by `make test-signals`.
+process stays behind.
 """
 
 import itertools
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -22,7 +21,6 @@ pytestmark = pytest.mark.slow
 LAYOUTS = {"tp2": "train.tensor_model_parallel_size=2", "pp2": "train.pipeline_model_parallel_size=2"}
 WHO, WHEN = ("group", "first worker", "last worker"), ("training", "saving")
 CASES = list(itertools.product(LAYOUTS, WHO, WHEN))
-CHOSEN = CASES if os.environ.get("SIGNALS") == "all" else random.Random(11).sample(CASES, 3)
 
 
 def wait_for(what: Callable[[], bool], seconds: float = 120.0) -> None:
@@ -54,7 +52,8 @@ def check_stopped(out: Path, text: str, after: int) -> None:
     assert f"stopped after step {steps_done(last)} of 16 and saved {last}" in text
 
 
-@pytest.mark.parametrize(("layout", "who", "when"), CHOSEN)
+@pytest.mark.sweep(3)
+@pytest.mark.parametrize(("layout", "who", "when"), CASES)
 def test_a_signal_never_costs_the_checkpoint(small_runs: Server, layout: str, who: str, when: str) -> None:
     out = small_runs.ranked(f"signal_{layout}_{who}_{when}".replace(" ", "_"))
     folder = out / "checkpoints"

@@ -35,7 +35,7 @@ def changed_keys(out: Path, config: RunConfig, values: Mapping[str, Any], keys: 
     before = _values(out)
     found = []
     for key in keys if before is not None else ():
-        was, now = (dict(leaves(_at(v, key), key)) for v in (before, values))
+        was, now = (dict(leaves(_at(v, key), key)) for v in (before, _known(values, before)))
         if config.router.searches:  # what the search has found is written beside what was given
             was = {k: v for k, v in was.items() if not k.startswith("elastic.subnets") or k in now}
             now = {k: v for k, v in now.items() if k != "elastic.subnets" or v}
@@ -69,6 +69,14 @@ def stage_problems(out: Path, config: RunConfig, done: int) -> Iterator[Problem]
     if point.step_in_stage and now < point.stage.steps:
         words = f"{now} shortens a stage that is being read (step {point.step_in_stage} of {point.stage.steps})"
         yield Problem(f"train.stages.{point.index}.steps", f"{words}; keep {point.stage.steps}, or change later stages")
+
+
+def _known(values: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` without the keys of a section that the version before did not have."""
+    return {
+        name: {k: v for k, v in section.items() if k in before.get(name, {})} if name == "elastic" else section
+        for name, section in values.items()
+    }
 
 
 def _timeline(config: RunConfig) -> Timeline:

@@ -30,11 +30,12 @@ def run(arguments: argparse.Namespace) -> int:
     out = run_folder(arguments, resolved.config.name)
     quiet_libraries(arguments.verbose)
     from ..mcore.checks import started_processes
-    from ..nemo.ranking import FOLDER, rank_run
     from ..nemo.start_checks import check_rank
 
     check_rank(resolved, out, started_processes() if arguments.nproc is None else arguments.nproc)
     start_workers(arguments)
+    from ..nemo.ranking import FOLDER, rank_run
+
     with progress_bar() as bars:
         importance = rank_run(
             resolved.config,

@@ -29,7 +29,6 @@ def add_parser(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Compare; 1 when something differs."""
     nested, *child = folders(arguments, "NESTED", "CHILD", optional=1)
-    start_workers(arguments)
     quiet_libraries(arguments.verbose)
     from ..checkpoint.manifest import HashMismatch, load_manifest
     from ..config import load_config
@@ -40,6 +39,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise ProblemsError([Problem(nested, "its manifest holds no run configuration; it was not made by `train`")])
     run_config = load_config(None, overrides(arguments), base=stored).config
     children = _children(Path(nested), child, arguments.budget, list(manifest.subnets), arguments.format)
+    from ..mcore.checks import check_processes, started_processes
+
+    processes = started_processes() if arguments.nproc is None else arguments.nproc
+    check_processes(run_config, processes, trains=False)
+    start_workers(arguments)
     from ..nemo.results import note_verified  # NeMo takes seconds, and says things: not for bad input
     from ..nemo.train import data_module, heldout_batches
     from ..nemo.verify import verify

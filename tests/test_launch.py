@@ -1,6 +1,7 @@
 """`--nproc`: what the processes see, and the exit code of the whole. Workers here are a few lines without torch."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -98,3 +99,23 @@ def _runs(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_under_torchrun_every_worker_leaves_with_our_code_and_one_speaks(tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = ["train", "--config", "tiny_parent.yaml", "--out", str(tmp_path / "out"), "data.paths=[/nope]"]
+    command = [*launcher, "-m", "nemo_elastic", *words]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=200)
+    assert done.returncode == 1  # torchrun's own, documented
+    assert done.stderr.count("data.paths: /nope does not exist") == done.stderr.count("to mend") == 1
+    codes = set(re.findall(r"exitcode\s*: (-?\d+)", done.stderr))
+    assert "2" in codes and codes <= {"2", "-15"}, done.stderr  # -15: torchrun was faster than the second worker
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nproc_leaves_with_the_workers_code_and_one_message(tmp_path: Path) -> None:
+    words = ["rank", "--config", "tiny_parent.yaml", "--out", str(tmp_path / "out"), "--nproc", "2"]
+    bad = [sys.executable, "-m", "nemo_elastic", *words, "train.tensor_model_parallel_size=4"]
+    done = subprocess.run(bad, capture_output=True, text=True, cwd=ROOT, timeout=200)
+    assert done.returncode == 2 and done.stderr.count("to mend") == 1 and "Traceback" not in done.stderr
+    assert "needs a multiple of 4 processes, 2 started" in done.stderr and list(tmp_path.iterdir()) == []

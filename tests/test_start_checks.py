@@ -263,6 +263,25 @@ def test_a_resumed_run_keeps_what_its_steps_were_a_function_of(
     assert told is None or told in "\n".join(map(str, found))
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["plan", "--config", "tiny_parent.yaml", "--force"], "--force: replaces what --output names"),
+        (["extract", "nested", "--all", "--hf-schema", "list"], "--hf-schema: says how a Hugging Face folder"),
+        (["verify", "nested", "--hf-python", "python"], "--hf-python: runs children of --format hf"),
+    ],
+)
+def test_a_flag_that_would_do_nothing_is_refused(words: list[str], told: str, bare, capsys) -> None:
+    assert main(words) == 2 and told in capsys.readouterr().err
+
+
+def test_a_run_is_resumed_or_replaced(stopped: Path, bare, capsys) -> None:
+    before = sorted(stopped.rglob("*"))
+    told = refused(capsys, "train", "--out", str(stopped), "--resume", "--force", *RUN, "train.seed=7")
+    assert "--resume: goes on with the run that --force would remove" in told and "train.seed: 7, but" in told
+    assert sorted(stopped.rglob("*")) == before
+
+
 def test_a_resume_is_refused_by_the_command(stopped: Path, bare, capsys) -> None:
     before = sorted(stopped.rglob("*"))
     words = ["--out", str(stopped), "--resume", *RUN, "train.precision=bf16-mixed", "train.stages=[{steps: 60}]"]

@@ -43,6 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
             words = "cannot be set for a nested checkpoint, export.* can"
             raise ProblemsError([Problem(word, f"{words}{rather_a_folder(overrides(arguments))}")])
     (nested,) = folders(arguments, "NESTED")
+    if arguments.format != "hf" and arguments.hf_schema:
+        raise ProblemsError([Problem("--hf-schema", "says how a Hugging Face folder is written; add --format hf")])
     if sum(map(bool, (arguments.budget, arguments.all, arguments.subnet))) != 1:
         raise ProblemsError([Problem("--budget", "give one budget by --budget NAME, or --all, or --subnet YAML")])
     quiet_libraries(arguments.verbose)

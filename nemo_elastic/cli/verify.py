@@ -29,6 +29,8 @@ def add_parser(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Compare; 1 when something differs."""
     nested, *child = folders(arguments, "NESTED", "CHILD", optional=1)
+    if arguments.hf_python and arguments.format != "hf":
+        raise ProblemsError([Problem("--hf-python", "runs children of --format hf; add that, or leave it out")])
     quiet_libraries(arguments.verbose)
     from ..checkpoint.manifest import HashMismatch, load_manifest
     from ..config import load_config

@@ -29,6 +29,7 @@ from nemo_elastic.runlock import lock_problems
 from nemo_elastic.training_checkpoints import steps_done, whole_checkpoints
 
 LONGEST_TMPDIR = 75  # a socket's path has 107 bytes; multiprocessing adds `/pymp-xxxxxxxx/listener-xxxxxxxx`
+BOTH = "goes on with the run that --force would remove; leave one of the two out"
 Check = Callable[[], Iterable[Problem] | None]
 
 
@@ -68,6 +69,7 @@ def check_train(resolved: Resolved, out: Path, processes: int, *, resume: bool =
             lambda: check_processes(config, processes, ranks=not again),
             *_surroundings(config, out),
             lambda: run_problems(out, force=force, resume=resume),
+            lambda: [Problem("--resume", BOTH)] if force and resume else None,
             lambda: _stored(resolved, out) if again else None,
             lambda: _kept(resolved, out) if resume else None,
         )

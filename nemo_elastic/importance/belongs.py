@@ -45,10 +45,12 @@ def foreign_scores(
         found.append(Problem("parent.path", f"{words}; {REMEDY}"))
     if tokenizer is not None and source.get("tokenizer", tokenizer) != tokenizer:
         found.append(Problem("data.tokenizer", f"is another one than the parent was ranked with; {REMEDY}"))
-    for key, before in source.get("model", {}).items():
-        now = plain(config.model.get(key, before))
-        if key not in LENGTHS and now != before:
-            found.append(Problem(f"model.{key}", f"{now!r}, but the parent was ranked with {before!r}; {REMEDY}"))
+    model = source.get("model", {})
+    for key in sorted({*model, *config.model} - LENGTHS) if model else ():
+        before, now = model.get(key), plain(config.model.get(key))
+        if now != before:
+            was = f"with {before!r}" if key in model else "without it"
+            found.append(Problem(f"model.{key}", f"{now!r}, but the parent was ranked {was}; {REMEDY}"))
     for key, now in plain(config.rank).items():
         before = plain(settings.get(key, now))
         if before != now and key not in OF_NO_MATTER and f"rank.{key}" in given:

@@ -16,6 +16,13 @@ import pytest
 
 from nemo_elastic.cli.main import main
 from nemo_elastic.config import load_config, sections
+from nemo_elastic.config.load import leaves, load_values
+from nemo_elastic.config.rules import ALLOWED, rule_problems
+from nemo_elastic.distill.training_cost import training_cost
+from nemo_elastic.distill.training_plan import training_plan
+from nemo_elastic.family import family_of
+from nemo_elastic.plan import plan
+from nemo_elastic.problems import ProblemsError
 
 PACKAGE = Path(__file__).resolve().parent.parent / "nemo_elastic"
 # What objects of a section are called where they are no attribute of their parent.
@@ -90,7 +97,6 @@ def test_the_sections_are_all_here() -> None:
 
 
 def test_keys_that_are_read_in_another_way_do_something(tmp_path: Path) -> None:
-    from nemo_elastic.plan import plan
     from nemo_elastic.report.run_folder import read_run
 
     for (kind, name), why in ELSEWHERE.items():
@@ -116,3 +122,86 @@ def test_a_vocabulary_that_tensor_parallelism_does_not_divide_names_what_does(ca
     assert main(["plan", "--config", "tiny_parent.yaml", *words]) == 2
     told = " ".join(capsys.readouterr().out.split())
     assert "8 must divide model.vocab_size (padded)=2052; possible: 1, 2, 4" in told
+
+
+# What `plan --train` does not show, because it decides how scores are measured or the run goes, not what it costs.
+OF_OTHER_VERBS = [
+    "elastic.ffn_groups",
+    "data.chat.layout",
+    "data.num_workers",
+    "rank.samples",
+    "rank.seq_length",
+    "rank.micro_batch_size",
+    "rank.ffn_site",
+    "rank.mamba_site",
+    "rank.aggregation",
+    "rank.depth",
+    "rank.depth_metric",
+    "rank.depth_samples",
+    "rank.min_attention_layers",
+    "rank.activation_memory_gb",
+    "rank.seed",
+    "router.init_std",
+    "router.budget_lambda",
+    "router.dual_ascent_rate",
+    "router.max_price",
+    "router.dead_zone",
+    "router.tolerance",
+    "distill.loss",
+    "distill.top_k",
+    "distill.temperature",
+    "distill.kd_weight",
+    "distill.ce_weight",
+    "distill.hidden_weight",
+    "distill.fuse_output_layer",
+    "distill.chunk_tokens",
+    "train.seed",
+    "train.optimizer.weight_decay",
+    "train.optimizer.clip_grad",
+    "train.log_every_steps",
+    "train.val_every_steps",
+    "train.val_samples",
+    "train.preemption",
+    "export.hf_schema",
+]
+
+
+def other(key: str, value: object) -> object:
+    """Another legal-looking value of a key; None where its kind says too little."""
+    if key in ALLOWED:
+        return next(word for word in ALLOWED[key] if word != value)
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return 2 * value or 1
+    return (value / 2 or 0.5) if isinstance(value, float) else None
+
+
+def shown(config: sections.RunConfig) -> str:
+    """All that `plan --train` says."""
+    result, family = plan(config), family_of(config)
+    subnets = {b["name"]: family.space.subnet_from_dict(b["subnet"]) for b in result["budgets"]}
+    said = [result, training_plan(config, family), training_cost(config, family, subnets)]
+    return json.dumps(said, sort_keys=True, default=str)
+
+
+def test_every_key_that_plan_should_show_changes_it_or_is_refused() -> None:
+    stock = load_config("tiny_parent.yaml")
+    before, silent = shown(stock.config), []
+    for key, value in leaves(stock.values):
+        new = other(key, value)
+        if new is None or key.startswith("model."):
+            continue
+        values = json.loads(json.dumps(stock.values))
+        *path, last = (int(word) if word.isdigit() else word for word in key.split("."))
+        section = values
+        for step in path:
+            section = section[step]
+        section[last] = new
+        try:
+            config = load_values(values)
+            if not rule_problems(config) and shown(config) == before:
+                silent.append(key)
+        except ProblemsError:
+            pass  # refused
+    assert sorted(silent) == sorted(OF_OTHER_VERBS)

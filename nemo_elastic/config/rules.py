@@ -68,6 +68,9 @@ def rule_problems(config: RunConfig) -> list[Problem]:
     for i, name in enumerate(config.train.loggers):
         if name not in LOGGERS:
             found.append(Problem(f"train.loggers.{i}", f"{name!r} is no logger{did_you_mean(name, LOGGERS)}"))
+    if config.train.wandb_project and "wandb" not in config.train.loggers:
+        words = "names a project of W&B, which nothing is logged to; add wandb to train.loggers, or leave it out"
+        found.append(Problem("train.wandb_project", words))
     if len(config.train.optimizer.betas) != 2:
         found.append(Problem("train.optimizer.betas", f"{list(config.train.optimizer.betas)} must be two numbers"))
     weights = (config.distill.kd_weight, config.distill.ce_weight, config.distill.hidden_weight)

@@ -6,7 +6,7 @@ RUN ?= runs/quickstart
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-hf quickstart test test-slow test-gpu lint format docs clean
+.PHONY: help setup setup-hf quickstart test test-slow test-broken test-gpu lint format docs clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ test: lint  ## lint and every test that takes under 20 seconds
 
 test-slow: setup setup-hf  ## the tests that take over 20 seconds, Hugging Face's among them
 	@$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS) || [ $$? -eq 5 ]  # 5: there is none
+
+test-broken: setup  ## every broken input of every verb, in one process: exit code 2, one message, nothing written
+	@BROKEN_INPUTS=all $(BIN)/python -m pytest tests/test_broken_inputs.py -m "not slow" $(ARGS)
 
 test-gpu: setup  ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu $(ARGS)

@@ -88,6 +88,8 @@ SPECIAL = [
     "<|im_start|>", "<|im_end|>", "<|bos|>", "<|head|>", "<|/head|>", "<|eot|>",
     "<SPECIAL_10>", "<SPECIAL_11>", "<SPECIAL_12>",
 ]  # fmt: skip
+EOT = {"__type": "AddedToken", "content": "<|eot|>", "lstrip": False, "normalized": False, "rstrip": False}
+EOT |= {"single_word": False, "special": True}
 TODAY = datetime.date.today().isoformat()
 SUM = {"type": "function", "function": {"name": "sum", "parameters": {"type": "object", "note": 'a <b> & "é"'}}}
 CALL = {"type": "function", "function": {"name": "sum", "arguments": {"a": 2, "b": [3, "é"]}}}
@@ -112,7 +114,7 @@ def folder_with(folder: Path, template: str | None, **config: object) -> Path:
     tokenizer = Tokenizer.from_file(str(DEFAULT_TOKENIZER))
     tokenizer.add_special_tokens([AddedToken(t, special=True) for t in SPECIAL])
     tokenizer.save(str(folder / "tokenizer.json"))
-    words = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|bos|>", "eos_token": {"content": "<|eot|>"}}
+    words = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|bos|>", "eos_token": EOT}
     words |= config | ({"chat_template": template} if template else {})
     (folder / "tokenizer_config.json").write_text(json.dumps(words))
     return folder

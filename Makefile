@@ -37,7 +37,7 @@ test-sweep: setup  ## every case of the sweeps that test-slow draws a sample of
 	@$(PYTEST) -m "sweep" --sweep all $(ARGS)
 
 test-broken: setup  ## every broken input of every verb, in one process: exit code 2, one message, nothing written
-	@BROKEN_INPUTS=all $(PYTEST) tests/test_broken_inputs.py -m "not slow" $(ARGS)
+	@$(PYTEST) tests/test_broken_inputs.py -m "not slow" --sweep all $(ARGS)
 
 test-gpu: setup  ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu $(ARGS)

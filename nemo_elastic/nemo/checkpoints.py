@@ -93,9 +93,10 @@ def check_text(run: RunConfig, *, trains: bool = True) -> None:
     raise_if_any(entry_problems(run.data))
     path, rows = tokenizer_of(run) or DEFAULT_TOKENIZER, int(run.model["vocab_size"])
     tokenizer = BPETokenizer(path)
-    if tokenizer.vocab_size > rows:
-        words = f"{str(path)!r} has {tokenizer.vocab_size:,} tokens, model.vocab_size={rows:,} rows; "
-        raise ProblemsError([Problem("data.tokenizer", words + "give the parent's own tokenizer")])
+    tokens = tokenizer.vocab_size
+    if tokens > rows:
+        words = f"{str(path)!r} has {tokens:,} tokens, model.vocab_size={rows:,} rows; give the parent's own tokenizer"
+        raise ProblemsError([Problem("data.tokenizer", words)])
     from nemo_elastic.nemo.sources import open_windows
 
     lengths = [stage.seq_length for stage in run.train.stages] if trains else []

@@ -79,3 +79,13 @@ def test_the_launcher_of_nproc_passes_a_signal_on_and_leaves_with_143(small_runs
         launcher.terminate()
         assert launcher.wait(120) == 143, Path(f"{out}.log").read_text()[-6000:]
     check_stopped(out, Path(f"{out}.log").read_text(), after=7)
+
+
+def test_ctrl_c_leaves_with_130_and_one_line(small_runs: Server) -> None:
+    out = small_runs.ranked("interrupted")
+    pids = small_runs.start(out)
+    wait_for(lambda: (out / "checkpoints" / "step=3").exists())
+    os.kill(pids[0], signal.SIGINT)
+    assert small_runs.wait(pids) == [130]
+    text = Path(f"{out}.log").read_text()
+    assert "nemo-elastic: interrupted" in text and "Traceback" not in text, text[-6000:]

@@ -18,6 +18,8 @@ RUN_PARTS = (
     "checkpoints", "nested", "children", "logs", "sorted", "importance", "results.json", "report", "config.json",
 )  # fmt: skip
 
+HOW_TO_GO_ON = "go on with --resume, start over with --force, or choose another --out"
+
 NO_STAGES = Problem("train.stages", "is empty; give at least one stage, e.g. [{steps: 100}]")
 
 
@@ -98,15 +100,17 @@ def _wandb_can_log() -> bool:
     return netrc.is_file() and "wandb" in netrc.read_text(encoding="utf-8", errors="replace")
 
 
-def run_problems(out: Path, *, force: bool, resume: bool = False) -> list[Problem]:
-    """Why a run may not begin in `out`: never train over another one without being told to."""
+def run_problems(out: Path, *, force: bool, resume: bool = False, remedy: str = HOW_TO_GO_ON) -> list[Problem]:
+    """Why a run may not begin in `out`: never train over another one without being told to.
+
+    `remedy` is what the problem says can be done, in the words of the command the user gave.
+    """
     used = [name for name in ("checkpoints", "nested") if (out / name).exists()]
     if not used or resume:
         return []
     found = " and ".join(used)
     if not force:
-        words = f"already has {found}; go on with --resume, start over with --force, or choose another --out"
-        return [Problem(str(out), words)]
+        return [Problem(str(out), f"already has {found}; {remedy}")]
     if not (out / "config.json").is_file():
         words = f"has {found} but no config.json: no run of this program, and --force leaves it alone; choose another"
         return [Problem("--out", f"{out} {words}")]

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from nemo_elastic.config import Resolved, load_config
 from nemo_elastic.importance.store import Importance
-from nemo_elastic.mcore.checks import started_processes
+from nemo_elastic.mcore.checks import is_ranked, started_processes
 from nemo_elastic.mcore.one_run import one_run
 from nemo_elastic.nemo.pipeline import Progress, Run, quickstart
-from nemo_elastic.nemo.start_checks import check_train
+from nemo_elastic.nemo.start_checks import check_rank, check_train
 
 __all__ = ["Finished", "quickstart", "rank", "resolved_run", "train"]
 
@@ -52,7 +52,10 @@ def rank(
     Raises:
         ProblemsError: anything wrong with configuration, layout or parent.
     """
-    return resolved_run(config, out, overrides, progress).importance(resume=resume)
+    run = resolved_run(config, out, overrides, progress)
+    if not is_ranked(run.out):
+        check_rank(run.resolved, run.out, started_processes())
+    return run.importance(resume=resume)
 
 
 def train(

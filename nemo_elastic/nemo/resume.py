@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,17 @@ logger = logging.getLogger(__name__)
 def save_checkpoint(trainer: pl.Trainer, path: Path) -> None:
     """A training checkpoint beside the scheduled ones, under the same marker. Called by every rank."""
     trainer.checkpoint_callback._save_checkpoint(trainer, str(path))
+
+
+@contextmanager
+def interrupts_as_they_are() -> Iterator[None]:
+    """Ctrl-C leaves `trainer.fit` as KeyboardInterrupt; Lightning makes the exit code 1 of it."""
+    try:
+        yield
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
 
 
 class StopOnSignal(pl.Callback):

@@ -21,7 +21,7 @@ from nemo_elastic.family import family_of, parallel_problems
 from nemo_elastic.files import folder_problems
 from nemo_elastic.importance.belongs import foreign_scores
 from nemo_elastic.importance.store import Importance
-from nemo_elastic.mcore.checks import check_inputs, check_processes, clear_run, is_ranked, run_problems
+from nemo_elastic.mcore.checks import HOW_TO_GO_ON, check_inputs, check_processes, clear_run, is_ranked, run_problems
 from nemo_elastic.mcore.parents import open_parent
 from nemo_elastic.nemo.checkpoints import check_text
 from nemo_elastic.problems import Problem, ProblemsError, raise_if_any
@@ -56,8 +56,19 @@ def check_rank(resolved: Resolved, out: Path, processes: int) -> None:
     )
 
 
-def check_train(resolved: Resolved, out: Path, processes: int, *, resume: bool = False, force: bool = False) -> None:
+def check_train(
+    resolved: Resolved,
+    out: Path,
+    processes: int,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    remedy: str = HOW_TO_GO_ON,
+) -> None:
     """Whether `train` (or `quickstart`) can run; with `force`, what an earlier run left in `out` is removed then.
+
+    Args:
+        remedy: what can be done about an `out` in use, in the words of the command the user gave.
 
     Raises:
         ProblemsError: all that is wrong, at once; nothing was removed.
@@ -68,7 +79,7 @@ def check_train(resolved: Resolved, out: Path, processes: int, *, resume: bool =
             lambda: check_inputs(config),
             lambda: check_processes(config, processes, ranks=not again),
             *_surroundings(config, out),
-            lambda: run_problems(out, force=force, resume=resume),
+            lambda: run_problems(out, force=force, resume=resume, remedy=remedy),
             lambda: [Problem("--resume", BOTH)] if force and resume else None,
             lambda: _stored(resolved, out) if again else None,
             lambda: _kept(resolved, out) if resume else None,

@@ -33,7 +33,7 @@ from nemo_elastic.nemo.learning_rate import ROUTER_MARK, CurriculumRate
 from nemo_elastic.nemo.loggers import finish, loggers_of
 from nemo_elastic.nemo.logs import quiet
 from nemo_elastic.nemo.plain_config import plain_model_config
-from nemo_elastic.nemo.resume import StopOnSignal
+from nemo_elastic.nemo.resume import StopOnSignal, interrupts_as_they_are
 from nemo_elastic.nemo.sources import collate
 from nemo_elastic.nemo.tokenizer import load_tokenizer
 from nemo_elastic.nemo.trainer import build_optimizer, build_trainer
@@ -149,7 +149,8 @@ def train(
     quiet()
     # Megatron's loader unpickles: it is given what was checked.
     with stop or nullcontext(), HeldCheckpoint(resume_from) if resume_from else nullcontext() as checked:
-        trainer.fit(model, data, ckpt_path=None if checked is None else str(checked))
+        with interrupts_as_they_are():
+            trainer.fit(model, data, ckpt_path=None if checked is None else str(checked))
         finish(trainer.loggers)
         process_groups.barrier()  # the first rank takes the mark of an unfinished checkpoint away last
     callback.catch_up(trainer, model)

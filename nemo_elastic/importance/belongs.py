@@ -38,10 +38,10 @@ def foreign_scores(
     """
     source, settings = provenance.get("source", {}), provenance.get("config", {})
     found = []
-    if (parent := source.get("parent")) != config.parent.path:
-        found.append(Problem("parent.path", f"{config.parent.path!r}, but the scores are of {parent!r}; {REMEDY}"))
-    elif digest is not None and source.get("weights") != digest:
-        words = f"{parent!r} has other weights than when it was ranked: these scores would cut it in the wrong places"
+    parent = source.get("parent")
+    if digest is not None and source.get("weights") != digest:
+        other = "than when it was ranked" if parent == config.parent.path else f"than {parent!r}, which was ranked"
+        words = f"{config.parent.path!r} has other weights {other}: these scores would cut it in the wrong places"
         found.append(Problem("parent.path", f"{words}; {REMEDY}"))
     if tokenizer is not None and source.get("tokenizer", tokenizer) != tokenizer:
         found.append(Problem("data.tokenizer", f"is another one than the parent was ranked with; {REMEDY}"))

@@ -5,7 +5,6 @@ Sample i is a function of (`rank.seed`, i) and of the text alone, so the scores 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..checkpoint.reader import TensorReader
-from ..checkpoint.writer import tensor_bytes
 from ..config.load import Resolved, plain
 from ..config.sections import RunConfig, TrainConfig
 from ..data.blend import Source
@@ -26,18 +23,16 @@ from ..family import family_of, parallel_problems
 from ..importance.belongs import foreign_scores
 from ..importance.run_state import forget_states
 from ..importance.store import Importance
-from ..layout import ParamLayout
 from ..mcore import process_groups
 from ..mcore.build import build_plain_model, load_weights
 from ..mcore.one_run import one_run
-from ..mcore.parents import open_parent
+from ..mcore.parents import open_parent, weights_digest
 from ..mcore.rank import Report, rank_parent
 from ..problems import raise_if_any
 from .checkpoints import tokenizer_of
 from .sources import open_windows
 
 FOLDER = "importance"
-SAMPLED = 1 << 16  # elements of a tensor that count for the parent's digest
 
 
 def rank_run(config: RunConfig, out: Path, *, resume: bool = False, report: Report | None = None) -> Importance:
@@ -108,18 +103,6 @@ def precision(train: TrainConfig) -> dict[str, Any]:
     half = train.precision == "bf16-mixed"
     fields: dict[str, Any] = {"sequence_parallel": train.sequence_parallel}
     return fields | ({"bf16": True, "params_dtype": torch.bfloat16} if half else {})
-
-
-def weights_digest(reader: TensorReader, layout: ParamLayout) -> str:
-    """SHA-256 over the parent's tensors, of a large one every n-th element: tells one parent from another.
-
-    Every tensor is read, so it takes as long as the disk does; what is hashed of it takes no time.
-    """
-    digest = hashlib.sha256()
-    for name, spec in layout.table.items():
-        values = reader.read(name).reshape(-1)
-        digest.update(name.encode() + tensor_bytes(values[:: max(1, spec.numel({}) // SAMPLED)]))
-    return digest.hexdigest()
 
 
 def stored_importance(resolved: Resolved, out: Path) -> Importance:

@@ -22,7 +22,7 @@ from nemo_elastic.files import folder_problems
 from nemo_elastic.importance.belongs import foreign_scores
 from nemo_elastic.importance.store import Importance
 from nemo_elastic.mcore.checks import HOW_TO_GO_ON, check_inputs, check_processes, clear_run, is_ranked, run_problems
-from nemo_elastic.mcore.parents import open_parent
+from nemo_elastic.mcore.parents import open_parent, weights_digest
 from nemo_elastic.nemo.checkpoints import check_text
 from nemo_elastic.problems import Problem, ProblemsError, raise_if_any
 from nemo_elastic.runlock import lock_problems
@@ -137,10 +137,12 @@ def _not_trained(out: Path) -> list[Problem]:
 
 
 def _stored(resolved: Resolved, out: Path) -> list[Problem]:
-    """Scores that `train` would go on from; their parent's weights are compared when they are read."""
-    family = family_of(resolved.config)
+    """Scores that `train` would go on from. Weights at another path than theirs are compared here, else when read."""
+    config, family = resolved.config, family_of(resolved.config)
     provenance = Importance.load(out / "importance", family.architecture).provenance
-    return foreign_scores(provenance, resolved.config, family, given=resolved.origins)
+    moved = provenance.get("source", {}).get("parent") != config.parent.path
+    digest = weights_digest(open_parent(config.parent.path, family.layout), family.layout) if moved else None
+    return foreign_scores(provenance, config, family, given=resolved.origins, digest=digest)
 
 
 def _kept(resolved: Resolved, out: Path) -> list[Problem]:

@@ -14,11 +14,12 @@ import torch
 from checkpoint_family import MODEL, TOKENIZER, manifest, random_weights, write_hf_parent
 
 from nemo_elastic.checkpoint.extract import child_architecture, child_layout
-from nemo_elastic.checkpoint.hf_config import hf_config, model_from_hf
+from nemo_elastic.checkpoint.hf_config import hf_config
 from nemo_elastic.checkpoint.hf_folder import write_hf_folder
 from nemo_elastic.checkpoint.huggingface import HuggingFaceReader
 from nemo_elastic.checkpoint.reader import SafetensorsReader, check_against_layout, lazy_tensors
 from nemo_elastic.config.model_fields import architecture_of
+from nemo_elastic.config.parent_hf import model_from_hf
 from nemo_elastic.layout import ParamLayout
 from nemo_elastic.problems import ProblemsError
 
@@ -74,7 +75,7 @@ def test_config_survives_the_way_there_and_back() -> None:
     ("change", "words"),
     [
         ({"model_type": "llama"}, "must be 'nemotron_h'"),
-        ({"hybrid_override_pattern": "M-M*-M*"}, "one of them is stale"),
+        ({"hybrid_override_pattern": "M-M*-M*"}, "one is stale"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"intermediate_size": [80, 40, 40]}, "is a list"),
         ({"layer_norm_epsilon": 1e-6}, "1e-06 must be 1e-05"),

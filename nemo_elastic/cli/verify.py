@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     stored = dict(manifest.provenance.get("config") or {})
     if not stored:
         raise ProblemsError([Problem(nested, "its manifest holds no run configuration; it was not made by `train`")])
-    run_config = load_config(None, overrides(arguments), base=stored).config
+    run_config = load_config(None, overrides(arguments), base=_with_own_tokenizer(stored, Path(nested))).config
     children = _children(Path(nested), child, arguments.budget, list(manifest.subnets), arguments.format)
     from ..nemo.results import note_verified  # NeMo takes seconds, and says things: not for bad input
     from ..nemo.train import data_module, heldout_batches
@@ -69,6 +69,12 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.answer.write(f"{pair['smaller']} is {words} {pair['larger']}")
         arguments.answer.write("verification passed" if passed else "verification FAILED")
     return 0 if passed else 1
+
+
+def _with_own_tokenizer(stored: dict[str, Any], nested: Path) -> dict[str, Any]:
+    """The run's configuration with the tokenizer that travels in `context/`: the parent may have moved."""
+    found = sorted((nested / "context").rglob("tokenizer.json"))
+    return {**stored, "data": {**stored.get("data", {}), "tokenizer": str(found[0])}} if found else stored
 
 
 def _is_run(nested: Path) -> bool:

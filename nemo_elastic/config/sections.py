@@ -15,6 +15,7 @@ class ParentConfig:
     """Where the trained parent is."""
 
     path: str | None = None  # a NeMo checkpoint or Hugging Face folder, or builtin:tiny_parent
+    output_weights: str | None = None  # if a tied parent stores an lm_head of its own: embedding or lm_head counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,8 @@ class DataConfig:
     paths: tuple[str, ...] = ()  # .txt or .jsonl files or folders; empty: the corpus that ships with the tiny parent
     blend: tuple[BlendSource, ...] = ()  # weighted sources, instead of paths
     chat: ChatConfig = field(default_factory=ChatConfig)
-    tokenizer: str | None = None  # a tokenizers .json file; empty: the parent's own
+    tokenizer: str | None = None  # a tokenizer.json or the folder with one; empty: the parent's own
+    end_of_text: str | None = None  # the token that ends a text; empty: what the parent's or tokenizer's files say
     cache_dir: str | None = None  # tokenized files; empty: the user's cache folder
     num_workers: int = 0
 

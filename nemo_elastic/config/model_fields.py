@@ -52,7 +52,7 @@ ARITHMETIC: dict[str, Any] = {
     "fp32_residual_connection": False,
 }
 ACTIVATIONS = ("squared_relu", "relu", "gelu", "silu")
-FUNCTION = (*REQUIRED, "kv_channels", "share_embeddings_and_output_weights", *ARITHMETIC, *ONLY)
+FUNCTION = (*REQUIRED, "kv_channels", "share_embeddings_and_output_weights", *ARITHMETIC)
 
 
 @lru_cache(maxsize=1)

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from ..problems import Problem, ProblemsError, raise_if_any
-from .model_fields import FUNCTION, REQUIRED, model_problems
+from .model_fields import FUNCTION, ONLY, REQUIRED, model_problems
 from .stored_rows import embedding_rows
 
 YAML_FILE, JSON_FILE, TOKENIZER_FILE = "model.yaml", "io.json", "tokenizer.json"
@@ -34,7 +34,7 @@ ACTIVATION_OF_CLASS = (("NemotronH", "squared_relu"), ("NemotronNano", "squared_
 
 @dataclass(frozen=True)
 class NemoContext:
-    """What a context says of the model (`SSMConfig` fields), the file that does, and where the tokenizer lies (or None)."""
+    """What a context says of the model (`SSMConfig` fields), the file that does, and its tokenizer folder (or None)."""
 
     model: Mapping[str, Any]
     file: Path
@@ -66,7 +66,7 @@ def _model(fields: Mapping[str, Any], path: Path, rows: int | None) -> dict[str,
         words = "is not of a hybrid Mamba model with model.hybrid_override_pattern; give the model section in --config"
         raise ProblemsError([Problem(str(path), words)])
     found: list[Problem] = []
-    wanted = (*FUNCTION, *HINTS, "num_layers")
+    wanted = (*FUNCTION, *ONLY, *HINTS, "num_layers")
     model = {n: fields[n] for n in wanted if n != "activation_func" and fields.get(n) is not None}
     for name in [name for name, value in model.items() if not isinstance(value, bool | int | float | str)]:
         found.append(Problem(f"{path}: {name}", f"{str(model[name])[:80]} is neither a number nor a word"))
@@ -80,7 +80,7 @@ def _model(fields: Mapping[str, Any], path: Path, rows: int | None) -> dict[str,
     model |= {} if rows is None else {"vocab_size": rows}
     if all(model.get(name) is not None for name in REQUIRED):  # else the configuration says the rest, and is checked
         raise_if_any(Problem(f"{path}: {p.key.removeprefix('model.')}", p.message) for p in model_problems(model))
-    return model
+    return {name: value for name, value in model.items() if name not in ONLY and name != "num_layers"}
 
 
 def _defaults(model: Mapping[str, Any]) -> dict[str, Any]:

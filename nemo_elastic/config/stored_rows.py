@@ -7,14 +7,18 @@ The weights themselves are read by `mcore.preflight`, which says what is wrong w
 from __future__ import annotations
 
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
-EMBEDDING = "embedding.word_embeddings.weight"
+WEIGHT = re.compile(r"(module\.|model\.)*embedding\.word_embeddings\.weight")  # and not the optimizer's states of it
 
 
 class _Inert(dict):
-    """Stands for an object of any class: its constructor's arguments and its state."""
+    """Stands for an object of any class: its constructor's arguments and its state. It may be a key, as some are."""
+
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
 
     def __new__(cls, *args: Any, **named: Any) -> _Inert:
         self = super().__new__(cls)
@@ -38,7 +42,7 @@ def embedding_rows(checkpoint: Path) -> int | None:
     try:
         with open(checkpoint / "weights" / ".metadata", "rb") as file:
             stored = _InertUnpickler(file).load().state["state_dict_metadata"]
-        (size,) = (entry.state["size"].args[0] for key, entry in stored.items() if key.endswith(EMBEDDING))
+        (size,) = (entry.state["size"].args[0] for key, entry in stored.items() if WEIGHT.fullmatch(key))
         rows = size[0]
     except Exception:  # a damaged pickle can raise nearly anything
         return None

@@ -184,11 +184,12 @@ class HuggingFaceReader:
 
 
 def _quantized(folder: Path, reader: TensorReader) -> list[Problem]:
-    """8-bit and 4-bit weights come with scales, or in dtypes that nothing here computes with."""
+    """8-bit and 4-bit weights come with scales, or as bytes."""
     for name in reader.names():
         dtype = reader.dtype(name)
         if name.endswith(("_scale", "_scale_inv", "_scale_2")) or dtype.itemsize < 2:
-            words = f"has {name} ({str(dtype).removeprefix('torch.')}): quantized weights; give the bf16 folder"
+            kind = str(dtype).removeprefix("torch.")
+            words = f"has {name} ({kind}): quantized weights cannot be trained; give the bf16 folder"
             return [Problem(str(folder), words)]
     return []
 

@@ -16,6 +16,7 @@ EXAMPLES = """examples:
   nemo-elastic verify runs/tiny/nested                                  # all of runs/tiny/children
   nemo-elastic verify runs/tiny/nested runs/tiny/children/small
   nemo-elastic verify runs/tiny/nested --format hf --hf-python .venv-hf/bin/python   # make setup-hf
+  nemo-elastic verify --parent /models/mine --hf-python .venv-hf/bin/python      # before anything is trained
   nemo-elastic verify runs/tiny/nested --nproc 2 train.tensor_model_parallel_size=2"""
 
 
@@ -23,11 +24,17 @@ def add_parser(subparsers: Any) -> None:
     """Register the verb."""
     help = "child against nested subnet on real text: tensors, logits, loss, size, hashes"
     flags = ("--budget", "--format", "--hf-python", "--nproc", "--json", "--verbose")
-    verb_parser(subparsers, "verify", run, help, flags, epilog=EXAMPLES)
+    parser = verb_parser(subparsers, "verify", run, help, flags, epilog=EXAMPLES)
+    words = "instead: a Hugging Face parent's held-out loss here against transformers' (data.paths=[...]: your text)"
+    parser.add_argument("--parent", metavar="PARENT", help=words)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Compare; 1 when something differs."""
+    if arguments.parent is not None:
+        from .verify_parent import run_parent
+
+        return run_parent(arguments)
     nested, *child = folders(arguments, "NESTED", "CHILD", optional=1)
     restart_under_torchrun(arguments)
     quiet_libraries(arguments.verbose)

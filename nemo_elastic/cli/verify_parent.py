@@ -32,7 +32,7 @@ def run_parent(arguments: argparse.Namespace) -> int:
     from ..nemo.train import data_module, heldout_batches
     from ..nemo.verify_parent import verify_parent
 
-    check_text(config)
+    check_text(config, trains=False)
     check = verify_parent(config, heldout_batches(data_module(config), config), arguments.hf_python)
     if arguments.json:
         arguments.answer.json({"verified": check.ok, **asdict(check)})

@@ -101,17 +101,28 @@ def tokenizer_source(run: RunConfig) -> Path:
     return file if alone else file.parent
 
 
-def check_text(run: RunConfig) -> None:
-    """The run's text and tokenizer, before anything is started or written.
+def check_text(run: RunConfig, *, trains: bool = True) -> None:
+    """The run's text and tokenizer, before anything is started or written. Text that is not in the cache is tokenized.
+
+    Args:
+        trains: the text of all stages is read, and what is held out; otherwise only what ranking reads.
 
     Raises:
         ProblemsError: text that is not there; no tokenizer, or one with an id that the parent has no row for.
-        ValueError: a tokenizer that cannot be read, or in which nobody says what ends a text.
+        ValueError: a tokenizer or a text that cannot be read, too little of it, or nobody says what ends a text.
     """
-    found = [*entry_problems(run.data)]
-    file = Path(tokenizer_of(run) or DEFAULT_TOKENIZER)
-    raise_if_any([*found, *(row_problems(file, int(run.model["vocab_size"])) if file.is_file() else ())])
-    text_tokenizer(run)
+    file, rows = Path(tokenizer_of(run) or DEFAULT_TOKENIZER), int(run.model["vocab_size"])
+    raise_if_any([*entry_problems(run.data), *(row_problems(file, rows) if file.is_file() else ())])
+    tokenizer = text_tokenizer(run)
+    from nemo_elastic.nemo.sources import open_windows
+
+    lengths = [stage.seq_length for stage in run.train.stages] if trains else []
+    data, heldout = run.data, [("heldout", length) for length in lengths[-1:]]
+    for split, length in dict.fromkeys([("train", run.rank.seq_length), *(("train", n) for n in lengths), *heldout]):
+        open_windows(
+            split, tokenizer, length, blend=data.blend, chat=data.chat, paths=data.paths, vocab_size=rows,
+            shuffle=split == "train", cache_dir=data.cache_dir,
+        )  # fmt: skip
 
 
 def extract(

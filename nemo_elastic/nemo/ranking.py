@@ -49,7 +49,7 @@ def rank_run(config: RunConfig, out: Path, *, resume: bool = False, report: Repo
     """
     family, train = family_of(config), config.train
     raise_if_any(parallel_problems(family.architecture, train, family.space.ffn_groups))
-    check_text(config)
+    check_text(config, trains=False)
     reader = open_parent(config.parent, family.layout)
     sample, text = calibration(config)
     process_groups.start(train.tensor_model_parallel_size, train.pipeline_model_parallel_size, seed=train.seed)

@@ -1,4 +1,4 @@
-"""`verify --parent`: a Hugging Face parent's loss here == its loss in transformers, within 1e-4 nats, on trained weights.
+"""`verify --parent`: loss of a Hugging Face parent here == its loss in transformers, within 1e-4 nats, trained weights.
 
 The shipped parent has steps of the scan below 1e-3, which transformers would clamp: random parents have none.
 """

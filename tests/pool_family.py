@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from pool_elastic import FFN_GROUPS, architecture, random_weights, tokens
 from small_parent import PATTERN, SMALL
@@ -25,6 +25,7 @@ from nemo_elastic.mcore.family_model import FamilyModel
 from nemo_elastic.mcore.parallel import broadcast_from_last_stage, data_parallel_rank_and_size, stage_ends
 from nemo_elastic.mcore.planner import Planner
 from nemo_elastic.mcore.teacher_cache import TeacherCache
+from nemo_elastic.mcore.versions import build_optimizer, layer_pattern
 from nemo_elastic.nemo.elastic_model import ElasticLossReduction
 from nemo_elastic.nemo.train import decays_not, is_router
 from nemo_elastic.router.model import Router
@@ -70,7 +71,7 @@ def build(run: RunConfig, dtype: torch.dtype, tied: bool, **more: Any) -> tuple[
         layout=layout,
         vocab_size=arch.vocab_size,
         max_sequence_length=64,
-        hybrid_override_pattern=PATTERN,
+        **layer_pattern(PATTERN),
         position_embedding_type="none",
         share_embeddings_and_output_weights=tied,
         pre_process=first,
@@ -230,9 +231,7 @@ def _optimizer(wrapped: Any, distributed: bool) -> Any:
     config = OptimizerConfig(
         optimizer="adam", lr=1e-3, weight_decay=0.01, clip_grad=1.0, use_distributed_optimizer=distributed
     )
-    return get_megatron_optimizer(
-        config, [wrapped], no_weight_decay_cond=decays_not, scale_lr_cond=is_router, lr_mult=10.0
-    )
+    return build_optimizer(config, [wrapped], no_weight_decay_cond=decays_not, scale_lr_cond=is_router, lr_mult=10.0)
 
 
 def evaluated_twice() -> list[dict[str, Any]]:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.models.mamba import MambaModel
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from ..space import DEFAULT_FFN_GROUPS
 from .elastic.model import ElasticMambaModel
 from .elastic.spec import elastic_stack_spec
 from .layer_specs import hybrid_stack_spec
-from .versions import squared_relu
+from .versions import HybridModel, layer_pattern, squared_relu
 
 
 def transformer_config(architecture: Architecture, **more: Any) -> TransformerConfig:
@@ -58,10 +57,10 @@ def transformer_config(architecture: Architecture, **more: Any) -> TransformerCo
     return TransformerConfig(**(settings | {"pipeline_dtype": dtype} | more))
 
 
-def build_plain_model(architecture: Architecture, config: TransformerConfig | None = None, **more: Any) -> MambaModel:
+def build_plain_model(architecture: Architecture, config: TransformerConfig | None = None, **more: Any) -> HybridModel:
     """The stock Megatron model of this rank (no elastic class in it). `more`: fields of `transformer_config`."""
     config = config or transformer_config(architecture, **more)
-    return MambaModel(config, hybrid_stack_spec(), **_model_arguments(architecture))
+    return HybridModel(config, hybrid_stack_spec(), **_model_arguments(architecture))
 
 
 def build_elastic_model(
@@ -81,7 +80,7 @@ def _model_arguments(architecture: Architecture) -> dict[str, Any]:
     return {
         "vocab_size": architecture.vocab_size,
         "max_sequence_length": 1 << 20,
-        "hybrid_override_pattern": architecture.hybrid_override_pattern,
+        **layer_pattern(architecture.hybrid_override_pattern),
         "pre_process": parallel_state.is_pipeline_first_stage(),
         "post_process": parallel_state.is_pipeline_last_stage(),
         "share_embeddings_and_output_weights": architecture.share_embeddings_and_output_weights,

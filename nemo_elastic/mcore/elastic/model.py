@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from megatron.core.models.mamba import MambaModel
 from torch import Tensor
 
 from ...layout import ParamLayout
+from ..versions import HybridModel
 from .embedding import embed
 from .linear import column_parallel
 from .plan import Plan
@@ -29,12 +29,12 @@ def refuse_overlap(ddp_config: Any) -> None:
         )
 
 
-class ElasticMambaModel(MambaModel):
+class ElasticMambaModel(HybridModel):
     """Megatron's hybrid model at the parent's size whose forward takes a `Plan`.
 
     Args:
         layout: the parameter table of a tensor-parallel shard (`ParamLayout(..., tp_size=TP)`).
-        others: those of Megatron's model; `mamba_stack_spec` must be `elastic_stack_spec()`.
+        others: those of Megatron's model, its spec `elastic_stack_spec()`.
 
     Raises:
         ValueError: for a model with position embeddings.

@@ -13,7 +13,7 @@
 called `ssm_training` in 0.15 and `_ssm_training` later. Checkpoint keys are the same in all of them, and `.metadata` is
 written as torch's own class, which every line reads. The mixer's gated norm is marked as split over tensor-parallel
 ranks by `layer_specs.Mixer`, since 0.15 leaves that out. docs/engine.md says what was run with which line. Names of
-Megatron that NeMo's side of the package passes on (configs, activations) are re-exported: only `mcore` imports Megatron.
+Megatron that NeMo's side of the package passes on are re-exported here, so that only `mcore` imports Megatron.
 """
 
 from __future__ import annotations

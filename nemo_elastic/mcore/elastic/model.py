@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ...layout import ParamLayout
 from ..versions import HybridModel
+from .census import refuse_plain_layers
 from .embedding import embed
 from .linear import column_parallel
 from .plan import Plan
@@ -38,6 +39,7 @@ class ElasticMambaModel(HybridModel):
 
     Raises:
         ValueError: for a model with position embeddings.
+        ProblemsError: Megatron built a layer that is not elastic, or not the table's layers.
     """
 
     def __init__(self, *args: Any, layout: ParamLayout, **kwargs: Any) -> None:
@@ -49,6 +51,7 @@ class ElasticMambaModel(HybridModel):
             )
         assert layout.tp_size == self.pg_collection.tp.size(), "the table must be that of one tensor-parallel shard"
         self.layout = layout
+        refuse_plain_layers(self.decoder.layers, layout, self.pg_collection.pp)
         self.decoder.bind(layout, self.pg_collection.tp)
 
     def forward(

@@ -4,9 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= runs/quickstart
 ARGS ?=
+# Processes that run tests side by side; each starts up to six workers of its own for distributed tests (8 GB in all).
+JOBS ?= 2
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-hf quickstart test test-slow test-gpu lint format docs clean
+.PHONY: help setup setup-hf quickstart test test-slow test-sweep test-gpu lint format docs clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,10 +28,13 @@ lint: setup  ## ruff: rules and format
 	@$(BIN)/ruff format --check .
 
 test: lint  ## lint and every test that takes under 20 seconds
-	@$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+	@$(PYTEST) -m "not slow and not gpu" $(ARGS)
 
-test-slow: setup setup-hf  ## the tests that take over 20 seconds, Hugging Face's among them
-	@$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS) || [ $$? -eq 5 ]  # 5: there is none
+test-slow: setup setup-hf  ## the tests that take over 20 seconds, Hugging Face's among them; a sample of every sweep
+	@$(PYTEST) -m "slow and not gpu" $(ARGS) || [ $$? -eq 5 ]  # 5: there is none
+
+test-sweep: setup  ## every case of the sweeps that test-slow draws a sample of
+	@$(PYTEST) -m "sweep" --sweep all $(ARGS)
 
 test-gpu: setup  ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu $(ARGS)

@@ -1,10 +1,24 @@
-"""Fixtures of all tests: the pools of distributed workers, kept for the whole session."""
+"""Fixtures of all tests: the pools of distributed workers, kept for the whole session; which cases of a sweep run."""
 
 from collections.abc import Iterator
 
 import pytest
+import sweep
 from small_run import Server
 from worker_pool import WorkerPool, find_free_port, open_pool
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    sweep.add_options(parser)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"sweeps: {config.getoption('--sweep')}, seed {sweep.seed_of(config)}"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    sweep.arrange(config, items)
 
 
 @pytest.fixture(scope="session")

@@ -71,8 +71,9 @@ LAYOUTS = {
     "tp2_pp2_sp": {"tp": 2, "pp": 2, "sp": True},
 }
 QUICK = {("tp2_sp", "ddp"), ("pp2", "ddp_recompute"), ("tp2_pp2_sp", "ddp"), ("tp4", "autograd"), ("pp4", "ddp")}
+SWEPT = (pytest.mark.slow, pytest.mark.sweep(10))  # 19 cases, tied and untied
 CASES = [
-    pytest.param(name, kind, marks=() if (name, kind) in QUICK else pytest.mark.slow, id=f"{name}-{kind}")
+    pytest.param(name, kind, marks=() if (name, kind) in QUICK else SWEPT, id=f"{name}-{kind}")
     for name in LAYOUTS
     for kind in ("ddp", "autograd", "ddp_recompute")
 ]

@@ -41,8 +41,9 @@ QUICK = {
     ("dp2", "plain"), ("tp2_sp", "shared_teacher"), ("pp2", "shared_teacher"), ("tp2_pp2_sp", "tied"),
     ("tp2_dp2", "plain"), ("pp2_dp2", "recompute"), ("tp4", "logits"), ("pp4", "plain"), ("pp2", "no_teacher"),
 }  # fmt: skip
+SWEPT = (pytest.mark.slow, pytest.mark.sweep(15))
 CASES = [
-    pytest.param(name, kind, marks=() if (name, kind) in QUICK else pytest.mark.slow, id=f"{name}-{kind}")
+    pytest.param(name, kind, marks=() if (name, kind) in QUICK else SWEPT, id=f"{name}-{kind}")
     for name in LAYOUTS
     for kind in KINDS
 ]

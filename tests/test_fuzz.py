@@ -192,6 +192,7 @@ def wild_commands() -> list[list[str]]:
 
 
 @pytest.mark.slow
+@pytest.mark.sweep(8)
 @pytest.mark.parametrize("words", wild_commands(), ids=" ".join)
 def test_real_processes(words: list[str], tmp_path: Path) -> None:
     done = subprocess.run(

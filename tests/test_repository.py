@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.resources
 import importlib.util
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -65,6 +66,20 @@ def test_configs_are_package_data() -> None:
 def test_help_lists_every_target() -> None:
     shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert set(re.findall(r"^  make ([a-z-]+)", shown, flags=re.MULTILINE)) == TARGETS
+
+
+def test_what_lies_in_the_tree_does_not_change_what_lint_says(tmp_path: Path) -> None:
+    """A folder `runs/` once made the module `runs` of an example first-party, and its imports badly sorted."""
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    modules = sorted((ROOT / "examples" / "paper_small").glob("*.py"))
+    for module in modules:
+        (tmp_path / module.stem).mkdir()  # what a run, or the reader, may call a folder
+        (tmp_path / "example").mkdir(exist_ok=True)
+        shutil.copy(module, tmp_path / "example")
+    assert "runs" in {module.stem for module in modules}
+    lint = [sys.executable, "-m", "ruff", "check", "--no-cache", "--select", "I", "example"]
+    done = subprocess.run(lint, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize("name", ["constraints.txt", "constraints-hf.txt"])

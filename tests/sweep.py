@@ -1,0 +1,78 @@
+"""Which tests run, in which order and side by side: samples of exhaustive products, the longest first.
+
+A case marked `sweep(n)` is one of many that prove the same thing (every layout x every kind of loss, say). `pytest`
+draws n of each test's cases by a seed and leaves the others out; `--sweep all` (`make test-sweep`) runs them all. The
+seed is the commit's hash, so that each commit runs the same cases everywhere and the next one others; the header of a
+run says it, and `--sweep-seed` gives it by hand.
+
+Under pytest-xdist (`--dist loadgroup`) the tests of a file run in one process, and so do all those that use the same
+expensive fixture: its runs or workers are then made once.
+"""
+
+import random
+import subprocess
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+# Session-wide fixtures that take long to make: tests that use one go to the same process, whatever file they are in.
+SHARED_FIXTURES = ("small_runs",)
+# Files that take minutes, in the order in which they start: the short ones then fill what is left of the other process.
+LONGEST_FIRST = ()
+
+
+def add_options(parser: pytest.Parser) -> None:
+    """`--sweep` and `--sweep-seed`."""
+    group = parser.getgroup("nemo_elastic")
+    group.addoption("--sweep", choices=("sample", "all"), default="sample", help="a seeded sample of sweeps, or all")
+    group.addoption("--sweep-seed", default=None, help="what the sample is drawn by (default: the commit's hash)")
+
+
+def seed_of(config: pytest.Config) -> str:
+    """The given seed, else HEAD's hash, else 0 where there is no repository."""
+    given = config.getoption("--sweep-seed")
+    if given is not None:
+        return given
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "0"
+
+
+def drawn(cases: dict[str, list[str]], counts: dict[str, int], seed: str) -> set[str]:
+    """Of every test's cases, as many as its count says; a pure function of the names and the seed."""
+    return {
+        case
+        for test, names in cases.items()
+        for case in random.Random(f"{seed}:{test}").sample(sorted(names), min(counts[test], len(names)))
+    }
+
+
+def arrange(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Draw the sample, group what shares a fixture, and put the longest files first."""
+    if config.getoption("--sweep") == "sample":
+        _leave_out(config, items)
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            shared = next((name for name in SHARED_FIXTURES if name in getattr(item, "fixturenames", ())), None)
+            item.add_marker(pytest.mark.xdist_group(shared or item.path.name))
+    order = {name: number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
+def _leave_out(config: pytest.Config, items: list[pytest.Item]) -> None:
+    cases: dict[str, list[str]] = defaultdict(list)
+    counts: dict[str, int] = {}
+    for item in items:
+        for mark in item.iter_markers("sweep"):
+            test = item.nodeid.partition("[")[0]
+            cases[test].append(item.nodeid)
+            counts[test] = mark.args[0]
+    kept = drawn(cases, counts, seed_of(config))
+    swept = {name for names in cases.values() for name in names}
+    left_out = [item for item in items if item.nodeid in swept - kept]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item.nodeid not in swept - kept]

@@ -5,7 +5,6 @@ import types
 from collections.abc import Iterator
 from pathlib import Path
 
-import pool_family
 import pytest
 
 from nemo_elastic.mcore import versions
@@ -161,20 +160,3 @@ def test_conv_parameters_under_both_names() -> None:
     new = types.SimpleNamespace(conv1d_weight="weight", conv1d_bias="bias")
     old = types.SimpleNamespace(conv1d=types.SimpleNamespace(weight="weight", bias="bias"))
     assert versions.conv_parameters(new) == versions.conv_parameters(old) == ("weight", "bias")
-
-
-@pytest.mark.usefixtures("one_rank")
-@pytest.mark.parametrize("distributed", [False, True])
-def test_the_router_has_its_own_rate_and_no_weight_decay(distributed: bool) -> None:
-    """Group by group of the family's optimizer, after the multipliers, in the words of the installed line."""
-    groups = pool_family.optimizer_groups(distributed)
-    found = {name: (group["lr"], group["weight_decay"]) for group in groups for name in group["names"]}
-    names = [name for group in groups for name in group["names"]]
-    assert len(names) == len(found) and any(".router." in name for name in names), "every parameter is in one group"
-    for name, dimensions in pool_family.parameter_dimensions().items():
-        router = ".router." in name
-        rate, decay = (1e-2 if router else 1e-3), (0.0 if router or dimensions == 1 else 0.01)
-        assert found.pop(name) == pytest.approx((rate, decay)), name
-    assert not found
-    marks = {(group["pre_lr_mult"], group["pre_wd_mult"]) for group in groups}
-    assert marks == {(1.0, 1.0), (1.0, 0.0), (10.0, 0.0)}, "a checkpoint finds the groups again by these"

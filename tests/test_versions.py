@@ -156,6 +156,12 @@ def test_a_new_class_goes_before_the_wrapper_of_its_old_name(monkeypatch: pytest
         versions.first_of(*places)
 
 
+def test_an_mlp_is_given_the_group_that_it_takes() -> None:
+    handed = {"config": 1, "pg_collection": types.SimpleNamespace(tp="group"), "is_mtp_layer": False, "name": "mlp"}
+    assert versions.mlp_arguments(handed) == {"config": 1, "tp_group": "group", "name": "mlp"}
+    assert versions.mlp_arguments({"config": 1}) == {"config": 1}
+
+
 def test_conv_parameters_under_both_names() -> None:
     new = types.SimpleNamespace(conv1d_weight="weight", conv1d_bias="bias")
     old = types.SimpleNamespace(conv1d=types.SimpleNamespace(weight="weight", bias="bias"))

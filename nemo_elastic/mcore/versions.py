@@ -7,6 +7,7 @@
 | `transformer_engine_spec()` | `mamba_stack_spec` | same | same | `hybrid_stack_spec` |
 | `layer_pattern()`, `pattern_of()` | `hybrid_override_pattern` | same | `hybrid_layer_pattern` | same |
 | `conv_parameters(mixer)` | `conv1d.weight`, `.bias` | same | same | 0.19: `conv1d_weight`, `conv1d_bias` |
+| `mlp_arguments()` | none | none | `pg_collection`, `is_mtp_layer` | same |
 | `build_optimizer()` | `no_weight_decay_cond`, ... | `config_overrides` | same | same |
 
 `kernels` is the mixer's module, whose scan and convolution are called by their names in it: the method around them is
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import megatron.core
@@ -45,6 +46,7 @@ __all__ = [
     "installed",
     "kernels",
     "layer_pattern",
+    "mlp_arguments",
     "pattern_of",
     "squared_relu",
     "transformer_engine_spec",
@@ -109,6 +111,12 @@ def conv_parameters(mixer: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
     if hasattr(mixer, "conv1d_weight"):
         return mixer.conv1d_weight, mixer.conv1d_bias
     return mixer.conv1d.weight, mixer.conv1d.bias
+
+
+def mlp_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of an MLP, from what a transformer layer hands to any class but Megatron's own MLP."""
+    kept = {name: value for name, value in given.items() if name not in ("pg_collection", "is_mtp_layer")}
+    return kept | ({"tp_group": given["pg_collection"].tp} if "pg_collection" in given else {})
 
 
 def build_optimizer(

@@ -1,7 +1,7 @@
 """Megatron-core on a machine without a GPU, over gloo: one explicit call, nothing at import time.
 
 `install()` does nothing when `torch.cuda.is_available()`. Otherwise it applies the entries of `SHIMS`, each of which
-names the upstream lines (megatron-core 0.16.1; 0.15.3 has the same ones elsewhere in these files) that fail, or silently
+names the upstream lines (of megatron-core 0.16.1; 0.15.3 has them elsewhere in these files) that fail, or silently
 do the wrong thing, without it. A shim is scoped to the upstream module that needs it (that module sees a `torch` whose
 factories turn `device="cuda"` into the CPU) unless the call is spread over all of Megatron; those few are set on torch
 itself.

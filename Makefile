@@ -40,11 +40,11 @@ test-sweep: setup  ## every case of the sweeps that test-slow draws a sample of
 	@$(PYTEST) -m "sweep" --sweep all $(ARGS)
 
 test-engine:  ## the tests that touch Megatron under another line of megatron-core (LINE=0.15, or 0.19 on Python 3.12)
-	@if $(PYTHON) -c pass 2>/dev/null; then $(PYTHON) scripts/test_engine.py --line $(LINE) $(ARGS); \
+	@if $(PYTHON) -c pass 2>/dev/null; then $(PYTHON) scripts/test_engine.py --line $(LINE) -n $(JOBS) --dist loadgroup $(ARGS); \
 	else echo "test-engine: there is no $(PYTHON) here: skipped"; fi
 
 smoke-engine:  ## a few of them, for CI: the older line still works (under 3 minutes)
-	@$(PYTHON) scripts/test_engine.py --smoke $(ARGS)
+	@$(PYTHON) scripts/test_engine.py --smoke -n $(JOBS) --dist loadgroup $(ARGS)
 
 test-gpu: setup  ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu $(ARGS)

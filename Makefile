@@ -12,7 +12,8 @@ JOBS ?= 2
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-hf quickstart test test-slow test-sweep test-engine smoke-engine test-gpu lint format docs clean
+.PHONY: help setup setup-hf quickstart test test-slow test-sweep test-broken test-engine smoke-engine test-gpu lint \
+	format docs clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +39,9 @@ test-slow: setup setup-hf  ## the tests that take over 20 seconds, Hugging Face'
 
 test-sweep: setup  ## every case of the sweeps that test-slow draws a sample of
 	@$(PYTEST) -m "sweep" --sweep all $(ARGS)
+
+test-broken: setup  ## every broken input of every verb, in one process: exit code 2, one message, nothing written
+	@$(PYTEST) tests/test_broken_inputs.py -m "not slow" --sweep all $(ARGS)
 
 test-engine:  ## the tests that touch Megatron under another line of megatron-core (LINE=0.15, or 0.19 on Python 3.12)
 	@if $(PYTHON) -c pass 2>/dev/null; then $(PYTHON) scripts/test_engine.py --line $(LINE) -n $(JOBS) --dist loadgroup $(ARGS); \

@@ -7,7 +7,7 @@
 | `transformer_engine_spec()` | `mamba_stack_spec` | same | same | `hybrid_stack_spec` |
 | `layer_pattern()`, `pattern_of()` | `hybrid_override_pattern` | same | `hybrid_layer_pattern` | same |
 | `conv_parameters(mixer)` | `conv1d.weight`, `.bias` | same | same | 0.19: `conv1d_weight`, `conv1d_bias` |
-| `mlp_arguments()` | none | none | `pg_collection`, `is_mtp_layer` | same |
+| `mlp_arguments()` | none | none | none | `pg_collection`, `is_mtp_layer` |
 | `build_optimizer()` | `no_weight_decay_cond`, ... | `config_overrides` | same | same |
 
 `kernels` is the mixer's module, whose scan and convolution are called by their names in it: the method around them is

@@ -164,3 +164,5 @@ def test_conv_parameters_under_both_names() -> None:
     new = types.SimpleNamespace(conv1d_weight="weight", conv1d_bias="bias")
     old = types.SimpleNamespace(conv1d=types.SimpleNamespace(weight="weight", bias="bias"))
     assert versions.conv_parameters(new) == versions.conv_parameters(old) == ("weight", "bias")
+    for name in ("mixer.conv1d_bias", "mixer.conv1d.bias"):
+        assert versions.parameter_name(f"decoder.layers.3.{name}") == "decoder.layers.3.mixer.conv1d.bias"

@@ -17,17 +17,17 @@ from nemo_elastic.architecture import ATTENTION, MAMBA, MLP, Architecture
 from nemo_elastic.layout import ParamLayout
 from nemo_elastic.mcore.build import (
     build_elastic_model,
-    build_plain_model,
     load_weights,
     named_global_parameters,
+    transformer_config,
     whole_tensors,
 )
 from nemo_elastic.mcore.elastic.model import ElasticMambaModel
 from nemo_elastic.mcore.elastic.plan import Plan, hard_plan, soft_plan
 from nemo_elastic.mcore.elastic.spec import elastic_stack_spec
 from nemo_elastic.mcore.layer_specs import local_stack_spec
+from nemo_elastic.mcore.parallel import stage_ends
 from nemo_elastic.mcore.versions import layer_pattern
-from nemo_elastic.problems import ProblemsError
 from nemo_elastic.space import DEPTH, KIND_OF_DIM, PER_LAYER_DIMS, WIDTH_DIMS, Subnet
 
 Case = tuple[str, Subnet | None]  # mode and what it runs; "soft" has masks instead of a subnet
@@ -76,13 +76,13 @@ def spec_with_a_plain(kind: str) -> ModuleSpec:
 
 def refusal_of(pattern: str, plain: str = "") -> str:
     """What building this rank's stage is refused with; empty where it is built."""
-    model = build_plain_model(architecture(pattern), perform_initialization=False)
-    layout = layout_of(architecture(pattern))
+    first, last = stage_ends()
+    arguments = layer_pattern(pattern) | {"pre_process": first, "post_process": last, "vocab_size": 64}
     spec = spec_with_a_plain(plain) if plain else elastic_stack_spec()
-    arguments = layer_pattern(pattern) | {"pre_process": model.pre_process, "post_process": model.post_process}
+    arch = architecture(pattern)
     try:
-        ElasticMambaModel(model.config, spec, layout=layout, vocab_size=512, max_sequence_length=64, **arguments)
-    except ProblemsError as error:
+        ElasticMambaModel(transformer_config(arch), spec, layout=layout_of(arch), max_sequence_length=64, **arguments)
+    except ValueError as error:
         return str(error)
     return ""
 

@@ -32,8 +32,8 @@ def test_a_plain_sublayer_in_an_elastic_layer_is_an_error(monkeypatch: pytest.Mo
 
 
 def test_every_stage_counts_its_own_layers(pool2: WorkerPool) -> None:
-    """MLP layers stand on the second stage alone; and of five layers, two stages of two are built, silently."""
+    """MLP layers stand on the second stage alone; of five layers two stages of two are built, silently before 0.17."""
     first, second = pool2.run(pool_elastic.refusal_of, "MM--", plain="-", pp=2)
     assert first == "" and "pipeline stage 1 of 2 was built with 0 of 2 elastic layers (0 of 2 mlp)" in second
     for text in pool2.run(pool_elastic.refusal_of, "MM--M", pp=2):
-        assert "1 of all 5 layers are on no stage" in text
+        assert "1 of all 5 layers are on no stage" in text or "must be evenly divisible" in text

@@ -57,9 +57,8 @@ STABLE = {
 KEYWORDS = {"hybrid_override_pattern", "hybrid_layer_pattern", "mamba_stack_spec", "hybrid_stack_spec"}
 KEYWORDS |= {"no_weight_decay_cond", "scale_lr_cond", "lr_mult", "config_overrides", "layer_type_list"}
 OURS = {"Architecture", "replace", "build_optimizer"}
-# Modules whose dictionaries of such names are not handed to Megatron: the project's own forms, and NeMo's and
-# Hugging Face's configurations.
-FORMS = {"plan.py", "checkpoint/hf_config.py", "nemo/plain_config.py"}
+# Only these packages reach Megatron; what this module fills is NeMo's configuration.
+REACH, OF_NEMO = ("mcore/", "nemo/"), "nemo/plain_config.py"
 ATTRIBUTES = {"conv1d", "conv1d_weight", "conv1d_bias", "ssm_training", "_ssm_training", "get_megatron_optimizer"}
 
 
@@ -80,7 +79,7 @@ def violations(path: Path, source: str | None = None) -> Iterator[str]:
             strings = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
             if path != SHIMS and callee == "import_module":
                 yield from (f"{place}: import_module({s!r})" for s in strings if s.startswith("megatron"))
-        elif isinstance(node, ast.Dict) and name not in FORMS:
+        elif isinstance(node, ast.Dict) and name.startswith(REACH) and name != OF_NEMO:
             keys = [k.value for k in node.keys if isinstance(k, ast.Constant)]
             yield from (f"{place}: {{{key!r}: ...}}" for key in keys if key in KEYWORDS)
         elif isinstance(node, ast.Attribute) and node.attr in ATTRIBUTES:
@@ -164,3 +163,5 @@ def test_conv_parameters_under_both_names() -> None:
     new = types.SimpleNamespace(conv1d_weight="weight", conv1d_bias="bias")
     old = types.SimpleNamespace(conv1d=types.SimpleNamespace(weight="weight", bias="bias"))
     assert versions.conv_parameters(new) == versions.conv_parameters(old) == ("weight", "bias")
+    for name in ("mixer.conv1d_bias", "mixer.conv1d.bias"):
+        assert versions.parameter_name(f"decoder.layers.3.{name}") == "decoder.layers.3.mixer.conv1d.bias"

@@ -22,7 +22,7 @@ from ..space import DEFAULT_FFN_GROUPS
 from .elastic.model import ElasticMambaModel
 from .elastic.spec import elastic_stack_spec
 from .layer_specs import hybrid_stack_spec
-from .versions import HybridModel, layer_pattern, squared_relu
+from .versions import HybridModel, layer_pattern, parameter_name, squared_relu
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "squared_relu": squared_relu,
@@ -129,7 +129,7 @@ def named_global_parameters(model: nn.Module, layout: ParamLayout) -> Iterator[t
         name = ".".join(parts)
         if name == "output_layer.weight" and layout.architecture.share_embeddings_and_output_weights:
             name = "embedding.word_embeddings.weight"  # the last stage's copy of the tied weight
-        yield layout.canonical_name(name), parameter
+        yield layout.canonical_name(parameter_name(name)), parameter
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

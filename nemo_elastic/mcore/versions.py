@@ -6,7 +6,7 @@
 | `HybridStack`, `StackSubmodules` | `ssm.mamba_block` | same | same | `models.hybrid.hybrid_block` |
 | `transformer_engine_spec()` | `mamba_stack_spec` | same | same | `hybrid_stack_spec` |
 | `layer_pattern()`, `pattern_of()` | `hybrid_override_pattern` | same | `hybrid_layer_pattern` | same |
-| `conv_parameters(mixer)` | `conv1d.weight`, `.bias` | same | same | 0.19: `conv1d_weight`, `conv1d_bias` |
+| `conv_parameters()`, `parameter_name()` | `conv1d.weight`, ... | same | same | 0.19: `conv1d_weight`, ... |
 | `mlp_arguments()` | none | none | none | `pg_collection`, `is_mtp_layer` |
 | `build_optimizer()` | `no_weight_decay_cond`, ... | `config_overrides` | same | same |
 
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -47,6 +48,7 @@ __all__ = [
     "kernels",
     "layer_pattern",
     "mlp_arguments",
+    "parameter_name",
     "pattern_of",
     "squared_relu",
     "transformer_engine_spec",
@@ -111,6 +113,11 @@ def conv_parameters(mixer: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
     if hasattr(mixer, "conv1d_weight"):
         return mixer.conv1d_weight, mixer.conv1d_bias
     return mixer.conv1d.weight, mixer.conv1d.bias
+
+
+def parameter_name(name: str) -> str:
+    """A parameter's name in a checkpoint, which every line has, from its name in the installed line's model."""
+    return re.sub(r"\bconv1d_(weight|bias)$", r"conv1d.\1", name)
 
 
 def mlp_arguments(given: Mapping[str, Any]) -> dict[str, Any]:

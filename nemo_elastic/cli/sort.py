@@ -54,7 +54,9 @@ def sort_run(resolved: Any, out: Path, *, force: bool = False) -> Path:
         words = "has checkpoints that were trained from its sorted parent; choose another --out"
         raise ProblemsError([Problem(str(out), words)])
     cpu.install()
-    parent, layout = resolved.config.parent.path, family_of(resolved.config).layout
+    parent, layout = resolved.config.parent, family_of(resolved.config).layout
     with locked(out) if out.is_dir() else nullcontext():
         importance = stored_importance(resolved, out)
-        return write_sorted(out / FOLDER, open_parent(parent, layout), layout, importance, source=parent, force=force)
+        return write_sorted(
+            out / FOLDER, open_parent(parent, layout), layout, importance, source=parent.path, force=force
+        )

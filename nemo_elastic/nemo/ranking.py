@@ -16,7 +16,6 @@ from torch import Tensor
 from ..config.load import Resolved, plain
 from ..config.sections import RunConfig, TrainConfig
 from ..data.blend import Source
-from ..data.tokenizer import DEFAULT_TOKENIZER, BPETokenizer
 from ..data.tokens import load_tokens
 from ..data.windows import Windows
 from ..family import family_of, parallel_problems
@@ -29,7 +28,7 @@ from ..mcore.one_run import one_run
 from ..mcore.parents import open_parent, weights_digest
 from ..mcore.rank import Report, rank_parent
 from ..problems import raise_if_any
-from .checkpoints import tokenizer_of
+from .checkpoints import check_text, text_tokenizer
 from .sources import open_windows
 
 FOLDER = "importance"
@@ -47,10 +46,11 @@ def rank_run(config: RunConfig, out: Path, *, resume: bool = False, report: Repo
     """
     family, train = family_of(config), config.train
     raise_if_any(parallel_problems(family.architecture, train, family.space.ffn_groups))
-    reader = open_parent(config.parent.path, family.layout)
+    check_text(config, trains=False)
+    reader = open_parent(config.parent, family.layout)
     sample, text = calibration(config)
     process_groups.start(train.tensor_model_parallel_size, train.pipeline_model_parallel_size, seed=train.seed)
-    model = build_plain_model(family.architecture, **precision(train))
+    model = build_plain_model(config.model, **precision(train))
     load_weights(model, reader, family.architecture, ffn_groups=family.space.ffn_groups)
     dims = family.space.dims
     weights = process_groups.on_first_rank(lambda: weights_digest(reader, family.layout))
@@ -77,8 +77,7 @@ def rank_run(config: RunConfig, out: Path, *, resume: bool = False, report: Repo
 
 def calibration(config: RunConfig) -> tuple[Callable[[int], Tensor], dict[str, Any]]:
     """(token ids `[s]` of calibration sample i, what the text is): windows of the training split, shuffled by seed."""
-    chosen = tokenizer_of(config)
-    tokenizer = BPETokenizer(chosen) if chosen else BPETokenizer()
+    tokenizer = text_tokenizer(config)
     length, seed, cache = config.rank.seq_length, config.rank.seed, config.data.cache_dir
     text: dict[str, Any] = {"tokenizer": tokenizer.sha256}
     if config.data.blend:
@@ -115,7 +114,7 @@ def stored_importance(resolved: Resolved, out: Path) -> Importance:
     importance = Importance.load(out / FOLDER, family.architecture)
 
     def check() -> None:
-        reader = open_parent(config.parent.path, family.layout)
+        reader = open_parent(config.parent, family.layout)
         raise_if_any(
             foreign_scores(
                 importance.provenance,
@@ -123,7 +122,7 @@ def stored_importance(resolved: Resolved, out: Path) -> Importance:
                 family,
                 given=resolved.origins,
                 digest=weights_digest(reader, family.layout),
-                tokenizer=BPETokenizer(tokenizer_of(config) or DEFAULT_TOKENIZER).sha256,
+                tokenizer=text_tokenizer(config).sha256,
             )
         )
 

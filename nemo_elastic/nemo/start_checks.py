@@ -15,6 +15,7 @@ from pathlib import Path
 
 from nemo_elastic.config.load import Resolved
 from nemo_elastic.config.sections import RunConfig
+from nemo_elastic.data.entries import entry_problems
 from nemo_elastic.data.tokens import default_cache_dir
 from nemo_elastic.distill.resume import changed_keys, stage_problems
 from nemo_elastic.family import family_of, parallel_problems
@@ -44,13 +45,13 @@ def check_rank(resolved: Resolved, out: Path, processes: int) -> None:
     def parent() -> None:
         family = family_of(config)
         raise_if_any(parallel_problems(family.architecture, config.train, family.space.ffn_groups))
-        open_parent(config.parent.path, family.layout)
+        open_parent(config.parent, family.layout)
 
     raise_if_any(
         collected(
             parent,
             lambda: check_processes(config, processes, ranks=True, trains=False),
-            *_surroundings(config, out),
+            *_surroundings(config, out, trains=False),
             lambda: _not_trained(out),
         )
     )
@@ -109,16 +110,20 @@ def collected(*checks: Check) -> list[Problem]:
     return list(dict.fromkeys(found))
 
 
-def _surroundings(config: RunConfig, out: Path) -> tuple[Check, ...]:
+def _surroundings(config: RunConfig, out: Path, *, trains: bool = True) -> tuple[Check, ...]:
     """Text and the folders that are written in."""
-    cache = config.data.cache_dir or default_cache_dir()
     return (
-        lambda: check_text(config),
         lambda: folder_problems("--out", out),
-        lambda: folder_problems("data.cache_dir", cache),
+        lambda: _text(config, trains=trains),
         lambda: _temporary(config),
         lambda: lock_problems(out),
     )
+
+
+def _text(config: RunConfig, *, trains: bool) -> list[Problem] | None:
+    """Text is tokenized into the cache when it is looked at, so that folder comes first."""
+    found = folder_problems("data.cache_dir", config.data.cache_dir or default_cache_dir())
+    return [*found, *entry_problems(config.data)] if found else check_text(config, trains=trains)
 
 
 def _temporary(config: RunConfig) -> list[Problem]:
@@ -141,7 +146,7 @@ def _stored(resolved: Resolved, out: Path) -> list[Problem]:
     config, family = resolved.config, family_of(resolved.config)
     provenance = Importance.load(out / "importance", family.architecture).provenance
     moved = provenance.get("source", {}).get("parent") != config.parent.path
-    digest = weights_digest(open_parent(config.parent.path, family.layout), family.layout) if moved else None
+    digest = weights_digest(open_parent(config.parent, family.layout), family.layout) if moved else None
     return foreign_scores(provenance, config, family, given=resolved.origins, digest=digest)
 
 

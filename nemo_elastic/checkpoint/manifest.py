@@ -15,6 +15,7 @@ from typing import Any
 
 from ..config.model_fields import architecture_of, model_problems
 from ..cost import parameters
+from ..files import read_json
 from ..layout import ParamLayout
 from ..problems import Problem, ProblemsError, did_you_mean, raise_if_any
 from ..space import Budget, ElasticDim, ElasticSpace, Subnet
@@ -166,7 +167,7 @@ def load_manifest(nested: str | os.PathLike[str]) -> Manifest:
         words = f"has no {MANIFEST_FILE}: not a nested checkpoint; `train` and `nest` write one"
         raise ProblemsError([Problem(str(nested), words)])
     try:
-        data = json.loads(path.read_text())
+        data = read_json(path)
     except ValueError as error:
         raise ProblemsError([Problem(str(path), f"is not JSON ({error}); write it again with `nest`")]) from error
     try:

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..architecture import Architecture
 from ..checkpoint.reader import LazyTensor, SafetensorsReader, TensorReader, check_against_layout, lazy_tensors
 from ..checkpoint.writer import atomic_folder, write_safetensors, write_safetensors_file
+from ..files import read_json
 from ..importance.sorting import SortedReader, orders_to_tensors
 from ..importance.store import Importance
 from ..layout import ParamLayout
@@ -133,7 +134,7 @@ def sorted_parent(folder: str | Path) -> SortedParent:
     """
     folder = Path(folder)
     try:
-        description = json.loads((folder / DESCRIPTION).read_text())
+        description = read_json(folder / DESCRIPTION)
         ranking = description["depth_ranking"]
         permutations = load_file(folder / PERMUTATIONS)
     except (OSError, ValueError, KeyError) as error:

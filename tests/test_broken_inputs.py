@@ -177,7 +177,8 @@ def test_the_good_files_are_accepted(good: Path, tmp_path: Path) -> None:
     folder = copy_good(good, tmp_path / "w")
     nested, search = "{w}/family/nested", ("--search", "greedy", "--ranking", "{w}/run")
     for words in (
-        ("config", "--config", "{w}/run.yaml"), ("plan", "--config", "{w}/run.yaml"), ("plan", nested, "--budget", "0.6"),
+        ("config", "--config", "{w}/run.yaml"), ("plan", "--config", "{w}/run.yaml"),
+        ("plan", nested, "--budget", "0.6"),
         ("plan", "--config", "tiny_parent.yaml", *search), ("extract", nested, "--budget", "small", "--out", "{w}/new"),
         ("report", "{w}/run"),
     ):  # fmt: skip

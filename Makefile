@@ -1,7 +1,8 @@
 # Every target does its own set-up. PYTHON chooses the interpreter (3.11 or 3.12), ARGS is passed through.
-PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# The venv keeps the interpreter it was made with until PYTHON names another.
+PYTHON ?= $(or $(wildcard $(shell cat $(VENV)/.setup-python 2>/dev/null)),python3)
 RUN ?= runs/quickstart
 ARGS ?=
 # Processes that run tests side by side; each starts up to six workers of its own for distributed tests (8 GB in all).
@@ -21,7 +22,7 @@ setup-hf:  ## make .venv-hf with the Hugging Face reference (transformers 5) tha
 	@$(PYTHON) scripts/setup_venv.py --venv .venv-hf --constraints constraints-hf.txt --no-project
 
 quickstart: setup  ## a real parent becomes a verified nested family on this machine (under 10 minutes)
-	@$(BIN)/nemo-elastic quickstart --out $(RUN) $(ARGS)
+	@NEMO_ELASTIC_UNDER_MAKE=1 $(BIN)/nemo-elastic quickstart --out $(RUN) $(ARGS)
 
 lint: setup  ## ruff: rules and format
 	@$(BIN)/ruff check .

@@ -337,7 +337,8 @@ def _families() -> Iterator[Broken]:
     )  # fmt: skip
     keys = {
         "format": (99, "x", None), "model": ({}, 3, None), "space": ({}, [], None), "budgets": ([], {"small": 3}),
-        "subnets": ({}, {"small": {}}, {"small": {"hidden_size": -1}}, 3), "provenance": (3,), "files": ([], {"a": 3}),
+        "subnets": ({}, {"small": {}}, {"small": {"hidden_size": -1}}, 3), "provenance": (3, {"config": 3}),
+        "files": ([], {"a": 3}),
     }  # fmt: skip
     for number, (name, spoil) in enumerate((*json_spoils(manifest), *key_spoils(manifest, keys))):
         yield Broken(name, verbs[number % 4], spoil, codes=(1, 2))

@@ -20,6 +20,7 @@ from broken_inputs import ROOT, Broken, cases, copy_good, write_good
 from nemo_elastic.cli.main import VERBS, main
 
 ALL = cases()
+LONGEST = 90  # seconds on a clock, for 30 seconds of work on a machine that does other things, too
 
 
 def sample(count: int, verbs: tuple[str, ...], seed: int) -> list[Broken]:
@@ -82,7 +83,7 @@ def test_it_is_refused(case: Broken, good: Path, tmp_path: Path, never_started: 
     folder, here = copy_good(good, tmp_path / "w"), tmp_path / "here"
     case.spoil(folder)
     here.mkdir()
-    before, started = tree(folder), time.monotonic()
+    before, started = tree(folder), time.process_time()
     with contextlib.chdir(here), contextlib.redirect_stdout(io.StringIO()) as out:
         with contextlib.redirect_stderr(io.StringIO()) as err:
             try:
@@ -90,7 +91,7 @@ def test_it_is_refused(case: Broken, good: Path, tmp_path: Path, never_started: 
             except SystemExit as stop:
                 code = stop.code
     is_refused(case, code, out.getvalue(), err.getvalue())
-    assert time.monotonic() - started < 30
+    assert time.process_time() - started < 30
     assert tree(folder) == before and not any(here.iterdir())
 
 
@@ -114,7 +115,7 @@ for line in sys.stdin:
         from nemo_elastic.cli.main import main
         sys.argv = ["nemo-elastic", *words]
         sys.exit(main(words))
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + float(sys.argv[2])
     while not (ended := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < deadline:
         time.sleep(0.02)
     if not ended[0]:
@@ -131,7 +132,7 @@ def test_real_processes(good: Path, tmp_path: Path) -> None:
     heavy = sample(12, ("rank", "sort", "train", "verify", "extract", "profile", "quickstart"), seed=11)
     light = sample(8, ("plan", "config", "nest", "report"), seed=12)
     server = subprocess.Popen(
-        [sys.executable, "-c", SERVER, str(ROOT)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        [sys.executable, "-c", SERVER, str(ROOT), str(LONGEST)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL, text=True,
     )  # fmt: skip
     for number, case in enumerate([*light, *heavy]):
@@ -142,9 +143,8 @@ def test_real_processes(good: Path, tmp_path: Path) -> None:
         here.mkdir()
         before, words = tree(folder), command(case, folder)
         if case in light:
-            done = subprocess.run(
-                [sys.executable, "-m", "nemo_elastic", *words], cwd=here, capture_output=True, text=True, timeout=30
-            )
+            line = [sys.executable, "-m", "nemo_elastic", *words]
+            done = subprocess.run(line, cwd=here, capture_output=True, text=True, timeout=LONGEST)
             code, out, err = done.returncode, done.stdout, done.stderr
         else:
             server.stdin.write(json.dumps([words, str(here)]) + "\n")

@@ -1,4 +1,4 @@
-"""Small files written whole: temporary name, fsync, rename. And whether a folder can be written in at all."""
+"""Small files: read with one kind of error, written whole (temporary name, fsync, rename); folders to write in."""
 
 import json
 import os
@@ -27,6 +27,54 @@ def folder_problems(key: str, folder: str | Path) -> list[Problem]:
     except OSError as error:
         return [Problem(key, f"{str(folder)!r} cannot be made ({error.strerror}); give another path")]
     return []
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value that JSON holds.
+
+    Raises:
+        ValueError: it is none, or nested more deeply than Python reads.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply to be read") from error
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file (UTF-8, with or without a mark of byte order).
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it is no JSON, no text or no file.
+    """
+    return parse_json(_text(path))
+
+
+def read_yaml(path: Path) -> Any:
+    """The value of a YAML file of plain values.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it is no YAML, no text or no file.
+    """
+    import yaml
+
+    try:
+        return yaml.safe_load(_text(path))
+    except RecursionError as error:
+        raise ValueError("nested too deeply to be read") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"not YAML: {str(error).splitlines()[0]}") from error
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(error.strerror or str(error)) from error
 
 
 def write_text(path: Path, text: str) -> Path:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..launchers import launcher_problems
-from ..problems import ProblemsError, Stopped
+from ..problems import Problem, ProblemsError, Stopped
 from .console import Stdout, show_problems
 
 PATHS = ("config", "out", "output", "ranking", "subnet", "hf_python")  # flags that name files: ~ is the user's folder
@@ -72,6 +72,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return arguments.run(arguments)
         except (ProblemsError, ValueError) as error:
             show_problems(error, verb=arguments.verb)
+            return 2
+        except OSError as error:  # a path that is too long, a full disk, a folder that is somebody else's
+            if error.filename is None:
+                raise
+            words = f"{error.strerror}; mend that, or give another path"
+            show_problems(ProblemsError([Problem(str(error.filename), words)]), verb=arguments.verb)
             return 2
         except Stopped as stopped:
             show_problems(ValueError(stopped), verb=arguments.verb)

@@ -164,6 +164,8 @@ def _read(path: Path, origins: dict[str, str], chain: tuple[Path, ...]) -> Any:
     if not OmegaConf.is_dict(own):
         raise ProblemsError([Problem(str(path), "must be a mapping of sections (model:, elastic:, train:, ...)")])
     bases = own.pop("base", None) or []
+    if not (isinstance(bases, str | list) or OmegaConf.is_list(bases)):
+        raise ProblemsError([Problem(f"{path}: base", f"{bases!r} is neither a file nor a list of files")])
     merged = OmegaConf.create({})
     for base in [bases] if isinstance(bases, str) else list(bases):
         places = (path.parent / str(base), CONF_DIRECTORY / str(base))

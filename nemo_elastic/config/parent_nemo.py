@@ -5,7 +5,6 @@ code of their choice. Here only numbers, strings and booleans of `SSMConfig`'s o
 (safe loader) or `io.json`, and our own code builds the configuration from them. No torch here.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from ..files import read_json, read_yaml
 from ..problems import Problem, ProblemsError, raise_if_any
 from .model_fields import FUNCTION, ONLY, REQUIRED, model_problems
 from .stored_rows import embedding_rows
@@ -109,13 +109,13 @@ def _activation(fields: Mapping[str, Any]) -> str | None:
 
 
 def _from_yaml(path: Path) -> Mapping[str, Any]:
-    data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    data = read_yaml(path)
     return data["config"]
 
 
 def _from_json(path: Path) -> Mapping[str, Any]:
     """Fiddle's JSON: objects by reference; the model's `config` is the one that has a pattern."""
-    objects = json.loads(path.read_text(encoding="utf-8"))["objects"]
+    objects = read_json(path)["objects"]
     for entry in objects.values():
         items = {_key(item): item[1] for item in entry.get("items", []) if _key(item)}
         if "hybrid_override_pattern" in items:

@@ -130,7 +130,7 @@ def sorted_parent(folder: str | Path) -> SortedParent:
     """
     folder = Path(folder)
     try:
-        description = json.loads((folder / DESCRIPTION).read_text())
+        description = read_json(folder / DESCRIPTION)
         ranking = description["depth_ranking"]
         permutations = load_file(folder / PERMUTATIONS)
     except (OSError, ValueError, KeyError) as error:

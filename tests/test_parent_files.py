@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from nemo_elastic.cli.main import main
 from nemo_elastic.config import load_config
 from nemo_elastic.config.model_fields import ARITHMETIC, FUNCTION, ONLY, REQUIRED, known_fields
 from nemo_elastic.config.parent_files import parent_files
 from nemo_elastic.config.parent_hf import model_from_hf
 from nemo_elastic.config.parent_nemo import read_nemo_context
+from nemo_elastic.plan import plan
 from nemo_elastic.problems import ProblemsError
 
 HF_PYTHON = Path(__file__).parent.parent / ".venv-hf" / "bin" / "python"
@@ -310,6 +312,22 @@ def test_activations_as_nemo_writes_them(tmp_path: Path, target: str, said: str 
         assert read_nemo_context(folder).model["activation_func"] == said
 
 
+@pytest.mark.parametrize("text", ["", "3", "config: 3", "config: [", "a: 1", "config: {hidden_size: 3}"])
+def test_broken_contexts(tmp_path: Path, text: str) -> None:
+    folder = write_context(tmp_path, {})
+    (folder / "context" / "model.yaml").write_text(text)
+    with pytest.raises(ProblemsError) as error:
+        read_nemo_context(folder)
+    assert str(folder / "context") in str(error.value)
+
+
+def test_a_checkpoint_without_a_context_says_nothing(tmp_path: Path) -> None:
+    (tmp_path / "nemo" / "context").mkdir(parents=True)
+    assert parent_files(str(tmp_path / "nemo")) is None
+    text = yaml.safe_dump({"model": MODEL})
+    assert load_config(smallest(tmp_path, tmp_path / "nemo", text)).config.model["hidden_size"] == 64
+
+
 def test_sizes_that_megatron_derives_from_null(tmp_path: Path) -> None:
     nothing = dict.fromkeys(("ffn_hidden_size", "kv_channels", "mamba_num_heads", "num_query_groups"))
     model = read_nemo_context(write_context(tmp_path, nothing)).model
@@ -439,3 +457,33 @@ def test_shipped_configuration_only_for_a_bare_name(tmp_path: Path) -> None:
 
 def test_required_is_said_by_hugging_face() -> None:
     assert {*REQUIRED} <= {*model_from_hf(CONFIG)}
+
+
+# --- the configuration to start from
+
+
+@pytest.mark.parametrize("change", [{}, {"hybrid_override_pattern": "M-" * 20 + "*-", "num_hidden_layers": 42}])
+def test_a_configuration_to_start_from_is_whole(tmp_path: Path, change: dict, capsys: pytest.CaptureFixture) -> None:
+    """`config --from PARENT > mine.yaml` gives what `plan` has no problem with, in sizes of the parent's groups."""
+    folder = hf_folder(tmp_path / "my parent's", change)
+    assert main(["config", "--from", str(folder)]) == 0
+    file = tmp_path / "mine.yaml"
+    file.write_text(capsys.readouterr().out)
+    run = load_config(file).config
+    assert run.parent.path == str(folder) and run.name == "my_parent_s"
+    result = plan(run)
+    assert not result["problems"] and not [note for note in result["notes"] if "budget (" in note]
+    assert [budget["name"] for budget in result["budgets"]] == ["full", "large", "small"]
+    counts = [budget["parameters"] for budget in result["budgets"]]
+    assert counts[0] > counts[1] > counts[2]
+    assert {"hidden_size", "ffn_hidden_size", "mamba_num_heads", "num_attention_heads"} <= run.elastic.dims.keys()
+
+
+def test_a_configuration_to_start_from_needs_a_parent(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for words, message in (
+        (["--from", str(tmp_path / "gone")], "parent.path: nothing at"),
+        (["--from", str(tmp_path)], "--from: nothing in"),
+        (["--from", "builtin:tiny_parent", "train.seed=3"], "cannot stand beside train.seed=3"),
+    ):
+        assert main(["config", *words]) == 2
+        assert message in capsys.readouterr().err

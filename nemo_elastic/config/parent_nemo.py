@@ -17,7 +17,8 @@ from ..problems import Problem, ProblemsError, raise_if_any
 from .model_fields import FUNCTION, ONLY, REQUIRED, model_problems
 from .stored_rows import embedding_rows
 
-YAML_FILE, JSON_FILE, TOKENIZER_FILE = "model.yaml", "io.json", "tokenizer.json"
+CONTEXT_FILES = YAML_FILE, JSON_FILE = "model.yaml", "io.json"
+TOKENIZER_FILE = "tokenizer.json"
 # Beside the fields that decide the function: what a run of this model starts from. The others belong to a machine.
 HINTS = ("seq_length", "hidden_dropout", "attention_dropout", "init_method_std")
 ACTIVATIONS = {
@@ -54,16 +55,16 @@ def read_nemo_context(checkpoint: str | Path) -> NemoContext:
             continue
         try:
             fields = fields_of(path)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
             raise ProblemsError([Problem(str(path), f"cannot be read ({str(error)[:160]})")]) from error
         return NemoContext(_model(fields, path, embedding_rows(Path(checkpoint))), path, _tokenizer(folder))
-    words = f"has neither {YAML_FILE} nor {JSON_FILE}; give the model section in --config"
+    words = f"has neither {YAML_FILE} nor {JSON_FILE}; copy the whole checkpoint"
     raise ProblemsError([Problem(str(folder), words)])
 
 
 def _model(fields: Mapping[str, Any], path: Path, rows: int | None) -> dict[str, Any]:
     if "hybrid_override_pattern" not in fields or fields["hybrid_override_pattern"] is None:
-        words = "is not of a hybrid Mamba model with model.hybrid_override_pattern; give the model section in --config"
+        words = "is not of a hybrid Mamba model: it has no hybrid_override_pattern"
         raise ProblemsError([Problem(str(path), words)])
     found: list[Problem] = []
     wanted = (*FUNCTION, *ONLY, *HINTS, "num_layers")
@@ -109,8 +110,10 @@ def _activation(fields: Mapping[str, Any]) -> str | None:
 
 
 def _from_yaml(path: Path) -> Mapping[str, Any]:
-    data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return data["config"]
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))["config"]
+    if not isinstance(config, Mapping):
+        raise ValueError(f"its config is {str(config)[:40]!r}")
+    return config
 
 
 def _from_json(path: Path) -> Mapping[str, Any]:

@@ -251,17 +251,19 @@ CONTEXT_NO_MATTER = (
 )  # fmt: skip
 
 
-def write_context(folder: Path, change: dict, *, form: str = "yaml") -> Path:
+def write_context(folder: Path, change: dict, *, form: str = "yaml", kind: str = "x") -> Path:
     """A context as NeMo writes it, with one field changed; the weights beside it are not there."""
     squared = {"_target_": "megatron.core.activations.squared_relu", "_call_": False}
     fields = {**MODEL, "num_layers": len(PATTERN), **ONLY, **ARITHMETIC, "activation_func": squared, **change}
     (folder / "context").mkdir(parents=True, exist_ok=True)
     if form == "yaml":
-        text = yaml.safe_dump({"_target_": "nemo.collections.llm.MambaModel", "config": {"_target_": "x", **fields}})
+        text = yaml.safe_dump(
+            {"_target_": "nemo.collections.llm.MambaModel", "config": {"_target_": f"nemo.{kind}", **fields}}
+        )
         (folder / "context" / "model.yaml").write_text(text)
     else:
         items = [[f"Attr(name='{name}')", _fiddle(value)] for name, value in fields.items()]
-        (folder / "context" / "io.json").write_text(json.dumps({"objects": {"config_1": {"items": items}}}))
+        (folder / "context" / "io.json").write_text(json.dumps({"objects": {f"{kind.lower()}_1": {"items": items}}}))
     return folder
 
 
@@ -326,6 +328,13 @@ def test_a_checkpoint_without_a_context_says_nothing(tmp_path: Path) -> None:
     assert parent_files(str(tmp_path / "nemo")) is None
     text = yaml.safe_dump({"model": MODEL})
     assert load_config(smallest(tmp_path, tmp_path / "nemo", text)).config.model["hidden_size"] == 64
+
+
+@pytest.mark.parametrize("form", ["yaml", "json"])
+@pytest.mark.parametrize(("kind", "said"), [("SSMConfig", "gelu"), ("NemotronNano9Bv2", "squared_relu"), ("x", None)])
+def test_an_activation_that_is_not_said_is_that_of_the_class(tmp_path: Path, form: str, kind: str, said: str) -> None:
+    folder = write_context(tmp_path, {"activation_func": None}, form=form, kind=kind)
+    assert read_nemo_context(folder).model.get("activation_func") == said
 
 
 def test_sizes_that_megatron_derives_from_null(tmp_path: Path) -> None:

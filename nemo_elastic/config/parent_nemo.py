@@ -30,7 +30,7 @@ ACTIVATIONS = {
     "torch.nn.functional.relu": "relu",
 }
 # Of a context that does not say it, by the class that it names: NeMo's own defaults.
-ACTIVATION_OF_CLASS = (("NemotronH", "squared_relu"), ("NemotronNano", "squared_relu"), ("SSMConfig", "gelu"))
+ACTIVATION_OF_CLASS = (("nemotron", "squared_relu"), ("ssmconfig", "gelu"))
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def _activation(fields: Mapping[str, Any]) -> str | None:
     """A name of ours, or what the file says where we have none; None where the file does not say."""
     value = fields.get("activation_func")
     if value is None:
-        kind = str(fields.get("_target_", "")).rpartition(".")[2]
+        kind = str(fields.get("_target_", "")).rpartition(".")[2].replace("_", "").lower()
         return next((name for start, name in ACTIVATION_OF_CLASS if kind.startswith(start)), None)
     target = str(value.get("_target_", value)) if isinstance(value, Mapping) else str(value)
     return ACTIVATIONS.get(target, target)
@@ -117,12 +117,12 @@ def _from_yaml(path: Path) -> Mapping[str, Any]:
 
 
 def _from_json(path: Path) -> Mapping[str, Any]:
-    """Fiddle's JSON: objects by reference; the model's `config` is the one that has a pattern."""
+    """Fiddle's JSON: objects by reference, each under its class in small letters; ours is the one with a pattern."""
     objects = json.loads(path.read_text(encoding="utf-8"))["objects"]
-    for entry in objects.values():
+    for key, entry in objects.items():
         items = {_key(item): item[1] for item in entry.get("items", []) if _key(item)}
         if "hybrid_override_pattern" in items:
-            return {name: _json_value(value) for name, value in items.items()}
+            return {"_target_": key, **{name: _json_value(value) for name, value in items.items()}}
     raise ValueError("no object has a hybrid_override_pattern")
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.models.mamba import MambaModel
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from ..space import DEFAULT_FFN_GROUPS
 from .elastic.model import ElasticMambaModel
 from .elastic.spec import elastic_stack_spec
 from .layer_specs import hybrid_stack_spec
-from .versions import squared_relu
+from .versions import HybridModel, layer_pattern, parameter_name, squared_relu
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "squared_relu": squared_relu,
@@ -86,10 +85,10 @@ def arithmetic(model: Architecture | Mapping[str, Any]) -> dict[str, Any]:
 
 def build_plain_model(
     model: Architecture | Mapping[str, Any], config: TransformerConfig | None = None, **more: Any
-) -> MambaModel:
+) -> HybridModel:
     """The stock Megatron model of this rank (no elastic class in it); arguments as of `transformer_config`."""
     config = config or transformer_config(model, **more)
-    return MambaModel(config, hybrid_stack_spec(), **_model_arguments(sizes_of(model)))
+    return HybridModel(config, hybrid_stack_spec(), **_model_arguments(sizes_of(model)))
 
 
 def build_elastic_model(
@@ -109,7 +108,7 @@ def _model_arguments(architecture: Architecture) -> dict[str, Any]:
     return {
         "vocab_size": architecture.vocab_size,
         "max_sequence_length": 1 << 20,
-        "hybrid_override_pattern": architecture.hybrid_override_pattern,
+        **layer_pattern(architecture.hybrid_override_pattern),
         "pre_process": parallel_state.is_pipeline_first_stage(),
         "post_process": parallel_state.is_pipeline_last_stage(),
         "share_embeddings_and_output_weights": architecture.share_embeddings_and_output_weights,
@@ -130,7 +129,7 @@ def named_global_parameters(model: nn.Module, layout: ParamLayout) -> Iterator[t
         name = ".".join(parts)
         if name == "output_layer.weight" and layout.architecture.share_embeddings_and_output_weights:
             name = "embedding.word_embeddings.weight"  # the last stage's copy of the tied weight
-        yield layout.canonical_name(name), parameter
+        yield layout.canonical_name(parameter_name(name)), parameter
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -223,7 +223,8 @@ CONTEXT_REFUSED = {
     "multi_latent_attention": True, "mtp_num_layers": 1, "activation_func_clamp_value": 7.0,
     "apply_residual_connection_post_layernorm": True, "heterogeneous_block_specs": True,
     "layernorm_zero_centered_gamma": True, "softmax_type": "off-by-one", "window_attn_skip_freq": 2,
-    "window_size": [16, 0],
+    "window_size": [16, 0], "attention_output_gate": True, "experimental_attention_variant": "gated_delta_net",
+    "qk_l2_norm": True,
 }  # fmt: skip
 # Fields that cannot change what a trained model of M, * and - computes, by the start of their names.
 CONTEXT_NO_MATTER = (
@@ -237,14 +238,18 @@ CONTEXT_NO_MATTER = (
     "persist_", "pipeline_", "post_process", "pre_process", "recompute_", "sequence_parallel", "symmetric_",
     "tensor_model_parallel", "timers", "tp_", "transformer_impl", "use_cpu", "use_fused", "use_kitchen",
     "use_mamba_mem", "use_ring", "use_te_", "variable_seq", "virtual_pipeline", "wgrad_", "apply_rope_fusion",
+    "batch_invariant", "ep_overlap", "fine_grained_activation_offloading", "hybrid_context_parallel", "kitchen_",
+    "max_seqlen_per", "offload_modules", "use_inference_optimized", "log_max_attention_logit",
     # rounding: in which precision the same function is computed; scaling by the layer's number is undone in the softmax
     "activation_func_fp8", "apply_query_key_layer_scaling", "attention_softmax_in_fp32", "autocast_", "bf16",
     "enable_autocast", "first_last_layers_bf16", "fp16", "fp4", "fp8", "num_layers_at_", "params_dtype", "quant_",
     # training and initialisation
     "calculate_per_token_loss", "data_step_fn", "embedding_init", "forward_step_fn", "init_m", "output_layer_init",
     "perform_init", "test_mode", "mtp_loss",
-    # of parts that a pattern of M, * and - has none of: experts, gates, rotary positions
+    "mtp_standalone", "qk_clip",
+    # of parts that a pattern of M, * and - has none of: experts, gates, rotary positions, other attentions
     "moe_", "glu_linear_offset", "mrope", "no_rope", "rotary_", "seq_len_interpolation",
+    "dsa_", "linear_",
     # ratios of layers that hybrid_override_pattern overrides; names of classes, which are never called here
     "hybrid_attention_ratio", "hybrid_mlp_ratio", "is_hybrid_model", "mamba_stack_spec", "make_vocab_size",
     "tokenizer_", "vocab_file",

@@ -1,21 +1,25 @@
 """Make the virtual environment the Makefile works in, once, exactly pinned, and resumable.
 
-Three cases:
+Four cases:
 - a plain machine: torch first and alone (`TORCH_INDEX_URL`, when set, is where it is taken from), then every other
   pin of the constraints file with `--no-deps`, then this project, editable;
 - an image whose `python3` already has CUDA torch, megatron.core and NeMo (the NGC image): a venv on top of these
   packages, and only what is missing of the file's [project] section is installed;
+- `--on-top-of VENV` (another venv of this project): a venv that sees all packages of VENV but those that the file of
+  constraints pins, which it has of its own: another line of Megatron-core in seconds;
 - the venv is up to date: nothing happens. A stamp, written last, holds the hash of everything that decides its content.
 
 An interrupted run leaves a marker behind, and the next one starts from an empty venv: pip cannot tell a half-written
-package from an installed one.
+package from an installed one. One run at a time works on a venv: a lock beside it (`.venv.lock`) is held by the run and
+by the pip it started, and a second run waits for both, then looks again.
 
-    python3 scripts/setup_venv.py [--venv .venv] [--constraints constraints.txt] [--no-project]
+    python3 scripts/setup_venv.py [--venv .venv] [--constraints constraints.txt] [--no-project] [--on-top-of VENV]
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -57,13 +61,21 @@ def normalized(requirement: str) -> str:
     return re.sub(r"[-_.]+", "-", requirement.split("==")[0]).lower()
 
 
-def fingerprint(constraints: Path) -> str:
-    """Hash of all that decides what the venv holds: pins, project metadata, this script, interpreter and place."""
+def fingerprint(constraints: Path, base: Path | None = None) -> str:
+    """Hash of all that decides what the venv holds: pins, project metadata, this script, interpreter, place, base."""
     digest = hashlib.sha256()
     for path in (constraints, ROOT / "pyproject.toml", Path(__file__)):
         digest.update(path.read_bytes())
     digest.update(f"{sys.version}|{sys.prefix}|{ROOT}".encode())
+    if base is not None:
+        digest.update((base / ".setup-complete").read_bytes())
     return digest.hexdigest()
+
+
+def is_complete(target: Path, constraints: Path, base: Path | None = None) -> bool:
+    """True when `target` was made from these pins by this interpreter, to its end."""
+    stamp = target / ".setup-complete"
+    return stamp.exists() and stamp.read_text() == fingerprint(constraints, base)
 
 
 def has_gpu_stack() -> bool:
@@ -78,24 +90,57 @@ def say(start: float, text: str) -> None:
     print(f"[setup {time.monotonic() - start:5.1f}s] {text}", file=sys.stderr, flush=True)
 
 
+def lock(target: Path, start: float) -> int:
+    """Wait for the lock beside `target` and hold it until this process ends; returns its descriptor.
+
+    pip inherits it: it goes on when only this process is killed, and must not lose the folder it writes to.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    held = os.open(target.with_name(f"{target.name}.lock"), os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(held, 20, 0).decode()
+        say(start, f"another set-up is at work on {target.name} (process {holder}): waiting for its end")
+        fcntl.flock(held, fcntl.LOCK_EX)
+    os.ftruncate(held, 0)
+    os.pwrite(held, str(os.getpid()).encode(), 0)
+    os.set_inheritable(held, True)
+    return held
+
+
 def pip(python: Path, *arguments: str) -> None:
-    subprocess.run([python, "-m", "pip", "install", *PIP_OPTIONS, *arguments], check=True, cwd=ROOT)
+    command = [python, "-m", "pip", "install", *PIP_OPTIONS, *arguments]
+    subprocess.run(command, check=True, cwd=ROOT, close_fds=False)  # it inherits the lock
+
+
+def is_usable(python: Path) -> bool:
+    """True when `python` runs, is of this interpreter's version, and has a working pip."""
+    check = f"import sys, pip; raise SystemExit(tuple(sys.version_info[:2]) != {tuple(sys.version_info[:2])})"
+    return python.exists() and subprocess.run([python, "-c", check], capture_output=True).returncode == 0
 
 
 def create(target: Path, on_top: bool) -> Path:
     """Make (or reuse) the venv and return its interpreter; `on_top` lets it see this interpreter's packages."""
     python = target / "bin" / "python"
-    usable = python.exists() and subprocess.run([python, "-m", "pip", "--version"], capture_output=True).returncode == 0
-    if not usable:
+    if not is_usable(python):
         shutil.rmtree(target, ignore_errors=True)
         venv.EnvBuilder(system_site_packages=on_top, with_pip=True).create(target)
     if on_top and sys.prefix != sys.base_prefix:
         # This interpreter is itself in a venv, whose packages system_site_packages does not reach.
-        site_packages = target / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
-        outer = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
-        lines = [f"import site; site.addsitedir({directory!r})" for directory in outer]
-        (site_packages / "outer_environment.pth").write_text("\n".join(lines) + "\n")
+        see_packages_of(target, {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
     return python
+
+
+def see_packages_of(target: Path, outer: set[str]) -> None:
+    """Let the venv `target` import from the folders `outer` what it does not have itself."""
+    lines = [f"import site; site.addsitedir({directory!r})" for directory in sorted(outer)]
+    (site_packages(target) / "outer_environment.pth").write_text("\n".join(lines) + "\n")
+
+
+def site_packages(target: Path) -> Path:
+    """Where the venv `target`, of this interpreter's version, keeps its packages."""
+    return target / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
 
 
 def missing(python: Path, pins: list[str]) -> list[str]:
@@ -123,10 +168,10 @@ def install_torch(python: Path, constraints: Path, pins: list[str], start: float
         )
 
 
-def install_pins(python: Path, pins: list[str], start: float) -> None:
+def install_pins(python: Path, pins: list[str], start: float, *options: str) -> None:
     firm = [pin for pin in pins if normalized(pin) not in NEEDS_COMPILER]
     if firm:
-        pip(python, "--no-deps", *firm)
+        pip(python, "--no-deps", *options, *firm)
     for pin in pins:
         if normalized(pin) in NEEDS_COMPILER:
             try:
@@ -135,11 +180,47 @@ def install_pins(python: Path, pins: list[str], start: float) -> None:
                 say(start, f"{pin} needs a C compiler and the Python headers: reasoning-gym's problems are unavailable")
 
 
+def make_venv(target: Path, constraints: Path, with_project: bool, base: Path | None, start: float) -> None:
+    """Everything between the marker and the stamp. Raises CalledProcessError when an installer fails."""
+    stamp, marker = target / ".setup-complete", target / ".setup-running"
+    if marker.exists():
+        say(start, "the last set-up was interrupted: starting again")
+        shutil.rmtree(target)
+    elif base is not None:
+        shutil.rmtree(target, ignore_errors=True)  # made in seconds, and nothing of an older line stays
+    sections = read_sections(constraints)
+    on_top = with_project and base is None and has_gpu_stack()
+    python = create(target, on_top)
+    stamp.unlink(missing_ok=True)
+    marker.touch()
+    (target / ".setup-python").write_text(sys.executable)  # the Makefile keeps to it
+    if base is not None:
+        see_packages_of(target, {str(site_packages(base))})
+        pins = [pin for section in sections.values() for pin in section]
+        say(start, f"on top of {base.name}: {' '.join(pins)}")
+        install_pins(python, pins, start, "--ignore-installed")  # what is installed is the base's, and stays there
+    elif on_top:
+        pins = missing(python, sections["project"])
+        say(start, f"CUDA torch, megatron.core and NeMo are here: adding {len(pins)} packages on top")
+        install_pins(python, pins, start)
+    else:
+        pins = [pin for section in sections.values() for pin in section]
+        install_torch(python, constraints, pins, start)
+        say(start, f"{len(pins)} pinned packages (two to three minutes the first time)")
+        install_pins(python, pins, start)
+    if with_project and base is None:
+        say(start, "this project, editable")
+        pip(python, "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
+    stamp.write_text(fingerprint(constraints, base))
+    marker.unlink()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv")
     parser.add_argument("--constraints", type=Path, default=ROOT / "constraints.txt")
     parser.add_argument("--no-project", action="store_true", help="leave this project itself out")
+    parser.add_argument("--on-top-of", type=Path, metavar="VENV", help="take all that is not pinned from this venv")
     arguments = parser.parse_args()
     low, high = PYTHON_RANGE
     if not low <= sys.version_info[:2] < high:
@@ -148,40 +229,23 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
-    target = arguments.venv.resolve()
-    stamp, marker = target / ".setup-complete", target / ".setup-running"
-    key = fingerprint(arguments.constraints)
-    if stamp.exists() and stamp.read_text() == key:
+    target, start = arguments.venv.resolve(), time.monotonic()
+    base = arguments.on_top_of and arguments.on_top_of.resolve()
+    if base and not (base / ".setup-complete").exists():
+        print(f"setup: {base} is no complete venv of this project; run `make setup` first", file=sys.stderr)
+        return 2
+    if is_complete(target, arguments.constraints, base):
         return 0
-    start = time.monotonic()
-    if marker.exists():
-        say(start, "the last set-up was interrupted: starting again")
-        shutil.rmtree(target)
-    sections = read_sections(arguments.constraints)
-    on_top = not arguments.no_project and has_gpu_stack()
     try:
-        python = create(target, on_top)
-        stamp.unlink(missing_ok=True)
-        marker.touch()
-        if on_top:
-            pins = missing(python, sections["project"])
-            say(start, f"CUDA torch, megatron.core and NeMo are here: adding {len(pins)} packages on top")
-        else:
-            pins = [pin for section in sections.values() for pin in section]
-            install_torch(python, arguments.constraints, pins, start)
-            say(start, f"{len(pins)} pinned packages (two to three minutes the first time)")
-        install_pins(python, pins, start)
-        if not arguments.no_project:
-            say(start, "this project, editable")
-            pip(python, "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
+        lock(target, start)
+        if not is_complete(target, arguments.constraints, base):  # by the run that was waited for
+            make_venv(target, arguments.constraints, not arguments.no_project, base, start)
     except subprocess.CalledProcessError as error:
         print(f"setup: {' '.join(map(str, error.cmd))[:200]} failed; its message is above", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("setup: interrupted; the next call starts again", file=sys.stderr)
         return 130
-    stamp.write_text(key)
-    marker.unlink()
     say(start, f"ready: {target}")
     return 0
 

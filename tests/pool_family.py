@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from pool_elastic import FFN_GROUPS, architecture, random_weights, tokens
 from small_parent import PATTERN, SMALL
@@ -25,7 +25,9 @@ from nemo_elastic.mcore.family_model import FamilyModel
 from nemo_elastic.mcore.parallel import broadcast_from_last_stage, data_parallel_rank_and_size, stage_ends
 from nemo_elastic.mcore.planner import Planner
 from nemo_elastic.mcore.teacher_cache import TeacherCache
+from nemo_elastic.mcore.versions import build_optimizer, layer_pattern
 from nemo_elastic.nemo.elastic_model import ElasticLossReduction
+from nemo_elastic.nemo.optimizer import apply_multipliers
 from nemo_elastic.nemo.train import decays_not, is_router
 from nemo_elastic.router.model import Router
 from nemo_elastic.router.schedule import Timeline
@@ -70,7 +72,7 @@ def build(run: RunConfig, dtype: torch.dtype, tied: bool, **more: Any) -> tuple[
         layout=layout,
         vocab_size=arch.vocab_size,
         max_sequence_length=64,
-        hybrid_override_pattern=PATTERN,
+        **layer_pattern(PATTERN),
         position_embedding_type="none",
         share_embeddings_and_output_weights=tied,
         pre_process=first,
@@ -230,9 +232,40 @@ def _optimizer(wrapped: Any, distributed: bool) -> Any:
     config = OptimizerConfig(
         optimizer="adam", lr=1e-3, weight_decay=0.01, clip_grad=1.0, use_distributed_optimizer=distributed
     )
-    return get_megatron_optimizer(
-        config, [wrapped], no_weight_decay_cond=decays_not, scale_lr_cond=is_router, lr_mult=10.0
-    )
+    return build_optimizer(config, [wrapped], no_weight_decay_cond=decays_not, scale_lr_cond=is_router, lr_mult=10.0)
+
+
+def _wrapped(distributed: bool = False) -> DistributedDataParallel:
+    model, _ = build(run_config(), torch.float32, False)
+    settings = DistributedDataParallelConfig(use_distributed_optimizer=distributed, grad_reduce_in_fp32=True)
+    return DistributedDataParallel(model.config, settings, model)
+
+
+def parameter_dimensions() -> dict[str, int]:
+    """Dimensions of every parameter that is trained."""
+    return {name: p.dim() for name, p in _wrapped().named_parameters() if p.requires_grad}
+
+
+def optimizer_groups(distributed: bool) -> list[dict[str, Any]]:
+    """The groups of the family's optimizer as the run's has them, each with the `names` of its parameters."""
+    wrapped = _wrapped(distributed)
+    optimizer = _optimizer(wrapped, distributed)
+    parts = list(getattr(optimizer, "chained_optimizers", [optimizer]))
+    groups = [{**group, "names": []} for group in optimizer.param_groups]
+    for group in groups:
+        apply_multipliers(group)
+    for name, parameter in wrapped.named_parameters():
+        for place in range(len(groups)):
+            if _holds(parts[0], place, parameter):
+                groups[place]["names"].append(name)
+    return groups
+
+
+def _holds(optimizer: Any, place: int, parameter: Tensor) -> bool:
+    shards = getattr(optimizer, "model_param_group_index_map", None)  # a distributed optimizer's groups hold shards
+    if shards is not None:
+        return shards[parameter][0] == place
+    return any(p is parameter for p in optimizer.param_groups[place]["params"])
 
 
 def evaluated_twice() -> list[dict[str, Any]]:

@@ -1,9 +1,14 @@
 """From numbers to NeMo's objects: one padded vocabulary in every layout, and errors in the user's own keys."""
 
+import dataclasses
+
 import plain_training
 import pytest
 import torch
+from nemo.collections import llm
 
+from nemo_elastic.config.model_fields import known_fields
+from nemo_elastic.mcore import versions
 from nemo_elastic.mcore.versions import AttnBackend
 from nemo_elastic.nemo import plain_config, trainer
 
@@ -44,6 +49,14 @@ def test_config_holds_the_users_fields_and_what_a_cpu_needs(monkeypatch: pytest.
 def test_config_errors_name_the_users_keys(model: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         plain_config.plain_model_config(model, tensor_model_parallel_size=2)
+
+
+def test_the_known_fields_are_those_of_the_installed_nemo() -> None:
+    """SSMConfig takes up Megatron's fields, so an older line has fewer of them."""
+    installed = {field.name for field in dataclasses.fields(llm.SSMConfig)} | {"vocab_size"}
+    if versions.installed() == versions.TESTED[-1]:
+        assert installed == known_fields()
+    assert installed <= known_fields()
 
 
 def test_layout_is_checked_against_the_processes_that_were_started() -> None:

@@ -29,6 +29,7 @@ from nemo_elastic.mcore.heads import Heads, head_loss, no_hidden
 from nemo_elastic.mcore.parallel import data_parallel_group, stage_ends
 from nemo_elastic.mcore.parents import sorted_parent
 from nemo_elastic.mcore.planner import Planned
+from nemo_elastic.mcore.versions import layer_pattern
 from nemo_elastic.router.model import Router
 
 
@@ -78,7 +79,7 @@ class ElasticSSMConfig(llm.SSMConfig):
             layout=layout,
             vocab_size=get_vocab_size(self, tokenizer.vocab_size, self.make_vocab_size_divisible_by),
             max_sequence_length=self.seq_length,
-            hybrid_override_pattern=self.hybrid_override_pattern,
+            **layer_pattern(self.hybrid_override_pattern),
             position_embedding_type=self.position_embedding_type,
             share_embeddings_and_output_weights=self.share_embeddings_and_output_weights,
             pre_process=first if pre_process is None else pre_process,

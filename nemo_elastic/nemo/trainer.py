@@ -21,6 +21,7 @@ from nemo.lightning.pytorch.strategies.utils import RestoreConfig
 from nemo_elastic.mcore.held_checkpoint import HeldCheckpoint
 from nemo_elastic.mcore.versions import DistributedDataParallelConfig, OptimizerConfig
 from nemo_elastic.nemo import cpu
+from nemo_elastic.nemo.optimizer import OptimizerModule
 from nemo_elastic.nemo.plain_config import DTYPES, Precision
 
 
@@ -38,7 +39,7 @@ def build_optimizer(
     clip_grad: float = 1.0,
     use_distributed_optimizer: bool | None = None,
     **of_module: Any,
-) -> nl.MegatronOptimizerModule:
+) -> OptimizerModule:
     """Adam as Megatron runs it; with `min_lr`, cosine decay to it after a linear warm-up.
 
     Args:
@@ -70,7 +71,7 @@ def build_optimizer(
         params_dtype=DTYPES[precision],
         use_distributed_optimizer=use_distributed_optimizer,
     )
-    return nl.MegatronOptimizerModule(config=config, lr_scheduler=scheduler, **of_module)
+    return OptimizerModule(config=config, lr_scheduler=scheduler, **of_module)
 
 
 def started_processes() -> tuple[int, int]:

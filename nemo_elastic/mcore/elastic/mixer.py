@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.ssm import mamba_mixer as kernels
 from torch import Tensor
 
 from ...layout import Axis, ParamSpec
 from ..layer_specs import Mixer
-from ..versions import conv_parameters
+from ..versions import conv_parameters, kernels
 from .call import LayerCall, MaskCache, product, soft_multiplier, times
 from .linear import column_parallel, row_parallel, taken
 

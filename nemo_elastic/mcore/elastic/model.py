@@ -2,10 +2,11 @@
 
 from typing import Any
 
-from megatron.core.models.mamba import MambaModel
 from torch import Tensor
 
 from ...layout import ParamLayout
+from ..versions import HybridModel
+from .census import refuse_plain_layers
 from .embedding import embed
 from .linear import column_parallel
 from .plan import Plan
@@ -29,15 +30,16 @@ def refuse_overlap(ddp_config: Any) -> None:
         )
 
 
-class ElasticMambaModel(MambaModel):
+class ElasticMambaModel(HybridModel):
     """Megatron's hybrid model at the parent's size whose forward takes a `Plan`.
 
     Args:
         layout: the parameter table of a tensor-parallel shard (`ParamLayout(..., tp_size=TP)`).
-        others: those of Megatron's model; `mamba_stack_spec` must be `elastic_stack_spec()`.
+        others: those of Megatron's model, its spec `elastic_stack_spec()`.
 
     Raises:
         ValueError: for a model with position embeddings.
+        ProblemsError: Megatron built a layer that is not elastic, or not the table's layers.
     """
 
     def __init__(self, *args: Any, layout: ParamLayout, **kwargs: Any) -> None:
@@ -49,6 +51,7 @@ class ElasticMambaModel(MambaModel):
             )
         assert layout.tp_size == self.pg_collection.tp.size(), "the table must be that of one tensor-parallel shard"
         self.layout = layout
+        refuse_plain_layers(self.decoder.layers, layout, self.pg_collection.pp)
         self.decoder.bind(layout, self.pg_collection.tp)
 
     def forward(

@@ -57,7 +57,7 @@ def checkpoint_bytes(run: RunConfig, family: Family, subnets: Mapping[str, Subne
 
     Training: weights, Adam's moments, and fp32 weights of the optimizer where it has its own (bf16, distributed).
     """
-    mixed = run.train.precision != "32"
+    mixed = run.train.precision != "32"  # `auto` is planned for GPUs
     weights = 2 if mixed else 4
     optimizer = STATE_BYTES + (MAIN_BYTES if mixed or run.train.use_distributed_optimizer else 0)
     total = parameters(family.layout, family.space.full_subnet())

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.mamba import MambaModel
-from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
@@ -20,7 +19,7 @@ from ..slicing import shard, unshard
 from ..space import DEFAULT_FFN_GROUPS
 from .elastic.model import ElasticMambaModel
 from .elastic.spec import elastic_stack_spec
-from .layer_specs import hybrid_stack_spec
+from .layer_specs import attention_backend, hybrid_stack_spec
 from .versions import squared_relu
 
 
@@ -52,7 +51,7 @@ def transformer_config(architecture: Architecture, **more: Any) -> TransformerCo
         "masked_softmax_fusion": False,
         "gradient_accumulation_fusion": False,
         "persist_layer_norm": False,
-        "attention_backend": AttnBackend.local,
+        "attention_backend": attention_backend(),
     }
     dtype = more.get("params_dtype", torch.float32)
     return TransformerConfig(**(settings | {"pipeline_dtype": dtype} | more))

@@ -1,8 +1,9 @@
-"""Megatron-core on a machine without a GPU, over gloo: one explicit call, nothing at import time.
+"""Megatron-core where something it counts on is missing: a GPU, mamba-ssm's kernels, a fused Adam. One explicit call.
 
-`install()` does nothing when `torch.cuda.is_available()`. Otherwise it applies the entries of `SHIMS`, each of which
-names the upstream lines (megatron-core 0.15.3) that fail, or silently do the wrong thing, without it. A shim is
-scoped to the upstream module that needs it (that module sees a `torch` whose factories turn `device="cuda"` into the
+`install()` applies the entries of `SHIMS` whose reason is given here: without CUDA all of them (over gloo), with CUDA
+those whose package is not there, so that torch alone runs everything on a GPU with our own kernels; on a complete image
+none. Each names the upstream lines (megatron-core 0.15.3) that fail, or silently do the wrong thing, without it. A shim
+is scoped to the upstream module that needs it (that module sees a `torch` whose factories turn `device="cuda"` into the
 CPU) unless the call is spread over all of Megatron; those few are set on torch itself.
 
 Order does not matter: the modules are imported here and changed in place, so `install()` works before and after
@@ -23,16 +24,42 @@ import torch
 
 CPU = torch.device("cpu")
 _installed: list[str] = []
+_looked: list[bool] = []  # whether what is missing has been looked for
 
 
 @dataclass(frozen=True)
 class Shim:
-    """One difference between Megatron on CUDA and on a CPU: what it does, and which upstream lines need it."""
+    """One difference between Megatron as it expects to run and here: what it does, and which upstream lines need it.
+
+    Attributes:
+        package: with CUDA it is applied when this, of `PACKAGES`, is missing; None: only without CUDA.
+    """
 
     name: str
     upstream: tuple[str, ...]
     why: str
     apply: Callable[[], None]
+    package: str | None = None
+
+    def is_needed(self) -> bool:
+        """Whether what makes it needed is missing here."""
+        return not torch.cuda.is_available() or (self.package is not None and not PACKAGES[self.package]())
+
+
+def can_import(*modules: str) -> bool:
+    """Whether all of them can be imported: a package that was built for another torch is there, and cannot."""
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except (ImportError, OSError):
+            return False
+    return True
+
+
+PACKAGES: dict[str, Callable[[], bool]] = {
+    "mamba_ssm": lambda: can_import("mamba_ssm.ops.triton.ssd_combined", "causal_conv1d"),
+    "fused_adam": lambda: can_import("transformer_engine.pytorch.optimizers") or can_import("apex.optimizers"),
+}
 
 
 class HonestTypeName(str):
@@ -230,6 +257,7 @@ SHIMS: tuple[Shim, ...] = (
         ("optimizer/distrib_optimizer.py:637,821,928",),
         "without Apex, torch's Adam has no state before its first step and a step counter per weight",
         _adam_steps,
+        package="fused_adam",
     ),
     Shim(
         "tied_weight",
@@ -248,20 +276,21 @@ SHIMS: tuple[Shim, ...] = (
         ("ssm/mamba_mixer.py:57,70,152,469,533,568,632,707",),
         "the mixer refuses to be built without mamba_ssm, whose kernels are CUDA and Triton only",
         _mamba_kernels,
+        package="mamba_ssm",
     ),
 )
 
 
 def install() -> tuple[str, ...]:
-    """Make megatron-core run on this machine's CPU; a no-op with a GPU. Idempotent.
+    """Make megatron-core run on this machine; a no-op where nothing is missing. Idempotent.
 
     Returns:
-        The names of the shims in force: `()` where `torch.cuda.is_available()`.
+        The names of the shims in force: all without CUDA, those of missing packages with it.
     """
-    if torch.cuda.is_available():
-        return ()
-    if not _installed:
+    if not _looked:
+        _looked.append(True)
         for shim in SHIMS:
-            shim.apply()
-            _installed.append(shim.name)
+            if shim.is_needed():
+                shim.apply()
+                _installed.append(shim.name)
     return tuple(_installed)

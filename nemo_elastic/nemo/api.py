@@ -31,11 +31,16 @@ class Finished:
 
 
 def resolved_run(
-    config: str | Path | Resolved, out: str | Path | None, overrides: Sequence[str], progress: Progress | None
+    config: str | Path | Resolved,
+    out: str | Path | None,
+    overrides: Sequence[str],
+    progress: Progress | None,
+    *,
+    begins: bool = False,
 ) -> Run:
-    """A run folder's steps for a configuration (file, shipped name, or already resolved)."""
+    """A run folder's steps for a configuration (file, shipped name, or already resolved); `begins`: a new run."""
     resolved = config if isinstance(config, Resolved) else load_config(config, list(overrides))
-    return Run(resolved, Path(out) if out else Path("runs") / resolved.config.name, progress)
+    return Run(resolved, Path(out) if out else Path("runs") / resolved.config.name, progress, begins=begins)
 
 
 def rank(
@@ -68,7 +73,7 @@ def train(
     Raises:
         ProblemsError: anything wrong with configuration, layout, parent, or a run folder that is in use.
     """
-    run = resolved_run(config, out, overrides, progress)
+    run = resolved_run(config, out, overrides, progress, begins=not resume)
     check_inputs(run.config)
     check_processes(run.config, started_processes(), ranks=not is_ranked(run.out))
     check_text(run.config)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ..checkpoint.reader import TensorReader
@@ -27,6 +26,7 @@ from ..importance.run_state import forget_states
 from ..importance.store import Importance
 from ..layout import ParamLayout
 from ..mcore import process_groups
+from ..mcore.automatic import settled
 from ..mcore.build import build_plain_model, load_weights
 from ..mcore.parents import open_parent
 from ..mcore.rank import Report, rank_parent
@@ -48,11 +48,17 @@ def rank_run(config: RunConfig, out: Path, *, resume: bool = False, report: Repo
     Raises:
         ProblemsError: a layout that cannot run, a missing parent, or samples that do not fill the ranks.
     """
+    config = settled(config)
     family, train = family_of(config), config.train
     raise_if_any(parallel_problems(family.architecture, train, family.space.ffn_groups))
     reader = open_parent(config.parent.path, family.layout)
     sample, text = calibration(config)
-    process_groups.start(train.tensor_model_parallel_size, train.pipeline_model_parallel_size, seed=train.seed)
+    process_groups.start(
+        train.tensor_model_parallel_size,
+        train.pipeline_model_parallel_size,
+        seed=train.seed,
+        wait_minutes=train.wait_minutes,
+    )
     model = build_plain_model(family.architecture, **precision(train))
     load_weights(model, reader, family.architecture, ffn_groups=family.space.ffn_groups)
     dims = family.space.dims
@@ -68,11 +74,11 @@ def rank_run(config: RunConfig, out: Path, *, resume: bool = False, report: Repo
         source={"parent": config.parent.path, "weights": weights_digest(reader, family.layout), **text},
         report=report,
     )
-    dist.barrier()  # nobody needs a state any more
-    if dist.get_rank() == 0:
+    process_groups.barrier()  # nobody needs a state any more
+    if process_groups.rank() == 0:
         importance.save(out / FOLDER, family.architecture)
         forget_states(out / FOLDER)
-    dist.barrier()
+    process_groups.barrier()
     return importance
 
 

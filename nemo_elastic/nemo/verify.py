@@ -96,7 +96,7 @@ def verify(
     opened = [_open(name, Path(folder), nested, format) for name, folder in children.items()]
     report, total = report or (lambda what, done, total: None), 2 * len(opened)
     sizes = (run.train.tensor_model_parallel_size, run.train.pipeline_model_parallel_size)
-    process_groups.start(*sizes, seed=run.train.seed)
+    process_groups.start(*sizes, seed=run.train.seed, wait_minutes=run.train.wait_minutes)
     model = elastic_from(nested, sequence_parallel=run.train.sequence_parallel)
     ours: dict[str, tuple[list[Tensor], float]] = {}
     for done, child in enumerate(opened):

@@ -9,13 +9,13 @@ No torch here.
 
 from typing import Any
 
+from .alignment import FP8_MULTIPLE
 from .architecture import MAMBA, MLP, Architecture
 from .layout import ParamLayout
 from .problems import Problem
 from .space import PER_LAYER_DIMS, Subnet
 
 LARGEST = 16
-FP8_MULTIPLE = 16
 
 
 def deployment(layout: ParamLayout, subnet: Subnet) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from .alignment import rounding_step
 from .architecture import Architecture
 from .budget_cost import BudgetCost
 from .config.model_fields import architecture_of
@@ -65,7 +66,12 @@ def family_of(config: RunConfig, depth_ranking: tuple[int, ...] | None = None) -
     for name, dim in config.elastic.dims.items():
         full = parent_size(architecture, name)
         try:
-            choices, rounded = resolve_choices(name, dim.choices, full, groups[name])
+            step = rounding_step(name, dim.choices, full, groups[name], architecture, config.elastic.multiple_of)
+            if step > full:
+                words = f"{config.elastic.multiple_of[name]} (with {groups[name]} groups: {step}) must be at most"
+                found.append(Problem(f"elastic.multiple_of.{name}", f"{words} the parent's {full}"))
+                continue
+            choices, rounded = resolve_choices(name, dim.choices, full, step)
             dims[name] = ElasticDim(name=name, full=full, groups=groups[name], choices=choices, per_layer=dim.per_layer)
             notes += rounded
         except ProblemsError as error:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from .alignment import alignment_notes
 from .budget_cost import BudgetCost
 from .config.sections import RunConfig
 from .cost import flops, memory, parameters, parameters_by_kind
@@ -50,8 +51,9 @@ def plan(run: RunConfig, depth_ranking: tuple[int, ...] | None = None) -> dict[s
                 found += fp8_problems(family.layout, subnet, f"elastic.budgets.{budget.name}")
         except ProblemsError as error:
             found += error.problems
+    aligned = alignment_notes(family.space, run.train.tensor_model_parallel_size)
     return described_plan(run.name, family, serving, budgets) | {
-        "notes": [*family.notes, *_notes(family), *misses(budgets, run.router.tolerance)],
+        "notes": [*family.notes, *_notes(family), *aligned, *misses(budgets, run.router.tolerance)],
         "problems": [{"key": p.key, "message": p.message} for p in dict.fromkeys(found)],
     }
 

@@ -277,11 +277,11 @@ def even_thinning(architecture: Architecture) -> tuple[int, ...]:
 
 
 def resolve_choices(
-    name: str, wanted: Iterable[int | float], full: int, groups: int
+    name: str, wanted: Iterable[int | float], full: int, step: int
 ) -> tuple[tuple[int, ...], list[str]]:
-    """Integers as they are, ratios (floats up to 1.0) rounded ONCE to the nearest legal multiple (METHOD trap 7).
+    """Integers as they are, ratios (floats up to 1.0) rounded ONCE to the nearest multiple of `step` (METHOD trap 7).
 
-    Returns the sizes and one note per rounded ratio.
+    1.0 is the parent's size, whatever the step; no ratio exceeds it. Returns the sizes and one note per rounded ratio.
     """
     sizes, notes, found = [], [], []
     for value in wanted:
@@ -290,9 +290,9 @@ def resolve_choices(
         elif isinstance(value, int):
             sizes.append(value)
         elif 0 < value <= 1:
-            size = max(1, round(value * full / groups)) * groups
+            size = full if value == 1 else min(max(1, round(value * full / step)), full // step) * step
             if abs(size - value * full) > 1e-6:
-                notes.append(f"{name}: ratio {value} of {full} rounded to {size} (multiple of {groups})")
+                notes.append(f"{name}: ratio {value} of {full} rounded to {size} (multiple of {step})")
             sizes.append(size)
         else:
             found.append(Problem(f"elastic.dims.{name}.choices", f"{value} as a ratio must be above 0 and at most 1"))

@@ -18,6 +18,7 @@ from yaml import YAMLError
 
 from ..problems import Problem, ProblemsError, did_you_mean, raise_if_any
 from ..serving_conditions import inlined_profile
+from ..space import WIDTH_DIMS
 from .model_fields import model_problems
 from .sections import RunConfig
 
@@ -242,10 +243,15 @@ def _scalar(kinds: tuple[type, ...], value: Any, key: str, problems: list[Proble
 def load_values(values: Mapping[str, Any]) -> RunConfig:
     """The configuration of plain values that `Resolved.values` or a manifest hold, checked again.
 
+    Values written before there was `elastic.multiple_of` keep the sizes that their ratios had then.
+
     Raises:
         ProblemsError: as `load_config`.
     """
     problems: list[Problem] = []
+    elastic = values.get("elastic")
+    if isinstance(elastic, Mapping) and "multiple_of" not in elastic:
+        values = {**values, "elastic": {**elastic, "multiple_of": dict.fromkeys(WIDTH_DIMS, 1)}}
     config = _build(RunConfig, values, "", problems)
     raise_if_any([*problems, *model_problems(values.get("model") or {})])
     return config

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from ..problems import Problem, ProblemsError, did_you_mean
 from ..serving_conditions import byte_profile
-from ..space import DIMS
+from ..space import DIMS, WIDTH_DIMS
 from .sections import AUTO, PHASES, RunConfig, StageConfig
 
 ALLOWED = {
@@ -129,6 +129,11 @@ def _elastic_problems(config: RunConfig) -> Iterable[Problem]:
     for name in config.elastic.dims:
         if name not in DIMS:
             yield Problem(f"elastic.dims.{name}", f"is no elastic dim{did_you_mean(name, DIMS)}")
+    for name, multiple in config.elastic.multiple_of.items():
+        if name not in WIDTH_DIMS:
+            yield Problem(f"elastic.multiple_of.{name}", f"is no width{did_you_mean(name, WIDTH_DIMS)}")
+        elif multiple < 1:
+            yield Problem(f"elastic.multiple_of.{name}", f"{multiple} must be above 0; 1 rounds to the groups alone")
     for name in config.elastic.subnets:
         if name not in config.elastic.budgets:
             yield Problem(f"elastic.subnets.{name}", f"is no budget{did_you_mean(name, config.elastic.budgets)}")

@@ -19,7 +19,7 @@ from ..slicing import shard, unshard
 from ..space import DEFAULT_FFN_GROUPS
 from .elastic.model import ElasticMambaModel
 from .elastic.spec import elastic_stack_spec
-from .layer_specs import attention_backend, hybrid_stack_spec
+from .layer_specs import attention_backend, hybrid_stack_spec, local_stack_spec
 from .versions import squared_relu
 
 
@@ -57,10 +57,17 @@ def transformer_config(architecture: Architecture, **more: Any) -> TransformerCo
     return TransformerConfig(**(settings | {"pipeline_dtype": dtype} | more))
 
 
-def build_plain_model(architecture: Architecture, config: TransformerConfig | None = None, **more: Any) -> MambaModel:
-    """The stock Megatron model of this rank (no elastic class in it). `more`: fields of `transformer_config`."""
+def build_plain_model(
+    architecture: Architecture, config: TransformerConfig | None = None, *, local: bool = False, **more: Any
+) -> MambaModel:
+    """The stock Megatron model of this rank (no elastic class in it).
+
+    Args:
+        local: Megatron's own linears even where Transformer Engine is installed.
+        more: fields of `transformer_config`.
+    """
     config = config or transformer_config(architecture, **more)
-    return MambaModel(config, hybrid_stack_spec(), **_model_arguments(architecture))
+    return MambaModel(config, local_stack_spec() if local else hybrid_stack_spec(), **_model_arguments(architecture))
 
 
 def build_elastic_model(
@@ -68,12 +75,14 @@ def build_elastic_model(
     config: TransformerConfig | None = None,
     *,
     ffn_groups: int = DEFAULT_FFN_GROUPS,
+    local: bool = False,
     **more: Any,
 ) -> ElasticMambaModel:
-    """The elastic model of this rank; its parameters have the plain model's names and shapes."""
+    """The elastic model of this rank; its parameters have the plain model's names and shapes. `local`: as above."""
     config = config or transformer_config(architecture, **more)
     layout = ParamLayout(architecture, ffn_groups=ffn_groups, tp_size=config.tensor_model_parallel_size)
-    return ElasticMambaModel(config, elastic_stack_spec(), layout=layout, **_model_arguments(architecture))
+    spec = elastic_stack_spec(local=local)
+    return ElasticMambaModel(config, spec, layout=layout, **_model_arguments(architecture))
 
 
 def _model_arguments(architecture: Architecture) -> dict[str, Any]:

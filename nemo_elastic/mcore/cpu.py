@@ -56,8 +56,13 @@ def can_import(*modules: str) -> bool:
     return True
 
 
+def has_mamba_kernels() -> bool:
+    """Whether the CUDA kernels of Mamba are there; one of the two packages alone is of no use."""
+    return can_import("mamba_ssm.ops.triton.ssd_combined", "causal_conv1d")
+
+
 PACKAGES: dict[str, Callable[[], bool]] = {
-    "mamba_ssm": lambda: can_import("mamba_ssm.ops.triton.ssd_combined", "causal_conv1d"),
+    "mamba_ssm": has_mamba_kernels,
     "fused_adam": lambda: can_import("transformer_engine.pytorch.optimizers") or can_import("apex.optimizers"),
 }
 

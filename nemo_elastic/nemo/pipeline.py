@@ -7,6 +7,7 @@ Every process of a distributed run calls every step; what is written, the first 
 
 from __future__ import annotations
 
+import gc
 import logging
 import re
 import time
@@ -135,7 +136,11 @@ class Run:
         def show(step: int, total: int, text: str) -> None:
             self.progress("train", step, total, text)
 
-        return train(self.config, self.out, sorted_folder, resume_from=resume_from, progress=show)
+        trained = train(self.config, self.out, sorted_folder, resume_from=resume_from, progress=show)
+        gc.collect()  # model, optimizer and teacher: what comes next builds its own
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return trained
 
     def resume_point(self) -> Path | None:
         """The last whole training checkpoint, None when there is none yet; what a kill left unfinished is removed."""

@@ -55,7 +55,6 @@ class Trained:
     checkpoint: Path
     heldout_losses: dict[str, float]
     tokens: dict[str, int]
-    model: torch.nn.Module
 
 
 def train(
@@ -161,7 +160,6 @@ def train(
         checkpoint=latest_checkpoint(out),
         heldout_losses=callback.last_losses,
         tokens=callback.tokens,
-        model=callback.model,
     )
 
 

@@ -5,7 +5,9 @@ from typing import Any
 from megatron.core.models.mamba import MambaModel
 from torch import Tensor
 
+from ...deployment import low_precision_problems
 from ...layout import ParamLayout
+from ...problems import raise_if_any
 from .embedding import embed
 from .linear import column_parallel
 from .plan import Plan
@@ -38,6 +40,7 @@ class ElasticMambaModel(MambaModel):
 
     Raises:
         ValueError: for a model with position embeddings.
+        ProblemsError: for one in FP8 or FP4, which a plan never enters.
     """
 
     def __init__(self, *args: Any, layout: ParamLayout, **kwargs: Any) -> None:
@@ -47,6 +50,7 @@ class ElasticMambaModel(MambaModel):
                 f"model.position_embedding_type={self.position_embedding_type!r} is not supported by elastic models; "
                 "set it to none (hybrid models need no positions)"
             )
+        raise_if_any(low_precision_problems(vars(self.config)))
         assert layout.tp_size == self.pg_collection.tp.size(), "the table must be that of one tensor-parallel shard"
         self.layout = layout
         self.decoder.bind(layout, self.pg_collection.tp)

@@ -17,7 +17,6 @@ from nemo_elastic.problems import ProblemsError
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
 
 
 def decided(run: object) -> tuple[str, int | str]:
@@ -40,7 +39,7 @@ def test_what_goes_on_takes_what_the_run_began_with(tmp_path: Path, request: pyt
     begun.write_config()
     written = json.loads((tmp_path / "config.json").read_text())
     assert written["values"]["train"]["precision"] == "32"
-    assert written["origins"]["train.precision"] == "auto, no GPU"
+    assert written["origins"]["train.precision"] == "auto, without a GPU"
     request.getfixturevalue("gpu")
     on = settled_run(resolved, tmp_path, begins=False)
     assert decided(on.config) == ("32", 256) and on.values["distill"]["chunk_tokens"] == 256

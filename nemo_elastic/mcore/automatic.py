@@ -46,7 +46,7 @@ def settled_run(resolved: Resolved, out: Path, *, begins: bool) -> Resolved:
     """The same for a run in `out`, with origins; `begins`: whatever an earlier run left there is over."""
     kept = None if begins else _begun_with(out / "config.json")
     config, origins = settled(resolved.config, kept), dict(resolved.origins)
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    machine = "on a GPU" if torch.cuda.is_available() else "without a GPU"
     for key in ON_CPU:
         section, name = key.split(".")
         if getattr(getattr(resolved.config, section), name) == AUTO:

@@ -112,7 +112,7 @@ class ElasticFamily:
         self.active, self.compact = budget, compact
 
     def new_cache(self, batch: int = 1, *, room: int = 0) -> Cache:
-        """An empty cache of the active budget for `batch` rows; `room`: tokens to come (it grows when there are more)."""
+        """An empty cache of the active budget for `batch` rows, with `room` for so many tokens (then it grows)."""
         with torch.inference_mode():
             return Cache(self.active, self._network.new_caches(batch, room))
 

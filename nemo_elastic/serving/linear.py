@@ -22,7 +22,7 @@ Linear = Callable[[Tensor], Tensor]
 
 
 def linear(weight: Tensor, spec: ParamSpec, sizes: Mapping[str, int], *, compact: bool = False) -> Linear:
-    """`x` `[..., in]` -> `[..., out]` for the kept part of `weight`: by views, or `compact`, of one contiguous matrix."""
+    """`x` `[..., in]` -> `[..., out]` for the kept part of `weight`: views, or `compact`, one contiguous matrix."""
     rows, columns = spec.axes
     if compact or (is_prefix(rows, sizes) and is_prefix(columns, sizes)):
         kept = take(weight, spec, sizes)

@@ -3,6 +3,7 @@
 from typing import Any
 
 from megatron.core.models.mamba import MambaModel
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from ...deployment import low_precision_problems
@@ -43,14 +44,14 @@ class ElasticMambaModel(MambaModel):
         ProblemsError: for one in FP8 or FP4, which a plan never enters.
     """
 
-    def __init__(self, *args: Any, layout: ParamLayout, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, config: TransformerConfig, *args: Any, layout: ParamLayout, **kwargs: Any) -> None:
+        raise_if_any(low_precision_problems(vars(config)))
+        super().__init__(config, *args, **kwargs)
         if self.position_embedding_type != "none":
             raise ValueError(
                 f"model.position_embedding_type={self.position_embedding_type!r} is not supported by elastic models; "
                 "set it to none (hybrid models need no positions)"
             )
-        raise_if_any(low_precision_problems(vars(self.config)))
         assert layout.tp_size == self.pg_collection.tp.size(), "the table must be that of one tensor-parallel shard"
         self.layout = layout
         self.decoder.bind(layout, self.pg_collection.tp)

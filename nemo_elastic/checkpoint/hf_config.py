@@ -1,7 +1,8 @@
 """config.json of Hugging Face's NemotronH from a plain model section, and the model section from a config.json.
 
 Written for old and new readers alike: `hybrid_override_pattern` with `num_hidden_layers`, and `layers_block_type`. What
-NemotronH cannot say, and what this package cannot make elastic, is refused by name.
+NemotronH cannot say, and what this package cannot make elastic, is refused by name. Every key that decides what is
+computed is written, the fixed ones too: a default left to a reader is a default that it may not share.
 """
 
 from collections.abc import Mapping
@@ -48,6 +49,33 @@ ONLY = {
 }
 # Megatron has this fixed in the mixer's norm; NemotronH has one epsilon for all norms, so only this one means the same.
 EPSILON = 1e-5
+# The step of the scan is softplus(dt + dt_bias), unclamped, in Megatron's kernels. transformers' prefill (not its
+# decode) raises it to `time_step_min`, other readers clamp it to `time_step_limit`; these do nothing to any step that
+# matters, and 0 and infinity are no choice: the first has no logarithm, the second is no JSON.
+NO_STEP_BELOW, NO_STEP_ABOVE = 1e-30, 1e30
+# What a NemotronH out of Megatron always is.
+FIXED = {
+    "layer_norm_epsilon": EPSILON,
+    "mamba_hidden_act": "silu",
+    "use_conv_bias": True,
+    "use_bias": False,
+    "mlp_bias": False,
+    "attention_bias": False,
+    "mamba_proj_bias": False,
+    "sliding_window": None,
+    "chunk_size": 128,
+    "mamba_ssm_cache_dtype": "float32",
+    "time_step_min": NO_STEP_BELOW,
+    "time_step_limit": [0.0, NO_STEP_ABOVE],
+    "time_step_max": 0.1,  # this and the floor are of initialisation only, as are the two after them
+    "time_step_floor": 1e-4,
+    "rescale_prenorm_residual": True,
+    "initializer_range": 0.02,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "num_nextn_predict_layers": 0,
+    "use_cache": True,
+}
 ACTIVATIONS = {"squared_relu": "relu2", "relu": "relu", "gelu": "gelu", "silu": "silu"}
 
 
@@ -58,12 +86,7 @@ def hf_config(model: Mapping[str, Any], dtype: torch.dtype, token_ids: Mapping[s
         ProblemsError: the model has something that NemotronH cannot say.
     """
     arch = architecture_of(model)
-    found = [
-        Problem(f"model.{name}", f"{model[name]!r} cannot be said in Hugging Face's NemotronH, which has {value!r}")
-        for name, value in ONLY.items()
-        if model.get(name, value) != value
-    ]
-    found += _epsilon_problems("model.layernorm_epsilon", model.get("layernorm_epsilon", EPSILON))
+    found = only_problems(model, "Hugging Face's NemotronH")
     activation = model.get("activation_func", "squared_relu")
     if activation not in ACTIVATIONS:
         found.append(Problem("model.activation_func", f"{activation!r} must be one of {', '.join(ACTIVATIONS)}"))
@@ -77,20 +100,23 @@ def hf_config(model: Mapping[str, Any], dtype: torch.dtype, token_ids: Mapping[s
         "hybrid_override_pattern": arch.hybrid_override_pattern,
         "layers_block_type": [BLOCK_TYPES[kind] for kind in arch.hybrid_override_pattern],
         "num_hidden_layers": arch.num_layers,
-        **{theirs: values[ours] for ours, theirs in CONFIG_FIELDS.items() if ours in values},
+        **FIXED,
+        **{theirs: values[ours] for ours, theirs in CONFIG_FIELDS.items() if values.get(ours) is not None},
         "mlp_hidden_act": ACTIVATIONS[activation],
-        "mamba_hidden_act": "silu",
         "conv_kernel": arch.mamba_conv_kernel,
-        "chunk_size": 128,
-        "use_conv_bias": True,
-        "use_bias": False,
-        "mlp_bias": False,
-        "attention_bias": False,
-        "mamba_proj_bias": False,
-        "residual_in_fp32": False,
-        "use_cache": True,
+        "residual_in_fp32": bool(model.get("fp32_residual_connection", False)),
         **token_ids,
     }
+
+
+def only_problems(model: Mapping[str, Any], reader: str) -> list[Problem]:
+    """What a model section says that a NemotronH of `reader` (named in the messages) cannot be."""
+    found = [
+        Problem(f"model.{name}", f"{model[name]!r} cannot be said in {reader}, which has {value!r}")
+        for name, value in ONLY.items()
+        if model.get(name, value) != value
+    ]
+    return found + _epsilon_problems("model.layernorm_epsilon", model.get("layernorm_epsilon", EPSILON))
 
 
 def model_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -80,19 +80,32 @@ def tokenizer_of(run: RunConfig) -> str | None:
     return str(found / TOKENIZER_FILE if found.is_dir() else found)
 
 
-def check_text(run: RunConfig) -> None:
-    """The run's text and tokenizer, before anything is started or written.
+def check_text(run: RunConfig, *, trains: bool = True) -> None:
+    """The run's text and tokenizer, before anything is started or written. Text that is not in the cache is tokenized.
+
+    Args:
+        trains: the text of all stages is read, and what is held out; otherwise only what ranking reads.
 
     Raises:
         ProblemsError: text that is not there; no tokenizer, or one with more tokens than the parent has rows.
-        ValueError: a tokenizer that cannot be read.
+        ValueError: a tokenizer or a text that cannot be read, or too little of it.
     """
     raise_if_any(entry_problems(run.data))
     path, rows = tokenizer_of(run) or DEFAULT_TOKENIZER, int(run.model["vocab_size"])
-    tokens = BPETokenizer(path).vocab_size
+    tokenizer = BPETokenizer(path)
+    tokens = tokenizer.vocab_size
     if tokens > rows:
         words = f"{str(path)!r} has {tokens:,} tokens, model.vocab_size={rows:,} rows; give the parent's own tokenizer"
         raise ProblemsError([Problem("data.tokenizer", words)])
+    from nemo_elastic.nemo.sources import open_windows
+
+    lengths = [stage.seq_length for stage in run.train.stages] if trains else []
+    data, heldout = run.data, [("heldout", length) for length in lengths[-1:]]
+    for split, length in dict.fromkeys([("train", run.rank.seq_length), *(("train", n) for n in lengths), *heldout]):
+        open_windows(
+            split, tokenizer, length, blend=data.blend, chat=data.chat, paths=data.paths, vocab_size=rows,
+            shuffle=split == "train", cache_dir=data.cache_dir,
+        )  # fmt: skip
 
 
 def extract(

@@ -61,6 +61,7 @@ def rank_run(config: RunConfig, out: Path, *, resume: bool = False, report: Repo
     )
     model = build_plain_model(family.architecture, **precision(train))
     load_weights(model, reader, family.architecture, ffn_groups=family.space.ffn_groups)
+    process_groups.barrier()  # ranks read a large parent at their own pace
     dims = family.space.dims
     importance = rank_parent(
         model,

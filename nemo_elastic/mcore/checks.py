@@ -48,7 +48,7 @@ def check_inputs(config: RunConfig) -> None:
     found += kernel_problems(config)
     if not found:
         try:
-            open_parent(config.parent.path, family_of(config).layout)
+            open_parent(config.parent, family_of(config).layout)
         except ProblemsError as error:
             found += error.problems
     raise_if_any(found)

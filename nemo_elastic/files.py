@@ -2,7 +2,7 @@
 
 import json
 import os
-from contextlib import suppress
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -10,25 +10,22 @@ from .problems import Problem
 
 
 def folder_problems(key: str, folder: str | Path) -> list[Problem]:
-    """Why nothing can be written in `folder`: it is made, with what leads to it, and what was made is removed again."""
+    """Why nothing can be written in `folder`: a folder is made in what there is of its path, and removed again.
+
+    Its name is nobody else's, so that all processes of a run may ask at once.
+    """
     folder = Path(folder).absolute()
-    wanted = [p for p in (folder, *folder.parents) if not p.exists()]
-    nearest = wanted[-1].parent if wanted else folder
-    made: list[Path] = []
     try:
+        nearest = next(path for path in (folder, *folder.parents) if path.exists())
         if not nearest.is_dir():
             return [Problem(key, f"{str(nearest)!r} is a file, not a folder; give another path")]
-        for path in reversed(wanted):
-            path.mkdir()
-            made.append(path)
-        if not os.access(folder, os.W_OK | os.X_OK):
-            return [Problem(key, f"{str(folder)!r} is not yours to write in; give another path")]
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            return [Problem(key, f"{str(nearest)!r} is not yours to write in; give another path")]
+        probe = nearest / f".{uuid.uuid4().hex}"
+        probe.mkdir()
+        probe.rmdir()
     except OSError as error:
         return [Problem(key, f"{str(folder)!r} cannot be made ({error.strerror}); give another path")]
-    finally:
-        for path in reversed(made):
-            with suppress(OSError):  # somebody else is using it by now
-                path.rmdir()
     return []
 
 

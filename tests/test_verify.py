@@ -182,6 +182,20 @@ def verdict(capsys: pytest.CaptureFixture, *words: str) -> tuple[int, str, str]:
     return code, shown.out, shown.err
 
 
+def test_the_parent_may_have_moved(family: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """What verify reads travels in the nested checkpoint: the tokenizer, and which of its tokens ends a text."""
+    nested = shutil.copytree(family / "nested", tmp_path / "nested")
+    file = nested / "elastic" / "manifest.json"
+    described = json.loads(file.read_text())
+    described["provenance"]["config"]["parent"]["path"] = str(tmp_path / "gone")
+    described["provenance"]["config"]["data"]["tokenizer"] = None
+    file.write_text(json.dumps(described))
+    code, out, _ = verdict(capsys, str(nested), str(family / "children" / "small"))
+    assert code == 0 and "verification passed" in out
+    shutil.rmtree(nested / "context" / "tokenizer")
+    assert verdict(capsys, str(nested), str(family / "children" / "small"))[0] != 0
+
+
 def test_the_verb_prints_every_check_and_leaves_with_0_or_1(
     family: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

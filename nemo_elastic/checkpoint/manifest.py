@@ -18,7 +18,7 @@ from ..cost import parameters
 from ..files import read_json
 from ..layout import ParamLayout
 from ..problems import Problem, ProblemsError, did_you_mean, raise_if_any
-from ..space import Budget, ElasticDim, ElasticSpace, Subnet
+from ..space import Budget, ElasticDim, ElasticSpace, Subnet, name_problems
 
 FORMAT = "nemo_elastic.nested"
 VERSION = 1
@@ -123,7 +123,7 @@ def manifest_from_dict(data: Any) -> Manifest:
     lost = sorted(set(budgets) - set(subnets))
     found = [Problem(f"subnets.{name}", "is missing for this budget") for name in lost]
     found += [Problem(f"files.{name}", "leaves the checkpoint's folder") for name in files if not _is_inside(name)]
-    found += [Problem(f"subnets.{n}", "must be a plain word: a folder gets it") for n in subnets if Path(n).name != n]
+    found += [problem for name in subnets for problem in name_problems(name, "subnets")]
     raise_if_any(found)
     manifest = Manifest(
         model=dict(data["model"]),

@@ -5,7 +5,7 @@ from datetime import date
 
 from ..problems import Problem, ProblemsError, did_you_mean
 from ..serving_conditions import byte_profile
-from ..space import DIMS, WIDTH_DIMS
+from ..space import DIMS, WIDTH_DIMS, name_problems
 from .sections import PHASES, RunConfig, StageConfig
 
 ALLOWED = {
@@ -22,7 +22,7 @@ ALLOWED = {
     "train.mode": ("sliced", "masked"),
     "train.precision": ("32", "bf16-mixed"),
     "train.recompute_granularity": (None, "full", "selective"),
-    "export.dtype": ("bfloat16", "float32"),
+    "export.dtype": (None, "bfloat16", "float32"),
     "export.hf_schema": ("uniform", "list", "per_layer_config"),
 }
 POSITIVE = (
@@ -43,6 +43,7 @@ NOT_NEGATIVE = (
     "train.optimizer.clip_grad", "data.num_workers", "rank.min_attention_layers",
 )  # fmt: skip
 LOGGERS = ("tensorboard", "wandb")
+SEEDS = ("train.seed", "rank.seed")  # 32 bits: what Lightning and numpy take
 FRACTIONS = (
     "router.warmup_fraction",
     "router.soft_fraction",
@@ -63,9 +64,15 @@ def rule_problems(config: RunConfig) -> list[Problem]:
     found += [Problem(k, f"{_get(config, k)} must be above 0") for k in POSITIVE if not _get(config, k) > 0]
     found += [Problem(k, f"{_get(config, k)} must not be negative") for k in NOT_NEGATIVE if not _get(config, k) >= 0]
     found += [Problem(k, f"{_get(config, k)} must be from 0 to 1") for k in FRACTIONS if not 0 <= _get(config, k) <= 1]
+    for key in SEEDS:
+        if not 0 <= _get(config, key) < 2**32:
+            found.append(Problem(key, f"{_get(config, key)} must be from 0 to {2**32 - 1}"))
     for i, name in enumerate(config.train.loggers):
         if name not in LOGGERS:
             found.append(Problem(f"train.loggers.{i}", f"{name!r} is no logger{did_you_mean(name, LOGGERS)}"))
+    if config.train.wandb_project and "wandb" not in config.train.loggers:
+        words = "names a project of W&B, which nothing is logged to; add wandb to train.loggers, or leave it out"
+        found.append(Problem("train.wandb_project", words))
     if len(config.train.optimizer.betas) != 2:
         found.append(Problem("train.optimizer.betas", f"{list(config.train.optimizer.betas)} must be two numbers"))
     weights = (config.distill.kd_weight, config.distill.ce_weight, config.distill.hidden_weight)
@@ -135,6 +142,8 @@ def _elastic_problems(config: RunConfig) -> Iterable[Problem]:
     for name in config.elastic.dims:
         if name not in DIMS:
             yield Problem(f"elastic.dims.{name}", f"is no elastic dim{did_you_mean(name, DIMS)}")
+    for name in config.elastic.budgets:
+        yield from name_problems(name)
     for name, multiple in config.elastic.multiple_of.items():
         if name not in WIDTH_DIMS:
             yield Problem(f"elastic.multiple_of.{name}", f"is no width{did_you_mean(name, WIDTH_DIMS)}")

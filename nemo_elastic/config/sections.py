@@ -207,8 +207,8 @@ class TrainConfig:
 class ExportConfig:
     """Children read out of a nested checkpoint."""
 
-    dtype: str = "bfloat16"  # or float32
-    hf_schema: str = "uniform"  # or list, per_layer_config
+    dtype: str | None = None  # bfloat16 or float32: cast the weights; empty: as they are stored
+    hf_schema: str = "uniform"  # or list, per_layer_config: how a Hugging Face folder says sizes that differ per layer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -61,7 +61,7 @@ def checkpoint_bytes(run: RunConfig, family: Family, subnets: Mapping[str, Subne
     weights = 2 if mixed else 4
     optimizer = STATE_BYTES + (MAIN_BYTES if mixed or run.train.use_distributed_optimizer else 0)
     total = parameters(family.layout, family.space.full_subnet())
-    child = 2 if run.export.dtype == "bfloat16" else 4
+    child = {"bfloat16": 2, "float32": 4}.get(run.export.dtype, weights)
     return {
         "training": total * (weights + optimizer),
         "nested": total * weights,

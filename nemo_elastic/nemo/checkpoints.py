@@ -158,8 +158,8 @@ def extract(
     """
     if format not in FORMATS:
         raise ProblemsError([Problem("--format", f"{format!r} must be one of {', '.join(FORMATS)}")])
-    check_target(out, force)
     opened = nested if isinstance(nested, Nested) else open_nested(nested)
+    check_target(out, force, opened.path)
     subnet = opened.manifest.subnet(budget)
     if format == "nemo":
         child_architecture(opened.layout.architecture, subnet)  # refuses what a plain config cannot say
@@ -217,7 +217,7 @@ def extract_all(
     targets, found = {name: Path(out) / name for name in opened.manifest.subnets}, []
     for name, target in targets.items():
         try:
-            check_target(target, how.get("force", False))
+            check_target(target, how.get("force", False), opened.path)
             if how.get("format", "nemo") == "nemo":
                 child_architecture(opened.layout.architecture, opened.manifest.subnet(name))
             else:

@@ -33,7 +33,7 @@ from nemo_elastic.nemo.learning_rate import ROUTER_MARK, CurriculumRate
 from nemo_elastic.nemo.loggers import finish, loggers_of
 from nemo_elastic.nemo.logs import quiet
 from nemo_elastic.nemo.plain_config import plain_model_config
-from nemo_elastic.nemo.resume import StopOnSignal, steps_done, whole_checkpoints
+from nemo_elastic.nemo.resume import StopOnSignal, interrupts_as_they_are
 from nemo_elastic.nemo.sources import collate
 from nemo_elastic.nemo.tokenizer import load_tokenizer
 from nemo_elastic.nemo.trainer import build_optimizer, build_trainer
@@ -41,6 +41,7 @@ from nemo_elastic.problems import Problem, Stopped, raise_if_any
 from nemo_elastic.router.schedule import Timeline, resolve_recipe
 from nemo_elastic.serving_conditions import serving_of
 from nemo_elastic.space import Subnet
+from nemo_elastic.training_checkpoints import steps_done, whole_checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +129,7 @@ def train(
     teacher = CachedTeacher(run, data, sorted_folder, config.params_dtype) if run.distill.teacher_cache else None
     guard = FiniteGuard()
     callback = ElasticCallback(run, planner, out, heldout_batches(data, run), guard, progress, teacher)
+    stop = StopOnSignal() if run.train.preemption else None
     trainer = build_trainer(
         out,
         max_steps=steps,
@@ -135,7 +137,7 @@ def train(
         micro_batch_size=stages[0].micro_batch_size or run.train.micro_batch_size,
         use_distributed_optimizer=run.train.use_distributed_optimizer,
         checkpoint_every=min(run.train.save_every_steps, steps),
-        callbacks=[callback, guard, *([StopOnSignal()] if run.train.preemption else [])],
+        callbacks=[callback, guard, *filter(None, [stop])],
         loggers=loggers_of(run, out, steps_done(resume_from)),
         log_every_n_steps=run.train.log_every_steps,
         seed=run.train.seed,
@@ -146,10 +148,11 @@ def train(
     trainer.strategy.ddp_config.check_for_nan_in_grad = False
     quiet()
     # Megatron's loader unpickles: it is given what was checked.
-    with HeldCheckpoint(resume_from) if resume_from else nullcontext() as checked:
-        trainer.fit(model, data, ckpt_path=None if checked is None else str(checked))
-    finish(trainer.loggers)
-    process_groups.barrier()  # the first rank takes the mark of an unfinished checkpoint away last
+    with stop or nullcontext(), HeldCheckpoint(resume_from) if resume_from else nullcontext() as checked:
+        with interrupts_as_they_are():
+            trainer.fit(model, data, ckpt_path=None if checked is None else str(checked))
+        finish(trainer.loggers)
+        process_groups.barrier()  # the first rank takes the mark of an unfinished checkpoint away last
     callback.catch_up(trainer, model)
     if trainer.global_step < steps:
         saved = f"after step {trainer.global_step} of {steps} and saved {latest_checkpoint(out)}"

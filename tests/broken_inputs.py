@@ -214,9 +214,8 @@ def _flags() -> Iterator[Broken]:
     for verb in ("rank", "train", "quickstart"):
         for count in ("0", "-1", "x"):
             yield Broken(f"--nproc {count}", (*_words(verb), "--nproc", count))
-        if verb != "rank":
-            layout = ("--nproc", "3", "train.tensor_model_parallel_size=2")
-            yield Broken("--nproc that the layout cannot use", (*_words(verb), *layout))
+        layout = ("--nproc", "3", "train.tensor_model_parallel_size=2")
+        yield Broken("--nproc that the layout cannot use", (*_words(verb), *layout))
         yield Broken("--out is a file", (*_words(verb), "--out", "{w}/text.txt"))
         yield Broken("--out is below a file", (*_words(verb), "--out", "{w}/text.txt/run"))
         yield Broken("--out cannot be made", (*_words(verb), "--out", "/proc/nowhere/run"))

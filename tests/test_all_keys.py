@@ -155,7 +155,6 @@ OF_OTHER_VERBS = [
     "distill.ce_weight",
     "distill.hidden_weight",
     "distill.fuse_output_layer",
-    "distill.chunk_tokens",
     "train.seed",
     "train.optimizer.weight_decay",
     "train.optimizer.clip_grad",

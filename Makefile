@@ -57,8 +57,9 @@ format: setup  ## let ruff mend and format
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-docs: setup  ## write docs/cli.md and docs/config.md from the code
+docs: setup  ## write docs/cli.md, docs/config.md and docs/gpu.md from the code and the results
 	@$(BIN)/python scripts/reference.py
+	@$(BIN)/python benchmarks/gpu/pages.py
 
 clean:  ## remove build products and caches; keeps runs/ and the venvs
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -34,6 +34,7 @@ ELSEWHERE = {
     "make quickstart": "tests/test_quickstart.py",
     "make quickstart ARGS=--json": "tests/test_quickstart.py",
     "make test": "the test suite itself",
+    "make test-sweep": "the test suite itself; tests/test_sweep.py",
     "make setup": "tests/test_repository.py (its parts); .ci",
     "make setup-hf": "tests/test_hf.py (where that venv is)",
     "make help": "tests/test_repository.py",
@@ -47,6 +48,9 @@ ELSEWHERE = {
     "nemo elastic train --factory tiny_parent": "tests/test_nemo_run.py, with --dryrun",
     "pip install wandb": "none: an optional package",
     "python scripts/reference.py": "tests/test_reference.py",
+    "python benchmarks/gpu/build.py": "tests/test_gpu_kit.py (its parts); it downloads and compiles for minutes",
+    "python benchmarks/gpu/checks.py scan_triton": "tests/test_gpu_kit.py, on the CPU",
+    "python benchmarks/gpu/pages.py": "tests/test_gpu_kit.py",
     "python examples/paper_small/run.py --out runs/paper_small": "tests/test_paper_small.py, --quick",
     "python examples/paper_small/results.py": "tests/test_paper_small.py",
 }

@@ -155,7 +155,6 @@ OF_OTHER_VERBS = [
     "distill.ce_weight",
     "distill.hidden_weight",
     "distill.fuse_output_layer",
-    "distill.chunk_tokens",
     "train.seed",
     "train.optimizer.weight_decay",
     "train.optimizer.clip_grad",
@@ -163,6 +162,7 @@ OF_OTHER_VERBS = [
     "train.val_every_steps",
     "train.val_samples",
     "train.preemption",
+    "train.wait_minutes",
     "export.hf_schema",
 ]
 

@@ -30,7 +30,7 @@ import torch.distributed.nn.functional as dist_autograd
 import torch.multiprocessing as mp
 from harness import finish, forget_peak, interleaved, memory_bytes, parser, start, timed, timer
 
-from nemo_elastic.config.sections import DistillConfig
+from nemo_elastic.config.sections import AUTO, DistillConfig
 from nemo_elastic.distill.fused import fused_kd_loss
 from nemo_elastic.distill.losses import kd_loss
 
@@ -202,7 +202,7 @@ def flags() -> argparse.ArgumentParser:
     words.add_argument("--fused-tokens", type=int, default=1024)
     words.add_argument("--hidden", type=int, default=256)
     words.add_argument("--vocab", type=int, default=131072)
-    words.add_argument("--chunk-tokens", type=int, default=DistillConfig().chunk_tokens)
+    words.add_argument("--chunk-tokens", type=lambda v: v if v == AUTO else int(v), default=AUTO)
     words.add_argument("--tp", type=int, nargs="+", default=[1, 2])
     return words
 

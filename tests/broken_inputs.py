@@ -167,7 +167,7 @@ YAMLS = {
 }  # fmt: skip
 OVERRIDES = (
     "model.hidden_size=x", "model.hidden_size=-8", "model.hybrid_override_pattern=MX", "elastic.dims=[1]", "train=3",
-    "elastic.budgets={a: 7.5e30}", "elastic.dims.ffn_hidden_size.choices=[127]", "nobody=1", "data.paths=3",
+    "elastic.budgets={a: -3}", "elastic.dims.ffn_hidden_size.choices=[127]", "nobody=1", "data.paths=3",
     "parent.path=3", "train.stages=[{steps: -1}]", "train.tensor_model_parallel_size=3", "train.precision=fp4",
     "rank.depth=best",
     "elastic.subnets={nobody: {}}", "train.optimizer.lr=.nan", "data.chat.date=today", "router.shapes=best",
@@ -214,9 +214,8 @@ def _flags() -> Iterator[Broken]:
     for verb in ("rank", "train", "quickstart"):
         for count in ("0", "-1", "x"):
             yield Broken(f"--nproc {count}", (*_words(verb), "--nproc", count))
-        yield Broken(
-            "--nproc that the layout cannot use", (*_words(verb), "--nproc", "3", "train.tensor_model_parallel_size=2")
-        )
+        layout = ("--nproc", "3", "train.tensor_model_parallel_size=2")
+        yield Broken("--nproc that the layout cannot use", (*_words(verb), *layout))
         yield Broken("--out is a file", (*_words(verb), "--out", "{w}/text.txt"))
         yield Broken("--out is below a file", (*_words(verb), "--out", "{w}/text.txt/run"))
         yield Broken("--out cannot be made", (*_words(verb), "--out", "/proc/nowhere/run"))
@@ -247,7 +246,7 @@ def _parents() -> Iterator[Broken]:
         "layers_block_type": (["nobody"],),
     }  # fmt: skip
     spoils = [
-        *json_spoils("parent/config.json", "missing"),
+        *json_spoils("parent/config.json", "missing", "a folder"),  # stock names need none
         *key_spoils("parent/config.json", config),
         *binary_spoils("parent/model.safetensors"),
         *json_spoils("parent/tokenizer.json"),

@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from pool_elastic import FFN_GROUPS, architecture, random_weights, tokens
+from pool_elastic import FFN_GROUPS, random_weights, tokens
 from small_parent import PATTERN, SMALL
 from torch import Tensor
 
@@ -59,10 +59,14 @@ def run_config(*, tied: bool = False, **distill: Any) -> RunConfig:
     )
 
 
-def build(run: RunConfig, dtype: torch.dtype, tied: bool, **more: Any) -> tuple[FamilyModel, Planner]:
-    arch = architecture(share_embeddings_and_output_weights=tied)
-    family = family_of(run, RANKING)
-    layout = ParamLayout(arch, ffn_groups=FFN_GROUPS, tp_size=parallel_state.get_tensor_model_parallel_world_size())
+def build(
+    run: RunConfig, dtype: torch.dtype, ranking: tuple[int, ...] = RANKING, *, load: bool = True, **more: Any
+) -> tuple[FamilyModel, Planner]:
+    """Model and planner of a run; `load`: with the random weights of the small parent."""
+    family = family_of(run, ranking)
+    arch, groups = family.architecture, family.space.ffn_groups
+    tp = parallel_state.get_tensor_model_parallel_world_size()
+    layout = ParamLayout(arch, ffn_groups=groups, tp_size=tp)
     teacher = build_plain_model(arch, params_dtype=dtype, **more)  # its configuration is the family's, too
     teacher.config.has_cond_embedder = True  # as `ElasticSSMConfig` says
     first, last = stage_ends()
@@ -72,14 +76,14 @@ def build(run: RunConfig, dtype: torch.dtype, tied: bool, **more: Any) -> tuple[
         layout=layout,
         vocab_size=arch.vocab_size,
         max_sequence_length=64,
-        **layer_pattern(PATTERN),
+        **layer_pattern(arch.hybrid_override_pattern),
         position_embedding_type="none",
-        share_embeddings_and_output_weights=tied,
+        share_embeddings_and_output_weights=arch.share_embeddings_and_output_weights,
         pre_process=first,
         post_process=last,
     )
-    for module, seed in ((model, 0), (teacher, 1)):
-        load_weights(module, random_weights(arch, dtype, seed), arch, ffn_groups=FFN_GROUPS)
+    for module, seed in ((model, 0), (teacher, 1)) if load else ():
+        load_weights(module, random_weights(arch, dtype, seed), arch, ffn_groups=groups)
         module.to(dtype)
     router = Router(family.space, family.learned, run.router, seed=3)
     model.attach(router, teacher if run.distill.needs_teacher else None)
@@ -109,7 +113,7 @@ def train_steps(
         optimize: take Adam steps in between (else the weights stay).
     """
     run = run_config(tied=tied, **(distill or {}))
-    model, planner = build(run, dtype, tied, sequence_parallel=sp, variable_seq_lengths=True,
+    model, planner = build(run, dtype, sequence_parallel=sp, variable_seq_lengths=True,
                            moe_token_dispatcher_type="alltoall", pipeline_dtype=dtype, **more)  # fmt: skip
     config = model.config
     wrapped = DistributedDataParallel(
@@ -271,7 +275,7 @@ def _holds(optimizer: Any, place: int, parameter: Tensor) -> bool:
 def evaluated_twice() -> list[dict[str, Any]]:
     """Held-out losses of what a router chooses in every phase, two times, with other noise in between."""
     run = run_config()
-    model, planner = build(run, torch.float32, False)
+    model, planner = build(run, torch.float32)
     batches = [(tokens(model.layout.architecture, s), tokens(model.layout.architecture, s + 100)) for s in range(2)]
     planner.begin_step(model.policy, 5)  # pins the choices, for the frozen phase
     found = []
@@ -288,7 +292,7 @@ def evaluated_twice() -> list[dict[str, Any]]:
 
 def pinned_and_released() -> tuple[dict[str, Any], dict[str, Any]]:
     """What a frozen phase at step 0 would extract, and the pins after a step that is not frozen any more."""
-    model, planner = build(run_config(), torch.float32, False)
+    model, planner = build(run_config(), torch.float32)
     planner.timeline = Timeline(0, 0, 0, 6)
     found = planner.current_subnets(model.policy, 0)
     planner.begin_step(model.policy, 0)

@@ -111,14 +111,14 @@ def test_keys_that_are_read_in_another_way_do_something(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("pattern", ["M" * 16, "*" * 16, "-" * 16, "M-" * 8, "M*" * 8, "*-" * 8])
 def test_a_parent_without_one_kind_of_layer_can_be_planned(pattern: str, capsys) -> None:
-    words = ["plan", "--config", "tiny_parent.yaml", f"model.hybrid_override_pattern='{pattern}'"]
+    words = ["plan", "--config", "tiny_parent.yaml", "parent.path=null", f"model.hybrid_override_pattern='{pattern}'"]
     assert main([*words, "elastic.budgets={full: 1.0}"]) == 0
     told = capsys.readouterr()
     assert "full" in told.out and "empty" not in told.err, told.err
 
 
 def test_a_vocabulary_that_tensor_parallelism_does_not_divide_names_what_does(capsys) -> None:
-    words = ["model.vocab_size=2052", "train.tensor_model_parallel_size=8", "elastic.ffn_groups=8"]
+    words = ["parent.path=null", "model.vocab_size=2052", "train.tensor_model_parallel_size=8", "elastic.ffn_groups=8"]
     assert main(["plan", "--config", "tiny_parent.yaml", *words]) == 2
     told = " ".join(capsys.readouterr().out.split())
     assert "8 must divide model.vocab_size (padded)=2052; possible: 1, 2, 4" in told
@@ -126,6 +126,7 @@ def test_a_vocabulary_that_tensor_parallelism_does_not_divide_names_what_does(ca
 
 # What `plan --train` does not show, because it decides how scores are measured or the run goes, not what it costs.
 OF_OTHER_VERBS = [
+    "parent.output_weights",
     "elastic.ffn_groups",
     "data.chat.layout",
     "data.num_workers",
@@ -154,7 +155,6 @@ OF_OTHER_VERBS = [
     "distill.ce_weight",
     "distill.hidden_weight",
     "distill.fuse_output_layer",
-    "distill.chunk_tokens",
     "train.seed",
     "train.optimizer.weight_decay",
     "train.optimizer.clip_grad",
@@ -162,6 +162,7 @@ OF_OTHER_VERBS = [
     "train.val_every_steps",
     "train.val_samples",
     "train.preemption",
+    "train.wait_minutes",
     "export.hf_schema",
 ]
 

@@ -6,7 +6,6 @@
 import contextlib
 import io
 import json
-import os
 import random
 import subprocess
 import sys
@@ -43,7 +42,7 @@ def never_started(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         raise AssertionError("the run was started")
 
     monkeypatch.setattr(process_groups, "start", started)
-    monkeypatch.setattr(os, "execv", started)
+    monkeypatch.setattr("nemo_elastic.cli.arguments.launch", started)
     return None
 
 

@@ -92,6 +92,7 @@ def norm_config(**changes: object) -> SimpleNamespace:
         "layernorm_epsilon": 1e-3,
         "params_dtype": torch.float64,
         "sequence_parallel": False,
+        "use_cpu_initialization": False,
     }
     return SimpleNamespace(**settings | changes)
 

@@ -219,7 +219,7 @@ RUN = ["elastic.budgets={full: 1.0, half: 0.5}", "train.stages=[{steps: 100}]"]
 @pytest.fixture
 def stopped(tmp_path: Path) -> Path:
     """A run folder as `resume` looks at it: 40 of 100 steps done, in the router's soft phase."""
-    resolved = load_config("tiny_parent.yaml", RUN)
+    resolved = load_config("tiny_parent.yaml", [*RUN, "train.precision='32'"])  # as a run without a GPU settles it
     for name in ("weights/.metadata", "weights/common.pt", "weights/metadata.json"):
         file = tmp_path / "checkpoints" / "step=39" / name
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -232,6 +232,7 @@ def stopped(tmp_path: Path) -> Path:
     ("words", "told"),
     [
         ([], None),
+        (["train.precision=auto"], None),
         (["train.optimizer.lr=1.0e-4", "distill.ce_weight=0.1", "router.lr=0.001", "train.val_samples=8"], None),
         (["train.stages=[{steps: 100}, {steps: 50}]"], None),
         (["elastic.budgets={other: 0.6}"], "elastic.budgets.other: 0.6, but the run in"),

@@ -70,7 +70,6 @@ def run(arguments: argparse.Namespace) -> int:
                 opened, base, progress=lambda name, done, total: bar.update("extract", done, total, name), **how
             )
         else:
-            bar.update("extract", 0, 1, arguments.budget)
             target = base if arguments.out else base / arguments.budget
             targets = {arguments.budget: extract(opened, arguments.budget, target, **how)}
         bar.update("extract", len(targets), len(targets))

@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..nemo.pipeline import Run, quickstart
 
     with progress_bar() as bar:
-        work = Run(resolved, out, bar.update)
+        work = Run(resolved, out, bar.update, begins=True)
         bar.say("loading Megatron and NeMo")
         result = quickstart(work)
     if not is_first_rank():

@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     start_workers(arguments)
     from ..nemo.results import note_verified  # NeMo takes seconds, and says things: not for bad input
     from ..nemo.train import data_module, heldout_batches
-    from ..nemo.verify import verify
+    from ..nemo.verify import KERNELS, verify
 
     batches = heldout_batches(data_module(run_config), run_config)
     how = {"format": arguments.format, "python": arguments.hf_python}
@@ -69,13 +69,18 @@ def run(arguments: argparse.Namespace) -> int:
         note_verified(Path(nested).parent, run_config, Path(nested), checks)
     passed, pairs = all(check.ok for check in checks), _pairs(manifest)
     if arguments.json:
-        answer = {"verified": passed, "children": [check.to_dict() for check in checks]}
+        answer = {
+            "verified": passed,
+            "kernels": KERNELS[arguments.format],
+            "children": [check.to_dict() for check in checks],
+        }
         arguments.answer.json({**answer, "files_hashed": len(manifest.files), "pairs": pairs})
     elif is_first_rank():
         arguments.answer.render(_table(checks))
         for check in checks:
             if check.difference:
                 arguments.answer.write(f"{check.budget}: first difference: {check.difference}")
+        arguments.answer.write(f"compared with {KERNELS[arguments.format]}")
         arguments.answer.write(f"{len(manifest.files)} files of {nested}: SHA-256 as in the manifest")
         for pair in pairs:
             words = "nested in" if pair["nested"] else "NOT nested in"

@@ -6,7 +6,7 @@ from datetime import date
 from ..problems import Problem, ProblemsError, did_you_mean
 from ..serving_conditions import byte_profile
 from ..space import DIMS, WIDTH_DIMS, name_problems
-from .sections import PHASES, RunConfig, StageConfig
+from .sections import AUTO, PHASES, RunConfig, StageConfig
 
 ALLOWED = {
     "parent.output_weights": (None, "embedding", "lm_head"),
@@ -20,7 +20,7 @@ ALLOWED = {
     "router.shapes": ("even", "greedy"),
     "distill.loss": ("forward_kl", "reverse_kl", "topk_kl"),
     "train.mode": ("sliced", "masked"),
-    "train.precision": ("32", "bf16-mixed"),
+    "train.precision": ("auto", "32", "bf16-mixed"),
     "train.recompute_granularity": (None, "full", "selective"),
     "export.dtype": (None, "bfloat16", "float32"),
     "export.hf_schema": ("uniform", "list", "per_layer_config"),
@@ -28,9 +28,9 @@ ALLOWED = {
 POSITIVE = (
     "elastic.ffn_groups", "rank.samples", "rank.seq_length", "rank.micro_batch_size", "rank.depth_samples",
     "router.hidden_size", "router.tau_start", "router.tau_end", "router.lr", "distill.temperature",
-    "distill.chunk_tokens", "distill.top_k", "distill.budgets_per_batch", "train.micro_batch_size",
+    "distill.top_k", "distill.budgets_per_batch", "train.micro_batch_size",
     "train.optimizer.lr", "train.log_every_steps",
-    "train.val_every_steps", "train.val_samples", "train.save_every_steps", "report.batch_size",
+    "train.wait_minutes", "train.val_every_steps", "train.val_samples", "train.save_every_steps", "report.batch_size",
     "report.sequence_length", "report.mfu", "report.peak_tflops",
     "train.tensor_model_parallel_size", "train.pipeline_model_parallel_size",
     "train.context_parallel_size", "train.expert_model_parallel_size",
@@ -75,6 +75,9 @@ def rule_problems(config: RunConfig) -> list[Problem]:
         found.append(Problem("train.wandb_project", words))
     if len(config.train.optimizer.betas) != 2:
         found.append(Problem("train.optimizer.betas", f"{list(config.train.optimizer.betas)} must be two numbers"))
+    chunk = config.distill.chunk_tokens
+    if chunk != AUTO and (isinstance(chunk, str) or chunk < 1):
+        found.append(Problem("distill.chunk_tokens", f"{chunk!r} must be auto or a number above 0"))
     weights = (config.distill.kd_weight, config.distill.ce_weight, config.distill.hidden_weight)
     if not any(weights):
         words = "0 with distill.ce_weight=0 and distill.hidden_weight=0 leaves nothing to learn; set one above 0"

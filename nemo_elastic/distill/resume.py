@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.load import leaves, load_values
-from ..config.sections import PHASES, RunConfig
+from ..config.sections import AUTO, PHASES, RunConfig
 from ..problems import Problem, ProblemsError
 from ..router.schedule import Timeline, resolve_recipe
 from .curriculum import stage_at, total_steps
@@ -41,7 +41,7 @@ def changed_keys(out: Path, config: RunConfig, values: Mapping[str, Any], keys: 
             now = {k: v for k, v in now.items() if k != "elastic.subnets" or v}
         for name in sorted(was.keys() | now.keys()):
             old, new = was.get(name, NOTHING), now.get(name, NOTHING)
-            if old != new and name not in FREE:
+            if old != new and new != AUTO and name not in FREE:  # auto: what the run has begun with
                 words = f"{_said(new)}, but the run in {out} has {_said(old)}; keep that to resume, or start anew"
                 found.append(Problem(name, words))
     return found

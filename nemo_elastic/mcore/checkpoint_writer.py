@@ -18,8 +18,7 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-
+from nemo_elastic.mcore.versions import checkpoint_writing
 from nemo_elastic.orphans import end_with_parent
 
 LEFT_TO_THE_PARENT = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -28,11 +27,11 @@ _results: queue.SimpleQueue = queue.SimpleQueue()
 
 def install() -> None:
     """Change the writer in place; idempotent. To be called before the first save."""
-    writer = filesystem_async.FileSystemWriterAsync
+    writing = checkpoint_writing()
+    writer = writing.FileSystemWriterAsync
     if getattr(writer.write_preloaded_data, "outlives_signals", False):
         return
-    assert callable(filesystem_async._get_write_results_queue), "this Megatron hands results over in another way"
-    filesystem_async._get_write_results_queue = lambda: _results
+    writing._get_write_results_queue = lambda: _results
     writer.write_preloaded_data = staticmethod(outliving_signals(writer.write_preloaded_data))
 
 

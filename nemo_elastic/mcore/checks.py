@@ -7,11 +7,15 @@ import os
 import shutil
 from pathlib import Path
 
+import torch
+
+from ..alignment import convolution_notes
 from ..config.sections import RunConfig
 from ..family import family_of
 from ..files import folder_problems
 from ..plan import plan
 from ..problems import Problem, ProblemsError, raise_if_any
+from .cpu import has_mamba_kernels
 from .parents import open_parent
 
 RUN_PARTS = (
@@ -43,12 +47,24 @@ def check_inputs(config: RunConfig) -> None:
         found.append(NO_STAGES)
     if not config.elastic.budgets:
         found.append(Problem("elastic.budgets", "is empty; name at least one, e.g. {full: 1.0, half: 0.5}"))
+    found += kernel_problems(config)
     if not found:
         try:
             open_parent(config.parent, family_of(config).layout)
         except ProblemsError as error:
             found += error.problems
     raise_if_any(found)
+
+
+def kernel_problems(config: RunConfig) -> list[Problem]:
+    """Sizes that the GPU kernels of THIS machine refuse; nothing where our own run in their place."""
+    try:
+        notes = convolution_notes(family_of(config).space, config.train.tensor_model_parallel_size)
+    except ProblemsError:
+        return []  # said by `plan`
+    if not notes or not torch.cuda.is_available() or not has_mamba_kernels():
+        return []
+    return [Problem("elastic.dims", note) for note in notes]
 
 
 def started_processes() -> int:

@@ -23,7 +23,7 @@ from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -69,6 +69,15 @@ class LocalStack(HybridStack):
 def have_transformer_engine() -> bool:
     """Whether layers of Transformer Engine can run here: installed, and on a GPU."""
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+
+
+def attention_backend() -> AttnBackend:
+    """The one setting of all models in a process: Megatron writes it into the environment that all of them read.
+
+    With `local` it forbids Transformer Engine every kernel; where that is installed all models, stacks of our own
+    among them, leave the choice to it.
+    """
+    return AttnBackend.auto if have_transformer_engine() else AttnBackend.local
 
 
 def local_stack_spec() -> ModuleSpec:

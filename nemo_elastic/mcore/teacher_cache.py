@@ -128,7 +128,8 @@ class TeacherCache:
             self._open[number] = np.load(self._file(number), mmap_mode="r", allow_pickle=False)
         at = first - self._begin(number)
         found = torch.from_numpy(np.array(self._open[number][at : at + count]))
-        return (found.view(self.dtype) if self.dtype is torch.bfloat16 else found).transpose(0, 1).contiguous()
+        states = (found.view(self.dtype) if self.dtype is torch.bfloat16 else found).transpose(0, 1).contiguous()
+        return states.pin_memory() if torch.cuda.is_available() else states  # `cached_head` copies without waiting
 
     def _run(self, teacher: nn.Module, number: int, batch: range, read_tokens: ReadTokens) -> Tensor | None:
         """Final hidden states `[s, b, h]` on the rank that writes them."""

@@ -8,6 +8,7 @@
 | `layer_pattern()`, `pattern_of()` | `hybrid_override_pattern` | same | `hybrid_layer_pattern` | same |
 | `conv_parameters()`, `parameter_name()` | `conv1d.weight`, ... | same | same | 0.19: `conv1d_weight`, ... |
 | `mlp_arguments()` | none | none | none | `pg_collection`, `is_mtp_layer` |
+| `checkpoint_writing()` | `_get_write_results_queue` | same | another way | another way |
 | `build_optimizer()` | `no_weight_decay_cond`, ... | `config_overrides` | same | same |
 
 `kernels` is the mixer's module, whose scan and convolution are called by their names in it: the method around them is
@@ -23,6 +24,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 import megatron.core
@@ -43,6 +45,7 @@ __all__ = [
     "OptimizerConfig",
     "StackSubmodules",
     "build_optimizer",
+    "checkpoint_writing",
     "conv_parameters",
     "installed",
     "kernels",
@@ -106,6 +109,18 @@ def layer_pattern(pattern: str) -> dict[str, str]:
 def pattern_of(model: nn.Module) -> str:
     """The layer pattern that a built model was given; empty where it has none."""
     return next((value for name in _PATTERNS if (value := getattr(model, name, None))), "")
+
+
+def checkpoint_writing() -> ModuleType:
+    """Megatron's module of the processes that write checkpoints, whose results come by a queue in the supported lines.
+
+    Raises:
+        ImportError: this line hands results over in another way.
+    """
+    module = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
+    if not hasattr(module, "_get_write_results_queue"):
+        raise ImportError(f"megatron-core {installed()} writes checkpoints otherwise; install {TESTED[-1]}")
+    return module
 
 
 def conv_parameters(mixer: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:

@@ -32,11 +32,16 @@ class Finished:
 
 
 def resolved_run(
-    config: str | Path | Resolved, out: str | Path | None, overrides: Sequence[str], progress: Progress | None
+    config: str | Path | Resolved,
+    out: str | Path | None,
+    overrides: Sequence[str],
+    progress: Progress | None,
+    *,
+    begins: bool = False,
 ) -> Run:
-    """A run folder's steps for a configuration (file, shipped name, or already resolved)."""
+    """A run folder's steps for a configuration (file, shipped name, or already resolved); `begins`: a new run."""
     resolved = config if isinstance(config, Resolved) else load_config(config, list(overrides))
-    return Run(resolved, Path(out) if out else Path("runs") / resolved.config.name, progress)
+    return Run(resolved, Path(out) if out else Path("runs") / resolved.config.name, progress, begins=begins)
 
 
 def rank(
@@ -72,7 +77,7 @@ def train(
     Raises:
         ProblemsError: anything wrong with configuration, layout, parent, or a run folder that is in use.
     """
-    run = resolved_run(config, out, overrides, progress)
+    run = resolved_run(config, out, overrides, progress, begins=not resume)
     check_train(run.resolved, run.out, started_processes(), resume=resume, force=force)
     run.start()
     with one_run(run.out):

@@ -22,6 +22,7 @@ from nemo_elastic.config import load_values
 from nemo_elastic.config.sections import DistillConfig, RunConfig
 from nemo_elastic.family import Family, family_of
 from nemo_elastic.layout import ParamLayout
+from nemo_elastic.mcore import process_groups
 from nemo_elastic.mcore.build import build_plain_model, load_weights
 from nemo_elastic.mcore.elastic.spec import elastic_stack_spec
 from nemo_elastic.mcore.family_model import FamilyModel
@@ -89,6 +90,7 @@ class ElasticSSMConfig(llm.SSMConfig):
         for module in (model,) if teacher is None else (model, teacher):
             load_weights(module, parent.reader, family.architecture, ffn_groups=family.space.ffn_groups)
             module.to(dtype=self.params_dtype)
+        process_groups.barrier()  # ranks read a large parent at their own pace
         names = family.learned
         router = Router(family.space, names, run.router, seed=run.train.seed) if names else None
         model.attach(router, teacher)

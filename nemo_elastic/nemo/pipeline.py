@@ -7,6 +7,7 @@ Every process of a distributed run calls every step; what is written, the first 
 
 from __future__ import annotations
 
+import gc
 import logging
 import re
 import time
@@ -25,6 +26,7 @@ from nemo_elastic.family import family_of
 from nemo_elastic.files import write_json
 from nemo_elastic.importance.store import Importance
 from nemo_elastic.mcore import process_groups
+from nemo_elastic.mcore.automatic import settled_run
 from nemo_elastic.mcore.build import build_elastic_model, load_weights
 from nemo_elastic.mcore.checks import is_ranked
 from nemo_elastic.mcore.dist_checkpoint import TorchDistReader
@@ -58,8 +60,12 @@ Progress = Callable[[str, int, int, str], None]
 class Run:
     """A run folder and what is in it: `importance/ sorted/ checkpoints/ logs/ nested/ children/ results.json`."""
 
-    def __init__(self, resolved: Resolved, out: Path, progress: Progress | None = None) -> None:
-        self.resolved, self.config, self.out = resolved, resolved.config, out
+    def __init__(
+        self, resolved: Resolved, out: Path, progress: Progress | None = None, *, begins: bool = False
+    ) -> None:
+        """`begins`: a new run, which decides what `auto` means; else what the run in `out` decided holds."""
+        self.resolved, self.out = settled_run(resolved, out, begins=begins), out
+        self.config = self.resolved.config
         self.progress = progress or (lambda name, done, total, text: None)
         self.seconds: dict[str, float] = {}
 
@@ -68,7 +74,10 @@ class Run:
         quiet()
         settings = self.config.train
         process_groups.start(
-            settings.tensor_model_parallel_size, settings.pipeline_model_parallel_size, seed=settings.seed
+            settings.tensor_model_parallel_size,
+            settings.pipeline_model_parallel_size,
+            seed=settings.seed,
+            wait_minutes=settings.wait_minutes,
         )
 
     def write_config(self) -> None:
@@ -129,7 +138,11 @@ class Run:
         def show(step: int, total: int, text: str) -> None:
             self.progress("train", step, total, text)
 
-        return train(self.config, self.out, sorted_folder, resume_from=resume_from, progress=show)
+        trained = train(self.config, self.out, sorted_folder, resume_from=resume_from, progress=show)
+        gc.collect()  # model, optimizer and teacher: what comes next builds its own
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return trained
 
     def resume_point(self) -> Path | None:
         """The last whole training checkpoint, None when there is none yet; what a kill left unfinished is removed."""

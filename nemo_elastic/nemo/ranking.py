@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ..config.load import Resolved, plain
@@ -23,6 +22,7 @@ from ..importance.belongs import foreign_scores
 from ..importance.run_state import forget_states
 from ..importance.store import Importance
 from ..mcore import process_groups
+from ..mcore.automatic import settled
 from ..mcore.build import build_plain_model, load_weights
 from ..mcore.one_run import one_run
 from ..mcore.parents import open_parent, weights_digest
@@ -44,14 +44,21 @@ def rank_run(config: RunConfig, out: Path, *, resume: bool = False, report: Repo
     Raises:
         ProblemsError: a layout that cannot run, a missing parent, or samples that do not fill the ranks.
     """
+    config = settled(config)
     family, train = family_of(config), config.train
     raise_if_any(parallel_problems(family.architecture, train, family.space.ffn_groups))
     check_text(config, trains=False)
     reader = open_parent(config.parent, family.layout)
     sample, text = calibration(config)
-    process_groups.start(train.tensor_model_parallel_size, train.pipeline_model_parallel_size, seed=train.seed)
+    process_groups.start(
+        train.tensor_model_parallel_size,
+        train.pipeline_model_parallel_size,
+        seed=train.seed,
+        wait_minutes=train.wait_minutes,
+    )
     model = build_plain_model(config.model, **precision(train))
     load_weights(model, reader, family.architecture, ffn_groups=family.space.ffn_groups)
+    process_groups.barrier()  # ranks read a large parent at their own pace
     dims = family.space.dims
     weights = process_groups.on_first_rank(lambda: weights_digest(reader, family.layout))
     with one_run(out):
@@ -67,11 +74,11 @@ def rank_run(config: RunConfig, out: Path, *, resume: bool = False, report: Repo
             source={"parent": config.parent.path, "weights": weights, "model": plain(config.model), **text},
             report=report,
         )
-        dist.barrier()  # nobody needs a state any more
-        if dist.get_rank() == 0:
+        process_groups.barrier()  # nobody needs a state any more
+        if process_groups.rank() == 0:
             importance.save(out / FOLDER, family.architecture)
             forget_states(out / FOLDER)
-        dist.barrier()
+        process_groups.barrier()
     return importance
 
 

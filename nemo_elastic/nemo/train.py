@@ -18,6 +18,7 @@ from nemo_elastic.distill.curriculum import total_steps
 from nemo_elastic.family import Family, family_of, parallel_problems
 from nemo_elastic.layout import ParamLayout
 from nemo_elastic.mcore import process_groups
+from nemo_elastic.mcore.automatic import settled
 from nemo_elastic.mcore.checks import check_processes, started_processes
 from nemo_elastic.mcore.elastic.model import refuse_overlap
 from nemo_elastic.mcore.held_checkpoint import HeldCheckpoint
@@ -55,7 +56,6 @@ class Trained:
     checkpoint: Path
     heldout_losses: dict[str, float]
     tokens: dict[str, int]
-    model: torch.nn.Module
 
 
 def train(
@@ -77,7 +77,7 @@ def train(
         ProblemsError: a layout or curriculum that cannot run; a NaN or Inf on the way.
         Stopped: SIGTERM; the state is saved.
     """
-    parent = sorted_parent(sorted_folder)
+    run, parent = settled(run), sorted_parent(sorted_folder)
     family = family_of(run, parent.depth_ranking)
     raise_if_any(shapes_not_searched(run, family))
     raise_if_any(parallel_problems(family.architecture, run.train, family.space.ffn_groups))
@@ -163,7 +163,6 @@ def train(
         checkpoint=latest_checkpoint(out),
         heldout_losses=callback.last_losses,
         tokens=callback.tokens,
-        model=callback.model,
     )
 
 

@@ -8,7 +8,6 @@ the kept channels in its mean; everything else of a dropped channel is then mult
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...layout import Axis, ParamSpec
@@ -110,11 +109,10 @@ class ElasticMixer(Mixer):
             c.unflatten(-1, (self.ngroups_local_tp, self.d_state)).contiguous(),
             self.chunk_size,
             D=self.D,
-            z=None,
+            z=z.unflatten(-1, (heads, self.headdim)).contiguous(),  # without a gate, mamba-ssm before 2.3 gets dD wrong
             dt_bias=self.dt_bias.float(),
             dt_softplus=True,
-        )
-        y = y.flatten(2) * F.silu(z)
+        ).flatten(2)
         kept = self._soft_kept_per_group(call)
         return _group_norm(y.transpose(0, 1), self.norm.weight, self.ngroups_local_tp, kept, self.norm.eps)
 

@@ -2,9 +2,12 @@
 
 from typing import Any
 
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from ...deployment import low_precision_problems
 from ...layout import ParamLayout
+from ...problems import raise_if_any
 from ..versions import HybridModel
 from .census import refuse_plain_layers
 from .embedding import embed
@@ -39,11 +42,13 @@ class ElasticMambaModel(HybridModel):
 
     Raises:
         ValueError: for a model with position embeddings.
-        ProblemsError: Megatron built a layer that is not elastic, or not the table's layers.
+        ProblemsError: Megatron built a layer that is not elastic, or not the table's layers; or FP8 or FP4 is wanted,
+            which a plan never enters.
     """
 
-    def __init__(self, *args: Any, layout: ParamLayout, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, config: TransformerConfig, *args: Any, layout: ParamLayout, **kwargs: Any) -> None:
+        raise_if_any(low_precision_problems(vars(config)))
+        super().__init__(config, *args, **kwargs)
         if self.position_embedding_type != "none":
             raise ValueError(
                 f"model.position_embedding_type={self.position_embedding_type!r} is not supported by elastic models; "

@@ -214,7 +214,8 @@ def test_bf16_runs_take_the_optimizer_that_can_save_them() -> None:
     assert train.distributed_optimizer and train.use_distributed_optimizer is None
     assert not load_config("tiny_parent.yaml").config.train.distributed_optimizer
     assert load_config("nemotron_nano_12b_v2.yaml").config.train.distributed_optimizer
-    with pytest.raises(
-        ProblemsError, match=r"train\.use_distributed_optimizer: false with train\.precision=bf16-mixed"
-    ):
-        load_config("tiny_parent.yaml", ["train.precision=bf16-mixed", "train.use_distributed_optimizer=false"])
+    load_config("tiny_parent.yaml", ["train.precision=32", "train.use_distributed_optimizer=false"])
+    for precision in ("bf16-mixed", "auto"):  # auto is bf16 on a GPU
+        words = [f"train.precision={precision}", "train.use_distributed_optimizer=false"]
+        with pytest.raises(ProblemsError, match=r"train\.use_distributed_optimizer: false needs train\.precision=32"):
+            load_config("tiny_parent.yaml", words)

@@ -36,6 +36,7 @@ ELSEWHERE = {
     "make test": "the test suite itself",
     "make setup": "tests/test_repository.py (its parts); .ci",
     "make setup-hf": "tests/test_hf.py (where that venv is)",
+    "make setup-gguf": "tests/test_gguf.py (where that venv is)",
     "make help": "tests/test_repository.py",
     "make docs": "tests/test_reference.py",
     "TORCH_INDEX_URL=<index of CPU wheels> make setup": "tests/test_repository.py (its parts)",

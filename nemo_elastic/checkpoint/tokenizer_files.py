@@ -50,14 +50,20 @@ def write_tokenizer(folder: Path, source: str | Path) -> dict[str, Any]:
         raise ProblemsError([Problem(str(file), f"is no tokenizer.json ({error!r})")]) from error
     config = folder / "tokenizer_config.json"
     _without_code(config)
-    names = _special_names(config, ids) if config.is_file() else _default_names(ids)
     if not config.is_file():
+        names = _default_names(ids)
         config.write_text(
             json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **_present(names)}, indent=2) + "\n"
         )
         (folder / "special_tokens_map.json").write_text(json.dumps(_present(names), indent=2) + "\n")
-    found = {f"{kind}_id": ids.get(names.get(kind) or "") for kind in ("bos_token", "eos_token", "pad_token")}
-    return {**found, "vocab_size": max(ids.values()) + 1}
+    return {**special_token_ids(folder), "vocab_size": max(ids.values()) + 1}
+
+
+def special_token_ids(folder: Path) -> dict[str, int | None]:
+    """`bos_token_id`, `eos_token_id` and `pad_token_id` of a tokenizer folder; None where there is none."""
+    ids, config = token_ids(folder / TOKENIZER_FILE), folder / "tokenizer_config.json"
+    names = _special_names(config) if config.is_file() else _default_names(ids)
+    return {f"{kind}_id": ids.get(names.get(kind) or "") for kind in ("bos_token", "eos_token", "pad_token")}
 
 
 def token_ids(file: Path) -> dict[str, int]:
@@ -83,7 +89,7 @@ def _default_names(ids: dict[str, int]) -> dict[str, str | None]:
     return {"bos_token": end, "eos_token": end, "unk_token": end, "pad_token": pad}
 
 
-def _special_names(config: Path, ids: dict[str, int]) -> dict[str, str | None]:
+def _special_names(config: Path) -> dict[str, str | None]:
     data = json.loads(config.read_text())
 
     def content(value: Any) -> str | None:

@@ -5,6 +5,7 @@ NeMo itself is imported only to write a context. Every folder is written beside 
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -14,11 +15,14 @@ from typing import Any
 import torch
 
 from nemo_elastic.checkpoint.extract import child_architecture, plain_model
+from nemo_elastic.checkpoint.gguf_file import GGUF_FILE, write_gguf
+from nemo_elastic.checkpoint.gguf_model import FILE_TYPES, check_gguf, gguf_keys, gguf_tensors
+from nemo_elastic.checkpoint.gguf_tokenizer import tokenizer_keys
 from nemo_elastic.checkpoint.hf_folder import write_hf_folder
 from nemo_elastic.checkpoint.huggingface import HuggingFaceReader
 from nemo_elastic.checkpoint.nemo_context import read_nemo_context
 from nemo_elastic.checkpoint.reader import LazyTensor
-from nemo_elastic.checkpoint.schemas import plain_child
+from nemo_elastic.checkpoint.schemas import PlainChild, plain_child
 from nemo_elastic.checkpoint.tokenizer_files import TOKENIZER_FILE
 from nemo_elastic.checkpoint.writer import atomic_folder, check_target
 from nemo_elastic.config.sections import RunConfig
@@ -36,7 +40,7 @@ from nemo_elastic.space import Subnet
 __all__ = ["Nested", "describe_parent", "extract", "extract_all", "open_nested", "write_nested"]
 
 logger = logging.getLogger(__name__)
-FORMATS = ("nemo", "hf")
+FORMATS = ("nemo", "hf", "gguf")
 _EMBEDDING = "embedding.word_embeddings.weight"
 
 
@@ -110,9 +114,9 @@ def extract(
     Args:
         budget: a name in the manifest.
         out: the child's folder.
-        format: `nemo` (plain `SSMConfig`) or `hf` (NemotronH folder).
+        format: `nemo` (plain `SSMConfig`), `hf` (NemotronH folder) or `gguf` (one file for llama.cpp).
         hf_schema: how a Hugging Face folder says sizes that differ per layer (`checkpoint.schemas`).
-        dtype: cast to it; None keeps what is stored.
+        dtype: cast to it (float16: `gguf` only); None keeps what is stored.
 
     Raises:
         ProblemsError: a damaged checkpoint, unknown budget, a child the format cannot say, or an `out` in the way.
@@ -122,9 +126,13 @@ def extract(
     check_target(out, force)
     opened = nested if isinstance(nested, Nested) else open_nested(nested)
     subnet = opened.manifest.subnet(budget)
-    if format == "nemo":
-        child_architecture(opened.layout.architecture, subnet)  # refuses what a plain config cannot say
-    child = plain_child(opened.reader, opened.layout, subnet, schema=hf_schema, dtype=dtype)
+    child = _sayable_child(opened, subnet, format, hf_schema, dtype)
+    if format == "gguf":
+        written = gguf_child(opened, budget, subnet, child, dtype)
+        with atomic_folder(out, force=force, needs_bytes=sum(t.nbytes for t in written.tensors)) as folder:
+            write_gguf(folder / GGUF_FILE, written.keys, written.tensors)
+        logger.info("%s: child %s of %s, format gguf", out, budget, opened.path)
+        return Path(out)
     model = plain_model(opened.manifest.model, child.architecture)
     with atomic_folder(out, force=force, needs_bytes=sum(t.nbytes for t in child.tensors)) as folder:
         if format == "nemo":
@@ -145,6 +153,53 @@ def extract(
             )
     logger.info("%s: child %s of %s, format %s", out, budget, opened.path, format)
     return Path(out)
+
+
+def _sayable_child(
+    nested: Nested, subnet: Subnet, format: str, hf_schema: str, dtype: torch.dtype | None
+) -> PlainChild:
+    """The child as `format` says it, or ProblemsError where it cannot."""
+    if dtype == torch.float16 and format != "gguf":
+        raise ProblemsError([Problem("--dtype", "float16 is for --format gguf; give bfloat16 or float32")])
+    if format == "nemo":
+        child_architecture(nested.layout.architecture, subnet)  # refuses what a plain config cannot say
+    elif format == "gguf":
+        check_gguf(nested.manifest.model, nested.layout.architecture, subnet)
+        return plain_child(nested.reader, nested.layout, subnet, schema="per_layer_config")
+    return plain_child(nested.reader, nested.layout, subnet, schema=hf_schema, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class GgufChild:
+    """What a child's GGUF file holds."""
+
+    keys: Mapping[str, Any]
+    tensors: list[LazyTensor]
+
+
+def gguf_child(
+    nested: Nested, budget: str, subnet: Subnet, child: PlainChild, dtype: torch.dtype | None = None
+) -> GgufChild:
+    """Keys and tensors of a child's GGUF file.
+
+    Args:
+        child: its own tensors, without padding.
+        dtype: of the matrices; None: what most of the nested weights are stored in.
+
+    Raises:
+        ProblemsError: a tokenizer that llama.cpp would run otherwise.
+    """
+    architecture, kept = nested.layout.architecture, dtype or main_dtype(child.tensors)
+    card = child_card(nested, budget, subnet)
+    keys = {
+        "general.name": card["name"],
+        "general.description": f"a child of {card['parameters']:,} parameters, read out of a nested checkpoint",
+        "general.file_type": FILE_TYPES[kept],
+        "nemo_elastic.provenance": json.dumps(card["provenance"], default=str),
+        **gguf_keys(nested.manifest.model, architecture, subnet, child.architecture),
+        **(tokenizer_keys(nested.tokenizer, child.architecture.vocab_size) if nested.tokenizer else {}),
+    }
+    return GgufChild(keys, list(gguf_tensors(child.tensors, child.layout, kept)))
 
 
 def _write_nemo_child(
@@ -179,11 +234,8 @@ def extract_all(
     for name, target in targets.items():
         try:
             check_target(target, how.get("force", False))
-            if how.get("format", "nemo") == "nemo":
-                child_architecture(opened.layout.architecture, opened.manifest.subnet(name))
-            else:
-                schema = how.get("hf_schema", "uniform")
-                plain_child(opened.reader, opened.layout, opened.manifest.subnet(name), schema=schema)
+            said = how.get("format", "nemo"), how.get("hf_schema", "uniform"), how.get("dtype")
+            _sayable_child(opened, opened.manifest.subnet(name), *said)
         except ProblemsError as error:
             found += [replace(p, message=f"{p.message} (budget {name})") for p in error.problems]
     raise_if_any(found)

@@ -1,7 +1,8 @@
 # Every target does its own set-up. PYTHON chooses the interpreter (3.11 or 3.12), ARGS is passed through.
-PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# The venv keeps the interpreter it was made with until PYTHON names another.
+PYTHON ?= $(or $(wildcard $(shell cat $(VENV)/.setup-python 2>/dev/null)),python3)
 RUN ?= runs/quickstart
 ARGS ?=
 # Processes that run tests side by side; each starts up to six workers of its own for distributed tests (8 GB in all).
@@ -9,7 +10,7 @@ JOBS ?= 2
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-hf setup-gguf quickstart test test-slow test-sweep test-gpu lint format docs clean
+.PHONY: help setup setup-hf setup-gguf quickstart test test-slow test-sweep test-broken test-gpu lint format docs clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,7 +25,7 @@ setup-gguf:  ## make .venv-gguf with llama.cpp (one prebuilt wheel), in which GG
 	@$(PYTHON) scripts/setup_venv.py --venv .venv-gguf --constraints constraints-gguf.txt --no-project
 
 quickstart: setup  ## a real parent becomes a verified nested family on this machine (under 10 minutes)
-	@$(BIN)/nemo-elastic quickstart --out $(RUN) $(ARGS)
+	@NEMO_ELASTIC_UNDER_MAKE=1 $(BIN)/nemo-elastic quickstart --out $(RUN) $(ARGS)
 
 lint: setup  ## ruff: rules and format
 	@$(BIN)/ruff check .
@@ -38,6 +39,9 @@ test-slow: setup setup-hf setup-gguf  ## the tests that take over 20 seconds, Hu
 
 test-sweep: setup  ## every case of the sweeps that test-slow draws a sample of
 	@$(PYTEST) -m "sweep" --sweep all $(ARGS)
+
+test-broken: setup  ## every broken input of every verb, in one process: exit code 2, one message, nothing written
+	@$(PYTEST) tests/test_broken_inputs.py -m "not slow" --sweep all $(ARGS)
 
 test-gpu: setup  ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu $(ARGS)

@@ -8,7 +8,8 @@ Three cases:
 - the venv is up to date: nothing happens. A stamp, written last, holds the hash of everything that decides its content.
 
 An interrupted run leaves a marker behind, and the next one starts from an empty venv: pip cannot tell a half-written
-package from an installed one.
+package from an installed one. One run at a time works on a venv: a lock beside it (`.venv.lock`) is held by the run and
+by the pip it started, and a second run waits for both, then looks again.
 
     python3 scripts/setup_venv.py [--venv .venv] [--constraints constraints.txt] [--no-project]
 """
@@ -16,6 +17,7 @@ package from an installed one.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -66,6 +68,12 @@ def fingerprint(constraints: Path) -> str:
     return digest.hexdigest()
 
 
+def is_complete(target: Path, constraints: Path) -> bool:
+    """True when `target` was made from these pins by this interpreter, to its end."""
+    stamp = target / ".setup-complete"
+    return stamp.exists() and stamp.read_text() == fingerprint(constraints)
+
+
 def has_gpu_stack() -> bool:
     """True when this interpreter has a CUDA build of torch together with megatron.core and NeMo."""
     if not all(importlib.util.find_spec(name) for name in ("torch", "megatron", "nemo")):
@@ -78,15 +86,40 @@ def say(start: float, text: str) -> None:
     print(f"[setup {time.monotonic() - start:5.1f}s] {text}", file=sys.stderr, flush=True)
 
 
+def lock(target: Path, start: float) -> int:
+    """Wait for the lock beside `target` and hold it until this process ends; returns its descriptor.
+
+    pip inherits it: it goes on when only this process is killed, and must not lose the folder it writes to.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    held = os.open(target.with_name(f"{target.name}.lock"), os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(held, 20, 0).decode()
+        say(start, f"another set-up is at work on {target.name} (process {holder}): waiting for its end")
+        fcntl.flock(held, fcntl.LOCK_EX)
+    os.ftruncate(held, 0)
+    os.pwrite(held, str(os.getpid()).encode(), 0)
+    os.set_inheritable(held, True)
+    return held
+
+
 def pip(python: Path, *arguments: str) -> None:
-    subprocess.run([python, "-m", "pip", "install", *PIP_OPTIONS, *arguments], check=True, cwd=ROOT)
+    command = [python, "-m", "pip", "install", *PIP_OPTIONS, *arguments]
+    subprocess.run(command, check=True, cwd=ROOT, close_fds=False)  # it inherits the lock
+
+
+def is_usable(python: Path) -> bool:
+    """True when `python` runs, is of this interpreter's version, and has a working pip."""
+    check = f"import sys, pip; raise SystemExit(tuple(sys.version_info[:2]) != {tuple(sys.version_info[:2])})"
+    return python.exists() and subprocess.run([python, "-c", check], capture_output=True).returncode == 0
 
 
 def create(target: Path, on_top: bool) -> Path:
     """Make (or reuse) the venv and return its interpreter; `on_top` lets it see this interpreter's packages."""
     python = target / "bin" / "python"
-    usable = python.exists() and subprocess.run([python, "-m", "pip", "--version"], capture_output=True).returncode == 0
-    if not usable:
+    if not is_usable(python):
         shutil.rmtree(target, ignore_errors=True)
         venv.EnvBuilder(system_site_packages=on_top, with_pip=True).create(target)
     if on_top and sys.prefix != sys.base_prefix:
@@ -137,6 +170,33 @@ def install_pins(python: Path, pins: list[str], start: float) -> None:
                 say(start, f"{pin} needs a C compiler and the Python headers: reasoning-gym's problems are unavailable")
 
 
+def make_venv(target: Path, constraints: Path, with_project: bool, start: float) -> None:
+    """Everything between the marker and the stamp. Raises CalledProcessError when an installer fails."""
+    stamp, marker = target / ".setup-complete", target / ".setup-running"
+    if marker.exists():
+        say(start, "the last set-up was interrupted: starting again")
+        shutil.rmtree(target)
+    sections = read_sections(constraints)
+    on_top = with_project and has_gpu_stack()
+    python = create(target, on_top)
+    stamp.unlink(missing_ok=True)
+    marker.touch()
+    (target / ".setup-python").write_text(sys.executable)  # the Makefile keeps to it
+    if on_top:
+        pins = missing(python, sections["project"])
+        say(start, f"CUDA torch, megatron.core and NeMo are here: adding {len(pins)} packages on top")
+    else:
+        pins = [pin for section in sections.values() for pin in section]
+        install_torch(python, constraints, pins, start)
+        say(start, f"{len(pins)} pinned packages (two to three minutes the first time)")
+    install_pins(python, pins, start)
+    if with_project:
+        say(start, "this project, editable")
+        pip(python, "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
+    stamp.write_text(fingerprint(constraints))
+    marker.unlink()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv")
@@ -150,40 +210,19 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
-    target = arguments.venv.resolve()
-    stamp, marker = target / ".setup-complete", target / ".setup-running"
-    key = fingerprint(arguments.constraints)
-    if stamp.exists() and stamp.read_text() == key:
+    target, start = arguments.venv.resolve(), time.monotonic()
+    if is_complete(target, arguments.constraints):
         return 0
-    start = time.monotonic()
-    if marker.exists():
-        say(start, "the last set-up was interrupted: starting again")
-        shutil.rmtree(target)
-    sections = read_sections(arguments.constraints)
-    on_top = not arguments.no_project and has_gpu_stack()
     try:
-        python = create(target, on_top)
-        stamp.unlink(missing_ok=True)
-        marker.touch()
-        if on_top:
-            pins = missing(python, sections["project"])
-            say(start, f"CUDA torch, megatron.core and NeMo are here: adding {len(pins)} packages on top")
-        else:
-            pins = [pin for section in sections.values() for pin in section]
-            install_torch(python, arguments.constraints, pins, start)
-            say(start, f"{len(pins)} pinned packages (two to three minutes the first time)")
-        install_pins(python, pins, start)
-        if not arguments.no_project:
-            say(start, "this project, editable")
-            pip(python, "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
+        lock(target, start)
+        if not is_complete(target, arguments.constraints):  # by the run that was waited for
+            make_venv(target, arguments.constraints, not arguments.no_project, start)
     except subprocess.CalledProcessError as error:
         print(f"setup: {' '.join(map(str, error.cmd))[:200]} failed; its message is above", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("setup: interrupted; the next call starts again", file=sys.stderr)
         return 130
-    stamp.write_text(key)
-    marker.unlink()
     say(start, f"ready: {target}")
     return 0
 

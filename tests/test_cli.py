@@ -151,6 +151,28 @@ def test_train_never_overwrites_a_run(tmp_path, capsys):
     assert (tmp_path / "checkpoints").is_dir()
 
 
+def test_a_second_quickstart_says_how_to_go_on_in_the_words_it_was_called_with(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "runs" / "mine"
+    (out / "nested").mkdir(parents=True)
+    (out / "report").mkdir()
+    (out / "report" / "report.html").touch()
+    assert main(["quickstart", "--out", str(out)]) == 2
+    plain = " ".join(capsys.readouterr().err.split())
+    assert "start over with --force, or choose another folder with another --out" in plain
+    assert "make " not in plain and "--resume" not in plain  # quickstart has no such flag
+    assert "report.html" in plain
+    monkeypatch.setenv("NEMO_ELASTIC_UNDER_MAKE", "1")
+    assert main(["quickstart", "--out", str(out)]) == 2
+    under_make = " ".join(capsys.readouterr().err.split())
+    assert f"`make quickstart RUN={out} ARGS=--force`" in under_make
+    assert "`make quickstart RUN=runs/other`" in under_make
+    assert sorted(path.name for path in out.iterdir()) == ["nested", "report"]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "quickstart" / "nested").mkdir(parents=True)
+    assert main(["quickstart", "--out", "runs/quickstart"]) == 2
+    assert "start over with `make quickstart ARGS=--force`" in " ".join(capsys.readouterr().err.split())
+
+
 def test_processes_started_by_nproc_answer_on_stdout(tmp_path):
     code = (
         "import os, sys; from types import SimpleNamespace;"

@@ -19,11 +19,10 @@ from nemo_elastic.checkpoint.gguf_file import GGUF_FILE, GgufFile, first_differe
 from nemo_elastic.checkpoint.gguf_model import check_gguf
 from nemo_elastic.checkpoint.gguf_tokenizer import PRE_TOKENIZERS, tokenizer_keys
 from nemo_elastic.checkpoint.manifest import Manifest
-from nemo_elastic.checkpoint.schemas import plain_child
 from nemo_elastic.cli.main import main
 from nemo_elastic.config import load_config
 from nemo_elastic.config.load import plain
-from nemo_elastic.nemo.checkpoints import extract, extract_all, gguf_child, open_nested, write_nested
+from nemo_elastic.nemo.checkpoints import extract, extract_all, open_nested, write_nested
 from nemo_elastic.nemo.gguf_check import open_gguf
 from nemo_elastic.nemo.gguf_side import run_llama_cpp
 from nemo_elastic.problems import ProblemsError
@@ -114,9 +113,7 @@ def test_what_is_not_the_childs_is_named(nested: Path, tmp_path: Path) -> None:
     data[int(found.data_offset) + 13] ^= 1
     file.write_bytes(data)
     assert len(differences()) == 1 and differences()[0].startswith("output.weight: 1 of 65536 values differ")
-    other = open_nested(nested)
-    child = plain_child(other.reader, other.layout, other.manifest.subnet("small"), schema="per_layer_config")
-    expected = gguf_child(other, "small", other.manifest.subnet("small"), child)
+    expected = open_gguf("small", file.parent, opened).expected
     keys = {**expected.keys, "nemotron_h.attention.layer_norm_rms_epsilon": 1e-6}
     assert next(first_difference(GgufFile(file), keys, [])).startswith("key nemotron_h.attention.layer_norm_rms_eps")
     file.write_bytes(bytes(data)[:1000])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from .arguments import configuration, folders, restart_under_torchrun, run_folde
 from .console import is_first_rank, progress_bar, quiet_libraries
 
 FOLDER_VARIABLE = "NEMO_ELASTIC_QUICKSTART_FOLDER"
+USUAL = Path("runs/quickstart")
+MAKE_VARIABLE = "NEMO_ELASTIC_UNDER_MAKE"  # set by the Makefile: remedies are said in its words
 EXAMPLES = """examples:
   nemo-elastic quickstart
   nemo-elastic quickstart --json --out runs/first
@@ -38,13 +41,25 @@ def free_folder(first: Path, force: bool) -> Path:
     return folder
 
 
+def remedy(out: Path) -> str:
+    """What to do when `out` is in use, in make's words where make was called."""
+    from ..report.write import FOLDER, PAGE
+
+    page = out / FOLDER / PAGE
+    seen = f"its report is {page}; " if page.is_file() else ""
+    if MAKE_VARIABLE in os.environ:
+        here = "" if out == USUAL else f" RUN={shlex.quote(str(out))}"
+        again, other = f"`make quickstart{here} ARGS=--force`", "`make quickstart RUN=runs/other`"
+    else:
+        again, other = "--force", "another --out"
+    return f"{seen}start over with {again}, or choose another folder with {other}"
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Everything; prints the table, the verdict and the report's path."""
     folders(arguments)
     resolved = configuration(arguments, default="tiny_parent.yaml")
-    out = (
-        run_folder(arguments, "quickstart") if arguments.out else free_folder(Path("runs/quickstart"), arguments.force)
-    )
+    out = run_folder(arguments, "quickstart") if arguments.out else free_folder(USUAL, arguments.force)
     from ..mcore.checks import check_inputs, check_processes, is_ranked, make_room, started_processes
     from ..nemo.checkpoints import check_text
 
@@ -52,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
     processes = started_processes() if arguments.nproc is None else arguments.nproc
     check_processes(resolved.config, processes, ranks=not is_ranked(out))
     check_text(resolved.config)
-    make_room(out, force=arguments.force)
+    make_room(out, force=arguments.force, remedy=remedy(out))
     restart_under_torchrun(arguments)
     quiet_libraries(arguments.verbose)
     from ..nemo.pipeline import Run, quickstart

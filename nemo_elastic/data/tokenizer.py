@@ -2,6 +2,8 @@
 
     decode(encode(text)) == text      for every text: the alphabet is all 256 bytes
 
+Half a surrogate pair, which JSON can spell and Unicode text cannot have, is read as U+FFFD.
+
 Digits are single tokens (numbers of any length are spelt the same way); runs of spaces are one token
 where the merges found them, which is what makes source code short.
 """
@@ -9,15 +11,19 @@ where the merges found them, which is what makes source code short.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+TOKENIZER_FILE = "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<pad>"
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
 DEFAULT_TOKENIZER = Path(__file__).parent.parent / "assets" / "tiny_parent" / "tokenizer.json"
 
 
@@ -45,11 +51,17 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
+def well_formed(text: str) -> str:
+    """`text` with U+FFFD for every half of a surrogate pair."""
+    return text if text.isascii() else _HALF_PAIR.sub("\ufffd", text)
+
+
 class BPETokenizer:
     """A tokenizer file with the few names the rest of the package needs.
 
     Args:
-        path: a `tokenizer.json` of the `tokenizers` package that has `<|endoftext|>`; `<pad>` is optional.
+        path: a `tokenizer.json` of the `tokenizers` package that has `<|endoftext|>` (`<pad>` is optional), or a folder
+            with one.
 
     Raises:
         ValueError: the file is missing, cannot be read, or has no end-of-text token.
@@ -58,7 +70,7 @@ class BPETokenizer:
     def __init__(self, path: str | Path = DEFAULT_TOKENIZER) -> None:
         from tokenizers import Tokenizer
 
-        self.path = Path(path)
+        self.path = Path(path) / TOKENIZER_FILE if Path(path).is_dir() else Path(path)
         if not self.path.is_file():
             raise ValueError(f"data.tokenizer={path}: no such file; give the path of a tokenizer.json")
         try:
@@ -85,7 +97,7 @@ class BPETokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without any special token added."""
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        return self.tokenizer.encode(well_formed(text), add_special_tokens=False).ids
 
     def encode_markers(self, text: str) -> list[int]:
         """Ids of a template's text, in which the names of special tokens are those tokens."""
@@ -95,9 +107,24 @@ class BPETokenizer:
         finally:
             self.tokenizer.encode_special_tokens = True
 
+    def encode_with_places(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """`encode_markers` with the characters `[begin, end)` of the text that each token spells."""
+        self.tokenizer.encode_special_tokens = False
+        try:
+            found = self.tokenizer.encode(well_formed(text), add_special_tokens=False)
+        finally:
+            self.tokenizer.encode_special_tokens = True
+        return found.ids, found.offsets
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that are special tokens: no text spells them."""
+        added = self.tokenizer.get_added_tokens_decoder()
+        return frozenset(i for i, token in added.items() if token.special)
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of many texts, encoded in parallel."""
-        return [e.ids for e in self.tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+        return [e.ids for e in self.tokenizer.encode_batch([*map(well_formed, texts)], add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of ids."""

@@ -16,6 +16,8 @@ from .parents import open_parent
 
 RUN_PARTS = ("checkpoints", "nested", "children", "logs", "sorted", "importance", "results.json", "report")
 
+HOW_TO_GO_ON = "go on with --resume, start over with --force, or choose another --out"
+
 NO_STAGES = Problem("train.stages", "is empty; give at least one stage, e.g. [{steps: 100}]")
 
 
@@ -95,8 +97,10 @@ def _wandb_can_log() -> bool:
     return netrc.is_file() and "wandb" in netrc.read_text(encoding="utf-8", errors="replace")
 
 
-def make_room(out: Path, *, force: bool, resume: bool = False) -> None:
+def make_room(out: Path, *, force: bool, resume: bool = False, remedy: str = HOW_TO_GO_ON) -> None:
     """Never train over another run: with `force` its parts are removed, otherwise they are an error.
+
+    `remedy` is what the error says can be done, in the words of the command the user gave.
 
     Raises:
         ProblemsError: `out` cannot be written in, or has checkpoints, and neither `resume` nor `force` was given.
@@ -108,8 +112,7 @@ def make_room(out: Path, *, force: bool, resume: bool = False) -> None:
         return
     if not force:
         found = " and ".join(used)
-        words = f"already has {found}; go on with --resume, start over with --force, or choose another --out"
-        raise ProblemsError([Problem(str(out), words)])
+        raise ProblemsError([Problem(str(out), f"already has {found}; {remedy}")])
     if os.environ.get("RANK", "0") == "0":
         for part in (out / name for name in RUN_PARTS):
             shutil.rmtree(part, ignore_errors=True)

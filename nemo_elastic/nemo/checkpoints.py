@@ -5,7 +5,6 @@ NeMo itself is imported only to write a context. Every folder is written beside 
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -16,8 +15,7 @@ import torch
 
 from nemo_elastic.checkpoint.extract import child_architecture, plain_model
 from nemo_elastic.checkpoint.gguf_file import GGUF_FILE, write_gguf
-from nemo_elastic.checkpoint.gguf_model import FILE_TYPES, check_gguf, gguf_keys, gguf_tensors
-from nemo_elastic.checkpoint.gguf_tokenizer import tokenizer_keys
+from nemo_elastic.checkpoint.gguf_model import check_gguf
 from nemo_elastic.checkpoint.hf_folder import write_hf_folder
 from nemo_elastic.checkpoint.huggingface import HuggingFaceReader
 from nemo_elastic.checkpoint.nemo_context import read_nemo_context
@@ -33,6 +31,7 @@ from nemo_elastic.files import folder_problems
 from nemo_elastic.layout import ParamLayout
 from nemo_elastic.mcore.dist_checkpoint import TorchDistReader
 from nemo_elastic.mcore.parents import BUILTIN, folder_of
+from nemo_elastic.nemo.gguf_child import gguf_child
 from nemo_elastic.nemo.nested import Nested, main_dtype, open_nested, write_nested
 from nemo_elastic.problems import Problem, ProblemsError, raise_if_any
 from nemo_elastic.space import Subnet
@@ -84,19 +83,32 @@ def tokenizer_of(run: RunConfig) -> str | None:
     return str(found / TOKENIZER_FILE if found.is_dir() else found)
 
 
-def check_text(run: RunConfig) -> None:
-    """The run's text and tokenizer, before anything is started or written.
+def check_text(run: RunConfig, *, trains: bool = True) -> None:
+    """The run's text and tokenizer, before anything is started or written. Text that is not in the cache is tokenized.
+
+    Args:
+        trains: the text of all stages is read, and what is held out; otherwise only what ranking reads.
 
     Raises:
         ProblemsError: text that is not there; no tokenizer, or one with more tokens than the parent has rows.
-        ValueError: a tokenizer that cannot be read.
+        ValueError: a tokenizer or a text that cannot be read, or too little of it.
     """
     raise_if_any(entry_problems(run.data))
     path, rows = tokenizer_of(run) or DEFAULT_TOKENIZER, int(run.model["vocab_size"])
-    tokens = BPETokenizer(path).vocab_size
+    tokenizer = BPETokenizer(path)
+    tokens = tokenizer.vocab_size
     if tokens > rows:
         words = f"{str(path)!r} has {tokens:,} tokens, model.vocab_size={rows:,} rows; give the parent's own tokenizer"
         raise ProblemsError([Problem("data.tokenizer", words)])
+    from nemo_elastic.nemo.sources import open_windows
+
+    lengths = [stage.seq_length for stage in run.train.stages] if trains else []
+    data, heldout = run.data, [("heldout", length) for length in lengths[-1:]]
+    for split, length in dict.fromkeys([("train", run.rank.seq_length), *(("train", n) for n in lengths), *heldout]):
+        open_windows(
+            split, tokenizer, length, blend=data.blend, chat=data.chat, paths=data.paths, vocab_size=rows,
+            shuffle=split == "train", cache_dir=data.cache_dir,
+        )  # fmt: skip
 
 
 def extract(
@@ -128,7 +140,7 @@ def extract(
     subnet = opened.manifest.subnet(budget)
     child = _sayable_child(opened, subnet, format, hf_schema, dtype)
     if format == "gguf":
-        written = gguf_child(opened, budget, subnet, child, dtype)
+        written = gguf_child(opened, subnet, child, child_card(opened, budget, subnet), dtype)
         with atomic_folder(out, force=force, needs_bytes=sum(t.nbytes for t in written.tensors)) as folder:
             write_gguf(folder / GGUF_FILE, written.keys, written.tensors)
         logger.info("%s: child %s of %s, format gguf", out, budget, opened.path)
@@ -167,39 +179,6 @@ def _sayable_child(
         check_gguf(nested.manifest.model, nested.layout.architecture, subnet)
         return plain_child(nested.reader, nested.layout, subnet, schema="per_layer_config")
     return plain_child(nested.reader, nested.layout, subnet, schema=hf_schema, dtype=dtype)
-
-
-@dataclass(frozen=True)
-class GgufChild:
-    """What a child's GGUF file holds."""
-
-    keys: Mapping[str, Any]
-    tensors: list[LazyTensor]
-
-
-def gguf_child(
-    nested: Nested, budget: str, subnet: Subnet, child: PlainChild, dtype: torch.dtype | None = None
-) -> GgufChild:
-    """Keys and tensors of a child's GGUF file.
-
-    Args:
-        child: its own tensors, without padding.
-        dtype: of the matrices; None: what most of the nested weights are stored in.
-
-    Raises:
-        ProblemsError: a tokenizer that llama.cpp would run otherwise.
-    """
-    architecture, kept = nested.layout.architecture, dtype or main_dtype(child.tensors)
-    card = child_card(nested, budget, subnet)
-    keys = {
-        "general.name": card["name"],
-        "general.description": f"a child of {card['parameters']:,} parameters, read out of a nested checkpoint",
-        "general.file_type": FILE_TYPES[kept],
-        "nemo_elastic.provenance": json.dumps(card["provenance"], default=str),
-        **gguf_keys(nested.manifest.model, architecture, subnet, child.architecture),
-        **(tokenizer_keys(nested.tokenizer, child.architecture.vocab_size) if nested.tokenizer else {}),
-    }
-    return GgufChild(keys, list(gguf_tensors(child.tensors, child.layout, kept)))
 
 
 def _write_nemo_child(

@@ -24,7 +24,8 @@ from nemo_elastic.cost import parameters
 from nemo_elastic.mcore import process_groups
 from nemo_elastic.mcore.elastic.plan import Plan, hard_plan
 from nemo_elastic.mcore.evaluate import whole_logits
-from nemo_elastic.nemo.checkpoints import GgufChild, gguf_child
+from nemo_elastic.nemo.checkpoints import child_card
+from nemo_elastic.nemo.gguf_child import GgufChild, gguf_child
 from nemo_elastic.nemo.gguf_side import GgufSide, run_llama_cpp
 from nemo_elastic.nemo.nested import Nested
 from nemo_elastic.problems import Problem, ProblemsError
@@ -61,7 +62,8 @@ def open_gguf(name: str, folder: Path, nested: Nested) -> OpenedGguf:
     if dtype is None:
         words = f"general.file_type {file.keys.get('general.file_type')!r} is none that `extract` writes"
         raise ProblemsError([Problem(str(file.path), words)])
-    return OpenedGguf(name, file, subnet, gguf_child(nested, name, subnet, child, dtype), dtype)
+    expected = gguf_child(nested, subnet, child, child_card(nested, name, subnet), dtype)
+    return OpenedGguf(name, file, subnet, expected, dtype)
 
 
 def check_children(

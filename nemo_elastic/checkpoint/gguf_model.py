@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from ..architecture import ATTENTION, KIND_NAMES, MAMBA, MLP, Architecture
+from ..config.parent_hf import EPSILON
 from ..layout import ParamLayout
 from ..problems import Problem, ProblemsError, raise_if_any
 from ..space import Subnet, layer_sizes
 from .extract import per_layer_dims
-from .hf_config import EPSILON, only_problems
+from .hf_config import only_problems
 from .huggingface import hf_tensors
 from .reader import LazyTensor
 

@@ -9,6 +9,7 @@ from ..space import DIMS, WIDTH_DIMS
 from .sections import PHASES, RunConfig, StageConfig
 
 ALLOWED = {
+    "parent.output_weights": (None, "embedding", "lm_head"),
     "data.chat.layout": ("padded", "packed"),
     "rank.ffn_site": ("linear_fc2_input", "linear_fc1_output"),
     "rank.mamba_site": ("out_proj_input", "in_proj_x", "out_proj_contribution"),

@@ -15,6 +15,7 @@ class ParentConfig:
     """Where the trained parent is."""
 
     path: str | None = None  # a NeMo checkpoint or Hugging Face folder, or builtin:tiny_parent
+    output_weights: str | None = None  # if a tied parent stores an lm_head of its own: embedding or lm_head counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,7 @@ class DataConfig:
     blend: tuple[BlendSource, ...] = ()  # weighted sources, instead of paths
     chat: ChatConfig = field(default_factory=ChatConfig)
     tokenizer: str | None = None  # a tokenizer.json, or a folder with one (and a chat template); empty: the parent's
+    end_of_text: str | None = None  # the token that ends a text; empty: what the parent's or tokenizer's files say
     cache_dir: str | None = None  # tokenized files; empty: the user's cache folder
     num_workers: int = 0
 

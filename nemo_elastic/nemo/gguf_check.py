@@ -125,15 +125,15 @@ def _check(
 ) -> ChildCheck:
     at = torch.tensor(ends) - 1
     ours = logits.double().log_softmax(-1)[at]
-    theirs = side.log_probabilities.double()
+    theirs = torch.cat([side.log_probabilities, side.at_once.unsqueeze(0)]).double()
+    theirs = theirs.log_softmax(-1)  # the server adds up exponentials in fp32, one after the other
     labels = labels[at].unsqueeze(1)
     larger = [n for n, s in nested.manifest.subnets.items() if n != child.name and child.subnet.is_nested_in(s)]
-    both = torch.cat([ours, ours[-1:]]), torch.cat([theirs, side.at_once.double().unsqueeze(0)])
     return ChildCheck(
         budget=child.name,
-        comparison=compare_logits(*both),
+        comparison=compare_logits(torch.cat([ours, ours[-1:]]), theirs),
         loss_nested=float(-ours.gather(1, labels).mean()),
-        loss_child=float(-theirs.gather(1, labels).mean()),
+        loss_child=float(-theirs[:-1].gather(1, labels).mean()),
         parameters=parameters(nested.layout, child.subnet),
         numel=child.file.numel(),
         nested_in=tuple(larger),

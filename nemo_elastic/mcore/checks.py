@@ -14,7 +14,17 @@ from ..plan import plan
 from ..problems import Problem, ProblemsError, raise_if_any
 from .parents import open_parent
 
-RUN_PARTS = ("checkpoints", "nested", "children", "logs", "sorted", "importance", "results.json", "report")
+RUN_PARTS = (
+    "checkpoints",
+    "nested",
+    "children",
+    "logs",
+    "sorted",
+    "importance",
+    "results.json",
+    "evaluations",
+    "report",
+)
 
 HOW_TO_GO_ON = "go on with --resume, start over with --force, or choose another --out"
 

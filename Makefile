@@ -10,7 +10,7 @@ JOBS ?= 2
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-hf quickstart test test-slow test-sweep test-gpu lint format docs clean
+.PHONY: help setup setup-hf quickstart test test-slow test-sweep test-broken test-gpu lint format docs clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ test-slow: setup setup-hf  ## the tests that take over 20 seconds, Hugging Face'
 
 test-sweep: setup  ## every case of the sweeps that test-slow draws a sample of
 	@$(PYTEST) -m "sweep" --sweep all $(ARGS)
+
+test-broken: setup  ## every broken input of every verb, in one process: exit code 2, one message, nothing written
+	@$(PYTEST) tests/test_broken_inputs.py -m "not slow" --sweep all $(ARGS)
 
 test-gpu: setup  ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu $(ARGS)

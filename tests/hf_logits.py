@@ -1,8 +1,9 @@
-"""Logits of Hugging Face folders under transformers 5, in a Python of its own (`make setup-hf`); see test_hf.py.
+"""Logits of Hugging Face folders under transformers 5, in a Python of its own; see test_hf.py and test_trained.py.
 
     .venv-hf/bin/python tests/hf_logits.py TOKENS.json OUT.npz FOLDER...
 
-Fails on missing, unexpected or misshapen weights. One array of logits per folder, named by its position.
+Fails on missing, unexpected or misshapen weights. Arrays of folder N: `N`, the logits of all tokens; `shortL.N`, of the
+first L; of long text also `cachedN`, of tokens 100 to 140, one by one through the cache, behind a hundred at once.
 """
 
 import json
@@ -31,6 +32,12 @@ def main(tokens: str, out: str, *folders: str) -> None:
         assert tokenizer.decode(tokenizer("def f(x): return x")["input_ids"]) == "def f(x): return x"
         with torch.no_grad():
             found[str(number)] = model(input_ids=ids, use_cache=False).logits.numpy()
+            for length in (1, 2, 5):
+                found[f"short{length}.{number}"] = model(input_ids=ids[:, :length], use_cache=False).logits.numpy()
+            if ids.shape[1] > 140:
+                cache = model(input_ids=ids[:, :100], use_cache=True).past_key_values
+                steps = [model(input_ids=ids[:, t : t + 1], past_key_values=cache).logits for t in range(100, 140)]
+                found[f"cached{number}"] = torch.cat(steps, dim=1).numpy()
         found[f"parameters{number}"] = np.array(sum(p.numel() for p in model.parameters()))
     np.savez(out, **found)
 

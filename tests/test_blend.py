@@ -12,7 +12,8 @@ import pytest
 from nemo_elastic.config import load_config
 from nemo_elastic.config.sections import BlendSource, ChatConfig, DataConfig
 from nemo_elastic.data.blend import LONGEST_PERIOD, Blend, shares, spread
-from nemo_elastic.data.chat import PackedChat, PaddedChat, encode, is_chat, load_conversations
+from nemo_elastic.data.chat import encode
+from nemo_elastic.data.conversations import PackedChat, PaddedChat, is_chat, load_conversations
 from nemo_elastic.data.entries import entry_problems
 from nemo_elastic.data.tokenizer import END_OF_TEXT, BPETokenizer
 from nemo_elastic.data.windows import Windows
@@ -192,8 +193,8 @@ def test_packed_windows_carry_the_mask_of_their_labels(bpe: BPETokenizer, tmp_pa
     ("line", "words"),
     [
         ('{"messages": []}', "no list of turns"),
-        ('{"messages": [{"role": "user"}]}', '"role" and a "content"'),
-        ('{"prompt": "x"}', '"prompt" and "completion" strings'),
+        ('{"messages": [{"role": "user"}]}', 'turn 1 has no "content"'),
+        ('{"prompt": "x"}', '"prompt" and "completion", both text'),
         ("{", "is not JSON"),
     ],
 )
@@ -220,7 +221,7 @@ def test_entries_that_are_not_there_are_all_reported(tmp_path: Path) -> None:
     assert [p.key for p in found] == ["data.blend.0.path", "data.blend.1.path", "data.blend.2.path"]
     assert "half.idx is missing beside half.bin; copy both" in found[0].message
     assert "void.bin is empty; make the pair again" in found[1].message
-    assert "gone does not exist; give .txt, .jsonl files" in found[2].message
+    assert "gone does not exist; give files that end in .txt, .jsonl or .parquet" in found[2].message
 
 
 def test_the_configuration_names_what_is_wrong(tmp_path: Path) -> None:

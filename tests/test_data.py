@@ -22,8 +22,9 @@ from nemo_elastic.data.corpus import (
     split_of,
     usable_files,
 )
+from nemo_elastic.data.text_files import find_text_files
 from nemo_elastic.data.tokenizer import BPETokenizer, train_bpe
-from nemo_elastic.data.tokens import find_text_files, load_tokens, tokenize, user_documents
+from nemo_elastic.data.tokens import load_tokens, tokenize, user_documents
 from nemo_elastic.data.windows import Windows
 
 SOURCES = {"a.py": "import os\n", "b/c.py": "x = 1\n" * 40, "heapq.py": "def push(heap): ...\n"}
@@ -148,7 +149,7 @@ def test_training_gives_exactly_the_vocabulary_or_says_so() -> None:
 
 def test_stream_is_documents_and_end_of_text(bpe: BPETokenizer) -> None:
     expected = [*bpe.encode("import os\n"), 0, *bpe.encode("x = 1"), 0]
-    stream = tokenize(["import os\n", "x = 1"], bpe)
+    (stream,) = tokenize(["import os\n", "x = 1"], bpe)
     assert stream.tolist() == expected and stream.dtype == np.uint16
 
 

@@ -14,15 +14,39 @@ import torch
 from checkpoint_family import MODEL, TOKENIZER, manifest, random_weights, write_hf_parent
 
 from nemo_elastic.checkpoint.extract import child_architecture, child_layout
-from nemo_elastic.checkpoint.hf_config import hf_config, model_from_hf
+from nemo_elastic.checkpoint.hf_config import hf_config
 from nemo_elastic.checkpoint.hf_folder import write_hf_folder
 from nemo_elastic.checkpoint.huggingface import HuggingFaceReader
 from nemo_elastic.checkpoint.reader import SafetensorsReader, check_against_layout, lazy_tensors
 from nemo_elastic.config.model_fields import architecture_of
+from nemo_elastic.config.parent_hf import model_from_hf
+from nemo_elastic.config.sections import ParentConfig
 from nemo_elastic.layout import ParamLayout
+from nemo_elastic.mcore.parents import open_parent
 from nemo_elastic.problems import ProblemsError
 
 HF_PYTHON = Path(__file__).parent.parent / ".venv-hf" / "bin" / "python"
+# Fields of transformers' NemotronHConfig that we leave out, because nothing that our layers compute reads them.
+LEFT_OUT = {
+    "num_logits_to_keep": "which logits are returned",
+    "use_mamba_kernels": "deprecated, without effect",
+    "expand": "the inner size is mamba_num_heads * mamba_head_dim",
+    "mtp_layers_block_type": "of the multi-token prediction that num_nextn_predict_layers=0 leaves out",
+    # mixture of experts: we write no such layer
+    "n_routed_experts": "experts",
+    "output_router_logits": "experts",
+    "n_shared_experts": "experts",
+    "moe_intermediate_size": "experts",
+    "moe_shared_expert_intermediate_size": "experts",
+    "moe_latent_size": "experts",
+    "moe_shared_expert_overlap": "experts",
+    "num_experts_per_tok": "experts",
+    "routed_scaling_factor": "experts",
+    "n_group": "experts",
+    "topk_group": "experts",
+    "norm_topk_prob": "experts",
+}
+TOKEN_IDS = {"bos_token_id", "eos_token_id", "pad_token_id"}  # of the tokenizer, see test_extract
 CARD = {"name": "child", "parameters": 1, "of_parent": 1.0, "sizes": {}, "provenance": {}}
 
 
@@ -70,11 +94,26 @@ def test_config_survives_the_way_there_and_back() -> None:
     assert model_from_hf(older) == model_from_hf(config)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not HF_PYTHON.is_file(), reason="make setup-hf makes the venv with transformers 5")
+def test_no_field_of_the_configuration_class_is_left_to_its_default() -> None:
+    """A field that transformers adds or renames fails here, and is written or said to be without effect."""
+    asked = "from transformers import NemotronHConfig as C; import json; print(json.dumps(list(C.__annotations__)))"
+    done = subprocess.run([HF_PYTHON, "-I", "-c", asked], capture_output=True, text=True, timeout=300, check=True)
+    fields = set(json.loads(done.stdout))
+    assert "time_step_min" in fields and len(fields) > 40
+    bare = {name: value for name, value in MODEL.items() if name not in ("seq_length", "layernorm_epsilon")}
+    written = hf_config(bare, torch.float32, {}).keys() | {"max_position_embeddings"}  # no positions are encoded
+    assert fields - written - TOKEN_IDS == set(LEFT_OUT) & fields
+    assert not written & set(LEFT_OUT)
+    assert not json.dumps(hf_config(MODEL, torch.float32, {}), allow_nan=False).count("Infinity")
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"model_type": "llama"}, "must be 'nemotron_h'"),
-        ({"hybrid_override_pattern": "M-M*-M*"}, "one of them is stale"),
+        ({"hybrid_override_pattern": "M-M*-M*"}, "one is stale"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"intermediate_size": [80, 40, 40]}, "is a list"),
         ({"layer_norm_epsilon": 1e-6}, "1e-06 must be 1e-05"),
@@ -117,6 +156,43 @@ def test_damaged_folders(tmp_path: Path) -> None:
     weights = {**random_weights(), "decoder.layers.0.mixer.extra": torch.ones(1)}
     with pytest.raises(ProblemsError, match=r"has backbone\.layers\.0\.mixer\.extra"):
         HuggingFaceReader(write_hf_parent(tmp_path / "more", weights))
+
+
+def test_tied_parent_with_another_lm_head(tmp_path: Path) -> None:
+    """Said, and refused unless told which one counts; the same matrix twice is no contradiction."""
+    tied = {**MODEL, "share_embeddings_and_output_weights": True}
+    both = random_weights()
+    folder = write_hf_parent(tmp_path / "hf", both)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    with pytest.raises(
+        ProblemsError, match=r"lm_head\.weight is not backbone\.embeddings\.weight; say which one counts"
+    ):
+        HuggingFaceReader(folder, architecture_of(tied))
+    reader = HuggingFaceReader(folder, architecture_of(tied), "embedding")
+    assert "output_layer.weight" not in reader.names()
+    untied = open_parent(ParentConfig(path=str(folder), output_weights="lm_head"), ParamLayout(architecture_of(MODEL)))
+    assert torch.equal(untied.read("output_layer.weight"), both["output_layer.weight"])
+    both["output_layer.weight"] = both["embedding.word_embeddings.weight"].clone()
+    same = write_hf_parent(tmp_path / "same", both)
+    (same / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    assert "output_layer.weight" not in HuggingFaceReader(same, architecture_of(tied)).names()
+
+
+def test_quantized_tensors_are_named(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = write_hf_parent(tmp_path / "hf", random_weights())
+    tensors = load_file(folder / "model.safetensors")
+    name = next(n for n in tensors if n.endswith("up_proj.weight"))
+    save_file({**tensors, name: tensors[name].to(torch.float8_e4m3fn)}, folder / "model.safetensors")
+    with pytest.raises(
+        ProblemsError, match=r"up_proj\.weight \(F8_E4M3\): quantized weights cannot be trained; give the bf16"
+    ):
+        HuggingFaceReader(folder)
+    save_file({**tensors, f"{name}_scale": torch.ones(1)}, folder / "model.safetensors")
+    with pytest.raises(ProblemsError, match="quantized weights cannot be trained"):
+        HuggingFaceReader(folder)
 
 
 def test_file_that_is_exchanged_meanwhile_is_not_read(tmp_path: Path) -> None:

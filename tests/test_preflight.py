@@ -313,19 +313,27 @@ def test_chunks_outside_their_tensor_are_refused(weights: Path) -> None:
 
 def test_hostile_context_is_read_as_data(weights: Path, tmp_path: Path) -> None:
     """`io.json` and `model.yaml` name things to call; only numbers are taken from them."""
-    from nemo_elastic.checkpoint.nemo_context import read_nemo_context
+    from nemo_elastic.config.parent_nemo import read_nemo_context
+    from nemo_elastic.config.stored_rows import embedding_rows
 
     context = weights.parent / "context"
     context.mkdir()
     (context / "model.yaml").write_text(f"!!python/object/apply:os.mknod ['{tmp_path / 'boom'}']\n")
     with pytest.raises(ProblemsError, match="cannot be read"):
-        read_nemo_context(weights.parent, 2048)
+        read_nemo_context(weights.parent)
     (context / "model.yaml").write_text(
         f"_target_: os.mknod\nconfig:\n  _target_: os.mknod\n  path: {tmp_path / 'boom'}\n  hidden_size: 48\n"
-        "  hybrid_override_pattern: M-\n  activation_func: {_target_: os.system, _call_: true}\n"
+        "  hybrid_override_pattern: M-\n"
     )
-    model = read_nemo_context(weights.parent, 2048).model
-    assert model == {"hybrid_override_pattern": "M-", "hidden_size": 48, "vocab_size": 2048}
+    model = read_nemo_context(weights.parent).model
+    rows = TorchDistReader(weights).shape("embedding.word_embeddings.weight")[0]
+    assert model == {"hybrid_override_pattern": "M-", "hidden_size": 48, "vocab_size": rows}
+    with (context / "model.yaml").open("a") as file:
+        file.write("  activation_func: {_target_: os.system, _call_: true}\n")
+    with pytest.raises(ProblemsError, match=r"activation_func: os\.system is not supported"):
+        read_nemo_context(weights.parent)
+    edit_metadata(weights, lambda m: setattr(m, "planner_data", Bomb(tmp_path / "boom")))
+    assert embedding_rows(weights.parent) == rows  # without calling what it names
     assert not (tmp_path / "boom").exists()
 
 

@@ -63,6 +63,52 @@ def test_a_pair_that_does_not_fit_together_is_an_error(tmp_path: Path) -> None:
         open_indexed(prefix)
 
 
+INDEX = 9 + 8 + 1 + 8 + 8  # bytes of the header: lengths (int32), pointers (int64) and documents (int64) follow
+
+
+@pytest.mark.parametrize(
+    ("at", "dtype", "value", "words"),
+    [
+        (INDEX + 4 * 5 + 8 * 3, "<i8", -4, r"says that sequence 3 begins at byte -4; by the lengths .* overflowed\?"),
+        (INDEX, "<i4", -7, "has a sequence of negative length"),
+        (INDEX + 12 * 5, "<i8", 1, "has documents that do not follow one another"),
+        (INDEX + 12 * 5 + 8, "<i8", 77, "has documents that do not follow one another"),
+        (INDEX - 8, "<i8", 1, "has no documents"),
+        (INDEX - 8, "<i8", 0, "has no documents"),
+        (INDEX - 16, "<i8", 0, "has no documents"),
+        (INDEX - 16, "<i8", -1, "is damaged"),
+        (INDEX - 16, "<i8", 1 << 60, "is damaged"),
+        (INDEX - 17, "<u1", 6, "says that token ids are float64"),
+        (INDEX - 17, "<u1", 99, "is damaged"),
+    ],
+)
+def test_an_index_that_contradicts_itself_is_named(tmp_path: Path, at: int, dtype: str, value: int, words: str) -> None:
+    prefix = write_pair(tmp_path / "p", documents(5))
+    content = bytearray((tmp_path / "p.idx").read_bytes())
+    number = np.array([value], dtype=dtype).tobytes()
+    content[at : at + len(number)] = number
+    (tmp_path / "p.idx").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"p\.idx.*{words}"):
+        open_indexed(prefix)
+
+
+def test_an_index_with_any_other_byte_is_read_or_refused(tmp_path: Path) -> None:
+    prefix = write_pair(tmp_path / "p", documents(5))
+    whole = (tmp_path / "p.idx").read_bytes()
+    generator = np.random.default_rng(3)
+    for _ in range(150):
+        content = bytearray(whole)
+        content[int(generator.integers(len(whole)))] = int(generator.integers(256))
+        content = content[: len(whole) - int(generator.integers(3)) * int(generator.integers(20))]
+        (tmp_path / "p.idx").write_bytes(content)
+        try:
+            text = open_indexed(prefix)
+        except ValueError as error:
+            assert "p.idx" in str(error) or "p.bin" in str(error)
+        else:
+            assert 0 < text.cut < len(text.ids) and len(text.begins)
+
+
 def opened(blend: list[tuple[str, float]], bpe: BPETokenizer, cache: Path, split: str = "train", **how):
     entries = [BlendSource(path=path, weight=weight) for path, weight in blend]
     how = {"vocab_size": 2048, "seed": 5, "shuffle": split == "train"} | how

@@ -9,7 +9,7 @@ from ..layout import ParamLayout
 from .hf_config import hf_config
 from .huggingface import hf_tensors
 from .reader import LazyTensor
-from .tokenizer_files import write_tokenizer
+from .tokenizer_files import GENERATION, write_tokenizer
 from .writer import SHARD_BYTES, write_safetensors
 
 
@@ -38,9 +38,10 @@ def write_hf_folder(
     """
     ids: dict[str, Any] = {}
     if tokenizer is not None:
-        ids = {k: v for k, v in write_tokenizer(folder, tokenizer).items() if k != "vocab_size" and v is not None}
+        ids = {k: v for k, v in write_tokenizer(folder, tokenizer).items() if k != "tokens" and v is not None}
     _json(folder / "config.json", {**hf_config(model, tensors[0].dtype, ids), **(config or {})})
-    _json(folder / "generation_config.json", {"_from_model_config": True, **ids})
+    if not (folder / GENERATION).is_file():  # else it is the parent's own
+        _json(folder / GENERATION, {"_from_model_config": True, **ids})
     (folder / "README.md").write_text(model_card(card, model))
     return write_safetensors(folder, list(hf_tensors(list(tensors), layout)), shard_bytes=shard_bytes)
 

@@ -2,7 +2,8 @@
 
     PYTHON hf_reference.py REQUEST.json OUT.safetensors ANSWER.json
 
-REQUEST: `folders`, `tokens` (lists `[n, b, s]`), `trace`. OUT holds `logits.F.N` (folder F, batch N), or with `trace`
+REQUEST: `folders`, `tokens` (lists `[n, b, s]`), `trace`, perhaps `labels` and `masks` like tokens. OUT holds
+`logits.F.N` (folder F, batch N), with labels `loss.F.N` instead (sum of the cross entropy, tokens), or with `trace`
 `hidden.F.I`: the final norm of what layer I leaves of the first row of the first batch. ANSWER: per folder the class,
 the parameter count, and what transformers missed, did not expect or found misshapen. Only safetensors are read, no code
 of a folder is run, and nothing is looked up on the hub. It imports torch, transformers and safetensors, nothing else.
@@ -47,6 +48,11 @@ def main(request: str, out: str, answer: str) -> None:
                         found[f"hidden.{number}.{layer}"] = model.model.norm_f(hidden)[0].float().contiguous()
                     break
                 logits = model(input_ids=batch, use_cache=False).logits
+                if "labels" in wanted:
+                    labels, mask = (torch.tensor(wanted[name][place]) for name in ("labels", "masks"))
+                    losses = torch.nn.functional.cross_entropy(logits.float().mT, labels, reduction="none").double()
+                    found[f"loss.{number}.{place}"] = torch.stack([(losses * mask).sum(), mask.double().sum()])
+                    continue
                 found[f"logits.{number}.{place}"] = logits.float().contiguous()
         folders.append(
             {

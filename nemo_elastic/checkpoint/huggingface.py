@@ -4,8 +4,8 @@ Names come from one table per kind of layer; all tensors are the same bytes on b
 rows, which per query group are `[Q .. Q, K, V]` in Megatron and three tensors in Hugging Face.
 """
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,18 @@ from torch import Tensor
 
 from ..architecture import ATTENTION, MAMBA, MLP, Architecture
 from ..config.model_fields import architecture_of
+from ..config.parent_files import read_json
+from ..config.parent_hf import model_from_hf
 from ..layout import ParamLayout
 from ..problems import Problem, ProblemsError, raise_if_any
-from .hf_config import model_from_hf
 from .reader import LazyTensor, SafetensorsReader, TensorReader
 
 PREFIXES = ("backbone.", "model.")
+EMBEDDING, HEAD = "embedding.word_embeddings.weight", "lm_head.weight"
 OUTER_NAMES = {
-    "embedding.word_embeddings.weight": "backbone.embeddings.weight",
+    EMBEDDING: "backbone.embeddings.weight",
     "decoder.final_norm.weight": "backbone.norm_f.weight",
-    "output_layer.weight": "lm_head.weight",
+    "output_layer.weight": HEAD,
 }
 LAYER_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     MAMBA: {
@@ -106,22 +108,25 @@ class HuggingFaceReader:
     Args:
         folder: where it is; nothing is looked up on the hub.
         architecture: what the run's `model` section says; refused where config.json says otherwise.
+        output_weights: of a tied parent that stores another `lm_head.weight` than its embedding: which one counts,
+            `embedding` or (for an untied `architecture`) `lm_head`.
 
     Raises:
         ProblemsError: no such folder, another kind of model, or tensors that no row of the table has.
     """
 
-    def __init__(self, folder: str | Path, architecture: Architecture | None = None) -> None:
+    def __init__(
+        self, folder: str | Path, architecture: Architecture | None = None, output_weights: str | None = None
+    ) -> None:
         self.folder = Path(folder)
         file = self.folder / "config.json"
         if not file.is_file():
             raise ProblemsError([Problem(str(self.folder), "has no config.json: no Hugging Face model folder")])
-        try:
-            self.config: dict[str, Any] = json.loads(file.read_text())
-        except ValueError as error:
-            raise ProblemsError([Problem(str(file), f"is no JSON ({error})")]) from error
-        self.model = model_from_hf(self.config)
+        self.config: Mapping[str, Any] = read_json(file)
+        self.model = model_from_hf(self.config, file)
         self._architecture = architecture_of(self.model)
+        if self._architecture.share_embeddings_and_output_weights and output_weights == "lm_head":
+            self._architecture = replace(self._architecture, share_embeddings_and_output_weights=False)
         if architecture is not None:
             raise_if_any(
                 Problem(f"model.{name}", f"{wanted} is not what {file} has, {value}; use the parent's own")
@@ -132,19 +137,32 @@ class HuggingFaceReader:
             )
         self._raw: TensorReader = SafetensorsReader(self.folder)
         on_disk = {_with_backbone(name): name for name in self._raw.names()}
+        raise_if_any(_quantized(self.folder, self._raw))
         layout = ParamLayout(self._architecture, ffn_groups=1)
         self._sources: dict[str, tuple[str, ...]] = {}
         for name in layout.table:
             sources = tuple(on_disk.pop(theirs, "") for theirs in hf_names(layout, name))
             if all(sources):
                 self._sources[name] = sources
-        if self._architecture.share_embeddings_and_output_weights:
-            on_disk.pop("lm_head.weight", None)
         lost = sorted(set(layout.table) - set(self._sources))
         found = [Problem(str(self.folder), f"lacks {', '.join(hf_names(layout, lost[0]))}")] if lost else []
+        own_head = on_disk.pop(HEAD, None) if self._architecture.share_embeddings_and_output_weights else None
+        if own_head is not None and output_weights is None and not lost:
+            found += self._untied(own_head)
         if on_disk:
             found.append(Problem(str(self.folder), f"has {min(on_disk)}, which config.json does not describe"))
         raise_if_any(found)
+
+    def _untied(self, head: str) -> list[Problem]:
+        """A tied model may store the one matrix twice, if it is the same."""
+        (embedding,) = self._sources[EMBEDDING]
+        if torch.equal(self._raw.read(head), self._raw.read(embedding)):
+            return []
+        words = (
+            f"tie_word_embeddings is true, but {head} is not {embedding}; say which one counts: "
+            "parent.output_weights=embedding (as transformers does) or parent.output_weights=lm_head (an untied model)"
+        )
+        return [Problem(str(self.folder), words)]
 
     def names(self) -> list[str]:
         """Canonical names, in the order of the forward."""
@@ -163,6 +181,17 @@ class HuggingFaceReader:
         """The tensor; q, k and v are interleaved by query group."""
         parts = [self._raw.read(source) for source in self._sources[name]]
         return parts[0] if len(parts) == 1 else merge_qkv(*parts, self._architecture)
+
+
+def _quantized(folder: Path, reader: TensorReader) -> list[Problem]:
+    """8-bit and 4-bit weights come with scales, or as bytes."""
+    for name in reader.names():
+        dtype = reader.dtype(name)
+        if name.endswith(("_scale", "_scale_inv", "_scale_2")) or dtype.itemsize < 2:
+            kind = str(dtype).removeprefix("torch.")
+            words = f"has {name} ({kind}): quantized weights cannot be trained; give the bf16 folder"
+            return [Problem(str(folder), words)]
+    return []
 
 
 def _with_backbone(name: str) -> str:

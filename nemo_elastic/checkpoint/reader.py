@@ -37,6 +37,7 @@ SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+QUANTIZED = ("F8_", "F6_", "F4", "E8M0", "U4", "I4")  # starts of dtypes that nothing here computes with
 
 
 class TensorReader(Protocol):
@@ -187,7 +188,13 @@ class SafetensorsReader:
         try:
             header = json.loads(raw)
             self.metadata |= header.pop("__metadata__", {})
+            for name, item in header.items():
+                if str(item["dtype"]).startswith(QUANTIZED):
+                    words = f"has {name} ({item['dtype']}): quantized weights cannot be trained; give the bf16 folder"
+                    raise _problem(file, words)
             entries = {name: self._entry(file, 8 + length, item) for name, item in header.items()}
+        except ProblemsError:
+            raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise _problem(file, f"has a damaged header ({error}); copy it again") from error
         end = max((e.offset + e.nbytes for e in entries.values()), default=8 + length)

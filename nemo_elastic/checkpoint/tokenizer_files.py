@@ -1,7 +1,8 @@
 """A tokenizer as the folder of files that Hugging Face's `AutoTokenizer` (and NeMo's, which wraps it) reads.
 
 Given one `tokenizer.json`, the small companion files are written from its special tokens; given a folder, its own
-companion files are copied byte by byte, but for what names code to run.
+companion files are copied byte by byte, but for what names code to run: chat template, special tokens, generation
+settings. A folder without generation settings gets the ids that its config.json says.
 """
 
 import json
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..problems import Problem, ProblemsError
+from ..special_tokens import id_of, read_beside, token_ids, token_name
 
 TOKENIZER_FILE = "tokenizer.json"
 COMPANIONS = (
@@ -20,16 +22,23 @@ COMPANIONS = (
     "merges.txt",
     "tokenizer.model",
     "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
 )
+GENERATION = "generation_config.json"
+KINDS = ("bos_token", "eos_token", "pad_token")
 END_OF_TEXT_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<|im_end|>", "<eos>")
 PAD_NAMES = ("<pad>", "<|pad|>", "[PAD]")
 
 
-def write_tokenizer(folder: Path, source: str | Path) -> dict[str, Any]:
+def write_tokenizer(folder: Path, source: str | Path, end: str | None = None) -> dict[str, Any]:
     """Fill `folder` from a tokenizer folder or a `tokenizer.json`.
 
+    Args:
+        end: the token that ends a text, where `source` does not say it.
+
     Returns:
-        `bos_token_id`, `eos_token_id`, `pad_token_id` (None where there is none) and `vocab_size`.
+        `bos_token_id`, `eos_token_id`, `pad_token_id` (None where there is none) and how many `tokens` there are.
 
     Raises:
         ProblemsError: there is no tokenizer at `source`, or it is no JSON.
@@ -44,52 +53,44 @@ def write_tokenizer(folder: Path, source: str | Path) -> dict[str, Any]:
     for name in COMPANIONS if source.is_dir() else ():
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-    try:
-        ids = token_ids(folder / TOKENIZER_FILE)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ProblemsError([Problem(str(file), f"is no tokenizer.json ({error!r})")]) from error
+    ids = token_ids(folder / TOKENIZER_FILE)
     config = folder / "tokenizer_config.json"
     _without_code(config)
-    names = _special_names(config, ids) if config.is_file() else _default_names(ids)
     if not config.is_file():
+        names = _default_names(ids, end)
         config.write_text(
             json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **_present(names)}, indent=2) + "\n"
         )
         (folder / "special_tokens_map.json").write_text(json.dumps(_present(names), indent=2) + "\n")
-    found = {f"{kind}_id": ids.get(names.get(kind) or "") for kind in ("bos_token", "eos_token", "pad_token")}
-    return {**found, "vocab_size": max(ids.values()) + 1}
+    said = {f"{kind}_id": value for kind in KINDS if (value := _config_id(source, kind)) is not None}
+    if said and not (folder / GENERATION).is_file():
+        (folder / GENERATION).write_text(json.dumps({"_from_model_config": True, **said}, indent=2) + "\n")
+    data, generation = read_beside(folder, config.name), read_beside(folder, GENERATION)
+    found = {}
+    for kind in KINDS:
+        named = ids.get(token_name(data.get(kind)) or "")
+        found[f"{kind}_id"] = said.get(f"{kind}_id", id_of(generation.get(f"{kind}_id")) if named is None else named)
+    return {**found, "tokens": len(ids)}
 
 
-def token_ids(file: Path) -> dict[str, int]:
-    """Token -> id of a tokenizer.json, added tokens included (a unigram's vocabulary is a list of pairs)."""
-    data = json.loads(file.read_text())
-    vocab = data["model"]["vocab"]
-    ids = dict(vocab) if isinstance(vocab, dict) else {token: i for i, (token, _) in enumerate(vocab)}
-    return {**ids, **{t["content"]: t["id"] for t in data.get("added_tokens", [])}}
+def _config_id(source: Path, kind: str) -> Any:
+    """What a model's own config.json says, a number or a list of them."""
+    return read_beside(source, "config.json").get(f"{kind}_id") if source.is_dir() else None
 
 
 def _without_code(config: Path) -> None:
     """Drop what names Python code of the folder or of a hub (`auto_map`), and the class that it would have been."""
-    data = json.loads(config.read_text()) if config.is_file() else {}
+    data = read_beside(config.parent, config.name)
     if "auto_map" in data:
         kept = {name: value for name, value in data.items() if name != "auto_map"}
         kept["tokenizer_class"] = "PreTrainedTokenizerFast"  # tokenizer.json says what it does
         config.write_text(json.dumps(kept, indent=2) + "\n")
 
 
-def _default_names(ids: dict[str, int]) -> dict[str, str | None]:
-    end = next((n for n in END_OF_TEXT_NAMES if n in ids), None)
+def _default_names(ids: dict[str, int], end: str | None) -> dict[str, str | None]:
+    end = end or next((n for n in END_OF_TEXT_NAMES if n in ids), None)
     pad = next((n for n in PAD_NAMES if n in ids), end)
     return {"bos_token": end, "eos_token": end, "unk_token": end, "pad_token": pad}
-
-
-def _special_names(config: Path, ids: dict[str, int]) -> dict[str, str | None]:
-    data = json.loads(config.read_text())
-
-    def content(value: Any) -> str | None:
-        return value.get("content") if isinstance(value, dict) else value
-
-    return {kind: content(data.get(kind)) for kind in ("bos_token", "eos_token", "unk_token", "pad_token")}
 
 
 def _present(names: dict[str, str | None]) -> dict[str, str]:

@@ -16,6 +16,7 @@ EXAMPLES = """examples:
   nemo-elastic verify runs/tiny/nested                                  # all of runs/tiny/children
   nemo-elastic verify runs/tiny/nested runs/tiny/children/small
   nemo-elastic verify runs/tiny/nested --format hf --hf-python .venv-hf/bin/python   # make setup-hf
+  nemo-elastic verify --parent /models/mine --hf-python .venv-hf/bin/python      # before anything is trained
   nemo-elastic verify runs/tiny/nested --nproc 2 train.tensor_model_parallel_size=2"""
 
 
@@ -23,11 +24,17 @@ def add_parser(subparsers: Any) -> None:
     """Register the verb."""
     help = "child against nested subnet on real text: tensors, logits, loss, size, hashes"
     flags = ("--budget", "--format", "--hf-python", "--nproc", "--json", "--verbose")
-    verb_parser(subparsers, "verify", run, help, flags, epilog=EXAMPLES)
+    parser = verb_parser(subparsers, "verify", run, help, flags, epilog=EXAMPLES)
+    words = "instead: a Hugging Face parent's held-out loss here against transformers' (data.paths=[...]: your text)"
+    parser.add_argument("--parent", metavar="PARENT", help=words)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Compare; 1 when something differs."""
+    if arguments.parent is not None:
+        from .verify_parent import run_parent
+
+        return run_parent(arguments)
     nested, *child = folders(arguments, "NESTED", "CHILD", optional=1)
     restart_under_torchrun(arguments)
     quiet_libraries(arguments.verbose)
@@ -38,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     stored = dict(manifest.provenance.get("config") or {})
     if not stored:
         raise ProblemsError([Problem(nested, "its manifest holds no run configuration; it was not made by `train`")])
-    run_config = load_config(None, overrides(arguments), base=stored).config
+    run_config = load_config(None, overrides(arguments), base=_with_own_tokenizer(stored, Path(nested))).config
     children = _children(Path(nested), child, arguments.budget, list(manifest.subnets), arguments.format)
     from ..nemo.results import note_verified  # NeMo takes seconds, and says things: not for bad input
     from ..nemo.train import data_module, heldout_batches
@@ -69,6 +76,12 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.answer.write(f"{pair['smaller']} is {words} {pair['larger']}")
         arguments.answer.write("verification passed" if passed else "verification FAILED")
     return 0 if passed else 1
+
+
+def _with_own_tokenizer(stored: dict[str, Any], nested: Path) -> dict[str, Any]:
+    """The run's configuration with the tokenizer that travels in `context/`: the parent may have moved."""
+    found = sorted((nested / "context").rglob("tokenizer.json"))
+    return {**stored, "data": {**stored.get("data", {}), "tokenizer": str(found[0])}} if found else stored
 
 
 def _is_run(nested: Path) -> bool:

@@ -1,7 +1,8 @@
 """YAML plus dotted overrides -> `RunConfig`, with the origin of every value; every problem in one error.
 
 A file may name files it builds on: `base: [elastic/nano.yaml, ...]` (relative to itself, else of the shipped `conf/`),
-later ones win, then the file's own keys, then the command line.
+later ones win, then the file's own keys, then the command line. What the model is, the parent's own files say (where
+they do): the `model` section need not, and may not say otherwise.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ from ..problems import Problem, ProblemsError, did_you_mean, raise_if_any
 from ..serving_conditions import inlined_profile
 from ..space import WIDTH_DIMS
 from .model_fields import model_problems
+from .parent_files import parent_files, with_parents_words
 from .sections import RunConfig
 
 _UNSETTABLE = (OmegaConfBaseException, YAMLError, ValueError, TypeError, AttributeError, IndexError, RecursionError)
@@ -43,7 +45,7 @@ def load_config(
     Args:
         path: a YAML file, also one of the shipped `conf/` by its name; None: defaults only.
         overrides: `dotted.key=value` words, values in YAML.
-        base: plain values to start from (those a checkpoint was made with).
+        base: plain values to start from (those a checkpoint was made with): the parent's files are not asked again.
 
     Raises:
         ProblemsError: unreadable files, unknown keys (with a suggestion), wrong types and broken rules, all at once.
@@ -59,8 +61,11 @@ def load_config(
         raise ProblemsError([Problem(str(path), f"cannot be resolved: {_first_line(error)}")]) from error
     problems: list[Problem] = []
     values = _with_profile(values, problems)
+    if base is None:
+        values = _with_parent(values, origins, problems)
     config = _build(RunConfig, values, "", problems)
-    problems += model_problems(values.get("model") or {})
+    if not problems or values.get("model"):
+        problems += model_problems(values.get("model") or {})
     if not problems:
         from .rules import rule_problems
 
@@ -79,6 +84,27 @@ def _with_profile(values: dict[str, Any], problems: list[Problem]) -> dict[str, 
     except ProblemsError as error:
         problems += error.problems
         return values
+
+
+def _with_parent(values: dict[str, Any], origins: dict[str, str], problems: list[Problem]) -> dict[str, Any]:
+    """The `model` section as the parent's own files say it, with what the configuration adds."""
+    parent, given = values.get("parent"), values.get("model") or {}
+    path = parent.get("path") if isinstance(parent, Mapping) else None
+    if not isinstance(path, str) or not isinstance(given, Mapping):
+        return values
+    try:
+        said = parent_files(path)
+    except ProblemsError as error:
+        problems += error.problems
+        return values
+    if said is None:
+        if not given:
+            problems.append(Problem("parent.path", f"nothing at {path!r} describes a model, and model is missing"))
+        return values
+    model, found = with_parents_words(given, said, parent.get("output_weights"))
+    problems += found
+    origins |= {f"model.{n}": str(said.file) for n, value in model.items() if given.get(n) != value}
+    return {**values, "model": model}
 
 
 def plain(value: Any) -> Any:
@@ -104,7 +130,8 @@ def leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _find(path: str | Path) -> Path:
     given = Path(path)
-    for candidate in (given, CONF_DIRECTORY / given, CONF_DIRECTORY / given.name):
+    shipped_too = str(path) == given.name  # a path that is not there is never another file of the same name
+    for candidate in (given, CONF_DIRECTORY / given) if shipped_too else (given,):
         if candidate.is_file():
             return candidate
     shipped = sorted(p.name for p in CONF_DIRECTORY.glob("*.yaml"))

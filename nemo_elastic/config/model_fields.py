@@ -36,7 +36,23 @@ ONLY: dict[str, Any] = {
     "qk_layernorm": False,
     "multi_latent_attention": False,
     "mtp_num_layers": None,
+    "activation_func_clamp_value": None,
+    "apply_residual_connection_post_layernorm": False,
+    "heterogeneous_block_specs": False,
+    "layernorm_zero_centered_gamma": False,
+    "softmax_type": "vanilla",
+    "window_attn_skip_freq": None,
+    "window_size": None,
 }
+# What else decides the function, with what Megatron's plain stack here takes where a model section does not say it.
+ARITHMETIC: dict[str, Any] = {
+    "activation_func": "squared_relu",
+    "layernorm_epsilon": 1e-5,
+    "softmax_scale": None,
+    "fp32_residual_connection": False,
+}
+ACTIVATIONS = ("squared_relu", "relu", "gelu", "silu")
+FUNCTION = (*REQUIRED, "kv_channels", "share_embeddings_and_output_weights", *ARITHMETIC)
 
 
 @lru_cache(maxsize=1)
@@ -59,6 +75,7 @@ def model_problems(model: Any) -> list[Problem]:
         for name, only in ONLY.items()
         if name in model and model[name] != only
     ]
+    found += _arithmetic_problems(model)
     found += [Problem(f"model.{name}", "is required") for name in REQUIRED if model.get(name) is None]
     if any(p.key in {f"model.{name}" for name in REQUIRED} for p in found):
         return found
@@ -71,6 +88,26 @@ def model_problems(model: Any) -> list[Problem]:
     except ProblemsError as error:
         found += error.problems
     return found
+
+
+def _arithmetic_problems(model: Mapping[str, Any]) -> list[Problem]:
+    found, values = [], arithmetic_of(model)
+    if values["activation_func"] not in ACTIVATIONS:
+        words = f"{values['activation_func']!r} must be one of {', '.join(ACTIVATIONS)}"
+        found.append(Problem("model.activation_func", words))
+    for name in ("layernorm_epsilon", "softmax_scale"):
+        value = values[name]
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
+            found.append(Problem(f"model.{name}", f"{value!r} must be a number above 0"))
+    if not isinstance(values["fp32_residual_connection"], bool):
+        words = f"{values['fp32_residual_connection']!r} must be true or false"
+        found.append(Problem("model.fp32_residual_connection", words))
+    return found
+
+
+def arithmetic_of(model: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model section says of the function beside the sizes, defaults filled in."""
+    return {n: default if model.get(n) is None else model[n] for n, default in ARITHMETIC.items()}
 
 
 def architecture_of(model: Mapping[str, Any]) -> Architecture:

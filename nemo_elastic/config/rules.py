@@ -1,6 +1,7 @@
 """Rules that hold inside a configuration whatever the machine: allowed words, ranges, names that must agree."""
 
 from collections.abc import Iterable
+from datetime import date
 
 from ..problems import Problem, ProblemsError, did_you_mean
 from ..serving_conditions import byte_profile
@@ -8,6 +9,7 @@ from ..space import DIMS, WIDTH_DIMS
 from .sections import PHASES, RunConfig, StageConfig
 
 ALLOWED = {
+    "parent.output_weights": (None, "embedding", "lm_head"),
     "data.chat.layout": ("padded", "packed"),
     "rank.ffn_site": ("linear_fc2_input", "linear_fc1_output"),
     "rank.mamba_site": ("out_proj_input", "in_proj_x", "out_proj_contribution"),
@@ -118,6 +120,13 @@ def _data_problems(config: RunConfig) -> Iterable[Problem]:
             yield Problem(f"data.blend.{i}.weight", f"{source.weight} must be above 0; leave the source out instead")
     if config.data.chat.end == "":
         yield Problem("data.chat.end", "'' must end a turn; give a marker, or null for the end-of-text token")
+    for name in ("start", "end"):
+        if config.data.chat.template and getattr(config.data.chat, name) is not None:
+            yield Problem(f"data.chat.{name}", "means nothing beside data.chat.template; leave one of them out")
+    try:
+        date.fromisoformat(config.data.chat.date)
+    except ValueError:
+        yield Problem("data.chat.date", f"{config.data.chat.date!r} must be a day; e.g. '2025-01-31'")
 
 
 def _elastic_problems(config: RunConfig) -> Iterable[Problem]:

@@ -15,6 +15,7 @@ class ParentConfig:
     """Where the trained parent is."""
 
     path: str | None = None  # a NeMo checkpoint or Hugging Face folder, or builtin:tiny_parent
+    output_weights: str | None = None  # if a tied parent stores an lm_head of its own: embedding or lm_head counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,7 @@ class ElasticConfig:
 class BlendSource:
     """One source of a blend."""
 
-    path: str  # prefix of a Megatron .bin/.idx pair, .txt/.jsonl file or folder, chat .jsonl, or builtin:corpus
+    path: str  # prefix of a Megatron .bin/.idx pair, file or folder of text or conversations, or builtin:corpus
     weight: float = 1.0  # share of the samples, in any unit
 
 
@@ -48,8 +49,10 @@ class BlendSource:
 class ChatConfig:
     """How conversations become tokens."""
 
-    start: str = "<|{role}|>\n"  # in front of every turn; names of special tokens are those tokens
-    end: str | None = None  # behind every turn; empty: the end-of-text token
+    template: str | None = None  # file of a Jinja chat template; empty: the parent's own, unless start or end are set
+    date: str = "2025-01-01"  # the day that a template's strftime_now tells, so that tokens never change
+    start: str | None = None  # without a template, in front of every turn; empty: a marker with the role's name
+    end: str | None = None  # without a template, behind every turn; empty: the end-of-text token
     layout: str = "padded"  # one conversation a sample; or packed: end to end, state runs on across conversations
 
 
@@ -57,10 +60,11 @@ class ChatConfig:
 class DataConfig:
     """Training and evaluation text."""
 
-    paths: tuple[str, ...] = ()  # .txt or .jsonl files or folders; empty: the corpus that ships with the tiny parent
+    paths: tuple[str, ...] = ()  # .txt, .jsonl, .parquet files or folders; empty: the corpus of the tiny parent
     blend: tuple[BlendSource, ...] = ()  # weighted sources, instead of paths
     chat: ChatConfig = field(default_factory=ChatConfig)
-    tokenizer: str | None = None  # a tokenizers .json file; empty: the parent's own
+    tokenizer: str | None = None  # a tokenizer.json, or a folder with one (and a chat template); empty: the parent's
+    end_of_text: str | None = None  # the token that ends a text; empty: what the parent's or tokenizer's files say
     cache_dir: str | None = None  # tokenized files; empty: the user's cache folder
     num_workers: int = 0
 

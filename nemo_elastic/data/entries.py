@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nemo_elastic.config.sections import DataConfig
-from nemo_elastic.data.tokens import SUFFIXES, find_text_files
+from nemo_elastic.data.text_files import ENDINGS, find_text_files
 from nemo_elastic.problems import Problem
 
 CORPUS = "builtin:corpus"
@@ -40,7 +40,7 @@ def text_files(path: str | Path) -> list[Path]:
         return find_text_files([path])
     except ValueError as error:
         words = str(error).removeprefix("data.paths: ").split("; give text files")[0]
-        kinds = f"{', '.join(SUFFIXES)} files, a folder of them, the prefix of a .bin/.idx pair, or {CORPUS}"
+        kinds = f"files that end in {ENDINGS}, a folder of them, the prefix of a .bin/.idx pair, or {CORPUS}"
         raise ValueError(f"{words}; give {kinds}") from error
 
 

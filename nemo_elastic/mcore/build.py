@@ -4,10 +4,11 @@ What a rank holds follows from the process groups that Megatron has initialised:
 tensor-parallel shard, by the parameter table.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.mamba import MambaModel
 from megatron.core.transformer.enums import AttnBackend
@@ -15,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from ..architecture import Architecture
+from ..config.model_fields import architecture_of, arithmetic_of
 from ..layout import ParamLayout
 from ..slicing import shard, unshard
 from ..space import DEFAULT_FFN_GROUPS
@@ -23,9 +25,22 @@ from .elastic.spec import elastic_stack_spec
 from .layer_specs import hybrid_stack_spec
 from .versions import squared_relu
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "squared_relu": squared_relu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+}
 
-def transformer_config(architecture: Architecture, **more: Any) -> TransformerConfig:
-    """Megatron's config of an architecture, for the layout that is initialised; `more` overrides any field."""
+
+def transformer_config(model: Architecture | Mapping[str, Any], **more: Any) -> TransformerConfig:
+    """Megatron's config of a model, for the layout that is initialised.
+
+    Args:
+        model: a `model` section, of which all that decides the function is taken; an `Architecture` is one of sizes.
+        more: any field, stronger than what follows from `model`.
+    """
+    architecture = sizes_of(model)
     settings: dict[str, Any] = {
         "num_layers": architecture.num_layers,
         "hidden_size": architecture.hidden_size,
@@ -39,7 +54,7 @@ def transformer_config(architecture: Architecture, **more: Any) -> TransformerCo
         "mamba_state_dim": architecture.mamba_state_dim,
         "is_hybrid_model": True,
         "normalization": "RMSNorm",
-        "activation_func": squared_relu,
+        **arithmetic(model),
         "add_bias_linear": False,
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
@@ -58,21 +73,34 @@ def transformer_config(architecture: Architecture, **more: Any) -> TransformerCo
     return TransformerConfig(**(settings | {"pipeline_dtype": dtype} | more))
 
 
-def build_plain_model(architecture: Architecture, config: TransformerConfig | None = None, **more: Any) -> MambaModel:
-    """The stock Megatron model of this rank (no elastic class in it). `more`: fields of `transformer_config`."""
-    config = config or transformer_config(architecture, **more)
-    return MambaModel(config, hybrid_stack_spec(), **_model_arguments(architecture))
+def sizes_of(model: Architecture | Mapping[str, Any]) -> Architecture:
+    """The architecture of a model section."""
+    return model if isinstance(model, Architecture) else architecture_of(model)
+
+
+def arithmetic(model: Architecture | Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of Megatron's config for what a model section says of the function beside its sizes."""
+    said = arithmetic_of({} if isinstance(model, Architecture) else model)
+    return said | {"activation_func": ACTIVATIONS[said["activation_func"]]}
+
+
+def build_plain_model(
+    model: Architecture | Mapping[str, Any], config: TransformerConfig | None = None, **more: Any
+) -> MambaModel:
+    """The stock Megatron model of this rank (no elastic class in it); arguments as of `transformer_config`."""
+    config = config or transformer_config(model, **more)
+    return MambaModel(config, hybrid_stack_spec(), **_model_arguments(sizes_of(model)))
 
 
 def build_elastic_model(
-    architecture: Architecture,
+    model: Architecture | Mapping[str, Any],
     config: TransformerConfig | None = None,
     *,
     ffn_groups: int = DEFAULT_FFN_GROUPS,
     **more: Any,
 ) -> ElasticMambaModel:
     """The elastic model of this rank; its parameters have the plain model's names and shapes."""
-    config = config or transformer_config(architecture, **more)
+    config, architecture = config or transformer_config(model, **more), sizes_of(model)
     layout = ParamLayout(architecture, ffn_groups=ffn_groups, tp_size=config.tensor_model_parallel_size)
     return ElasticMambaModel(config, elastic_stack_spec(), layout=layout, **_model_arguments(architecture))
 

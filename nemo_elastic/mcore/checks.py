@@ -53,7 +53,7 @@ def check_inputs(config: RunConfig) -> None:
         found.append(Problem("elastic.budgets", "is empty; name at least one, e.g. {full: 1.0, half: 0.5}"))
     if not found:
         try:
-            open_parent(config.parent.path, family_of(config).layout)
+            open_parent(config.parent, family_of(config).layout)
         except ProblemsError as error:
             found += error.problems
     raise_if_any(found)

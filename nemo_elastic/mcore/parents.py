@@ -19,63 +19,46 @@ from torch import Tensor
 from ..architecture import Architecture
 from ..checkpoint.reader import LazyTensor, SafetensorsReader, TensorReader, check_against_layout, lazy_tensors
 from ..checkpoint.writer import atomic_folder, write_safetensors, write_safetensors_file
+from ..config.parent_files import folder_of, is_hugging_face, read_json
+from ..config.sections import ParentConfig
 from ..importance.sorting import SortedReader, orders_to_tensors
 from ..importance.store import Importance
 from ..layout import ParamLayout
 from ..problems import Problem, ProblemsError
 
-ASSETS = Path(__file__).resolve().parent.parent / "assets"
-BUILTIN = "builtin:"
 DESCRIPTION, PERMUTATIONS = "sorted.json", "permutations.safetensors"
 
 
-def open_parent(path: str | None, layout: ParamLayout) -> TensorReader:
+def open_parent(parent: ParentConfig | str | None, layout: ParamLayout) -> TensorReader:
     """A reader over the parent's weights, checked against the parameter table.
 
     Args:
-        path: `parent.path` of the configuration: `builtin:NAME`, a NeMo checkpoint, a Hugging Face folder, or a
-            safetensors file or folder in canonical names.
+        parent: the configuration's section, or a path alone: `builtin:NAME`, a NeMo checkpoint, a Hugging Face folder,
+            or a safetensors file or folder in canonical names.
 
     Raises:
         ProblemsError: nothing there, or other tensors than the `model` section describes.
     """
     key = "parent.path"
-    if path is None:
+    parent = parent if isinstance(parent, ParentConfig) else ParentConfig(path=parent)
+    if (path := parent.path) is None:
         words = "is not set; give the folder of a NeMo checkpoint or Hugging Face model, or builtin:tiny_parent"
         raise ProblemsError([Problem(key, words)])
-    reader = _reader(folder_of(path), layout.architecture)
+    reader = _reader(folder_of(path), layout.architecture, parent.output_weights)
     check_against_layout(reader, layout, f"{key}={path}")
     return reader
 
 
-def folder_of(path: str) -> Path:
-    """The folder (or file) a `parent.path` means.
-
-    Raises:
-        ProblemsError: nothing is there.
-    """
-    folder = ASSETS / path.removeprefix(BUILTIN) if path.startswith(BUILTIN) else Path(path)
-    if not folder.exists():
-        shipped = sorted(p.parent.name for p in ASSETS.glob("*/model.safetensors"))
-        words = f"nothing at {path!r}; give a NeMo checkpoint, a Hugging Face folder, or builtin:{'|'.join(shipped)}"
-        raise ProblemsError([Problem("parent.path", words)])
-    return folder
-
-
-def _reader(folder: Path, architecture: Architecture) -> TensorReader:
+def _reader(folder: Path, architecture: Architecture, output_weights: str | None) -> TensorReader:
     if (folder / "weights").is_dir() or (folder / ".metadata").is_file():
         from .dist_checkpoint import TorchDistReader
 
         return TorchDistReader(folder)
-    if (folder / "config.json").is_file() and _is_hugging_face(folder / "config.json"):
+    if (folder / "config.json").is_file() and is_hugging_face(read_json(folder / "config.json")):
         from ..checkpoint.huggingface import HuggingFaceReader
 
-        return HuggingFaceReader(folder, architecture)
+        return HuggingFaceReader(folder, architecture, output_weights)
     return SafetensorsReader(folder)
-
-
-def _is_hugging_face(config: Path) -> bool:
-    return "model_type" in json.loads(config.read_text())
 
 
 @dataclass(frozen=True)

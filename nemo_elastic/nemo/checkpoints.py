@@ -15,12 +15,12 @@ import torch
 
 from nemo_elastic.checkpoint.extract import child_architecture, plain_model
 from nemo_elastic.checkpoint.hf_folder import write_hf_folder
-from nemo_elastic.checkpoint.huggingface import HuggingFaceReader
-from nemo_elastic.checkpoint.nemo_context import read_nemo_context
 from nemo_elastic.checkpoint.reader import LazyTensor
 from nemo_elastic.checkpoint.schemas import plain_child
 from nemo_elastic.checkpoint.tokenizer_files import TOKENIZER_FILE
 from nemo_elastic.checkpoint.writer import atomic_folder, check_target
+from nemo_elastic.config.parent_files import BUILTIN, folder_of, parent_files
+from nemo_elastic.config.parent_nemo import read_nemo_context
 from nemo_elastic.config.sections import RunConfig
 from nemo_elastic.cost import parameters
 from nemo_elastic.data.entries import entry_problems
@@ -28,10 +28,10 @@ from nemo_elastic.data.tokenizer import DEFAULT_TOKENIZER, BPETokenizer
 from nemo_elastic.files import folder_problems
 from nemo_elastic.layout import ParamLayout
 from nemo_elastic.mcore.dist_checkpoint import TorchDistReader
-from nemo_elastic.mcore.parents import BUILTIN, folder_of
 from nemo_elastic.nemo.nested import Nested, main_dtype, open_nested, write_nested
 from nemo_elastic.problems import Problem, ProblemsError, raise_if_any
 from nemo_elastic.space import Subnet
+from nemo_elastic.special_tokens import row_problems
 
 __all__ = ["Nested", "describe_parent", "extract", "extract_all", "open_nested", "write_nested"]
 
@@ -57,22 +57,25 @@ def describe_parent(path: str) -> ParentDescription:
     folder = folder_of(path)
     beside = folder if (folder / TOKENIZER_FILE).is_file() else None
     if (folder / "context").is_dir():
-        reader = TorchDistReader(folder)
-        context = read_nemo_context(folder, reader.shape(_EMBEDDING)[0])
-        return ParentDescription(context.model, context.tokenizer)
+        rows = TorchDistReader(folder).shape(_EMBEDDING)[0]  # refuses what is no checkpoint in its own words
+        context = read_nemo_context(folder)
+        return ParentDescription({**context.model, "vocab_size": rows}, context.tokenizer)
     if (folder / "config.json").is_file():
-        return ParentDescription(HuggingFaceReader(folder).model, beside)
+        return ParentDescription(parent_files(path).model, beside)
     return ParentDescription(None, beside)
 
 
 def tokenizer_of(run: RunConfig) -> str | None:
-    """`data.tokenizer`, or the parent's own; None means the one that ships with the tiny parent.
+    """The tokenizer.json of `data.tokenizer`, or the parent's own; None means the one of the tiny parent.
 
     Raises:
         ProblemsError: a parent that brings no tokenizer, and none given.
     """
-    if run.data.tokenizer or run.parent.path is None or run.parent.path.startswith(BUILTIN):
-        return run.data.tokenizer
+    if run.data.tokenizer is not None:
+        given = Path(run.data.tokenizer)
+        return str(given / TOKENIZER_FILE if given.is_dir() else given)
+    if run.parent.path is None or run.parent.path.startswith(BUILTIN):
+        return None
     found = describe_parent(run.parent.path).tokenizer
     if found is None:
         words = f"is not set, and the parent {run.parent.path!r} brings none; give a tokenizer.json"
@@ -80,19 +83,46 @@ def tokenizer_of(run: RunConfig) -> str | None:
     return str(found / TOKENIZER_FILE if found.is_dir() else found)
 
 
-def check_text(run: RunConfig) -> None:
-    """The run's text and tokenizer, before anything is started or written.
+def text_tokenizer(run: RunConfig) -> BPETokenizer:
+    """The tokenizer of a run's text, with the end of text that `data.end_of_text` or the parent's files say."""
+    return BPETokenizer(tokenizer_of(run) or DEFAULT_TOKENIZER, run.data.end_of_text)
+
+
+def end_of_text_name(run: RunConfig) -> str:
+    """The token that ends a text of this run."""
+    tokenizer = text_tokenizer(run)
+    return tokenizer.tokenizer.id_to_token(tokenizer.eod)
+
+
+def tokenizer_source(run: RunConfig) -> Path:
+    """What travels with every checkpoint of a run: the folder of its tokenizer.json, or the file if it is alone."""
+    file = Path(tokenizer_of(run) or DEFAULT_TOKENIZER)
+    alone = file.name != TOKENIZER_FILE or file == DEFAULT_TOKENIZER  # beside that one lies a model section
+    return file if alone else file.parent
+
+
+def check_text(run: RunConfig, *, trains: bool = True) -> None:
+    """The run's text and tokenizer, before anything is started or written. Text that is not in the cache is tokenized.
+
+    Args:
+        trains: the text of all stages is read, and what is held out; otherwise only what ranking reads.
 
     Raises:
-        ProblemsError: text that is not there; no tokenizer, or one with more tokens than the parent has rows.
-        ValueError: a tokenizer that cannot be read.
+        ProblemsError: text that is not there; no tokenizer, or one with an id that the parent has no row for.
+        ValueError: a tokenizer or a text that cannot be read, too little of it, or nobody says what ends a text.
     """
-    raise_if_any(entry_problems(run.data))
-    path, rows = tokenizer_of(run) or DEFAULT_TOKENIZER, int(run.model["vocab_size"])
-    tokens = BPETokenizer(path).vocab_size
-    if tokens > rows:
-        words = f"{str(path)!r} has {tokens:,} tokens, model.vocab_size={rows:,} rows; give the parent's own tokenizer"
-        raise ProblemsError([Problem("data.tokenizer", words)])
+    file, rows = Path(tokenizer_of(run) or DEFAULT_TOKENIZER), int(run.model["vocab_size"])
+    raise_if_any([*entry_problems(run.data), *(row_problems(file, rows) if file.is_file() else ())])
+    tokenizer = text_tokenizer(run)
+    from nemo_elastic.nemo.sources import open_windows
+
+    lengths = [stage.seq_length for stage in run.train.stages] if trains else []
+    data, heldout = run.data, [("heldout", length) for length in lengths[-1:]]
+    for split, length in dict.fromkeys([("train", run.rank.seq_length), *(("train", n) for n in lengths), *heldout]):
+        open_windows(
+            split, tokenizer, length, blend=data.blend, chat=data.chat, paths=data.paths, vocab_size=rows,
+            shuffle=split == "train", cache_dir=data.cache_dir,
+        )  # fmt: skip
 
 
 def extract(

@@ -23,15 +23,20 @@ from nemo.collections.common.tokenizers import AutoTokenizer
 from nemo.lightning.io.mixin import IOMixin
 from nemo.lightning.io.pl import TrainerContext
 
-from nemo_elastic.checkpoint.tokenizer_files import write_tokenizer
-from nemo_elastic.nemo.plain_config import ACTIVATIONS
+from nemo_elastic.checkpoint.tokenizer_files import TOKENIZER_FILE, write_tokenizer
+from nemo_elastic.mcore.build import ACTIVATIONS
+from nemo_elastic.problems import raise_if_any
+from nemo_elastic.special_tokens import row_problems
 
 logger = logging.getLogger(__name__)
 TOKENIZER_FOLDER = "tokenizer"
 
 
 def vocab_divisor(vocab_size: int, tokenizer_vocab_size: int | None) -> int:
-    """`make_vocab_size_divisible_by` that pads the tokenizer's vocabulary to `vocab_size`, at TP 1 to 8 if possible."""
+    """`make_vocab_size_divisible_by` that pads the tokenizer's vocabulary to `vocab_size`, at TP 1 to 8 if possible.
+
+    NeMo's tokenizer counts its tokens, whatever their ids; so does this.
+    """
     tokens = tokenizer_vocab_size or vocab_size
     if tokens > vocab_size:
         raise ValueError(
@@ -47,7 +52,12 @@ def vocab_divisor(vocab_size: int, tokenizer_vocab_size: int | None) -> int:
 
 
 def write_context(
-    checkpoint: Path, model: Mapping[str, Any], tokenizer: str | Path | None, *, dtype: torch.dtype = torch.bfloat16
+    checkpoint: Path,
+    model: Mapping[str, Any],
+    tokenizer: str | Path | None,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    end_of_text: str | None = None,
 ) -> None:
     """Write `checkpoint/context`.
 
@@ -55,6 +65,10 @@ def write_context(
         model: a plain model section (`SSMConfig` fields; `vocab_size` is the embedding's rows).
         tokenizer: a tokenizer.json or tokenizer folder; without one NeMo cannot build the model by itself.
         dtype: of the weights beside it.
+        end_of_text: the token that ends a text, where `tokenizer` does not say it.
+
+    Raises:
+        ProblemsError: the tokenizer has an id that the embedding has no row for.
     """
     folder = checkpoint / "context"
     folder.mkdir(parents=True)
@@ -68,7 +82,8 @@ def write_context(
     if tokenizer is None:
         logger.warning("no tokenizer for %s: NeMo needs one passed beside the checkpoint", checkpoint)
     else:
-        tokens = write_tokenizer(folder / TOKENIZER_FOLDER, tokenizer)["vocab_size"]
+        tokens = write_tokenizer(folder / TOKENIZER_FOLDER, tokenizer, end_of_text)["tokens"]
+        raise_if_any(row_problems(folder / TOKENIZER_FOLDER / TOKENIZER_FILE, model["vocab_size"]))
         tokenizer_config = fdl.Config(AutoTokenizer, pretrained_model_name=TOKENIZER_FOLDER)
     is_bf16 = dtype is torch.bfloat16
     config = fdl.Config(

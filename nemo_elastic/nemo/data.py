@@ -20,8 +20,6 @@ from nemo_elastic.config.load import plain
 from nemo_elastic.config.sections import BlendSource, ChatConfig, StageConfig
 from nemo_elastic.data.blend import Source
 from nemo_elastic.data.corpus import DEFAULT_LIST
-from nemo_elastic.data.tokens import load_tokens
-from nemo_elastic.data.windows import Windows
 from nemo_elastic.distill.curriculum import history
 from nemo_elastic.nemo.sources import open_windows
 from nemo_elastic.nemo.staged_data import CurriculumSampler
@@ -79,7 +77,7 @@ class TextDataModule(pl.LightningDataModule, io.IOMixin):
         global_batch_size: samples per step over all ranks.
         stages: a curriculum, `StageConfig` values as plain mappings; empty: one stage of the two sizes above.
         seed: of the order of training samples.
-        paths: `.txt` and `.jsonl` files or folders of them; empty means the standard-library corpus.
+        paths: text files or folders of them; empty means the standard-library corpus.
         corpus_list: another list of the corpus' files than the shipped one.
         cache_dir: folder of tokenized text; None is the user's cache folder.
         num_workers: processes that read ahead.
@@ -122,16 +120,12 @@ class TextDataModule(pl.LightningDataModule, io.IOMixin):
     def windows(self, split: str, seq_length: int | None = None) -> Source:
         """Windows of `train` (shuffled) or `heldout` (in order), tokenizing the text at first use."""
         length = seq_length or self.seq_length
-        if (split, length) not in self._windows and self.blend:
-            self._windows[split, length] = open_windows(
-                split, self.tokenizer.bpe, length, blend=self.blend, chat=self.chat,
-                vocab_size=self.vocab_size, seed=self.seed, shuffle=split == "train", cache_dir=self.cache_dir,
-            )  # fmt: skip
         if (split, length) not in self._windows:
-            stream = load_tokens(
-                split, self.tokenizer.bpe, paths=self.paths, corpus_list=self.corpus_list, cache_dir=self.cache_dir
-            )
-            self._windows[split, length] = Windows(stream, length, seed=self.seed, shuffle=split == "train")
+            self._windows[split, length] = open_windows(
+                split, self.tokenizer.bpe, length, blend=self.blend, chat=self.chat, paths=self.paths,
+                vocab_size=self.vocab_size, seed=self.seed, shuffle=split == "train", corpus_list=self.corpus_list,
+                cache_dir=self.cache_dir,
+            )  # fmt: skip
         return self._windows[split, length]
 
     @property

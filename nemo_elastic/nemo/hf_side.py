@@ -71,10 +71,47 @@ def run_transformers(
     Raises:
         ProblemsError: that Python lacks transformers, or it could not load a folder whole.
     """
+    tokens = [batch.tolist() for batch in batches]
+    described, tensors = _ask(python, folders, {"tokens": tokens, "trace": trace})
+    sides = []
+    for number, said in enumerate(described["folders"]):
+        logits = [tensors[f"logits.{number}.{n}"] for n in range(len(batches))] if not trace else []
+        layers = sum(name.startswith(f"hidden.{number}.") for name in tensors)
+        hidden = [tensors[f"hidden.{number}.{n}"] for n in range(layers)]
+        sides.append(HfSide(logits, hidden, said["parameters"]))
+    return sides
+
+
+@dataclass(frozen=True)
+class HfLoss:
+    """Mean cross entropy of a folder in nats per token, and its parameters."""
+
+    loss: float
+    parameters: int
+
+
+def transformers_loss(python: str, folder: Path, batches: Sequence[tuple[Tensor, ...]]) -> HfLoss:
+    """The loss of a folder over (tokens, labels[, mask]) `[b, s]`, a batch at a time.
+
+    Raises:
+        ProblemsError: as `run_transformers`.
+    """
+    tokens, labels = ([batch[part].tolist() for batch in batches] for part in (0, 1))
+    masks = [(batch[2] if len(batch) > 2 else torch.ones(batch[1].shape)).tolist() for batch in batches]
+    described, tensors = _ask(python, [folder], {"tokens": tokens, "labels": labels, "masks": masks, "trace": False})
+    total = sum(tensors[f"loss.0.{n}"] for n in range(len(batches)))
+    return HfLoss(float(total[0] / total[1]), described["folders"][0]["parameters"])
+
+
+def _ask(python: str, folders: Sequence[Path], wanted: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(ANSWER, OUT) of `hf_reference` for a REQUEST about `folders`.
+
+    Raises:
+        ProblemsError: that Python lacks transformers, or it could not load a folder whole.
+    """
     with tempfile.TemporaryDirectory(prefix="nemo-elastic-hf-") as place:
         request, out, answer = (Path(place) / name for name in ("request.json", "out.safetensors", "answer.json"))
-        tokens = [batch.tolist() for batch in batches]
-        request.write_text(json.dumps({"folders": [str(f) for f in folders], "tokens": tokens, "trace": trace}))
+        request.write_text(json.dumps({"folders": [str(f) for f in folders], **wanted}))
         command = [python, "-I", hf_reference.__file__, *map(str, (request, out, answer))]
         done = subprocess.run(command, env=_environment(), capture_output=True, text=True)
         if done.returncode:
@@ -83,18 +120,13 @@ def run_transformers(
             raise ProblemsError([Problem(KEY, words)])
         described: dict[str, Any] = json.loads(answer.read_text())
         tensors = load_file(out)
-    sides = []
-    for number, (folder, said) in enumerate(zip(folders, described["folders"], strict=True)):
+    for folder, said in zip(folders, described["folders"], strict=True):
         if said["loading"] or not said["class"].startswith("transformers.models.nemotron_h."):
             words = (
                 f"transformers {described['transformers']} does not load it whole: {said['class']} {said['loading']}"
             )
             raise ProblemsError([Problem(str(folder), words[:600])])
-        logits = [tensors[f"logits.{number}.{n}"] for n in range(len(batches))] if not trace else []
-        layers = sum(name.startswith(f"hidden.{number}.") for name in tensors)
-        hidden = [tensors[f"hidden.{number}.{n}"] for n in range(layers)]
-        sides.append(HfSide(logits, hidden, said["parameters"]))
-    return sides
+    return described, tensors
 
 
 def _environment() -> dict[str, str]:

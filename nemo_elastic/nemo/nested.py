@@ -43,6 +43,7 @@ def write_nested(
     manifest: Manifest,
     *,
     tokenizer: str | Path | None = None,
+    end_of_text: str | None = None,
     permutations: Mapping[str, Tensor] | None = None,
     router: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
@@ -53,7 +54,8 @@ def write_nested(
     Args:
         weights: the trained full-size weights by canonical name.
         manifest: everything but `files`.
-        tokenizer: a tokenizer.json or tokenizer folder; it travels in `context/`.
+        tokenizer: a tokenizer.json or tokenizer folder; it travels in `context/`, with what lies beside it.
+        end_of_text: the token that ends a text, where `tokenizer` does not say it.
         permutations: old unit at each new place, by `dim` or `dim.layer`.
         router: the router's state.
         dtype: cast the weights; None keeps each as it is.
@@ -71,7 +73,7 @@ def write_nested(
     with atomic_folder(out, force=force, needs_bytes=sum(t.nbytes for t in tensors)) as folder:
         written = write_torch_dist(folder / "weights", tensors, layout)
         hashes = {f"weights/{name}": digest for name, digest in written.items()}
-        write_context(folder, manifest.model, tokenizer, dtype=main_dtype(tensors))
+        write_context(folder, manifest.model, tokenizer, dtype=main_dtype(tensors), end_of_text=end_of_text)
         (folder / FOLDER).mkdir()
         orders = {name: _narrow(order) for name, order in (permutations or {}).items()}
         for name, state in ((PERMUTATIONS_FILE, orders), (ROUTER_FILE, router)):

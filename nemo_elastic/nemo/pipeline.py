@@ -21,7 +21,6 @@ from nemo_elastic.checkpoint.comparison import ChildCheck
 from nemo_elastic.checkpoint.manifest import Manifest
 from nemo_elastic.config.load import Resolved, leaves, plain
 from nemo_elastic.config.sections import RunConfig
-from nemo_elastic.data.tokenizer import DEFAULT_TOKENIZER
 from nemo_elastic.family import family_of
 from nemo_elastic.files import write_json
 from nemo_elastic.importance.store import Importance
@@ -32,7 +31,13 @@ from nemo_elastic.mcore.dist_checkpoint import TorchDistReader
 from nemo_elastic.mcore.elastic.plan import hard_plan
 from nemo_elastic.mcore.evaluate import heldout_loss
 from nemo_elastic.mcore.parents import is_sorted_by, open_parent, sorted_parent, write_sorted
-from nemo_elastic.nemo.checkpoints import extract, open_nested, tokenizer_of, write_nested
+from nemo_elastic.nemo.checkpoints import (
+    end_of_text_name,
+    extract,
+    open_nested,
+    tokenizer_source,
+    write_nested,
+)
 from nemo_elastic.nemo.logs import quiet
 from nemo_elastic.nemo.ranking import rank_run
 from nemo_elastic.nemo.results import RESULTS, provenance, results_of
@@ -116,7 +121,7 @@ class Run:
         """The sorted parent's folder."""
         folder, layout = self.out / "sorted", family_of(self.config).layout
         if process_groups.rank() == 0 and (force or not folder.is_dir()):
-            reader = open_parent(self.config.parent.path, layout)
+            reader = open_parent(self.config.parent, layout)
             write_sorted(folder, reader, layout, importance, source=str(self.config.parent.path), force=force)
         process_groups.barrier()
         return folder
@@ -162,7 +167,8 @@ class Run:
                         rankings={"depth_ranking": list(parent.depth_ranking or ())},
                         provenance=provenance(config) | {"step": record["step"], "tokens": record["tokens"]},
                     ),
-                    tokenizer=tokenizer_of(self.config) or DEFAULT_TOKENIZER,
+                    tokenizer=tokenizer_source(self.config),
+                    end_of_text=end_of_text_name(self.config),
                     permutations=dict(parent.permutations),
                     router={name: reader.read_key(key) for name, key in router.items()},
                     force=force,
@@ -212,7 +218,7 @@ class Run:
         family = family_of(self.config, sorted_parent(sorted_folder).depth_ranking)
         groups = family.space.ffn_groups
         model = build_elastic_model(
-            family.architecture, ffn_groups=groups, sequence_parallel=self.config.train.sequence_parallel
+            self.config.model, ffn_groups=groups, sequence_parallel=self.config.train.sequence_parallel
         )
         load_weights(model, sorted_parent(sorted_folder).reader, family.architecture, ffn_groups=groups)
         batches = self.batches()

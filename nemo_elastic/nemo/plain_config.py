@@ -10,28 +10,22 @@ so d is set to `vocab_size / TP`: a checkpoint of a differently padded model wou
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, Literal
 
 import nemo.lightning as nl
 import torch
-import torch.nn.functional as F
 from nemo.collections import llm
 
+from nemo_elastic.mcore.build import ACTIVATIONS
 from nemo_elastic.mcore.layer_specs import have_transformer_engine, hybrid_stack_spec
-from nemo_elastic.mcore.versions import AttnBackend, squared_relu
+from nemo_elastic.mcore.versions import AttnBackend
 from nemo_elastic.nemo import cpu
 
 Precision = Literal["32", "bf16-mixed"]
 
 DTYPES: dict[str, torch.dtype] = {"32": torch.float32, "bf16-mixed": torch.bfloat16}
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "squared_relu": squared_relu,
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "silu": F.silu,
-}
 # Fused CUDA kernels, and the attention that needs none; Megatron's own defaults assume a GPU.
 WITHOUT_GPU: dict[str, Any] = {
     "bias_dropout_fusion": False,

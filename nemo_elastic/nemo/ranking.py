@@ -19,7 +19,6 @@ from ..checkpoint.writer import tensor_bytes
 from ..config.load import plain
 from ..config.sections import RunConfig, TrainConfig
 from ..data.blend import Source
-from ..data.tokenizer import BPETokenizer
 from ..data.tokens import load_tokens
 from ..data.windows import Windows
 from ..family import family_of, parallel_problems
@@ -31,7 +30,7 @@ from ..mcore.build import build_plain_model, load_weights
 from ..mcore.parents import open_parent
 from ..mcore.rank import Report, rank_parent
 from ..problems import raise_if_any
-from .checkpoints import tokenizer_of
+from .checkpoints import check_text, text_tokenizer
 from .sources import open_windows
 
 FOLDER = "importance"
@@ -50,10 +49,11 @@ def rank_run(config: RunConfig, out: Path, *, resume: bool = False, report: Repo
     """
     family, train = family_of(config), config.train
     raise_if_any(parallel_problems(family.architecture, train, family.space.ffn_groups))
-    reader = open_parent(config.parent.path, family.layout)
+    check_text(config, trains=False)
+    reader = open_parent(config.parent, family.layout)
     sample, text = calibration(config)
     process_groups.start(train.tensor_model_parallel_size, train.pipeline_model_parallel_size, seed=train.seed)
-    model = build_plain_model(family.architecture, **precision(train))
+    model = build_plain_model(config.model, **precision(train))
     load_weights(model, reader, family.architecture, ffn_groups=family.space.ffn_groups)
     dims = family.space.dims
     importance = rank_parent(
@@ -78,8 +78,7 @@ def rank_run(config: RunConfig, out: Path, *, resume: bool = False, report: Repo
 
 def calibration(config: RunConfig) -> tuple[Callable[[int], Tensor], dict[str, Any]]:
     """(token ids `[s]` of calibration sample i, what the text is): windows of the training split, shuffled by seed."""
-    chosen = tokenizer_of(config)
-    tokenizer = BPETokenizer(chosen) if chosen else BPETokenizer()
+    tokenizer = text_tokenizer(config)
     length, seed, cache = config.rank.seq_length, config.rank.seed, config.data.cache_dir
     text: dict[str, Any] = {"tokenizer": tokenizer.sha256}
     if config.data.blend:

@@ -2,8 +2,8 @@
 
 builtin:corpus               the standard library's text
 PREFIX (.bin + .idx)         Megatron's tokenized text
-.txt, .jsonl with "text"     plain text, tokenized and cached
-.jsonl with "messages", or "prompt" and "completion"      conversations with a loss mask
+.txt, records with "text"    plain text, tokenized and cached; records: lines of .jsonl, rows of .parquet
+records with "messages", "conversations", or "prompt" and "completion"      conversations with a loss mask
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import torch
 
 from nemo_elastic.config.sections import BlendSource, ChatConfig
 from nemo_elastic.data.blend import Blend, Sample, Source
-from nemo_elastic.data.chat import PackedChat, PaddedChat, is_chat, load_conversations
+from nemo_elastic.data.conversations import PackedChat, PaddedChat, is_chat, load_conversations
 from nemo_elastic.data.corpus import DEFAULT_LIST
 from nemo_elastic.data.entries import CORPUS, prefix_of, text_files
+from nemo_elastic.data.text_files import kind_of
 from nemo_elastic.data.tokenizer import BPETokenizer
 from nemo_elastic.data.tokens import load_tokens
 from nemo_elastic.data.windows import Windows
@@ -66,20 +67,26 @@ def open_windows(
     blend: Sequence[BlendSource],
     chat: ChatConfig,
     vocab_size: int,
+    paths: Sequence[str] = (),
     seed: int = 0,
     shuffle: bool = True,
     corpus_list: str | None = None,
     cache_dir: str | None = None,
 ) -> Source:
-    """Samples of a blend (one entry: of that source). `sample(i)` depends on (seed, i, seq_length) and files alone.
+    """Samples of a run's text. `sample(i)` depends on (seed, i, seq_length) and files alone.
 
     Args:
         split: `train` or `heldout`.
+        blend: weighted sources; without any, the text of `paths`, without that the standard library's.
         vocab_size: rows of the model's embedding.
 
     Raises:
         ProblemsError: everything that is wrong with the entries, keyed `data.blend.N`.
+        ValueError: what is wrong with the text of `paths`.
     """
+    if not blend:
+        how = {"corpus_list": corpus_list or DEFAULT_LIST, "cache_dir": cache_dir}
+        return Windows(load_tokens(split, tokenizer, paths=paths, **how), seq_length, seed=seed, shuffle=shuffle)
     found, problems = [], []
     for i, entry in enumerate(blend):
         try:
@@ -112,7 +119,7 @@ def _open(
             logger.warning("%s.bin: documents do not end with end-of-text (id %d)", prefix, tokenizer.eod)
         return IndexedWindows(prefix, text.split(split), vocab_size, seq_length, **how)
     files = text_files(path)
-    chats = [f for f in files if f.suffix == ".jsonl" and is_chat(f)]
+    chats = [f for f in files if kind_of(f) != ".txt" and is_chat(f)]
     if not chats:
         return Windows(load_tokens(split, tokenizer, paths=[path], cache_dir=cache_dir), seq_length, **how)
     if len(chats) < len(files):

@@ -17,18 +17,19 @@ class ElasticTokenizer(TokenizerSpec):
     """A `tokenizer.json` of the `tokenizers` package.
 
     Args:
-        tokenizer_file: path of the file; it must have `<|endoftext|>`, and may have `<pad>`.
+        tokenizer_file: path of the file.
+        eod_id, pad_id: end of text and padding; they travel with the file, as what lies beside it does not.
     """
 
-    def __init__(self, tokenizer_file: str) -> None:
+    def __init__(self, tokenizer_file: str, eod_id: int | None = None, pad_id: int | None = None) -> None:
         self.tokenizer_file = tokenizer_file
-        self.bpe = BPETokenizer(tokenizer_file)
+        self.bpe = BPETokenizer(tokenizer_file, eod_id, pad_id)
         self.eod_id = self.eos_id = self.bos_id = self.unk_id = self.bpe.eod
         self.pad_id = self.bpe.pad_id
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, special tokens included."""
+        """One more than the largest id."""
         return self.bpe.vocab_size
 
     @property
@@ -65,6 +66,7 @@ class ElasticTokenizer(TokenizerSpec):
 io.track_io(ElasticTokenizer, artifacts=[FileArtifact("tokenizer_file")])
 
 
-def load_tokenizer(path: str | None = None) -> ElasticTokenizer:
-    """The tokenizer of a file, or the shipped one."""
-    return ElasticTokenizer(str(path or DEFAULT_TOKENIZER))
+def load_tokenizer(path: str | None = None, end: str | None = None) -> ElasticTokenizer:
+    """The tokenizer of a file, or the shipped one; `end`: the token that ends a text, where no file says it."""
+    found = BPETokenizer(path or DEFAULT_TOKENIZER, end)
+    return ElasticTokenizer(str(found.path), found.eod, found.pad_id)

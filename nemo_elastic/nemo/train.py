@@ -187,7 +187,7 @@ def data_module(run: RunConfig) -> TextDataModule:
     """The run's text by its curriculum; held-out text has the last stage's length."""
     stages = run.train.stages
     return TextDataModule(
-        load_tokenizer(tokenizer_of(run)),
+        load_tokenizer(tokenizer_of(run), run.data.end_of_text),
         seq_length=stages[-1].seq_length,
         micro_batch_size=run.train.micro_batch_size,
         global_batch_size=stages[-1].global_batch_size,

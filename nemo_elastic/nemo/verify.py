@@ -41,7 +41,6 @@ from nemo_elastic.nemo.first_difference import (
     tensor_difference,
 )
 from nemo_elastic.nemo.hf_side import hf_python, run_transformers
-from nemo_elastic.nemo.plain_config import ACTIVATIONS
 from nemo_elastic.problems import Problem, ProblemsError
 from nemo_elastic.space import Subnet
 
@@ -49,8 +48,6 @@ logger = logging.getLogger(__name__)
 LOGIT_BATCHES = 2
 NOTHING = Comparison(*[float("nan")] * 4)  # of a child that could not be read
 Batches = Sequence[tuple[Tensor, ...]]
-# What the model section says of the arithmetic, beside the sizes.
-SETTINGS = ("layernorm_epsilon", "softmax_scale", "fp32_residual_connection")
 
 
 @dataclass(frozen=True)
@@ -122,18 +119,11 @@ def verify(
 def elastic_from(nested: Nested, *, sequence_parallel: bool = False) -> Any:
     """The elastic model of this rank with a nested checkpoint's weights, fp32."""
     architecture, groups = nested.layout.architecture, nested.layout.ffn_groups
-    settings = _settings(nested.manifest.model)
     model = build_elastic_model(
-        architecture, ffn_groups=groups, sequence_parallel=sequence_parallel, params_dtype=torch.float32, **settings
+        nested.manifest.model, ffn_groups=groups, sequence_parallel=sequence_parallel, params_dtype=torch.float32
     )
     load_weights(model, nested.reader, architecture, ffn_groups=groups)
     return model
-
-
-def _settings(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of Megatron's config that a model section sets beside the sizes."""
-    found = {name: model[name] for name in SETTINGS if model.get(name) is not None}
-    return found | {"activation_func": ACTIVATIONS[model.get("activation_func", "squared_relu")]}
 
 
 def _open(name: str, folder: Path, nested: Nested, format: str) -> _Child:
@@ -164,7 +154,7 @@ def _written_difference(nested: Nested, child: _Child) -> str | None:
 def _nemo_check(nested: Nested, child: _Child, logits: list[Tensor], loss: float, batches: Batches) -> ChildCheck:
     difference = _written_difference(nested, child)
     architecture = child.expected.architecture
-    plain = build_plain_model(architecture, params_dtype=torch.float32, **_settings(child.model))
+    plain = build_plain_model(plain_model(child.model, architecture), params_dtype=torch.float32)
     numel = sum(p.numel() for p in plain.parameters())
     try:
         load_weights(plain, child.reader, architecture, ffn_groups=1)

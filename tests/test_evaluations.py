@@ -21,8 +21,9 @@ from nemo_elastic.report.write import write_report
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "evaluate"
-RECORDED = json.loads((ROOT / "tests" / "lm_eval_results.json").read_text())  # of `small`, by examples/evaluate/run.sh
-ACCURACY = ("continuation", "acc", "none")
+RECORDED = json.loads((ROOT / "tests" / "lm_eval_results.json").read_text())  # of `full`, by examples/evaluate/run.sh
+ACCURACY, NORMALIZED = ("continuation", "acc", "none"), ("continuation", "acc_norm", "none")
+BITS = ("heldout_text", "bits_per_byte", "none")
 
 
 def add(folder: Path, model: str, accuracy: float, time: str = "2026-11-28T10-00-00.000000", **more) -> Path:
@@ -47,10 +48,14 @@ def test_a_results_file_is_read_as_the_harness_wrote_it(tmp_path: Path) -> None:
     (tmp_path / "results_2026-11-28T10-00-00.000000.json").write_text(json.dumps(RECORDED))
     scores, problems = read_evaluations(tmp_path)
     assert problems == []
-    assert columns(scores) == [ACCURACY, ("continuation", "acc_norm", "none"), ("heldout_text", "bits_per_byte", "none")]
+    assert columns(scores) == [
+        ACCURACY,
+        ("continuation", "acc_norm", "none"),
+        ("heldout_text", "bits_per_byte", "none"),
+    ]
     accuracy, _, bits = sorted(scores, key=lambda score: score.column)
     of_file = RECORDED["results"]
-    assert (accuracy.model, accuracy.value) == ("small", of_file["continuation"]["acc,none"])
+    assert (accuracy.model, accuracy.value) == ("full", of_file["continuation"]["acc,none"])
     assert accuracy.stderr == of_file["continuation"]["acc_stderr,none"]
     assert (accuracy.higher_is_better, accuracy.samples, accuracy.version) == (True, 143, "0.4.13")
     assert (bits.value, bits.stderr, bits.higher_is_better) == (

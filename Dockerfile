@@ -1,7 +1,7 @@
-# Chosen for its stack: NeMo Framework 25.11 is the release on Megatron-core 0.15 (NeMo 2.6, ModelOpt 0.37,
-# nvidia-resiliency-ext 0.4.1), the line that constraints.txt pins; 25.09 is on 0.14, and 26.02 (NeMo 2.7) on 0.16.
-# NeMo 2.6 and 2.7 are alike in what is used here. Not built on the machine this was written on.
-ARG NEMO_IMAGE=nvcr.io/nvidia/nemo:25.11
+# Chosen for its stack: NeMo Framework 26.02 is the last release with NeMo 2 (2.7) and is on Megatron-core 0.16, the line
+# that constraints.txt pins; 25.11 (NeMo 2.6) is on 0.15, which works too, and from 26.04 on there is no NeMo 2
+# (docs/engine.md). NeMo 2.6 and 2.7 are alike in what is used here. Not built on the machine this was written on.
+ARG NEMO_IMAGE=nvcr.io/nvidia/nemo:26.02
 FROM ${NEMO_IMAGE}
 
 ARG USER_ID=10001

@@ -4,16 +4,19 @@ BIN := $(VENV)/bin
 # The venv keeps the interpreter it was made with until PYTHON names another.
 PYTHON ?= $(or $(wildcard $(shell cat $(VENV)/.setup-python 2>/dev/null)),python3)
 RUN ?= runs/quickstart
+# Of megatron-core, for test-engine: 0.15, or 0.19 with PYTHON=python3.12.
+LINE ?= 0.15
 ARGS ?=
 # Processes that run tests side by side; each starts up to six workers of its own for distributed tests (8 GB in all).
 JOBS ?= 2
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-hf quickstart test test-slow test-sweep test-broken test-gpu lint format docs clean
+.PHONY: help setup setup-hf quickstart test test-slow test-sweep test-broken test-engine smoke-engine test-gpu lint \
+	format docs clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup:  ## make .venv with the exact pins of constraints.txt (about 3 minutes, then nothing)
 	@$(PYTHON) scripts/setup_venv.py
@@ -40,6 +43,13 @@ test-sweep: setup  ## every case of the sweeps that test-slow draws a sample of
 test-broken: setup  ## every broken input of every verb, in one process: exit code 2, one message, nothing written
 	@$(PYTEST) tests/test_broken_inputs.py -m "not slow" --sweep all $(ARGS)
 
+test-engine:  ## the tests that touch Megatron under another line of megatron-core (LINE=0.15, or 0.19 on Python 3.12)
+	@if $(PYTHON) -c pass 2>/dev/null; then $(PYTHON) scripts/test_engine.py --line $(LINE) -n $(JOBS) --dist loadgroup $(ARGS); \
+	else echo "test-engine: there is no $(PYTHON) here: skipped"; fi
+
+smoke-engine:  ## a few of them, for CI: the older line still works (under 3 minutes)
+	@$(PYTHON) scripts/test_engine.py --smoke -n $(JOBS) --dist loadgroup $(ARGS)
+
 test-gpu: setup  ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu $(ARGS)
 
@@ -47,8 +57,9 @@ format: setup  ## let ruff mend and format
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-docs: setup  ## write docs/cli.md and docs/config.md from the code
+docs: setup  ## write docs/cli.md, docs/config.md and docs/gpu.md from the code and the results
 	@$(BIN)/python scripts/reference.py
+	@$(BIN)/python benchmarks/gpu/pages.py
 
 clean:  ## remove build products and caches; keeps runs/ and the venvs
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

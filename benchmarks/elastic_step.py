@@ -1,11 +1,13 @@
 """What a training step of a subnet costs: sliced and masked, against the extracted child and the whole model.
 
-    python benchmarks/elastic_step.py [--quick] [--repetitions N] [--threads N] [--budgets 0.75,0.5] [--output FILE]
+    python benchmarks/elastic_step.py [--quick] [--device cuda] [--repetitions N] [--threads N] [--budgets 0.75,0.5]
+                                      [--output FILE]
 
-Forward and backward of one micro-batch in CPU time of this process. All variants run one after the other in every
-repetition, the minimum of a variant counts, and ratios are to the plain model at full size. Every model is wrapped
-in Megatron's DistributedDataParallel, so all of them add their gradients to a buffer, as in training. The extracted
-child is a plain Megatron model of the child's size: its time is what a sliced step is measured by (limit 1.08).
+Forward and backward of one micro-batch in CPU time of this process, on a GPU (bf16) by events on its stream. All
+variants run one after the other in every repetition, the minimum of a variant counts, and ratios are to the plain
+model at full size. Every model is wrapped in Megatron's DistributedDataParallel, so all of them add their gradients
+to a buffer, as in training. The extracted child is a plain Megatron model of the child's size: its time is what a
+sliced step is measured by (limit 1.08).
 
 A budget is met by shrinking every width dim alike; no layer is dropped (that costs nothing in either case). The
 optimizer steps all weights of the family whatever ran, so its ratio is the same for every budget; the child's own is
@@ -23,7 +25,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from harness import finish, interleaved, least, listed, parser, start
+from harness import finish, interleaved, least, listed, parser, start, timer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -146,41 +148,56 @@ def wrapped(model: Any) -> Any:
     return DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
 
 
-def optimizer_seconds(models: dict[str, Any], repetitions: int) -> dict[str, float]:
-    """CPU seconds of an Adam step on every weight of a model, the least of some."""
+def optimizer_seconds(models: dict[str, Any], repetitions: int, device: torch.device) -> dict[str, float]:
+    """Seconds of an Adam step on every weight of a model, the least of some."""
     optimizers = {}
     for name, model in models.items():
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
         optimizers[name] = torch.optim.AdamW(model.parameters(), lr=0.0)
         optimizers[name].step()
-    times = interleaved({name: optimizer.step for name, optimizer in optimizers.items()}, repetitions, warm_up=False)
+    steps = {name: optimizer.step for name, optimizer in optimizers.items()}
+    times = interleaved(steps, repetitions, warm_up=False, measure=timer(device))
     for model in models.values():
         model.zero_grad(set_to_none=True)
     return {name: least(found).cpu for name, found in times.items()}
 
 
-def measure(arch: Architecture, fractions: list[float], *, length: int, repetitions: int) -> dict[str, Any]:
+def measure(
+    arch: Architecture,
+    fractions: list[float],
+    *,
+    length: int,
+    repetitions: int,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    with_optimizer: bool = True,
+) -> dict[str, Any]:
+    """Every variant in turn; all models are in memory at once, `with_optimizer` their Adam states too."""
     from nemo_elastic.mcore.build import build_elastic_model, build_plain_model
     from nemo_elastic.mcore.elastic.plan import hard_plan
 
     space = ElasticSpace(architecture=arch, ffn_groups=FFN_GROUPS)
     layout = ParamLayout(arch, ffn_groups=FFN_GROUPS)
-    ids = torch.randint(0, arch.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+    device = device or torch.device("cpu")
+    ids = torch.randint(0, arch.vocab_size, (1, length), generator=torch.Generator().manual_seed(0)).to(device)
     full, subnets = space.full_subnet(), {f: subnet_for(space, f) for f in fractions}
-    elastic, plain = wrapped(build_elastic_model(arch, ffn_groups=FFN_GROUPS)), wrapped(build_plain_model(arch))
+    elastic = wrapped(build_elastic_model(arch, ffn_groups=FFN_GROUPS, params_dtype=dtype).to(device))
+    plain = wrapped(build_plain_model(arch, params_dtype=dtype).to(device))
     models = {"plain": plain} | {
-        f"child {f}": wrapped(build_plain_model(child_of(arch, s))) for f, s in subnets.items()
+        f"child {f}": wrapped(build_plain_model(child_of(arch, s), params_dtype=dtype).to(device))
+        for f, s in subnets.items()
     }
     steps = {"plain": Step(plain, None, ids), "elastic": Step(elastic, hard_plan(layout, full, "sliced"), ids)}
     for f, subnet in subnets.items():
         steps[f"extracted {f}"] = Step(models[f"child {f}"], None, ids)
         steps[f"sliced {f}"] = Step(elastic, hard_plan(layout, subnet, "sliced"), ids)
         steps[f"masked {f}"] = Step(elastic, hard_plan(layout, subnet, "masked"), ids)
-    seconds = interleaved(steps, repetitions, before=lambda name: steps[name].model.zero_grad_buffer())
+    clear = lambda name: steps[name].model.zero_grad_buffer()  # noqa: E731
+    seconds = interleaved(steps, repetitions, before=clear, measure=timer(device))
     least_of = {name: least(found).cpu for name, found in seconds.items()}
     peak = {name: step.peak_bytes() for name, step in steps.items()}
-    optimizer = optimizer_seconds({**models, "elastic": elastic}, repetitions)
+    optimizer = optimizer_seconds({**models, "elastic": elastic}, repetitions, device) if with_optimizer else {}
     whole, whole_flops = least_of["plain"], flops(layout, full, sequence_length=length)
     budgets = []
     for f, subnet in subnets.items():
@@ -195,8 +212,14 @@ def measure(arch: Architecture, fractions: list[float], *, length: int, repetiti
                 **{f"{kind}_time_ratio": round(t / whole, 4) for kind, t in time_of.items()},
                 "sliced_over_extracted": round(time_of["sliced"] / time_of["extracted"], 4),
                 **{f"{kind}_memory_ratio": round(b / peak["plain"], 4) for kind, b in bytes_of.items()},
-                "optimizer_time_ratio": round(optimizer["elastic"] / optimizer["plain"], 4),
-                "extracted_optimizer_time_ratio": round(optimizer[f"child {f}"] / optimizer["plain"], 4),
+                **{
+                    key: round(optimizer[name] / optimizer["plain"], 4)
+                    for key, name in (
+                        ("optimizer_time_ratio", "elastic"),
+                        ("extracted_optimizer_time_ratio", f"child {f}"),
+                    )
+                    if optimizer
+                },
                 "subnet": subnet.to_dict(),
             }
         )
@@ -206,7 +229,7 @@ def measure(arch: Architecture, fractions: list[float], *, length: int, repetiti
             "tokens": length,
             "plain_s": round(whole, 4),
             "elastic_over_plain": round(least_of["elastic"] / whole, 4),
-            "optimizer_s": round(optimizer["plain"], 4),
+            **({"optimizer_s": round(optimizer["plain"], 4)} if optimizer else {}),
             "memory_bytes": peak["plain"],
             "elastic_memory_ratio": round(peak["elastic"] / peak["plain"], 4),
         },
@@ -218,7 +241,9 @@ def measure(arch: Architecture, fractions: list[float], *, length: int, repetiti
 
 
 def main() -> int:
-    words = parser(__doc__, quick="a toy model: shows that it runs, measures overheads only", repetitions=5)
+    words = parser(
+        __doc__, quick="a toy model: shows that it runs, measures overheads only", repetitions=5, device=True
+    )
     fractions = "fractions of the parent's parameters"
     words.add_argument("--budgets", type=listed(float), default="0.75,0.5,0.25", help=fractions)
     arguments = start(words)
@@ -226,7 +251,10 @@ def main() -> int:
         words.error(f"--budgets {arguments.budgets} must be {fractions}, each between 0 and 1")
     start_megatron()
     arch, length = (QUICK, 128) if arguments.quick else (FULL, 2048)
-    result = measure(arch, arguments.budgets, length=length, repetitions=arguments.repetitions)
+    device = torch.device(arguments.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    how = {"length": length, "repetitions": arguments.repetitions, "device": device, "dtype": dtype}
+    result = measure(arch, arguments.budgets, **how)
     return finish(arguments, {**result, "load_average_at_end": round(os.getloadavg()[0], 2)})
 
 

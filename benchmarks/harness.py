@@ -3,6 +3,7 @@
     parser(doc, ...) -> start(parser) -> interleaved(runs, repetitions) -> finish(arguments, result)
 
 Runs that are compared take turns within one process (or one script), so that what else the machine does meets them all.
+With `--device cuda` (benchmarks that have the flag) times are taken by events on the GPU's stream.
 A result begins with `benchmark`, `quick`, `machine` and, where there are any, `repetitions`. It goes to standard output
 and, with `--output`, to a file. The exit code is 1 where a full run misses a limit (`met` is false), and 0 otherwise.
 Importing this module puts the repository in front of the path: benchmarks measure the tree that they stand in.
@@ -39,7 +40,7 @@ class Seconds(NamedTuple):
 
 
 def parser(
-    doc: str | None, *, quick: str, repetitions: int | None = None, threads: int | None = 1
+    doc: str | None, *, quick: str, repetitions: int | None = None, threads: int | None = 1, device: bool = False
 ) -> argparse.ArgumentParser:
     """The flags that benchmarks have in common.
 
@@ -48,6 +49,7 @@ def parser(
         quick: what `--quick` does.
         repetitions: default of `--repetitions`, 1 with `--quick`; None where repeating has another name.
         threads: default of `--threads`; None where processes are measured that choose for themselves.
+        device: whether it can run on a GPU: adds `--device`.
     """
     found = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--quick", action="store_true", help=quick)
@@ -55,6 +57,8 @@ def parser(
         found.add_argument("--repetitions", type=int, help=f"default {repetitions}; 1 with --quick")
     if threads is not None:
         found.add_argument("--threads", type=int, default=threads)
+    if device:
+        found.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     found.add_argument("--output", type=Path, help="write the JSON here as well")
     found.set_defaults(full_repetitions=repetitions)
     return found
@@ -87,6 +91,12 @@ def start(words: argparse.ArgumentParser) -> argparse.Namespace:
         if "torch" in sys.modules:
             sys.modules["torch"].set_num_threads(threads)
     arguments.machine, arguments.started = machine(threads), time.monotonic()
+    if getattr(arguments, "device", "cpu") == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            words.error("--device cuda: torch sees no GPU here")
+        arguments.machine["gpu"] = torch.cuda.get_device_name()
     return arguments
 
 
@@ -125,6 +135,26 @@ def timed(act: Callable[[], object]) -> Seconds:
     wall, cpu = time.perf_counter(), time.process_time()
     act()
     return Seconds(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def timer(device: Any) -> Callable[[Callable[[], object]], Seconds]:
+    """What times a call on a `torch.device`: `timed` on a CPU; on a GPU the seconds between two events on its stream,
+    given as both (what the CPU does meanwhile is no part of them)."""
+    if device.type != "cuda":
+        return timed
+    import torch
+
+    def events(act: Callable[[], object]) -> Seconds:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        begin.record()
+        act()
+        end.record()
+        end.synchronize()
+        seconds = begin.elapsed_time(end) / 1e3
+        return Seconds(seconds, seconds)
+
+    return events
 
 
 def process(command: Sequence[str], **how: Any) -> Seconds:

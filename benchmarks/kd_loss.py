@@ -28,9 +28,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as dist_autograd
 import torch.multiprocessing as mp
-from harness import finish, forget_peak, interleaved, memory_bytes, parser, start, timed
+from harness import finish, forget_peak, interleaved, memory_bytes, parser, start, timed, timer
 
-from nemo_elastic.config.sections import DistillConfig
+from nemo_elastic.config.sections import AUTO, DistillConfig
 from nemo_elastic.distill.fused import fused_kd_loss
 from nemo_elastic.distill.losses import kd_loss
 
@@ -71,7 +71,7 @@ class Meter:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        wall = timed(lambda: (run(), torch.cuda.synchronize())).wall
+        wall = timer(self.device)(run).wall
         return torch.cuda.max_memory_allocated() - before, wall, wall
 
 
@@ -195,14 +195,15 @@ def case(args: argparse.Namespace, tp: int) -> dict:
 
 
 def flags() -> argparse.ArgumentParser:
-    words = parser(__doc__, quick="few tokens, a small vocabulary, TP 1: that it runs", repetitions=3, threads=None)
+    words = parser(
+        __doc__, quick="few tokens, a small vocabulary, TP 1: that it runs", repetitions=3, threads=None, device=True
+    )
     words.add_argument("--tokens", type=int, default=256)
     words.add_argument("--fused-tokens", type=int, default=1024)
     words.add_argument("--hidden", type=int, default=256)
     words.add_argument("--vocab", type=int, default=131072)
-    words.add_argument("--chunk-tokens", type=int, default=DistillConfig().chunk_tokens)
+    words.add_argument("--chunk-tokens", type=lambda v: v if v == AUTO else int(v), default=AUTO)
     words.add_argument("--tp", type=int, nargs="+", default=[1, 2])
-    words.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     return words
 
 

@@ -1,12 +1,13 @@
 """A family served from one copy of its weights: memory, time of a switch, speed by views and from a compact copy.
 
-    python benchmarks/serving.py [--quick] [--repetitions 5] [--threads 1] [--output FILE]
+    python benchmarks/serving.py [--quick] [--device cuda] [--repetitions 5] [--threads 1] [--output FILE]
 
-Two families, fp32 on the CPU, neither of them trained: `tiny` is the shipped parent through a nested checkpoint on
-disk, `wide` is a random parent (`--quick` leaves it out). Per budget: time of a prefill (256 tokens) and of a decoded
-token, by views (`views`) and from one compact copy of the child (`compact`); both take turns, least of the repetitions.
-A switch is timed alone and with the first token behind it. Memory is that of the tensors, and (`wide`) the resident set
-of processes of their own that hold the parent alone, the family after running every budget, or one model per budget.
+Two families, fp32 on the CPU (on a GPU bf16), neither of them trained: `tiny` is the shipped parent through a nested
+checkpoint on disk, `wide` is a random parent (`--quick` leaves it out). Per budget: time of a prefill (256 tokens)
+and of a decoded token, by views (`views`) and from one compact copy of the child (`compact`); both take turns, least
+of the repetitions. A switch is timed alone and with the first token behind it. Memory is that of the tensors, and
+(`wide`) the resident set of processes of their own that hold the parent alone, the family after running every budget,
+or one model per budget.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from harness import finish, memory_bytes, parser, start, timed
+from harness import finish, memory_bytes, parser, start, timer
 
 from nemo_elastic.checkpoint.extract import child_architecture, child_tensors, plain_model
 from nemo_elastic.checkpoint.manifest import Manifest
@@ -62,7 +63,7 @@ def family_of(model: dict) -> Manifest:
     return Manifest(model=model, space=space, budgets=budgets, subnets=subnets)
 
 
-def tiny() -> ElasticFamily:
+def tiny(device: str, dtype: torch.dtype) -> ElasticFamily:
     """The shipped parent, through a nested checkpoint."""
     from nemo_elastic.nemo import cpu
     from nemo_elastic.nemo.nested import write_nested
@@ -73,10 +74,10 @@ def tiny() -> ElasticFamily:
     with tempfile.TemporaryDirectory() as folder:
         weights = whole_state(open_parent("builtin:tiny_parent", manifest.layout))
         write_nested(Path(folder) / "nested", weights, manifest)
-        return ElasticFamily.load(Path(folder) / "nested", dtype=torch.float32)
+        return ElasticFamily.load(Path(folder) / "nested", device=device, dtype=dtype)
 
 
-def wide(manifest: Manifest) -> dict[str, torch.Tensor]:
+def wide(manifest: Manifest, device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     """Random weights."""
     generator = torch.Generator().manual_seed(0)
     found = {}
@@ -84,12 +85,13 @@ def wide(manifest: Manifest) -> dict[str, torch.Tensor]:
         found[name] = torch.randn(spec.shape({}), generator=generator) * 0.02
         if name.endswith("norm.weight"):
             found[name] += 1
+        found[name] = found[name].to(device, dtype)
     return found
 
 
 def measure(family: ElasticFamily, repetitions: int, decoded: int, prompt: int) -> dict:
     """Speed and memory of every budget."""
-    tokens = torch.randint(0, family.layout.architecture.vocab_size, (1, prompt))
+    tokens, timed = torch.randint(0, family.layout.architecture.vocab_size, (1, prompt)), timer(family.device)
     parent = family.memory_bytes()["weights"]
     answers = {}
     for name, subnet in family.subnets.items():
@@ -115,7 +117,8 @@ def measure(family: ElasticFamily, repetitions: int, decoded: int, prompt: int) 
             "views_memory_ratio_to_parent": round(1 + memory["views"] / parent, 5),
             "compact_memory_ratio_to_parent": round(1 + memory["compact"] / parent, 5),
         }
-    children = sum(4 * parameters(family.layout, s) for s in family.subnets.values())
+    size = next(iter(family.weights.values())).element_size()
+    children = sum(size * parameters(family.layout, s) for s in family.subnets.values())
     return {
         "parent_mb": round(parent / 1e6, 2),
         "separate_children_ratio_to_parent": round(children / parent, 4),
@@ -148,7 +151,7 @@ def hold(what: str) -> float:
 
 def main() -> int:
     """Measure, print."""
-    words = parser(__doc__, quick="the shipped parent only, once: that it runs", repetitions=5)
+    words = parser(__doc__, quick="the shipped parent only, once: that it runs", repetitions=5, device=True)
     words.add_argument("--hold", choices=("parent", "family", "separate"), help=argparse.SUPPRESS)
     arguments = start(words)
     torch.manual_seed(0)
@@ -156,10 +159,11 @@ def main() -> int:
         print(hold(arguments.hold))
         return 0
     repetitions, result = arguments.repetitions, {"goals": GOALS}
-    result["tiny"] = measure(tiny(), repetitions, 4 if arguments.quick else 32, 64 if arguments.quick else 256)
+    where = (arguments.device, torch.bfloat16 if arguments.device == "cuda" else torch.float32)
+    result["tiny"] = measure(tiny(*where), repetitions, 4 if arguments.quick else 32, 64 if arguments.quick else 256)
     if not arguments.quick:
         manifest = family_of(WIDE)
-        served = ElasticFamily(wide(manifest), manifest.layout, WIDE, manifest.subnets)
+        served = ElasticFamily(wide(manifest, *where), manifest.layout, WIDE, manifest.subnets)
         result["wide"] = measure(served, repetitions, 8, 256)
         del served
         resident = {}

@@ -1,6 +1,6 @@
 """Time of the pure-PyTorch Mamba-2 mixer against transformers' torch path, and of the scan against a plain matmul.
 
-    python benchmarks/ssd.py [--quick] [--chunks] [--repetitions N] [--threads N] [--output FILE]
+    python benchmarks/ssd.py [--quick] [--device cuda] [--chunks] [--repetitions N] [--threads N] [--output FILE]
 
 Both mixers have the same sizes and weights and run forward and backward in the same process, one after the other in
 every repetition: ours is ``in_proj`` + `mamba_split_conv1d_scan_combined` + norm + ``out_proj``, theirs is
@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from harness import finish, interleaved, least, median, parser, start
+from harness import finish, interleaved, least, median, parser, start, timer
 
 from nemo_elastic.mcore.chunk_scan import chunk_scan, scan_chunk_length
 from nemo_elastic.mcore.gated_norm import gated_rms_norm
@@ -130,7 +130,10 @@ def measure(case: dict, repetitions: int) -> dict:
     chunk = scan_chunk_length(case["seq"], case["head_dim"], case["state"])
     flops = scan_flops(case, chunk)
     runs = {"ours": ours, "transformers": theirs, "scan": scan_run(case, chunk), "matmul": matmul_run(flops)}
-    times = {name: statistics_of(found) for name, found in interleaved(runs, repetitions).items()}
+    times = {
+        name: statistics_of(found)
+        for name, found in interleaved(runs, repetitions, measure=timer(torch.get_default_device())).items()
+    }
     result = dict(case) | {"scan_chunk_length": chunk, "scan_gflop": flops / 1e9, "relative_difference": difference}
     result |= {f"{name}_{key}": value for name, entry in times.items() for key, value in entry.items()}
     for key in ("s", "min_s", "cpu_s", "cpu_min_s"):
@@ -143,16 +146,18 @@ def measure(case: dict, repetitions: int) -> dict:
 
 def measure_chunks(case: dict, repetitions: int) -> dict:
     chunks = [q for q in (16, 32, 64, 128, 256) if q <= case["seq"]]
-    times = interleaved({str(q): scan_run(case, q) for q in chunks}, repetitions)
+    measure = timer(torch.get_default_device())
+    times = interleaved({str(q): scan_run(case, q) for q in chunks}, repetitions, measure=measure)
     chosen = scan_chunk_length(case["seq"], case["head_dim"], case["state"])
     return dict(case) | {"chosen": chosen, "cpu_min_s": {q: least(found).cpu for q, found in times.items()}}
 
 
 def main() -> int:
-    words = parser(__doc__, quick="one tiny case, a few seconds", repetitions=5)
+    words = parser(__doc__, quick="one tiny case, a few seconds", repetitions=5, device=True)
     words.add_argument("--chunks", action="store_true", help="time the scan at several chunk lengths")
     arguments = start(words)
     torch.manual_seed(0)
+    torch.set_default_device(arguments.device)
     one = measure_chunks if arguments.chunks else measure
     cases = [one(case, arguments.repetitions) for case in (QUICK if arguments.quick else FULL)]
     result: dict = {"seed": 0, "dtype": "float32", "cases": cases, "required_time_ratio": REQUIRED_TIME_RATIO}

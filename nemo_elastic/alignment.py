@@ -18,7 +18,7 @@ from .layout import ParamLayout
 from .problems import ProblemsError
 from .space import ElasticSpace, resolve_choices
 
-BF16_MULTIPLE, FP8_MULTIPLE = 8, 16
+BF16_MULTIPLE, FP8_MULTIPLE, CONVOLUTION_MULTIPLE = 8, 16, 8
 LARGE_HIDDEN_SIZE = 1024  # parents from here on are rounded to what large GEMM tiles like
 AXES = {  # axis of a linear -> (how it is called, kind of its layers; None: every layer)
     "hidden": ("hidden channels", None),
@@ -73,20 +73,41 @@ def unaligned_widths(space: ElasticSpace, tp_size: int) -> Iterator[tuple[str, i
 
     Nothing where `tp_size` is not legal: that is a problem of its own.
     """
+    for axis, (what, kind) in AXES.items():
+        if kind is None or kind in space.architecture.hybrid_override_pattern:
+            for width, sizes in _widths(space, tp_size, axis):
+                if width % FP8_MULTIPLE:
+                    yield what, width, sizes
+
+
+def convolution_notes(space: ElasticSpace, tp_size: int) -> list[str]:
+    """Choices that causal-conv1d refuses: it wants the channels on a rank, x+B+C, to be a multiple of 8.
+
+    (Its other rule, a width of 2 to 4, always holds: Megatron's is 4.) Only a GPU has that kernel.
+    """
+    if MAMBA not in space.architecture.hybrid_override_pattern:
+        return []
+    wrong = [(w, sizes) for w, sizes in _widths(space, tp_size, "x+B+C") if w % CONVOLUTION_MULTIPLE]
+    if not wrong:
+        return []
+    rank = f"a rank of TP {tp_size}" if tp_size > 1 else "a GPU"
+    words = f"causal-conv1d wants multiples of {CONVOLUTION_MULTIPLE} channels x+B+C on {rank}, not"
+    listed = _listed({"": [_described(width, sizes) for width, sizes in wrong]}).strip()
+    return [f"{words} {listed}; choose other sizes before you train on a GPU"]
+
+
+def _widths(space: ElasticSpace, tp_size: int, axis: str) -> Iterator[tuple[int, dict[str, int]]]:
+    """(width of an axis on one rank, sizes it follows from) of every choice; nothing where `tp_size` is not legal."""
     try:
         layout = ParamLayout(space.architecture, ffn_groups=space.ffn_groups, tp_size=tp_size)
     except ProblemsError:
         return
-    for axis, (what, kind) in AXES.items():
-        if kind is not None and kind not in space.architecture.hybrid_override_pattern:
-            continue
-        segments = layout.axes[axis]
-        dims = list(dict.fromkeys(f.dim for s in segments for f in s.factors if f.dim))
-        for sizes in product(*(space.dims[name].choices for name in dims)):
-            named = dict(zip(dims, sizes, strict=True))
-            width = sum(segment.length(named) for segment in segments)
-            if width % FP8_MULTIPLE:
-                yield what, width, {n: v for n, v in named.items() if len(space.dims[n].choices) > 1} or named
+    segments = layout.axes[axis]
+    dims = list(dict.fromkeys(f.dim for s in segments for f in s.factors if f.dim))
+    for sizes in product(*(space.dims[name].choices for name in dims)):
+        named = dict(zip(dims, sizes, strict=True))
+        width = sum(segment.length(named) for segment in segments)
+        yield width, {n: v for n, v in named.items() if len(space.dims[n].choices) > 1} or named
 
 
 def alignment_notes(space: ElasticSpace, tp_size: int) -> list[str]:
@@ -94,7 +115,7 @@ def alignment_notes(space: ElasticSpace, tp_size: int) -> list[str]:
     slow, no_fp8 = {}, {}
     for what, width, sizes in unaligned_widths(space, tp_size):
         of = slow if width % BF16_MULTIPLE else no_fp8
-        of.setdefault(what, []).append(f"{width} ({', '.join(f'{n} {v}' for n, v in sizes.items())})")
+        of.setdefault(what, []).append(_described(width, sizes))
     rank = f"on a rank of TP {tp_size}" if tp_size > 1 else "without TP"
     notes = []
     if slow:
@@ -103,6 +124,10 @@ def alignment_notes(space: ElasticSpace, tp_size: int) -> list[str]:
     if no_fp8:
         notes.append(f"{rank}, no multiples of {FP8_MULTIPLE}, so no FP8 or NVFP4: {_listed(no_fp8)}")
     return notes
+
+
+def _described(width: int, sizes: Mapping[str, int]) -> str:
+    return f"{width} ({', '.join(f'{n} {v}' for n, v in sizes.items())})"
 
 
 def _listed(found: Mapping[str, Sequence[str]]) -> str:

@@ -13,7 +13,7 @@ UNSUPPORTED_KINDS = {
     "E": "mixture of experts",
     "G": "gated delta net",
     "D": "deepseek sparse attention",
-    "+": "parallel hybrid layer",
+    "+": "multi-latent attention, MLA",
     "/": "multi-token-prediction boundary",
     "|": "pipeline stage boundary",
 }

@@ -7,7 +7,6 @@ w_l is what the output loses without layer l. A stand-in for a held-out loss, go
 nothing of how cuts add up. No torch here; the scores are read with numpy.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +14,11 @@ from typing import Any
 
 from .architecture import Architecture
 from .choices import Selection, choice_shapes, is_row_per_layer, kept_by_depth, layers_of_dim
+from .importance_file import DESCRIPTION, TENSORS, read_description
 from .problems import Problem, ProblemsError
 from .space import DEPTH, KIND_OF_DIM, ElasticSpace
 
-FILE, TENSORS, FOLDER = "importance.json", "importance.safetensors", "importance"
+FOLDER = "importance"
 HIDDEN = "hidden_size"
 
 
@@ -38,12 +38,12 @@ def read_scores(folder: str | Path, architecture: Architecture) -> Scores:
         ProblemsError: nothing there, or scores of another parent.
     """
     base = Path(folder)
-    base = base / FOLDER if (base / FOLDER / FILE).is_file() else base
+    base = base / FOLDER if (base / FOLDER / DESCRIPTION).is_file() else base
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     try:
-        description = json.loads((base / FILE).read_text(encoding="utf-8"))
+        description = read_description(base, architecture)
         flat = load_file(base / TENSORS)
         widths: dict[str, dict[int, Sequence[float]]] = {}
         for name, scores in flat.items():
@@ -52,6 +52,9 @@ def read_scores(folder: str | Path, architecture: Architecture) -> Scores:
         ranking = tuple(description["depth_ranking"]) or None
         losses = {int(layer): float(score) for layer, score in description["depth_scores"].items()}
         made = description["provenance"]
+    except ProblemsError as error:
+        words = f"{str(folder)!r} has no scores of this parent ({error}); give a folder that `nemo-elastic rank` wrote"
+        raise ProblemsError([Problem("--ranking", words.replace("\n", "; "))]) from error
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         reason = f"{type(error).__name__}: {error}" if not isinstance(error, OSError) else error.strerror
         words = f"{str(folder)!r} has no scores ({reason}); give a folder that `nemo-elastic rank` wrote"

@@ -7,6 +7,7 @@
 No torch here.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from .alignment import FP8_MULTIPLE
@@ -28,6 +29,12 @@ def deployment(layout: ParamLayout, subnet: Subnet) -> dict[str, Any]:
         "fp8": not fp8_problems(layout, subnet, ""),
         "hugging_face": hugging_face_note(arch, subnet),
     }
+
+
+def low_precision_problems(model: Mapping[str, Any]) -> list[Problem]:
+    """FP8 and FP4 in training: a plan never enters them, and would silently train in bf16."""
+    words = "is never entered under a plan, whose sliced products are bf16; remove it (children may be served in FP8)"
+    return [Problem(f"model.{name}", f"{model[name]!r} {words}") for name in ("fp8", "fp4") if model.get(name)]
 
 
 def fp8_problems(layout: ParamLayout, subnet: Subnet, key: str) -> list[Problem]:

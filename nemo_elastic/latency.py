@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from .architecture import Architecture
-from .files import write_text
+from .files import read_yaml, write_text
 from .problems import Problem, ProblemsError
 from .space import WIDTH_DIMS
 
@@ -159,11 +159,7 @@ class LatencyTable:
         Raises:
             OSError, ValueError: no such file, or no table.
         """
-        try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ValueError(f"not YAML: {str(error).splitlines()[0]}") from error
-        return cls.from_dict(values)
+        return cls.from_dict(read_yaml(Path(path)))
 
 
 def fixed_sizes(architecture: Architecture) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import gcd
 from typing import Any
 
 from .architecture import ATTENTION, MAMBA, MLP, Architecture
@@ -146,7 +147,13 @@ class ParamLayout:
             "model.num_query_groups": arch.num_query_groups,
             "model.vocab_size (padded)": arch.vocab_size,
         }
-        bad = [Problem(key, f"{self.tp_size} must divide {k}={v}") for k, v in whole.items() if v % self.tp_size]
+        size = gcd(*whole.values())
+        near = ", ".join(str(n) for n in range(1, min(size, 64) + 1) if size % n == 0)
+        bad = [
+            Problem(key, f"{self.tp_size} must divide {k}={v}; possible: {near}")
+            for k, v in whole.items()
+            if v % self.tp_size
+        ]
         if bad:
             raise ProblemsError(bad)
 

@@ -16,7 +16,7 @@ import yaml
 from .config.load import load_config
 from .config.sections import RunConfig
 from .family import Family, parse_budget
-from .files import write_text
+from .files import read_yaml, write_text
 from .interpolate import between
 from .plan import budget_cost, budget_row, described_plan, misses
 from .problems import Problem, ProblemsError, raise_if_any
@@ -114,12 +114,12 @@ def with_subnets(manifest: Any, path: str | Path) -> Any:
         words = f"no file {str(path)!r}; `plan NESTED --budget 0.6 --output YAML` writes one"
         raise ProblemsError([Problem("--subnet", words)])
     try:
-        elastic = yaml.safe_load(Path(path).read_text(encoding="utf-8"))["elastic"]
+        elastic = read_yaml(Path(path))["elastic"]
         subnets = {str(name): manifest.space.subnet_from_dict(sizes) for name, sizes in elastic["subnets"].items()}
         budgets = {name: parse_budget(name, elastic["budgets"][name]) for name in subnets}
     except ProblemsError as error:
         raise ProblemsError([Problem(f"--subnet {path}: {p.key}", p.message) for p in error.problems]) from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         words = f"{str(path)!r} has no elastic.budgets and elastic.subnets ({reason}); `plan NESTED --output` writes it"
         raise ProblemsError([Problem("--subnet", words)]) from error

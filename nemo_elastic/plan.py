@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from .alignment import alignment_notes
+from .alignment import alignment_notes, convolution_notes
 from .budget_cost import BudgetCost
 from .config.sections import RunConfig
 from .cost import flops, memory, parameters, parameters_by_kind
-from .deployment import deployment, fp8_problems
+from .deployment import deployment, fp8_problems, low_precision_problems
 from .family import Family, family_of, parallel_problems
 from .problems import Problem, ProblemsError
 from .search import propose_uniform
@@ -34,6 +34,7 @@ def plan(run: RunConfig, depth_ranking: tuple[int, ...] | None = None) -> dict[s
         bare = replace(run.elastic, dims={}, budgets={}, subnets={})
         family = family_of(replace(run, elastic=bare))
     found += parallel_problems(family.architecture, run.train, family.space.ffn_groups)
+    found += low_precision_problems(run.model)
     try:
         serving = serving_of(run.report, family.architecture)
     except ProblemsError as error:
@@ -51,7 +52,8 @@ def plan(run: RunConfig, depth_ranking: tuple[int, ...] | None = None) -> dict[s
                 found += fp8_problems(family.layout, subnet, f"elastic.budgets.{budget.name}")
         except ProblemsError as error:
             found += error.problems
-    aligned = alignment_notes(family.space, run.train.tensor_model_parallel_size)
+    tp = run.train.tensor_model_parallel_size
+    aligned = [*alignment_notes(family.space, tp), *convolution_notes(family.space, tp)]
     return described_plan(run.name, family, serving, budgets) | {
         "notes": [*family.notes, *_notes(family), *aligned, *misses(budgets, run.router.tolerance)],
         "problems": [{"key": p.key, "message": p.message} for p in dict.fromkeys(found)],

@@ -14,9 +14,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from .cost import BYTE_PROFILES, ByteProfile
+from .files import read_yaml
 from .latency import LatencyTable
 from .problems import Problem, ProblemsError, did_you_mean
 
@@ -126,8 +125,8 @@ def inlined_profile(profile: Any) -> Any:
     if not isinstance(profile, str) or not profile.endswith((".yaml", ".yml", ".json")):
         return profile
     try:
-        content = yaml.safe_load(Path(profile).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = read_yaml(Path(profile))
+    except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
         raise ProblemsError([Problem(KEY, f"{profile!r} cannot be read: {reason}")]) from error
     if not isinstance(content, Mapping):

@@ -5,6 +5,7 @@ Every elastic dim is `groups` groups of equally many units; a child keeps the fi
 always a subset of a larger one. Depth keeps the first n layers of a ranking. No torch here.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -107,6 +108,17 @@ def _row(subnet: Subnet, name: str) -> tuple[int, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
+PLAIN_WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
+
+
+def name_problems(name: str, key: str = "elastic.budgets") -> list[Problem]:
+    """Why `name` is no name for a budget: folders, files and columns are called by it."""
+    if PLAIN_WORD.fullmatch(name):
+        return []
+    words = f"{name!r} is no name for a budget: a folder is called by it; use up to 64 letters, digits and . _ + -, "
+    return [Problem(key, words + "with a letter or digit first")]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Budget:
     """What a child may cost, `value` in units of `kind`: `fraction` (of the parent's parameters) or one of KINDS.
@@ -122,6 +134,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         key = f"elastic.budgets.{self.name}"
+        raise_if_any(name_problems(self.name))
         if self.kind not in self.KINDS:
             raise ProblemsError([Problem(key, f"kind {self.kind!r} must be one of {', '.join(self.KINDS)}")])
         if not self.value > 0 or (self.kind == "fraction" and self.value > 1):

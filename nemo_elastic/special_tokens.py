@@ -31,7 +31,8 @@ def token_ids(file: Path) -> dict[str, int]:
         if not ids or not all(isinstance(i, int) and i >= 0 for i in ids.values()):
             raise ValueError("its ids are no numbers")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ProblemsError([Problem(str(file), f"is no tokenizer.json ({error!r})")]) from error
+        reason = f"{type(error).__name__}: {str(error)[:120]}"
+        raise ProblemsError([Problem(str(file), f"is no tokenizer.json ({reason})")]) from error
     return ids
 
 

@@ -24,15 +24,22 @@ WIDTH = "100"  # columns that argparse wraps its help at
 CLI_HEAD = """# Command line
 
 Made from the argument parser by `python scripts/reference.py`; do not edit. A positional word with `=` in it is an
-override of the configuration ([config.md](config.md)), any other is a folder. JSON and answers go to stdout, progress
-and logs to stderr.
+override of the configuration ([config.md](config.md)), any other is a folder; one with `=` in its name is written
+`./lr=0.1/nested`. `~` is your folder in every path. JSON and answers go to stdout, progress and logs to stderr.
 
 | exit code | means |
 |---|---|
 | 0 | done |
 | 1 | a check failed: a child differs from its nested subnet |
 | 2 | bad input: one message with the value, the rule and the remedy |
-| 130, 143 | interrupted; stopped by SIGTERM after a checkpoint |
+| 130, 143 | interrupted; stopped by SIGTERM (training has saved a checkpoint then) |
+| 128 + n | a process of `--nproc` was killed by signal n |
+
+`--nproc N` starts N processes on this machine and leaves with their code; it passes SIGTERM and SIGINT on and waits for
+as long as a checkpoint needs. On several machines `torchrun` starts them: every process leaves with the code above, our
+message appears once, from the first one, and below it torchrun writes a summary of its own and leaves with 1. It kills
+30 seconds after a signal (`TORCHELASTIC_SIGNALS_TO_HANDLE` and your batch system's own limit decide whether it comes so
+far), so signal the workers instead of torchrun where a checkpoint takes longer.
 """
 CONFIG_HEAD = """# Configuration
 

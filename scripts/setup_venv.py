@@ -1,17 +1,19 @@
 """Make the virtual environment the Makefile works in, once, exactly pinned, and resumable.
 
-Three cases:
+Four cases:
 - a plain machine: torch first and alone (`TORCH_INDEX_URL`, when set, is where it is taken from), then every other
   pin of the constraints file with `--no-deps`, then this project, editable;
 - an image whose `python3` already has CUDA torch, megatron.core and NeMo (the NGC image): a venv on top of these
   packages, and only what is missing of the file's [project] section is installed;
+- `--on-top-of VENV` (another venv of this project): a venv that sees all packages of VENV but those that the file of
+  constraints pins, which it has of its own: another line of Megatron-core in seconds;
 - the venv is up to date: nothing happens. A stamp, written last, holds the hash of everything that decides its content.
 
 An interrupted run leaves a marker behind, and the next one starts from an empty venv: pip cannot tell a half-written
 package from an installed one. One run at a time works on a venv: a lock beside it (`.venv.lock`) is held by the run and
 by the pip it started, and a second run waits for both, then looks again.
 
-    python3 scripts/setup_venv.py [--venv .venv] [--constraints constraints.txt] [--no-project]
+    python3 scripts/setup_venv.py [--venv .venv] [--constraints constraints.txt] [--no-project] [--on-top-of VENV]
 """
 
 from __future__ import annotations
@@ -59,19 +61,21 @@ def normalized(requirement: str) -> str:
     return re.sub(r"[-_.]+", "-", requirement.split("==")[0]).lower()
 
 
-def fingerprint(constraints: Path) -> str:
-    """Hash of all that decides what the venv holds: pins, project metadata, this script, interpreter and place."""
+def fingerprint(constraints: Path, base: Path | None = None) -> str:
+    """Hash of all that decides what the venv holds: pins, project metadata, this script, interpreter, place, base."""
     digest = hashlib.sha256()
     for path in (constraints, ROOT / "pyproject.toml", Path(__file__)):
         digest.update(path.read_bytes())
     digest.update(f"{sys.version}|{sys.prefix}|{ROOT}".encode())
+    if base is not None:
+        digest.update((base / ".setup-complete").read_bytes())
     return digest.hexdigest()
 
 
-def is_complete(target: Path, constraints: Path) -> bool:
+def is_complete(target: Path, constraints: Path, base: Path | None = None) -> bool:
     """True when `target` was made from these pins by this interpreter, to its end."""
     stamp = target / ".setup-complete"
-    return stamp.exists() and stamp.read_text() == fingerprint(constraints)
+    return stamp.exists() and stamp.read_text() == fingerprint(constraints, base)
 
 
 def has_gpu_stack() -> bool:
@@ -124,11 +128,19 @@ def create(target: Path, on_top: bool) -> Path:
         venv.EnvBuilder(system_site_packages=on_top, with_pip=True).create(target)
     if on_top and sys.prefix != sys.base_prefix:
         # This interpreter is itself in a venv, whose packages system_site_packages does not reach.
-        site_packages = target / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
-        outer = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
-        lines = [f"import site; site.addsitedir({directory!r})" for directory in outer]
-        (site_packages / "outer_environment.pth").write_text("\n".join(lines) + "\n")
+        see_packages_of(target, {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
     return python
+
+
+def see_packages_of(target: Path, outer: set[str]) -> None:
+    """Let the venv `target` import from the folders `outer` what it does not have itself."""
+    lines = [f"import site; site.addsitedir({directory!r})" for directory in sorted(outer)]
+    (site_packages(target) / "outer_environment.pth").write_text("\n".join(lines) + "\n")
+
+
+def site_packages(target: Path) -> Path:
+    """Where the venv `target`, of this interpreter's version, keeps its packages."""
+    return target / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
 
 
 def missing(python: Path, pins: list[str]) -> list[str]:
@@ -156,10 +168,10 @@ def install_torch(python: Path, constraints: Path, pins: list[str], start: float
         )
 
 
-def install_pins(python: Path, pins: list[str], start: float) -> None:
+def install_pins(python: Path, pins: list[str], start: float, *options: str) -> None:
     firm = [pin for pin in pins if normalized(pin) not in NEEDS_COMPILER]
     if firm:
-        pip(python, "--no-deps", *firm)
+        pip(python, "--no-deps", *options, *firm)
     for pin in pins:
         if normalized(pin) in NEEDS_COMPILER:
             try:
@@ -168,30 +180,38 @@ def install_pins(python: Path, pins: list[str], start: float) -> None:
                 say(start, f"{pin} needs a C compiler and the Python headers: reasoning-gym's problems are unavailable")
 
 
-def make_venv(target: Path, constraints: Path, with_project: bool, start: float) -> None:
+def make_venv(target: Path, constraints: Path, with_project: bool, base: Path | None, start: float) -> None:
     """Everything between the marker and the stamp. Raises CalledProcessError when an installer fails."""
     stamp, marker = target / ".setup-complete", target / ".setup-running"
     if marker.exists():
         say(start, "the last set-up was interrupted: starting again")
         shutil.rmtree(target)
+    elif base is not None:
+        shutil.rmtree(target, ignore_errors=True)  # made in seconds, and nothing of an older line stays
     sections = read_sections(constraints)
-    on_top = with_project and has_gpu_stack()
+    on_top = with_project and base is None and has_gpu_stack()
     python = create(target, on_top)
     stamp.unlink(missing_ok=True)
     marker.touch()
     (target / ".setup-python").write_text(sys.executable)  # the Makefile keeps to it
-    if on_top:
+    if base is not None:
+        see_packages_of(target, {str(site_packages(base))})
+        pins = [pin for section in sections.values() for pin in section]
+        say(start, f"on top of {base.name}: {' '.join(pins)}")
+        install_pins(python, pins, start, "--ignore-installed")  # what is installed is the base's, and stays there
+    elif on_top:
         pins = missing(python, sections["project"])
         say(start, f"CUDA torch, megatron.core and NeMo are here: adding {len(pins)} packages on top")
+        install_pins(python, pins, start)
     else:
         pins = [pin for section in sections.values() for pin in section]
         install_torch(python, constraints, pins, start)
         say(start, f"{len(pins)} pinned packages (two to three minutes the first time)")
-    install_pins(python, pins, start)
-    if with_project:
+        install_pins(python, pins, start)
+    if with_project and base is None:
         say(start, "this project, editable")
         pip(python, "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
-    stamp.write_text(fingerprint(constraints))
+    stamp.write_text(fingerprint(constraints, base))
     marker.unlink()
 
 
@@ -200,6 +220,7 @@ def main() -> int:
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv")
     parser.add_argument("--constraints", type=Path, default=ROOT / "constraints.txt")
     parser.add_argument("--no-project", action="store_true", help="leave this project itself out")
+    parser.add_argument("--on-top-of", type=Path, metavar="VENV", help="take all that is not pinned from this venv")
     arguments = parser.parse_args()
     low, high = PYTHON_RANGE
     if not low <= sys.version_info[:2] < high:
@@ -209,12 +230,16 @@ def main() -> int:
         )
         return 2
     target, start = arguments.venv.resolve(), time.monotonic()
-    if is_complete(target, arguments.constraints):
+    base = arguments.on_top_of and arguments.on_top_of.resolve()
+    if base and not (base / ".setup-complete").exists():
+        print(f"setup: {base} is no complete venv of this project; run `make setup` first", file=sys.stderr)
+        return 2
+    if is_complete(target, arguments.constraints, base):
         return 0
     try:
         lock(target, start)
-        if not is_complete(target, arguments.constraints):  # by the run that was waited for
-            make_venv(target, arguments.constraints, not arguments.no_project, start)
+        if not is_complete(target, arguments.constraints, base):  # by the run that was waited for
+            make_venv(target, arguments.constraints, not arguments.no_project, base, start)
     except subprocess.CalledProcessError as error:
         print(f"setup: {' '.join(map(str, error.cmd))[:200]} failed; its message is above", file=sys.stderr)
         return 1

@@ -7,6 +7,8 @@ import sweep
 from small_run import Server
 from worker_pool import WorkerPool, find_free_port, open_pool
 
+import nemo_elastic.mcore  # noqa: F401, before any test imports Megatron: see `mcore.login_node`
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     sweep.add_options(parser)

@@ -12,6 +12,7 @@ from small_parent import child_architecture, child_pattern
 from nemo_elastic.architecture import Architecture
 from nemo_elastic.layout import ParamLayout
 from nemo_elastic.mcore.build import build_plain_model
+from nemo_elastic.mcore.versions import parameter_name
 from nemo_elastic.slicing import take
 from nemo_elastic.space import KIND_OF_DIM, PER_LAYER_DIMS, WIDTH_DIMS, Subnet
 
@@ -37,7 +38,7 @@ def plain_child(arch: Architecture, subnet: Subnet, **more: Any) -> torch.nn.Mod
 
 def load_child(child: torch.nn.Module, weights: dict[str, torch.Tensor], layout: ParamLayout, subnet: Subnet) -> None:
     """Copy the kept part of the parent's whole weights."""
-    parameters = dict(child.named_parameters())
+    parameters = {parameter_name(name): parameter for name, parameter in child.named_parameters()}
     cut = {name: take(weights[spec.name], spec, sizes) for name, spec, sizes in layout.child_params(subnet)}
     assert cut.keys() == parameters.keys()
     with torch.no_grad():

@@ -55,16 +55,17 @@ def optimizer_round_trip(folder: str, kind: str) -> tuple[float, float, int]:
     Returns the sums of weights after one more step of both, and the number of byte objects in the checkpoint.
     """
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.optimizer import OptimizerConfig
 
     from nemo_elastic.mcore.held_checkpoint import HeldCheckpoint, refuse_hostile
+    from nemo_elastic.mcore.versions import build_optimizer
 
     def made() -> tuple[Any, Any]:
         core = plain()
         settings = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
         model = DistributedDataParallel(core.config, settings, core)
         config = OptimizerConfig(optimizer="adam", lr=0.1, use_distributed_optimizer=True, params_dtype=torch.float32)
-        return model, get_megatron_optimizer(config, [model])
+        return model, build_optimizer(config, [model])
 
     def total(model: Any) -> float:
         return float(sum(p.detach().double().abs().sum() for p in model.parameters()))

@@ -9,13 +9,25 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.spec_utils import ModuleSpec
 from small_parent import FFN_GROUPS, architecture, random_subnet, space_of
 from torch import Tensor
 
-from nemo_elastic.architecture import Architecture
+from nemo_elastic.architecture import ATTENTION, MAMBA, MLP, Architecture
 from nemo_elastic.layout import ParamLayout
-from nemo_elastic.mcore.build import build_elastic_model, load_weights, named_global_parameters, whole_tensors
+from nemo_elastic.mcore.build import (
+    build_elastic_model,
+    load_weights,
+    named_global_parameters,
+    transformer_config,
+    whole_tensors,
+)
+from nemo_elastic.mcore.elastic.model import ElasticMambaModel
 from nemo_elastic.mcore.elastic.plan import Plan, hard_plan, soft_plan
+from nemo_elastic.mcore.elastic.spec import elastic_stack_spec
+from nemo_elastic.mcore.layer_specs import local_stack_spec
+from nemo_elastic.mcore.parallel import stage_ends
+from nemo_elastic.mcore.versions import layer_pattern
 from nemo_elastic.space import DEPTH, KIND_OF_DIM, PER_LAYER_DIMS, WIDTH_DIMS, Subnet
 
 Case = tuple[str, Subnet | None]  # mode and what it runs; "soft" has masks instead of a subnet
@@ -52,6 +64,27 @@ def elastic_model(arch: Architecture, dtype: torch.dtype = torch.float32, seed: 
     model = build_elastic_model(arch, ffn_groups=FFN_GROUPS, params_dtype=dtype, **more)
     load_weights(model, random_weights(arch, dtype, seed), arch, ffn_groups=FFN_GROUPS)
     return model
+
+
+def spec_with_a_plain(kind: str) -> ModuleSpec:
+    """The elastic stack whose layers of one kind are Megatron's own, as if a new name upstream had missed ours."""
+    spec, plain = elastic_stack_spec(), local_stack_spec()
+    field = {MAMBA: "mamba_layer", ATTENTION: "attention_layer", MLP: "mlp_layer"}[kind]
+    setattr(spec.submodules, field, getattr(plain.submodules, field))
+    return spec
+
+
+def refusal_of(pattern: str, plain: str = "") -> str:
+    """What building this rank's stage is refused with; empty where it is built."""
+    first, last = stage_ends()
+    arguments = layer_pattern(pattern) | {"pre_process": first, "post_process": last, "vocab_size": 64}
+    spec = spec_with_a_plain(plain) if plain else elastic_stack_spec()
+    arch = architecture(pattern)
+    try:
+        ElasticMambaModel(transformer_config(arch), spec, layout=layout_of(arch), max_sequence_length=64, **arguments)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def gates(arch: Architecture, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:

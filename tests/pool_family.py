@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from pool_elastic import FFN_GROUPS, architecture, random_weights, tokens
+from pool_elastic import FFN_GROUPS, random_weights, tokens
 from small_parent import PATTERN, SMALL
 from torch import Tensor
 
@@ -25,7 +25,9 @@ from nemo_elastic.mcore.family_model import FamilyModel
 from nemo_elastic.mcore.parallel import broadcast_from_last_stage, data_parallel_rank_and_size, stage_ends
 from nemo_elastic.mcore.planner import Planner
 from nemo_elastic.mcore.teacher_cache import TeacherCache
+from nemo_elastic.mcore.versions import build_optimizer, layer_pattern
 from nemo_elastic.nemo.elastic_model import ElasticLossReduction
+from nemo_elastic.nemo.optimizer import apply_multipliers
 from nemo_elastic.nemo.train import decays_not, is_router
 from nemo_elastic.router.model import Router
 from nemo_elastic.router.schedule import Timeline
@@ -57,10 +59,14 @@ def run_config(*, tied: bool = False, **distill: Any) -> RunConfig:
     )
 
 
-def build(run: RunConfig, dtype: torch.dtype, tied: bool, **more: Any) -> tuple[FamilyModel, Planner]:
-    arch = architecture(share_embeddings_and_output_weights=tied)
-    family = family_of(run, RANKING)
-    layout = ParamLayout(arch, ffn_groups=FFN_GROUPS, tp_size=parallel_state.get_tensor_model_parallel_world_size())
+def build(
+    run: RunConfig, dtype: torch.dtype, ranking: tuple[int, ...] = RANKING, *, load: bool = True, **more: Any
+) -> tuple[FamilyModel, Planner]:
+    """Model and planner of a run; `load`: with the random weights of the small parent."""
+    family = family_of(run, ranking)
+    arch, groups = family.architecture, family.space.ffn_groups
+    tp = parallel_state.get_tensor_model_parallel_world_size()
+    layout = ParamLayout(arch, ffn_groups=groups, tp_size=tp)
     teacher = build_plain_model(arch, params_dtype=dtype, **more)  # its configuration is the family's, too
     teacher.config.has_cond_embedder = True  # as `ElasticSSMConfig` says
     first, last = stage_ends()
@@ -70,14 +76,14 @@ def build(run: RunConfig, dtype: torch.dtype, tied: bool, **more: Any) -> tuple[
         layout=layout,
         vocab_size=arch.vocab_size,
         max_sequence_length=64,
-        hybrid_override_pattern=PATTERN,
+        **layer_pattern(arch.hybrid_override_pattern),
         position_embedding_type="none",
-        share_embeddings_and_output_weights=tied,
+        share_embeddings_and_output_weights=arch.share_embeddings_and_output_weights,
         pre_process=first,
         post_process=last,
     )
-    for module, seed in ((model, 0), (teacher, 1)):
-        load_weights(module, random_weights(arch, dtype, seed), arch, ffn_groups=FFN_GROUPS)
+    for module, seed in ((model, 0), (teacher, 1)) if load else ():
+        load_weights(module, random_weights(arch, dtype, seed), arch, ffn_groups=groups)
         module.to(dtype)
     router = Router(family.space, family.learned, run.router, seed=3)
     model.attach(router, teacher if run.distill.needs_teacher else None)
@@ -107,7 +113,7 @@ def train_steps(
         optimize: take Adam steps in between (else the weights stay).
     """
     run = run_config(tied=tied, **(distill or {}))
-    model, planner = build(run, dtype, tied, sequence_parallel=sp, variable_seq_lengths=True,
+    model, planner = build(run, dtype, sequence_parallel=sp, variable_seq_lengths=True,
                            moe_token_dispatcher_type="alltoall", pipeline_dtype=dtype, **more)  # fmt: skip
     config = model.config
     wrapped = DistributedDataParallel(
@@ -230,15 +236,46 @@ def _optimizer(wrapped: Any, distributed: bool) -> Any:
     config = OptimizerConfig(
         optimizer="adam", lr=1e-3, weight_decay=0.01, clip_grad=1.0, use_distributed_optimizer=distributed
     )
-    return get_megatron_optimizer(
-        config, [wrapped], no_weight_decay_cond=decays_not, scale_lr_cond=is_router, lr_mult=10.0
-    )
+    return build_optimizer(config, [wrapped], no_weight_decay_cond=decays_not, scale_lr_cond=is_router, lr_mult=10.0)
+
+
+def _wrapped(distributed: bool = False) -> DistributedDataParallel:
+    model, _ = build(run_config(), torch.float32, False)
+    settings = DistributedDataParallelConfig(use_distributed_optimizer=distributed, grad_reduce_in_fp32=True)
+    return DistributedDataParallel(model.config, settings, model)
+
+
+def parameter_dimensions() -> dict[str, int]:
+    """Dimensions of every parameter that is trained."""
+    return {name: p.dim() for name, p in _wrapped().named_parameters() if p.requires_grad}
+
+
+def optimizer_groups(distributed: bool) -> list[dict[str, Any]]:
+    """The groups of the family's optimizer as the run's has them, each with the `names` of its parameters."""
+    wrapped = _wrapped(distributed)
+    optimizer = _optimizer(wrapped, distributed)
+    parts = list(getattr(optimizer, "chained_optimizers", [optimizer]))
+    groups = [{**group, "names": []} for group in optimizer.param_groups]
+    for group in groups:
+        apply_multipliers(group)
+    for name, parameter in wrapped.named_parameters():
+        for place in range(len(groups)):
+            if _holds(parts[0], place, parameter):
+                groups[place]["names"].append(name)
+    return groups
+
+
+def _holds(optimizer: Any, place: int, parameter: Tensor) -> bool:
+    shards = getattr(optimizer, "model_param_group_index_map", None)  # a distributed optimizer's groups hold shards
+    if shards is not None:
+        return shards[parameter][0] == place
+    return any(p is parameter for p in optimizer.param_groups[place]["params"])
 
 
 def evaluated_twice() -> list[dict[str, Any]]:
     """Held-out losses of what a router chooses in every phase, two times, with other noise in between."""
     run = run_config()
-    model, planner = build(run, torch.float32, False)
+    model, planner = build(run, torch.float32)
     batches = [(tokens(model.layout.architecture, s), tokens(model.layout.architecture, s + 100)) for s in range(2)]
     planner.begin_step(model.policy, 5)  # pins the choices, for the frozen phase
     found = []
@@ -255,7 +292,7 @@ def evaluated_twice() -> list[dict[str, Any]]:
 
 def pinned_and_released() -> tuple[dict[str, Any], dict[str, Any]]:
     """What a frozen phase at step 0 would extract, and the pins after a step that is not frozen any more."""
-    model, planner = build(run_config(), torch.float32, False)
+    model, planner = build(run_config(), torch.float32)
     planner.timeline = Timeline(0, 0, 0, 6)
     found = planner.current_subnets(model.policy, 0)
     planner.begin_step(model.policy, 0)

@@ -4,7 +4,6 @@ import zlib
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.models.mamba import MambaModel
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -13,6 +12,7 @@ from nemo_elastic.importance.scores import AGGREGATIONS
 from nemo_elastic.layout import ParamLayout
 from nemo_elastic.mcore.collect import WidthSettings, collect_widths
 from nemo_elastic.mcore.layer_specs import hybrid_stack_spec
+from nemo_elastic.mcore.versions import HybridModel, layer_pattern
 
 TINY = Architecture(
     hybrid_override_pattern="M-M*M-M-",
@@ -56,7 +56,7 @@ def whole_tensors(arch: Architecture, dtype: torch.dtype = torch.float32) -> dic
     return tensors
 
 
-def build(arch: Architecture, *, sp: bool = False, dtype: torch.dtype = torch.float32) -> MambaModel:
+def build(arch: Architecture, *, sp: bool = False, dtype: torch.dtype = torch.float32) -> HybridModel:
     """The plain model on this rank of the current layout."""
     config = TransformerConfig(
         num_layers=arch.num_layers,
@@ -87,12 +87,12 @@ def build(arch: Architecture, *, sp: bool = False, dtype: torch.dtype = torch.fl
         pipeline_dtype=dtype,
         params_dtype=dtype,
     )
-    return MambaModel(
+    return HybridModel(
         config,
         hybrid_stack_spec(),
         arch.vocab_size,
         LENGTH,
-        hybrid_override_pattern=arch.hybrid_override_pattern,
+        **layer_pattern(arch.hybrid_override_pattern),
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
         share_embeddings_and_output_weights=arch.share_embeddings_and_output_weights,
@@ -116,7 +116,7 @@ def rank_rows(arch: Architecture, name: str, tensor: torch.Tensor) -> torch.Tens
     return tensor
 
 
-def global_name(model: MambaModel, name: str) -> str:
+def global_name(model: HybridModel, name: str) -> str:
     """`decoder.layers.<place in this stage>` -> `decoder.layers.<global number>`."""
     if not name.startswith("decoder.layers."):
         return name
@@ -124,7 +124,7 @@ def global_name(model: MambaModel, name: str) -> str:
     return f"decoder.layers.{model.decoder.layers[int(place)].layer_number - 1}.{rest}"
 
 
-def load(model: MambaModel, arch: Architecture, tensors: dict[str, torch.Tensor]) -> MambaModel:
+def load(model: HybridModel, arch: Architecture, tensors: dict[str, torch.Tensor]) -> HybridModel:
     """Fill `model` from whole parameters."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -144,7 +144,7 @@ def own_batches(arch: Architecture, count: int) -> list[torch.Tensor]:
     return token_batches(arch, count)[rank::dp]
 
 
-def logits_of(model: MambaModel, tokens: torch.Tensor) -> torch.Tensor:
+def logits_of(model: HybridModel, tokens: torch.Tensor) -> torch.Tensor:
     """`[b, s, v]`; one process."""
     return model(tokens, torch.arange(tokens.shape[1]).expand_as(tokens), None)
 

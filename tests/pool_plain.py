@@ -12,13 +12,13 @@ from megatron.core import parallel_state
 from megatron.core.activations import squared_relu
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories, is_main_replica
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nemo_elastic.mcore.layer_specs import hybrid_stack_spec
-from nemo_elastic.mcore.versions import hybrid_model_class, pattern_argument
+from nemo_elastic.mcore.versions import HybridModel, build_optimizer, layer_pattern
 
 VOCAB, SEQ, MICRO_BATCH, MICRO_BATCHES = 2048, 64, 2, 2
 TINY_PATTERN = "M-M-M*-M-M-M*-M-"
@@ -59,12 +59,12 @@ def tiny_config(pattern: str = TINY_PATTERN, *, sp: bool = False, **more: Any) -
 
 def plain_model(config: TransformerConfig, pattern: str = TINY_PATTERN) -> torch.nn.Module:
     """This rank's part of the plain hybrid model, with weights that depend on their checkpoint keys alone."""
-    model = hybrid_model_class()(
+    model = HybridModel(
         config,
         hybrid_stack_spec(config),
         VOCAB,
         SEQ,
-        **{pattern_argument(): pattern},
+        **layer_pattern(pattern),
         position_embedding_type="none",
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
@@ -111,7 +111,7 @@ def plain_step(pattern: str = TINY_PATTERN, *, sp: bool = False) -> dict[str, An
     config = tiny_config(pattern, sp=sp)
     model = plain_model(config, pattern)
     ddp = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
-    optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=1e-3, clip_grad=0.0), [ddp])
+    optimizer = build_optimizer(OptimizerConfig(optimizer="adam", lr=1e-3, clip_grad=0.0), [ddp])
     config.finalize_model_grads_func = finalize_model_grads
     ddp.zero_grad_buffer()
     batches = torch.randint(0, VOCAB, (MICRO_BATCHES, MICRO_BATCH, SEQ + 1), generator=torch.Generator().manual_seed(7))

@@ -110,6 +110,20 @@ class Server:
         self.process.wait(30)
 
 
+def helpers_of(pids: Sequence[int], seconds: float = 3.0) -> list[int]:
+    """Processes that those of `pids` have started and that live on, once they had `seconds` to end."""
+    deadline = time.monotonic() + seconds
+    while True:
+        found = []
+        for entry in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                state, _, _, group = entry.read_text().rsplit(")", 1)[1].split()[:4]
+                found += [int(entry.parent.name)] * (state != "Z" and int(group) in pids)
+        if not found or time.monotonic() > deadline:
+            return found
+        time.sleep(0.02)
+
+
 def records(out: Path, kind: str) -> list[dict[str, Any]]:
     """What a run logged."""
     from nemo_elastic.runlog import RunLog
@@ -167,7 +181,7 @@ def callbacks(poison: dict[str, Any] | None, signal_at: int | None) -> list[Any]
 
 
 def _child(message: dict[str, Any], rank: int, port: int) -> int:
-    os.setsid()  # its helpers are ended with it: see `_wait`
+    os.setsid()  # a group of its own, as launchers make it
     log = os.open(message["log"], os.O_WRONLY | os.O_CREAT | (os.O_APPEND if rank else os.O_TRUNC), 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -200,9 +214,6 @@ def _wait(pids: Sequence[int], timeout: float) -> list[int | None]:
     for pid in [p for p, code in codes.items() if code is None]:
         os.kill(pid, 9)
         os.waitpid(pid, 0)
-    for pid in pids:  # what writes Megatron's checkpoints outlives a process that was killed
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(pid, 9)
     return list(codes.values())
 
 

@@ -5,6 +5,7 @@ Every number is a closed formula of step and budget, so that tests know what a r
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import sys
@@ -17,6 +18,7 @@ from safetensors.numpy import save_file
 from nemo_elastic.config.load import load_config
 from nemo_elastic.cost import BYTE_PROFILES, memory, parameters
 from nemo_elastic.family import family_of
+from nemo_elastic.importance_file import DESCRIPTION, TENSORS
 from nemo_elastic.space import KIND_OF_DIM
 
 SUBNETS = {
@@ -141,11 +143,9 @@ def _write_importance(out: Path, family: Any) -> None:
         "architecture": asdict(family.architecture),
         "depth_ranking": list(RANKING),
         "depth_scores": {str(layer): depth_score(layer) for layer in range(len(RANKING))},
-        "sha256": {"importance.safetensors": "0" * 64},
         "provenance": {"samples": 64, "seed": 0, "seconds": 21.5},
     }
     (out / "importance").mkdir(parents=True, exist_ok=True)
-    _write(out / "importance" / "importance.json", description)
     architecture = family.architecture
     layers = {"hidden_size": range(17)} | {d: architecture.layers_of(k) for d, k in KIND_OF_DIM.items()}
     tensors = {
@@ -153,7 +153,9 @@ def _write_importance(out: Path, family: Any) -> None:
         for dim, numbers in layers.items()
         for layer in numbers
     }
-    save_file(tensors, out / "importance" / "importance.safetensors")
+    save_file(tensors, out / "importance" / TENSORS)
+    description["sha256"] = {TENSORS: hashlib.sha256((out / "importance" / TENSORS).read_bytes()).hexdigest()}
+    _write(out / "importance" / DESCRIPTION, description)
 
 
 def make_results(family: Any, subnets: dict[str, Any]) -> dict[str, Any]:

@@ -3,11 +3,14 @@
 import json
 
 import pytest
+import torch
 
-from nemo_elastic.alignment import alignment_notes, rounding_step, unaligned_widths
+from nemo_elastic.alignment import alignment_notes, convolution_notes, rounding_step, unaligned_widths
 from nemo_elastic.cli.main import main
 from nemo_elastic.config import load_config, load_values
 from nemo_elastic.family import family_of
+from nemo_elastic.mcore import checks
+from nemo_elastic.plan import plan
 from nemo_elastic.problems import ProblemsError
 
 NANO = "nemotron_nano_12b_v2.yaml"
@@ -38,6 +41,20 @@ def test_head_channels_count_too() -> None:
     space = family_of(load_config(NANO, ["elastic.dims.mamba_head_dim={choices: [80, 77]}"]).config).space
     found = {width: sizes for what, width, sizes in unaligned_widths(space, 8) if what == "out_proj columns"}
     assert found[15 * 77] == {"mamba_num_heads": 120, "mamba_head_dim": 77}
+
+
+def test_channels_that_causal_conv1d_refuses_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """15 heads of 77 channels and 2 x 128 states a rank. A problem where that kernel runs, a note elsewhere."""
+    run = load_config(NANO, ["elastic.dims.mamba_head_dim={choices: [80, 77]}"]).config
+    (note,) = convolution_notes(family_of(run).space, 8)
+    assert f"{15 * 77 + 256} (mamba_num_heads 120, mamba_head_dim 77)" in note and "TP 8" in note
+    assert f"{16 * 77 + 256} " not in note and note in plan(run)["notes"]
+    assert convolution_notes(family_of(load_config(NANO).config).space, 8) == []
+    assert checks.kernel_problems(run) == []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert checks.kernel_problems(run) == []  # our own kernels take any width
+    monkeypatch.setattr(checks, "has_mamba_kernels", lambda: True)
+    assert [p.message for p in checks.kernel_problems(run)] == [note]
 
 
 def test_ratios_of_a_large_parent_round_to_tiles() -> None:

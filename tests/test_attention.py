@@ -5,11 +5,13 @@ import pytest
 pytest.importorskip("megatron.core")
 
 import torch
+import torch.nn.functional as F
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nemo_elastic.mcore.attention import CausalAttention
+from nemo_elastic.mcore.grouped_heads import ungrouped
 
 
 def config(**more: object) -> TransformerConfig:
@@ -33,6 +35,17 @@ def test_equals_dot_product_attention(one_rank: None, scale: float | None, layer
     tolerance = 1e-6 if layer_scaling else 1e-12  # Megatron takes the softmax in fp32 then
     for ours, theirs in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+def test_keys_are_repeated_where_no_kernel_knows_groups() -> None:
+    q, kv = torch.randn(1, 6, 5, 4), torch.randn(1, 2, 5, 4)
+    assert ungrouped(q, kv, kv) == (kv, kv)  # a CPU's kernel does
+    assert ungrouped(*(t.to("meta", torch.bfloat16) for t in (q, kv, kv)))[0].shape == kv.shape
+    k, v = ungrouped(*(t.to("meta") for t in (q, kv, kv)))
+    assert k.shape == v.shape == q.shape
+    repeated = kv.repeat_interleave(3, dim=1)
+    wanted = F.scaled_dot_product_attention(q, kv, kv, enable_gqa=True)
+    torch.testing.assert_close(F.scaled_dot_product_attention(q, repeated, repeated), wanted)
 
 
 def test_what_it_cannot_do_is_refused(one_rank: None) -> None:

@@ -219,6 +219,9 @@ def test_where_a_template_comes_from(tmp_path: Path) -> None:
     (folder / "chat_template.jinja").unlink()
     folder_with(folder, None, chat_template=[{"name": n, "template": n} for n in ("default", "tool_use")])
     assert rendered() == "default" and template_for(bpe, ChatConfig()).render(TALK, [SUM]) == "tool_use"
+    folder_with(folder, "{{ eos_token }} {{ unk_token }}")
+    (folder / "special_tokens_map.json").write_text('{"unk_token": "<|head|>", "eos_token": "<|bos|>"}')
+    assert rendered() == "<|eot|> <|head|>"
     assert template_for(BPETokenizer(), ChatConfig()) is None
     for broken, words in (("{% if %}", "is no chat template that Jinja can read"), (3, "has a chat_template that")):
         folder_with(folder, broken)

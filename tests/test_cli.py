@@ -176,11 +176,11 @@ def test_a_second_quickstart_says_how_to_go_on_in_the_words_it_was_called_with(t
 def test_processes_started_by_nproc_answer_on_stdout(tmp_path):
     code = (
         "import os, sys; from types import SimpleNamespace;"
-        "from nemo_elastic.cli.arguments import restart_under_torchrun;"
-        "from nemo_elastic.cli.console import Stdout;"
-        "os.execv = lambda program, words: (os.write(1, ' '.join(words).encode()), os._exit(0));"
+        "from nemo_elastic.cli import arguments; from nemo_elastic.cli.console import Stdout;"
+        "arguments.launch = lambda words, count: os.write(1, ' '.join(map(str, [*words, count])).encode()) * 0 + 7;"
         "sys.argv = ['nemo-elastic', 'quickstart', '--nproc', '4', '--json', 'a.b=1'];"
-        "answer = Stdout().__enter__(); restart_under_torchrun(SimpleNamespace(nproc=4, answer=answer))"
+        "answer = Stdout().__enter__(); arguments.start_workers(SimpleNamespace(nproc=4, answer=answer))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout.endswith("--nproc-per-node 4 -m nemo_elastic quickstart --json a.b=1"), done.stderr
+    assert done.returncode == 7
+    assert done.stdout.endswith("-m nemo_elastic quickstart --nproc 4 --json a.b=1 4"), done.stderr

@@ -5,6 +5,7 @@ from collections import defaultdict
 
 import pytest
 import torch
+from megatron.core.inference.contexts import StaticInferenceContext
 from plain_child import plain_child
 from small_parent import FFN_GROUPS, architecture, random_subnet, space_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -124,7 +125,7 @@ def test_memory_is_what_inference_allocates(profile: str) -> None:
         elements = dict.fromkeys(("kv_cache", "ssm_state", "conv_state"), 0)
         for layer in child.decoder.layers:
             if hasattr(layer, "mixer"):
-                conv, ssm = layer.mixer.allocate_inference_cache(batch, length)
+                conv, ssm = layer.mixer._get_states_from_cache(StaticInferenceContext(batch, length), batch)
                 elements["conv_state"] += conv.numel()
                 elements["ssm_state"] += ssm.numel()
             elif hasattr(layer.self_attention, "_allocate_memory"):

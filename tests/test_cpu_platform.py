@@ -1,6 +1,7 @@
 """The CPU platform: nothing with a GPU, idempotent, in any import order; each shim needed where it says, and honest."""
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 import torch
 from worker_pool import RankFailed, WorkerPool
 
-from nemo_elastic.mcore import cpu, versions
+from nemo_elastic.mcore import cpu, login_node, versions
 from nemo_elastic.nemo import cpu as nemo_cpu
 
 BUILD = """
@@ -28,7 +29,10 @@ tokens = torch.arange(SEQ)[None]
 print(model(tokens, tokens, None, labels=tokens).mean().item())
 """
 BEFORE = "from nemo_elastic.mcore import cpu; cpu.install()"
-AFTER = "import megatron.core.models.mamba, megatron.core.optimizer, megatron.core.pipeline_parallel; " + BEFORE
+AFTER = (
+    "import nemo_elastic.mcore, megatron.core.models.mamba, megatron.core.optimizer, megatron.core.pipeline_parallel; "
+    + BEFORE
+)
 
 
 def python(program: str) -> str:
@@ -44,16 +48,64 @@ def python(program: str) -> str:
     return done.stdout
 
 
-def test_nothing_happens_with_a_gpu() -> None:
-    program = (
-        "import sys, torch; torch.cuda.is_available = lambda: True;"
-        "stock = (torch.cuda.current_device, torch.cuda.synchronize, torch.Tensor.type, torch.Tensor.to);"
-        "from nemo_elastic.mcore import cpu; from nemo_elastic.nemo import cpu as nemo_cpu;"
-        "assert cpu.install() == () and nemo_cpu.install() == ();"
-        "assert stock == (torch.cuda.current_device, torch.cuda.synchronize, torch.Tensor.type, torch.Tensor.to);"
-        "assert not [name for name in sys.modules if name.split('.')[0] in ('megatron', 'nemo')]"
-    )
-    python(program)
+WITH_A_GPU = """
+import sys, torch
+torch.cuda.is_available = lambda: True
+stock = (torch.cuda.current_device, torch.cuda.synchronize, torch.Tensor.type, torch.Tensor.to)
+from types import ModuleType
+for name in {there}:
+    for end in range(1, name.count(".") + 2):
+        sys.modules.setdefault(".".join(name.split(".")[:end]), ModuleType(name))
+from nemo_elastic.mcore import cpu
+from nemo_elastic.nemo import cpu as nemo_cpu
+found = cpu.install()
+assert nemo_cpu.install() == cpu.install() == found, found
+assert stock == (torch.cuda.current_device, torch.cuda.synchronize, torch.Tensor.type, torch.Tensor.to)
+"""
+MAMBA, ADAM = ["mamba_ssm.ops.triton.ssd_combined", "causal_conv1d"], ["transformer_engine.pytorch.optimizers"]
+OURS = """
+from megatron.core.ssm import mamba_mixer
+from nemo_elastic.mcore import ssd
+assert mamba_mixer.HAVE_MAMBA_SSM and issubclass(mamba_mixer.ExtendedRMSNorm, ssd.RMSNormGated)
+for kernel in ("mamba_split_conv1d_scan_combined", "mamba_chunk_scan_combined", "causal_conv1d_fn"):
+    assert getattr(mamba_mixer, kernel) is getattr(ssd, kernel)
+"""
+
+
+def test_nothing_happens_with_a_gpu_and_its_packages() -> None:
+    whole = WITH_A_GPU.format(there=MAMBA + ADAM) + "assert found == ()\n"
+    python(whole + "assert not [name for name in sys.modules if name.split('.')[0] in ('megatron', 'nemo')]")
+
+
+@pytest.mark.parametrize(
+    ("there", "shims"),
+    [([], ("adam_steps", "mamba_kernels")), (ADAM + MAMBA[:1], ("mamba_kernels",))],
+    ids=["torch alone", "no causal-conv1d"],
+)
+def test_a_gpu_without_a_package_takes_our_kernels(there: list[str], shims: tuple[str, ...]) -> None:
+    first = "import nemo_elastic.mcore, megatron.core.ssm.mamba_mixer, megatron.core.optimizer\n"  # not of fakes
+    python(first + WITH_A_GPU.format(there=there) + f"assert found == {shims}, found\n" + OURS)
+
+
+LOGIN_NODE = """
+import os, torch, torch.utils.cpp_extension
+torch.version.cuda = "13.0"
+def load_inline(**settings):
+    [][0] if "TORCH_CUDA_ARCH_LIST" not in os.environ else None
+    raise RuntimeError("nothing is compiled in a test")
+torch.utils.cpp_extension.load_inline = load_inline
+import nemo_elastic.nemo
+import megatron.core.inference.unified_memory
+print(os.environ["TORCH_CUDA_ARCH_LIST"])
+"""
+
+
+def test_megatron_can_be_imported_on_a_login_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert python(LOGIN_NODE).split() == ["9.0"]
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setenv(login_node.VARIABLE, "8.0")
+    login_node.name_an_architecture()
+    assert os.environ[login_node.VARIABLE] == "8.0"
 
 
 def test_a_second_call_changes_nothing() -> None:
@@ -69,7 +121,7 @@ def test_the_order_of_import_and_call_does_not_matter(free_port: int) -> None:
     assert 5.0 < losses[0] < 15.0
 
 
-@pytest.mark.skipif(versions.installed() != versions.TESTED, reason="line numbers are those of the tested version")
+@pytest.mark.skipif(versions.installed() != versions.TESTED[-1], reason="line numbers are those of the tested version")
 @pytest.mark.parametrize(
     ("package", "shim"),
     [("megatron.core", shim) for shim in cpu.SHIMS] + [("nemo", shim) for shim in nemo_cpu.SHIMS],

@@ -51,3 +51,4 @@ def test_a_plan_for_fp8_training_reports_children_that_do_not_fit(capsys):
     assert main(words) == 2
     plan = json.loads(capsys.readouterr().out)
     assert any(p["key"] == "elastic.budgets.small" and "652" in p["message"] for p in plan["problems"])
+    assert any(p["key"] == "model.fp8" and "never entered under a plan" in p["message"] for p in plan["problems"])

@@ -42,6 +42,11 @@ NOT_HERE = {
     "train.tensor_model_parallel_size=2 train.pipeline_model_parallel_size=2 train.sequence_parallel=true": (
         "four processes; test_importance_rank.py ranks at this layout"
     ),
+    "python benchmarks/gpu/build.py": "it downloads and compiles for minutes; test_gpu_kit.py builds its parts",
+    "benchmarks/gpu/run.sh": "needs a GPU",
+    "benchmarks/gpu/run.sh --device cpu --tiny": "minutes; test_gpu_kit.py runs its stages",
+    "python benchmarks/gpu/checks.py scan_triton": "needs a GPU; test_gpu_kit.py runs it on the CPU",
+    "python benchmarks/gpu/pages.py": "it writes docs/gpu.md and README.md; test_gpu_kit.py runs it elsewhere",
     "python examples/paper_small/run.py --out runs/paper_small": "a day; test_paper_small.py runs it with --quick",
     "python examples/paper_small/run.py --out runs/paper_small --quick": "minutes; test_paper_small.py runs it",
     "python examples/paper_small/run.py --out runs/paper_small --results runs/paper_small/results": (

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.ssm import mamba_mixer
 from plain_child import load_child, plain_child
 from pool_elastic import (
     elastic_model,
@@ -25,9 +26,11 @@ from pool_elastic import (
 from small_parent import FFN_GROUPS, architecture, random_subnet, space_of
 from torch import Tensor
 
-from nemo_elastic.mcore.build import build_elastic_model, build_plain_model, load_weights
+from nemo_elastic.mcore.build import build_elastic_model, build_plain_model, load_weights, transformer_config
 from nemo_elastic.mcore.elastic.model import refuse_overlap
 from nemo_elastic.mcore.elastic.plan import hard_plan, soft_plan
+from nemo_elastic.mcore.versions import parameter_name
+from nemo_elastic.problems import ProblemsError
 from nemo_elastic.slicing import accumulate, scatter
 from nemo_elastic.space import Subnet
 
@@ -112,7 +115,8 @@ def test_masked_is_sliced_is_extracted(setting: tuple[Any, Any, torch.dtype], na
     rows = {name: (spec, sizes) for name, spec, sizes in layout.child_params(subnet)}
     own = {n: torch.zeros_like(w) for n, w in weights.items()}
     for n, p in child.named_parameters():
-        accumulate(p.grad, *rows[n], own[rows[n][0].name])
+        row = rows[parameter_name(n)]
+        accumulate(p.grad, *row, own[row[0].name])
 
     assert difference(masked, extracted) < TOLERANCE[dtype]
     assert difference(sliced, extracted) < TOLERANCE[dtype]
@@ -243,7 +247,7 @@ def test_buffers_receive_what_autograd_would(tied: bool) -> None:
     twice = gradients(model, layout)
     assert_same_gradients(twice, {n: 2 * g for n, g in expected.items()}, 1e-10)
     for name, p in model.named_parameters():
-        spec = layout.spec(name)
+        spec = layout.spec(parameter_name(name))
         if spec.layer in subnet.layers and spec.numel(layout.sizes(subnet, spec.layer)) < spec.numel({}):
             assert p.grad is None, name
 
@@ -262,7 +266,9 @@ def test_bf16_weights_add_to_fp32_buffers(double: Any) -> None:
         found = torch.cat(
             [p.main_grad.flatten() + (0 if p.grad is None else p.grad.flatten()) for p in model.parameters()]
         )
-        expected = torch.cat([exact_gradients[layout.canonical_name(n)].flatten() for n, _ in model.named_parameters()])
+        expected = torch.cat(
+            [exact_gradients[layout.canonical_name(parameter_name(n))].flatten() for n, _ in model.named_parameters()]
+        )
         errors[mode] = [((f - e).norm() / e.norm()).item() for f, e in ((logits, exact), (found, expected))]
     for masked, sliced in zip(*errors.values(), strict=True):
         assert sliced < 0.08 and sliced < 1.5 * masked
@@ -396,3 +402,24 @@ def test_positions_are_refused() -> None:
             position_embedding_type="rope",
             layout=layout_of(arch),
         )
+
+
+def test_the_scan_gates_in_every_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its gate z, mamba-ssm before 2.3 gets the gradient of D wrong; the fused kernel has the gate inside."""
+    arch, gated, kernel = architecture(), [], mamba_mixer.mamba_chunk_scan_combined
+    monkeypatch.setattr(
+        mamba_mixer, "mamba_chunk_scan_combined", lambda *a, **k: gated.append(k["z"]) or kernel(*a, **k)
+    )
+    model, layout = elastic_model(arch, torch.float64), layout_of(arch)
+    model(tokens(arch), None, None, elastic=plan_and_values(arch, layout, ("soft", None))[0])
+    assert len(gated) == 3 and all(z.shape == (2, 16, 12, 8) for z in gated)
+
+
+@pytest.mark.parametrize("field", ["fp8", "fp4"])
+def test_low_precision_is_refused(field: str) -> None:
+    config = transformer_config(architecture())
+    setattr(
+        config, field, "e2m1" if field == "fp4" else "hybrid"
+    )  # later than Megatron's own check of Transformer Engine
+    with pytest.raises(ProblemsError, match=rf"model\.{field}: .* never entered under a plan"):
+        build_elastic_model(architecture(), config, ffn_groups=FFN_GROUPS)

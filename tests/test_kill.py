@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from small_run import Server, difference, records
+from small_run import Server, difference, helpers_of, records
 
 pytest.importorskip("nemo.lightning")
 pytestmark = pytest.mark.slow
@@ -36,6 +36,7 @@ def strike(server: Server, out: Path, rng: random.Random, *, while_saving: bool,
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
     (code,) = server.wait([pid])
+    assert helpers_of([pid]) == [], "a process of the killed run lives on"
     assert code in (0, -9), Path(f"{out}.log").read_text()[-6000:]
     return hit if code else "end"
 
@@ -86,7 +87,9 @@ def test_ten_kills_leave_no_trace(small_runs: Server) -> None:
 def test_what_a_kill_left_of_a_checkpoint_is_ignored_and_removed(small_runs: Server) -> None:
     import shutil
 
-    from nemo_elastic.nemo.resume import is_whole, remove_unfinished, steps_done, whole_checkpoints
+    from nemo.lightning.pytorch.callbacks import ModelCheckpoint
+
+    from nemo_elastic.training_checkpoints import UNFINISHED, is_whole, remove_unfinished, steps_done, whole_checkpoints
 
     out = small_runs.ranked("leftovers")
     shutil.copytree(small_runs.folder / "whole" / "checkpoints", out / "checkpoints")
@@ -95,6 +98,7 @@ def test_what_a_kill_left_of_a_checkpoint_is_ignored_and_removed(small_runs: Ser
     (folder / "step=11-unfinished").touch()  # NeMo's marker
     (folder / "step=9").mkdir()
     assert [p.name for p in whole_checkpoints(out)] == ["step=3", "step=7"] and steps_done(folder / "step=7") == 8
+    assert ModelCheckpoint.UNFINISHED_CHECKPOINT_SUFFIX == UNFINISHED
     assert not is_whole(folder / "step=15") and is_whole(folder / "step=3")
     remove_unfinished(out)
     assert sorted(p.name for p in folder.iterdir()) == ["step=3", "step=7"]

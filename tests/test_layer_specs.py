@@ -7,7 +7,7 @@ import pytest
 import torch
 from worker_pool import WorkerPool
 
-from nemo_elastic.mcore import cpu, layer_specs
+from nemo_elastic.mcore import cpu, layer_specs, versions
 from nemo_elastic.mcore.norm import RMSNorm
 
 # What NeMo writes for its Transformer Engine stack, layer by layer: the layer norms live in the linear behind them.
@@ -92,6 +92,7 @@ def norm_config(**changes: object) -> SimpleNamespace:
         "layernorm_epsilon": 1e-3,
         "params_dtype": torch.float64,
         "sequence_parallel": False,
+        "use_cpu_initialization": False,
     }
     return SimpleNamespace(**settings | changes)
 
@@ -126,14 +127,12 @@ def test_the_spec_follows_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert layer_specs.hybrid_stack_spec().module is layer_specs.LocalStack
     monkeypatch.setattr(layer_specs, "have_transformer_engine", lambda: True)
     fused = layer_specs.hybrid_stack_spec()
-    assert fused.module is layer_specs.MambaStack
-
-    from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec
-
+    assert fused.module is versions.HybridStack
     mixer = fused.submodules.mamba_layer.submodules.mixer
-    stock = mamba_stack_spec.submodules.mamba_layer.submodules.mixer
+    stack = versions.transformer_engine_spec().submodules
+    stock = stack.mamba_layer.submodules.mixer
     assert mixer.module is layer_specs.Mixer
     assert mixer.submodules is stock.submodules
     assert stock.module is layer_specs.MambaMixer, "megatron's own spec must stay as it is"
-    assert fused.submodules.attention_layer is mamba_stack_spec.submodules.attention_layer
-    assert fused.submodules.mlp_layer is mamba_stack_spec.submodules.mlp_layer
+    assert fused.submodules.attention_layer is stack.attention_layer
+    assert fused.submodules.mlp_layer is stack.mlp_layer

@@ -1,9 +1,18 @@
 """From numbers to NeMo's objects: one padded vocabulary in every layout, and errors in the user's own keys."""
 
+import dataclasses
+import os
+
 import plain_training
 import pytest
 import torch
+from nemo.collections import llm
+from small_parent import FFN_GROUPS, SMALL, architecture
 
+from nemo_elastic.config.model_fields import known_fields
+from nemo_elastic.mcore import layer_specs, versions
+from nemo_elastic.mcore.build import build_elastic_model, build_plain_model
+from nemo_elastic.mcore.elastic import spec
 from nemo_elastic.mcore.versions import AttnBackend
 from nemo_elastic.nemo import plain_config, trainer
 
@@ -28,9 +37,31 @@ def test_config_holds_the_users_fields_and_what_a_cpu_needs(monkeypatch: pytest.
     assert config.attention_backend is AttnBackend.local
     assert config.is_hybrid_model and not config.bias_dropout_fusion and not config.cross_entropy_loss_fusion
     torch.testing.assert_close(config.activation_func(torch.tensor([-2.0, 3.0])), torch.tensor([0.0, 9.0]))
-    monkeypatch.setattr(plain_config, "have_transformer_engine", lambda: True)
+    for module in (plain_config, layer_specs):
+        monkeypatch.setattr(module, "have_transformer_engine", lambda: True)
     with_gpu = plain_config.plain_model_config(MODEL, apply_rope_fusion=False)  # this fusion checks for itself
-    assert with_gpu.attention_backend is not AttnBackend.local and with_gpu.bias_dropout_fusion
+    assert with_gpu.attention_backend is AttnBackend.auto and with_gpu.bias_dropout_fusion
+
+
+def test_with_transformer_engine_all_models_of_a_process_leave_attention_to_it(
+    monkeypatch: pytest.MonkeyPatch, one_rank: None
+) -> None:
+    """Rank, train and verify build in one process, and Megatron keeps the setting in the environment."""
+    switches = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
+    for name in switches:
+        monkeypatch.setenv(name, "1")  # and back again afterwards
+        monkeypatch.delenv(name)
+    for module in (plain_config, layer_specs, spec):
+        monkeypatch.setattr(module, "have_transformer_engine", lambda: True)
+    monkeypatch.setattr(layer_specs, "transformer_engine_stack_spec", layer_specs.local_stack_spec)
+    monkeypatch.setattr(spec, "_use_transformer_engine", lambda *layers: None)
+    arch = architecture()
+    ranked = build_plain_model(arch)
+    fields = {name: getattr(arch, name) for name in SMALL} | {"hybrid_override_pattern": arch.hybrid_override_pattern}
+    trained = build_plain_model(arch, config=plain_config.plain_model_config(fields, apply_rope_fusion=False))
+    nested, child = build_elastic_model(arch, ffn_groups=FFN_GROUPS), build_plain_model(arch)
+    assert {m.config.attention_backend for m in (ranked, trained, nested, child)} == {AttnBackend.auto}
+    assert {os.environ[name] for name in switches} == {"1"}
 
 
 @pytest.mark.parametrize(
@@ -44,6 +75,14 @@ def test_config_holds_the_users_fields_and_what_a_cpu_needs(monkeypatch: pytest.
 def test_config_errors_name_the_users_keys(model: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         plain_config.plain_model_config(model, tensor_model_parallel_size=2)
+
+
+def test_the_known_fields_are_those_of_the_installed_nemo() -> None:
+    """SSMConfig takes up Megatron's fields, so an older line has fewer of them."""
+    installed = {field.name for field in dataclasses.fields(llm.SSMConfig)} | {"vocab_size"}
+    if versions.installed() == versions.TESTED[-1]:
+        assert installed == known_fields()
+    assert installed <= known_fields()
 
 
 def test_layout_is_checked_against_the_processes_that_were_started() -> None:

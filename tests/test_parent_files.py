@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from nemo_elastic.cli.main import main
 from nemo_elastic.config import load_config
 from nemo_elastic.config.model_fields import ARITHMETIC, FUNCTION, ONLY, REQUIRED, known_fields
 from nemo_elastic.config.parent_files import parent_files
 from nemo_elastic.config.parent_hf import model_from_hf
 from nemo_elastic.config.parent_nemo import read_nemo_context
+from nemo_elastic.plan import plan
 from nemo_elastic.problems import ProblemsError
 
 HF_PYTHON = Path(__file__).parent.parent / ".venv-hf" / "bin" / "python"
@@ -221,7 +223,8 @@ CONTEXT_REFUSED = {
     "multi_latent_attention": True, "mtp_num_layers": 1, "activation_func_clamp_value": 7.0,
     "apply_residual_connection_post_layernorm": True, "heterogeneous_block_specs": True,
     "layernorm_zero_centered_gamma": True, "softmax_type": "off-by-one", "window_attn_skip_freq": 2,
-    "window_size": [16, 0],
+    "window_size": [16, 0], "attention_output_gate": True, "experimental_attention_variant": "gated_delta_net",
+    "qk_l2_norm": True,
 }  # fmt: skip
 # Fields that cannot change what a trained model of M, * and - computes, by the start of their names.
 CONTEXT_NO_MATTER = (
@@ -235,31 +238,37 @@ CONTEXT_NO_MATTER = (
     "persist_", "pipeline_", "post_process", "pre_process", "recompute_", "sequence_parallel", "symmetric_",
     "tensor_model_parallel", "timers", "tp_", "transformer_impl", "use_cpu", "use_fused", "use_kitchen",
     "use_mamba_mem", "use_ring", "use_te_", "variable_seq", "virtual_pipeline", "wgrad_", "apply_rope_fusion",
+    "batch_invariant", "ep_overlap", "fine_grained_activation_offloading", "hybrid_context_parallel", "kitchen_",
+    "max_seqlen_per", "offload_modules", "use_inference_optimized", "log_max_attention_logit",
     # rounding: in which precision the same function is computed; scaling by the layer's number is undone in the softmax
     "activation_func_fp8", "apply_query_key_layer_scaling", "attention_softmax_in_fp32", "autocast_", "bf16",
     "enable_autocast", "first_last_layers_bf16", "fp16", "fp4", "fp8", "num_layers_at_", "params_dtype", "quant_",
     # training and initialisation
     "calculate_per_token_loss", "data_step_fn", "embedding_init", "forward_step_fn", "init_m", "output_layer_init",
     "perform_init", "test_mode", "mtp_loss",
-    # of parts that a pattern of M, * and - has none of: experts, gates, rotary positions
+    "mtp_standalone", "qk_clip",
+    # of parts that a pattern of M, * and - has none of: experts, gates, rotary positions, other attentions
     "moe_", "glu_linear_offset", "mrope", "no_rope", "rotary_", "seq_len_interpolation",
+    "dsa_", "linear_",
     # ratios of layers that hybrid_override_pattern overrides; names of classes, which are never called here
     "hybrid_attention_ratio", "hybrid_mlp_ratio", "is_hybrid_model", "mamba_stack_spec", "make_vocab_size",
     "tokenizer_", "vocab_file",
 )  # fmt: skip
 
 
-def write_context(folder: Path, change: dict, *, form: str = "yaml") -> Path:
+def write_context(folder: Path, change: dict, *, form: str = "yaml", kind: str = "x") -> Path:
     """A context as NeMo writes it, with one field changed; the weights beside it are not there."""
     squared = {"_target_": "megatron.core.activations.squared_relu", "_call_": False}
     fields = {**MODEL, "num_layers": len(PATTERN), **ONLY, **ARITHMETIC, "activation_func": squared, **change}
     (folder / "context").mkdir(parents=True, exist_ok=True)
     if form == "yaml":
-        text = yaml.safe_dump({"_target_": "nemo.collections.llm.MambaModel", "config": {"_target_": "x", **fields}})
+        text = yaml.safe_dump(
+            {"_target_": "nemo.collections.llm.MambaModel", "config": {"_target_": f"nemo.{kind}", **fields}}
+        )
         (folder / "context" / "model.yaml").write_text(text)
     else:
         items = [[f"Attr(name='{name}')", _fiddle(value)] for name, value in fields.items()]
-        (folder / "context" / "io.json").write_text(json.dumps({"objects": {"config_1": {"items": items}}}))
+        (folder / "context" / "io.json").write_text(json.dumps({"objects": {f"{kind.lower()}_1": {"items": items}}}))
     return folder
 
 
@@ -308,6 +317,29 @@ def test_activations_as_nemo_writes_them(tmp_path: Path, target: str, said: str 
             read_nemo_context(folder)
     else:
         assert read_nemo_context(folder).model["activation_func"] == said
+
+
+@pytest.mark.parametrize("text", ["", "3", "config: 3", "config: [", "a: 1", "config: {hidden_size: 3}"])
+def test_broken_contexts(tmp_path: Path, text: str) -> None:
+    folder = write_context(tmp_path, {})
+    (folder / "context" / "model.yaml").write_text(text)
+    with pytest.raises(ProblemsError) as error:
+        read_nemo_context(folder)
+    assert str(folder / "context") in str(error.value)
+
+
+def test_a_checkpoint_without_a_context_says_nothing(tmp_path: Path) -> None:
+    (tmp_path / "nemo" / "context").mkdir(parents=True)
+    assert parent_files(str(tmp_path / "nemo")) is None
+    text = yaml.safe_dump({"model": MODEL})
+    assert load_config(smallest(tmp_path, tmp_path / "nemo", text)).config.model["hidden_size"] == 64
+
+
+@pytest.mark.parametrize("form", ["yaml", "json"])
+@pytest.mark.parametrize(("kind", "said"), [("SSMConfig", "gelu"), ("NemotronNano9Bv2", "squared_relu"), ("x", None)])
+def test_an_activation_that_is_not_said_is_that_of_the_class(tmp_path: Path, form: str, kind: str, said: str) -> None:
+    folder = write_context(tmp_path, {"activation_func": None}, form=form, kind=kind)
+    assert read_nemo_context(folder).model.get("activation_func") == said
 
 
 def test_sizes_that_megatron_derives_from_null(tmp_path: Path) -> None:
@@ -439,3 +471,33 @@ def test_shipped_configuration_only_for_a_bare_name(tmp_path: Path) -> None:
 
 def test_required_is_said_by_hugging_face() -> None:
     assert {*REQUIRED} <= {*model_from_hf(CONFIG)}
+
+
+# --- the configuration to start from
+
+
+@pytest.mark.parametrize("change", [{}, {"hybrid_override_pattern": "M-" * 20 + "*-", "num_hidden_layers": 42}])
+def test_a_configuration_to_start_from_is_whole(tmp_path: Path, change: dict, capsys: pytest.CaptureFixture) -> None:
+    """`config --from PARENT > mine.yaml` gives what `plan` has no problem with, in sizes of the parent's groups."""
+    folder = hf_folder(tmp_path / "my parent's", change)
+    assert main(["config", "--from", str(folder)]) == 0
+    file = tmp_path / "mine.yaml"
+    file.write_text(capsys.readouterr().out)
+    run = load_config(file).config
+    assert run.parent.path == str(folder) and run.name == "my_parent_s"
+    result = plan(run)
+    assert not result["problems"] and not [note for note in result["notes"] if "budget (" in note]
+    assert [budget["name"] for budget in result["budgets"]] == ["full", "large", "small"]
+    counts = [budget["parameters"] for budget in result["budgets"]]
+    assert counts[0] > counts[1] > counts[2]
+    assert {"hidden_size", "ffn_hidden_size", "mamba_num_heads", "num_attention_heads"} <= run.elastic.dims.keys()
+
+
+def test_a_configuration_to_start_from_needs_a_parent(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for words, message in (
+        (["--from", str(tmp_path / "gone")], "parent.path: nothing at"),
+        (["--from", str(tmp_path)], "--from: nothing in"),
+        (["--from", "builtin:tiny_parent", "train.seed=3"], "cannot stand beside train.seed=3"),
+    ):
+        assert main(["config", *words]) == 2
+        assert message in capsys.readouterr().err

@@ -188,7 +188,7 @@ def test_the_verb_proposes_per_budget_and_loads_no_torch(ranked, how):
         (["--search", "greedy"], "greedy needs scores; give --ranking RUN"),
         (
             ["--search", "greedy", "--ranking", "/no/such/run"],
-            "'/no/such/run' has no scores (No such file or directory)",
+            "'/no/such/run' has no scores of this parent (/no/such/run/importance.json: does not exist",
         ),
         (["--search", "uniform", "--score"], "needs --search and --ranking RUN"),
         (["--budget", "0.6"], "is for `plan NESTED`"),
@@ -204,7 +204,7 @@ def test_scores_of_another_parent_are_refused(ranked, capsys):
     words = ["--config", "nemotron_nano_12b_v2.yaml", "--search", "greedy", "--ranking", str(ranked)]
     assert main(["plan", *words]) == 2
     shown = capsys.readouterr().err
-    assert "scores of another parent" in shown and "ffn_hidden_size with 512 units, the parent has 20480" in shown
+    assert "no scores of this parent" in shown and "ffn_hidden_size: was ranked with 512, the parent has 20480" in shown
     assert main(["plan", "--config", TINY, "--search", "uniform", "--ranking", str(ranked), "--score"]) == 2
     assert "needs a sorted parent" in capsys.readouterr().err
 

@@ -138,3 +138,22 @@ def test_end_of_text_of_the_run_is_the_childs(tmp_path: Path) -> None:
     file = tokenizer_folder(tmp_path / "t", end="<stop>")
     assert write_tokenizer(tmp_path / "out", file, "<stop>")["eos_token_id"] == 0
     assert BPETokenizer(tmp_path / "out" / "tokenizer.json").eod == 0
+
+
+def test_what_transformers_5_writes_is_read_by_transformers_4_and_nemo(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    config = {
+        "tokenizer_class": "TokenizersBackend",
+        "extra_special_tokens": ["<|im_end|>"],
+        **CONFIG,
+        "chat_template": "x",
+    }
+    parent = tokenizer_folder(tmp_path / "parent", added=ADDED, tokenizer_config=config).parent
+    write_tokenizer(tmp_path / "out", parent)
+    found = AutoTokenizer.from_pretrained(tmp_path / "out", local_files_only=True)
+    assert (found.eos_token_id, found.pad_token_id, found.chat_template) == (2048, 2050, "x")
+    assert "<|im_end|>" in found.all_special_tokens
+    assert write_tokenizer(tmp_path / "again", tmp_path / "out")["eos_token_id"] == 2048
+    here = (tmp_path / "again" / "tokenizer_config.json").read_bytes()
+    assert here == (tmp_path / "out" / "tokenizer_config.json").read_bytes()

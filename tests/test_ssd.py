@@ -141,7 +141,17 @@ def test_strong_decay_stays_finite_and_exact_in_fp32():
         assert error < 3e-6, f"{name}: relative error {error:.1e}"
 
 
-def test_tokens_one_by_one_equal_the_scan():
+@pytest.mark.parametrize("kernel", [None, "of mamba-ssm"])
+def test_tokens_one_by_one_equal_the_scan(kernel, monkeypatch):
+    """Also as mamba-ssm's kernel is called, with the numbers of every channel: here ours stands in for it."""
+    shapes = []
+
+    def stand_in(state, x, dt, A, B, C, **more):
+        shapes.append((dt.shape == x.shape, A.shape == state.shape[1:], A.stride()[1:], dt.stride(-1)))
+        return ssd.selective_state_update(state, x, dt, A, B, C, **more)
+
+    if kernel:
+        monkeypatch.setattr(ssd, "step_kernel", lambda device_type: stand_in)
     inputs = {k: v.detach() for k, v in scan_inputs(23).items()}
     whole, final = ssd.mamba_chunk_scan_combined(
         *(inputs[k] for k in ("x", "dt", "A", "B", "C")),
@@ -156,6 +166,7 @@ def test_tokens_one_by_one_equal_the_scan():
     steps = [ssd.mamba_step(state, **{k: inputs[k][:, t] for k in per_token}, **fixed) for t in range(23)]
     torch.testing.assert_close(torch.stack(steps, 1), whole, rtol=TOLERANCE, atol=TOLERANCE)
     torch.testing.assert_close(state, final, rtol=TOLERANCE, atol=TOLERANCE)
+    assert shapes == ([(True, True, (0, 0), 0)] * 23 if kernel else [])  # strides of 0: one number a head
 
 
 def naive_conv(x, weight, bias, history, silu):

@@ -70,7 +70,7 @@ def test_parent_has_learnt_what_the_card_says(one_rank: None, sizes: dict, facts
     from safetensors.torch import load_file
 
     from nemo_elastic.mcore.layer_specs import hybrid_stack_spec
-    from nemo_elastic.mcore.versions import AttnBackend, hybrid_model_class, pattern_argument, squared_relu
+    from nemo_elastic.mcore.versions import AttnBackend, HybridModel, layer_pattern, squared_relu
 
     names = TransformerConfig.__dataclass_fields__
     config = TransformerConfig(
@@ -88,8 +88,8 @@ def test_parent_has_learnt_what_the_card_says(one_rank: None, sizes: dict, facts
         is_hybrid_model=True,
         attention_backend=AttnBackend.local,
     )
-    pattern = {pattern_argument(): sizes["hybrid_override_pattern"], "position_embedding_type": "none"}
-    model = hybrid_model_class()(config, hybrid_stack_spec(config), sizes["vocab_size"], sizes["seq_length"], **pattern)
+    pattern = layer_pattern(sizes["hybrid_override_pattern"]) | {"position_embedding_type": "none"}
+    model = HybridModel(config, hybrid_stack_spec(config), sizes["vocab_size"], sizes["seq_length"], **pattern)
     missing, unexpected = model.load_state_dict(load_file(str(ASSETS / "model.safetensors")), strict=False)
     assert not unexpected and all(name.endswith("_extra_state") for name in missing)
 

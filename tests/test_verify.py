@@ -81,6 +81,35 @@ def test_nemo_children_are_the_nested_subnets(family: Path) -> None:
     assert [c.nested_in for c in checks(family, None, "small", "full")] == [("full", "large"), ()]
 
 
+def test_weights_are_judged_not_kernels(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With Transformer Engine installed both sides still have Megatron's linears, and products are not TF32."""
+    from nemo_elastic.mcore import layer_specs
+    from nemo_elastic.mcore.elastic import spec
+    from nemo_elastic.nemo import verify
+
+    def refuse(*layers: object) -> None:
+        raise AssertionError("a stack of Transformer Engine was asked for")
+
+    for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+        monkeypatch.setenv(name, "1")
+    for module in (layer_specs, spec):
+        monkeypatch.setattr(module, "have_transformer_engine", lambda: True)
+    monkeypatch.setattr(layer_specs, "transformer_engine_stack_spec", refuse)
+    monkeypatch.setattr(spec, "_use_transformer_engine", refuse)
+    seen, logits = [], verify.whole_logits
+    monkeypatch.setattr(
+        verify, "whole_logits", lambda *a: seen.append(torch.get_float32_matmul_precision()) or logits(*a)
+    )
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        (check,) = checks(family, None, "small")
+        assert torch.get_float32_matmul_precision() == "high"  # as it was
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert check.ok and seen == ["highest"] * 4
+
+
 def test_two_processes_run_the_nested_side_split(family: Path, pool2: WorkerPool) -> None:
     import pool_checkpoint
 
@@ -182,6 +211,20 @@ def verdict(capsys: pytest.CaptureFixture, *words: str) -> tuple[int, str, str]:
     return code, shown.out, shown.err
 
 
+def test_the_parent_may_have_moved(family: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """What verify reads travels in the nested checkpoint: the tokenizer, and which of its tokens ends a text."""
+    nested = shutil.copytree(family / "nested", tmp_path / "nested")
+    file = nested / "elastic" / "manifest.json"
+    described = json.loads(file.read_text())
+    described["provenance"]["config"]["parent"]["path"] = str(tmp_path / "gone")
+    described["provenance"]["config"]["data"]["tokenizer"] = None
+    file.write_text(json.dumps(described))
+    code, out, _ = verdict(capsys, str(nested), str(family / "children" / "small"))
+    assert code == 0 and "verification passed" in out
+    shutil.rmtree(nested / "context" / "tokenizer")
+    assert verdict(capsys, str(nested), str(family / "children" / "small"))[0] != 0
+
+
 def test_the_verb_prints_every_check_and_leaves_with_0_or_1(
     family: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -198,6 +241,7 @@ def test_the_verb_prints_every_check_and_leaves_with_0_or_1(
     code, out, _ = verdict(capsys, nested, str(child), "--json")
     answer = json.loads(out)
     assert code == 1 and answer["verified"] is False and len(answer["pairs"]) == 3
+    assert answer["kernels"].startswith("Megatron's local linears and fp32 products on both sides")
     assert answer["children"][0]["first_difference"].startswith("decoder.final_norm.weight")
     assert answer["files_hashed"] == len(json.loads((family / "nested/elastic/manifest.json").read_text())["files"])
     spoilt = Path(shutil.copytree(family / "nested", tmp_path / "nested"))

@@ -15,9 +15,10 @@ from typing import Any
 
 from ..config.model_fields import architecture_of, model_problems
 from ..cost import parameters
+from ..files import read_json
 from ..layout import ParamLayout
 from ..problems import Problem, ProblemsError, did_you_mean, raise_if_any
-from ..space import Budget, ElasticDim, ElasticSpace, Subnet
+from ..space import Budget, ElasticDim, ElasticSpace, Subnet, name_problems
 
 FORMAT = "nemo_elastic.nested"
 VERSION = 1
@@ -26,7 +27,8 @@ MANIFEST_FILE = "elastic/manifest.json"
 PERMUTATIONS_FILE = "elastic/permutations.safetensors"
 ROUTER_FILE = "elastic/router.safetensors"
 REQUIRED = ("format", "version", "model", "space", "budgets", "subnets", "files")
-_KEYS = (*REQUIRED, "parameters", "rankings", "provenance")
+MAPPINGS = ("parameters", "rankings", "provenance")
+_KEYS = (*REQUIRED, *MAPPINGS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +106,10 @@ def manifest_from_dict(data: Any) -> Manifest:
         raise ProblemsError([Problem("version", f"{version!r} cannot be read here, {VERSION} can; {remedy}")])
     found = [Problem(key, "is missing") for key in REQUIRED if key not in data]
     found += [Problem(str(k), f"is no key of a manifest{did_you_mean(str(k), _KEYS)}") for k in data if k not in _KEYS]
+    found += [Problem(k, "must be a mapping") for k in MAPPINGS if not isinstance(data.get(k, {}), Mapping)]
     raise_if_any(found)
+    if not isinstance(data.get("provenance", {}).get("config", {}), Mapping | None):
+        raise ProblemsError([Problem("provenance.config", "must be a mapping: the configuration of the run")])
     raise_if_any(model_problems(data["model"]))
     try:
         space = _space(data["model"], data["space"])
@@ -118,7 +123,7 @@ def manifest_from_dict(data: Any) -> Manifest:
     lost = sorted(set(budgets) - set(subnets))
     found = [Problem(f"subnets.{name}", "is missing for this budget") for name in lost]
     found += [Problem(f"files.{name}", "leaves the checkpoint's folder") for name in files if not _is_inside(name)]
-    found += [Problem(f"subnets.{n}", "must be a plain word: a folder gets it") for n in subnets if Path(n).name != n]
+    found += [problem for name in subnets for problem in name_problems(name, "subnets")]
     raise_if_any(found)
     manifest = Manifest(
         model=dict(data["model"]),
@@ -166,7 +171,7 @@ def load_manifest(nested: str | os.PathLike[str]) -> Manifest:
         words = f"has no {MANIFEST_FILE}: not a nested checkpoint; `train` and `nest` write one"
         raise ProblemsError([Problem(str(nested), words)])
     try:
-        data = json.loads(path.read_text())
+        data = read_json(path)
     except ValueError as error:
         raise ProblemsError([Problem(str(path), f"is not JSON ({error}); write it again with `nest`")]) from error
     try:

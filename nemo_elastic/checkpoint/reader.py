@@ -8,7 +8,6 @@ one entry of what a writer is given: it is read when its turn comes.
 executed, and a file that is exchanged meanwhile is not read.
 """
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..files import parse_json, read_json
 from ..layout import ParamLayout
 from ..problems import Problem, ProblemsError, raise_if_any
 from .held_files import HeldFolder
@@ -163,7 +163,7 @@ class SafetensorsReader:
         index = self.path / INDEX_FILE
         if index.is_file():
             try:
-                where = json.loads(index.read_text())["weight_map"]
+                where = read_json(index)["weight_map"]
                 by_file: dict[str, list[str]] = {}
                 for name, file in where.items():
                     by_file.setdefault(file, []).append(name)
@@ -186,7 +186,7 @@ class SafetensorsReader:
             raise _problem(file, f"has {total} bytes and a header of {length}: truncated or no safetensors file")
         raw = self._held.read(file.name, 8, length)
         try:
-            header = json.loads(raw)
+            header = parse_json(raw)
             self.metadata |= header.pop("__metadata__", {})
             for name, item in header.items():
                 if str(item["dtype"]).startswith(QUANTIZED):

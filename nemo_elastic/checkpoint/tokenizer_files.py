@@ -1,8 +1,8 @@
 """A tokenizer as the folder of files that Hugging Face's `AutoTokenizer` (and NeMo's, which wraps it) reads.
 
 Given one `tokenizer.json`, the small companion files are written from its special tokens; given a folder, its own
-companion files are copied byte by byte, but for what names code to run: chat template, special tokens, generation
-settings. A folder without generation settings gets the ids that its config.json says.
+companion files are copied byte by byte, but for what names code to run or only one reader knows: chat template, special
+tokens, generation settings. A folder without generation settings gets the ids that its config.json says.
 """
 
 import json
@@ -55,7 +55,7 @@ def write_tokenizer(folder: Path, source: str | Path, end: str | None = None) ->
             shutil.copyfile(source / name, folder / name)
     ids = token_ids(folder / TOKENIZER_FILE)
     config = folder / "tokenizer_config.json"
-    _without_code(config)
+    _readable_by_all(config)
     if not config.is_file():
         names = _default_names(ids, end)
         config.write_text(
@@ -78,13 +78,24 @@ def _config_id(source: Path, kind: str) -> Any:
     return read_beside(source, "config.json").get(f"{kind}_id") if source.is_dir() else None
 
 
-def _without_code(config: Path) -> None:
-    """Drop what names Python code of the folder or of a hub (`auto_map`), and the class that it would have been."""
-    data = read_beside(config.parent, config.name)
-    if "auto_map" in data:
-        kept = {name: value for name, value in data.items() if name != "auto_map"}
-        kept["tokenizer_class"] = "PreTrainedTokenizerFast"  # tokenizer.json says what it does
-        config.write_text(json.dumps(kept, indent=2) + "\n")
+def _readable_by_all(config: Path) -> None:
+    """tokenizer_config.json without what only some readers understand, or what names code; else left byte by byte.
+
+    `auto_map` names Python code of the folder or of a hub, and the class is one of it. transformers 5 writes a class
+    that 4 (which NeMo has) does not know, and a list where 4 has a mapping. tokenizer.json says what a tokenizer does,
+    whichever class reads it.
+    """
+    data = dict(read_beside(config.parent, config.name))
+    foreign = "auto_map" in data or data.get("tokenizer_class") == "TokenizersBackend"
+    listed = isinstance(data.get("extra_special_tokens"), list)
+    if not foreign and not listed:
+        return
+    data.pop("auto_map", None)
+    if foreign:
+        data["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if listed:
+        data["additional_special_tokens"] = data.pop("extra_special_tokens")
+    config.write_text(json.dumps(data, indent=2) + "\n")
 
 
 def _default_names(ids: dict[str, int], end: str | None) -> dict[str, str | None]:

@@ -139,13 +139,39 @@ def _refused_write(error: BaseException | None) -> OSError | None:
     return None
 
 
-def check_target(out: str | os.PathLike[str], force: bool) -> None:
-    """Refuse an `out` that would overwrite something, before any work is done for it."""
+# By one of these files a folder is told to be something that this program wrote, or would have.
+WRITTEN = ("elastic/manifest.json", "sorted.json", "weights/.metadata", "weights/metadata.json", "config.json")
+OF_A_RUN = ("checkpoints", "importance", "logs", "nested", "sorted")
+
+
+def check_target(out: str | os.PathLike[str], force: bool, source: str | os.PathLike[str] | None = None) -> None:
+    """Refuse an `out` that would overwrite something, before any work is done for it.
+
+    `force` gives up one checkpoint, never a folder of them, and never what is being read.
+
+    Args:
+        source: the folder that is read for `out`.
+
+    Raises:
+        ProblemsError: keyed `--out`.
+    """
     out = Path(out)
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise ProblemsError([Problem("--out", f"{out} exists and is not a folder; give another path")])
-    if out.is_dir() and any(out.iterdir()) and not force:
+    if source is not None:
+        here, read = out.resolve(), Path(source).resolve()
+        if here in (read, *read.parents) or read in here.parents:
+            words = f"{out} is, holds or lies in {source}, which is read; give another path"
+            raise ProblemsError([Problem("--out", words)])
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not force:
         raise ProblemsError([Problem("--out", f"{out} exists; add --force to replace it, or give another path")])
+    run = [name for name in OF_A_RUN if (out / name).exists()]
+    if run or not any((out / name).exists() for name in WRITTEN):
+        what = f"a run folder ({', '.join(run)})" if run else "no checkpoint or child"
+        words = f"{out} is {what}, and --force replaces nothing else; remove it yourself, or give another path"
+        raise ProblemsError([Problem("--out", words)])
 
 
 def _replace(out: Path, temporary: Path, force: bool) -> None:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..config import Resolved, load_config
 from ..problems import Problem, ProblemsError
+from .launch import launch
 
 FLAGS: dict[str, dict[str, Any]] = {
     "--config": {"metavar": "YAML", "help": "configuration file, or the name of a shipped one"},
@@ -25,7 +27,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--hf-python": {"metavar": "PYTHON", "help": "a Python with transformers 5, for --format hf (default: this one)"},
     "--resume": {"action": "store_true", "help": "go on where an interrupted run stopped"},
     "--force": {"action": "store_true", "help": "replace what is at the target"},
-    "--nproc": {"type": int, "metavar": "N", "help": "start N processes on this machine (torchrun)"},
+    "--nproc": {"type": int, "metavar": "N", "help": "start N processes on this machine"},
     "--verbose": {"action": "store_true", "help": "show what the libraries log"},
 }
 
@@ -59,12 +61,19 @@ def folders(arguments: argparse.Namespace, *names: str, optional: int = 0) -> li
     Raises:
         ProblemsError: too few or too many.
     """
-    found = [word for word in arguments.words if not is_override(word)]
+    found = [str(Path(word).expanduser()) for word in arguments.words if not is_override(word)]
     if not len(names) - optional <= len(found) <= len(names):
         wanted = " ".join(names) or "none"
         words = f"{len(found)} given ({' '.join(found) or 'none'}), wanted: {wanted}; overrides are written key=value"
+        words += rather_a_folder(overrides(arguments))
         raise ProblemsError([Problem("folders", words)])
     return found
+
+
+def rather_a_folder(words: Sequence[str]) -> str:
+    """What to add to a message where an override has the looks of a folder."""
+    paths = [word for word in words if "/" in word or Path(word).exists()]
+    return f"; a folder with = in its name is written ./{paths[0]}" if paths else ""
 
 
 def configuration(arguments: argparse.Namespace, default: str | None = None) -> Resolved:
@@ -75,7 +84,8 @@ def configuration(arguments: argparse.Namespace, default: str | None = None) -> 
     """
     path = arguments.config or default
     if path is None:
-        raise ProblemsError([Problem("--config", "is required; e.g. --config conf/tiny_parent.yaml")])
+        more = rather_a_folder(overrides(arguments))
+        raise ProblemsError([Problem("--config", f"is required; e.g. --config conf/tiny_parent.yaml{more}")])
     return load_config(path, overrides(arguments))
 
 
@@ -84,11 +94,12 @@ def run_folder(arguments: argparse.Namespace, name: str) -> Path:
     return Path(arguments.out) if arguments.out else Path("runs") / name
 
 
-def restart_under_torchrun(arguments: argparse.Namespace) -> None:
-    """With `--nproc N`, replace this process by torchrun with N workers of the same command; otherwise return.
+def start_workers(arguments: argparse.Namespace) -> None:
+    """With `--nproc N`, run the same command in N processes and leave with their code; in one of them, return.
 
     Raises:
         ProblemsError: N below 1.
+        SystemExit: the workers have ended.
     """
     count = getattr(arguments, "nproc", None)
     if count is None or "LOCAL_RANK" in os.environ:
@@ -97,17 +108,5 @@ def restart_under_torchrun(arguments: argparse.Namespace) -> None:
         raise ProblemsError([Problem("--nproc", f"{count} must be at least 1")])
     if count == 1:
         return
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     arguments.answer.release()
-    command = [sys.executable, "-m", "nemo_elastic.cli.launch", "--standalone", "--nproc-per-node", str(count)]
-    os.execv(sys.executable, [*command, "-m", "nemo_elastic", *_without_nproc(sys.argv[1:])])
-
-
-def _without_nproc(words: list[str]) -> list[str]:
-    """torchrun's parser looks at every word before it hands them on, and `--nproc` is half of two of its own flags."""
-    kept, skip = [], False
-    for word in words:
-        if not skip and word != "--nproc" and not word.startswith("--nproc="):
-            kept.append(word)
-        skip = word == "--nproc"
-    return kept
+    raise SystemExit(launch([sys.executable, "-m", "nemo_elastic", *sys.argv[1:]], count))

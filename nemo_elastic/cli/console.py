@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from ..problems import ProblemsError
@@ -35,11 +35,14 @@ class Stdout:
             os.dup2(2, 1)
         except OSError:  # no descriptors (a captured stdout)
             self._saved = None
+        sys.stderr = _Heard(sys.stderr)
         self._shown, sys.stdout = sys.stdout, sys.stderr
         return self
 
     def __exit__(self, *error: object) -> None:
         self.release()
+        if isinstance(sys.stderr, _Heard):
+            sys.stderr = sys.stderr.stream
 
     def release(self) -> None:
         """Give stdout back; a program that replaces this one inherits the real one."""
@@ -54,11 +57,14 @@ class Stdout:
         """Print to the real stdout, from the first rank only."""
         if not is_first_rank():
             return
-        if self._saved is None or not _is_real(self._shown):
-            self._shown.write(text + "\n")
-            self._shown.flush()
-        else:
-            os.write(self._saved, (text + "\n").encode())
+        with suppress(BrokenPipeError):  # nobody reads any more (`| head`): what was done is done
+            if self._saved is None or not _is_real(self._shown):
+                self._shown.write(text + "\n")
+                self._shown.flush()
+                return
+            rest = (text + "\n").encode()
+            while rest:
+                rest = rest[os.write(self._saved, rest) :]
 
     def json(self, value: Any) -> None:
         """Print JSON."""
@@ -75,6 +81,27 @@ class Stdout:
             for part in parts:
                 console.print(part)
         self.write(captured.get().rstrip("\n"))
+
+
+class _Heard:
+    """A stream that swallows what nobody reads any more: a closed pipe must not end a run of days."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        """All of `text`, or nothing at all once the pipe is closed."""
+        with suppress(BrokenPipeError):
+            return self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """What is buffered, if it can be."""
+        with suppress(BrokenPipeError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 class _Null:
@@ -97,9 +124,9 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def show_problems(error: ValueError, verb: str) -> None:
-    """One clear message on stderr."""
-    if not is_first_rank():
+def show_problems(error: ValueError, verb: str, *, everywhere: bool = False) -> None:
+    """One clear message on stderr, from the first rank (or, where nobody knows which that is, `everywhere`)."""
+    if not (everywhere or is_first_rank()):
         return
     if isinstance(error, ProblemsError):
         many = f"{len(error.problems)} problems" if len(error.problems) > 1 else "a problem"

@@ -7,14 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..problems import Problem, ProblemsError
-from .arguments import folders, overrides, verb_parser
+from ..config import load_config
+from ..config.sections import ExportConfig
+from ..problems import Problem, ProblemsError, raise_if_any
+from .arguments import folders, overrides, rather_a_folder, verb_parser
 from .console import progress_bar, quiet_libraries
 
 EXAMPLES = """examples:
   nemo-elastic extract runs/tiny/nested --budget small --out runs/tiny/children/small
   nemo-elastic extract runs/tiny/nested --subnet subnet.yaml
-  nemo-elastic extract runs/tiny/nested --all --format hf --out runs/tiny/hf"""
+  nemo-elastic extract runs/tiny/nested --all --format hf --out runs/tiny/hf export.dtype=bfloat16"""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -26,18 +28,23 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--hf-schema",
         choices=schemas,
-        default="uniform",
-        help="how a Hugging Face folder says sizes that differ per layer (default: pad with zeros, without loss)",
+        help="how a Hugging Face folder says sizes that differ per layer (default: export.hf_schema of the run)",
     )
     parser.add_argument("--subnet", metavar="YAML", help="children that `plan NESTED --output YAML` wrote")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="cast the weights (default: as stored)")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), help="cast the weights (default: export.dtype of the run)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the children; answers with their folders."""
+    for word in overrides(arguments):
+        if not word.startswith("export."):
+            words = "cannot be set for a nested checkpoint, export.* can"
+            raise ProblemsError([Problem(word, f"{words}{rather_a_folder(overrides(arguments))}")])
     (nested,) = folders(arguments, "NESTED")
-    if overrides(arguments):
-        raise ProblemsError([Problem(overrides(arguments)[0], "extract reads everything from the nested checkpoint")])
+    if arguments.format != "hf" and arguments.hf_schema:
+        raise ProblemsError([Problem("--hf-schema", "says how a Hugging Face folder is written; add --format hf")])
     if sum(map(bool, (arguments.budget, arguments.all, arguments.subnet))) != 1:
         raise ProblemsError([Problem("--budget", "give one budget by --budget NAME, or --all, or --subnet YAML")])
     quiet_libraries(arguments.verbose)
@@ -49,11 +56,12 @@ def run(arguments: argparse.Namespace) -> int:
     opened = open_nested(nested)
     if arguments.subnet:
         opened = replace(opened, manifest=with_subnets(opened.manifest, arguments.subnet))
+    export = export_of(opened.manifest, arguments)
     base = Path(arguments.out) if arguments.out else Path(nested).parent / "children"
     how = {
         "format": arguments.format,
-        "hf_schema": arguments.hf_schema,
-        "dtype": getattr(torch, arguments.dtype) if arguments.dtype else None,
+        "hf_schema": export.hf_schema,
+        "dtype": getattr(torch, export.dtype) if export.dtype else None,
         "force": arguments.force,
     }
     with progress_bar() as bar:
@@ -62,7 +70,6 @@ def run(arguments: argparse.Namespace) -> int:
                 opened, base, progress=lambda name, done, total: bar.update("extract", done, total, name), **how
             )
         else:
-            bar.update("extract", 0, 1, arguments.budget)
             target = base if arguments.out else base / arguments.budget
             targets = {arguments.budget: extract(opened, arguments.budget, target, **how)}
         bar.update("extract", len(targets), len(targets))
@@ -73,3 +80,24 @@ def run(arguments: argparse.Namespace) -> int:
         for name, target in written.items():
             arguments.answer.write(f"{name}: {target}")
     return 0
+
+
+def export_of(manifest: Any, arguments: argparse.Namespace) -> ExportConfig:
+    """The run's `export` section, with the overrides and flags of this call.
+
+    Raises:
+        ProblemsError: another word than the section knows, or a flag and an override that disagree.
+    """
+    stored = (manifest.provenance.get("config") or {}).get("export") or {}
+    base = {"model": dict(manifest.model), "export": dict(stored)}
+    given = {word.partition("=")[0] for word in overrides(arguments)}
+    export = load_config(None, overrides(arguments), base=base).config.export
+    flags = {name: value for name in ("dtype", "hf_schema") if (value := getattr(arguments, name)) is not None}
+    raise_if_any(
+        Problem(
+            f"export.{name}", f"{getattr(export, name)!r} and --{name.replace('_', '-')} {value}: give one of the two"
+        )
+        for name, value in flags.items()
+        if f"export.{name}" in given and getattr(export, name) != value
+    )
+    return replace(export, **flags)

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from ..problems import ProblemsError, Stopped
+from ..launchers import launcher_problems
+from ..problems import Problem, ProblemsError, Stopped
 from .console import Stdout, show_problems
 
+PATHS = ("config", "out", "output", "ranking", "subnet", "hf_python")  # flags that name files: ~ is the user's folder
 VERBS = (
     "plan",
     "config",
@@ -51,6 +54,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if flags := [word for word in others if word.startswith("-")]:
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
     arguments.words += others
+    for name in PATHS:
+        if isinstance(given := getattr(arguments, name, None), str):
+            setattr(arguments, name, os.path.expanduser(given))
     return arguments
 
 
@@ -59,10 +65,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     with Stdout() as answer:
         arguments.answer = answer
+        if lost := launcher_problems(os.environ):
+            show_problems(ProblemsError(lost), verb=arguments.verb, everywhere=True)
+            return 2
         try:
             return arguments.run(arguments)
         except (ProblemsError, ValueError) as error:
             show_problems(error, verb=arguments.verb)
+            return 2
+        except OSError as error:  # a path that is too long, a full disk, a folder that is somebody else's
+            if error.filename is None:
+                raise
+            words = f"{error.strerror}; mend that, or give another path"
+            show_problems(ProblemsError([Problem(str(error.filename), words)]), verb=arguments.verb)
             return 2
         except Stopped as stopped:
             show_problems(ValueError(stopped), verb=arguments.verb)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from ..problems import raise_if_any
 from .arguments import configuration, folders, run_folder, verb_parser
 from .console import quiet_libraries
 
@@ -27,10 +29,14 @@ def run(arguments: argparse.Namespace) -> int:
     resolved = configuration(arguments)
     out = run_folder(arguments, resolved.config.name)
     quiet_libraries(arguments.verbose)
+    from ..distill.resume import FAMILY, changed_keys
     from ..nemo.pipeline import Run
+    from ..runlock import locked
 
     work = Run(resolved, out)
-    nested = work.nest(Path(given[0]) if given else None, force=arguments.force)
+    raise_if_any(changed_keys(out, resolved.config, resolved.values, FAMILY))
+    with locked(out) if out.is_dir() else nullcontext():
+        nested = work.nest(Path(given[0]) if given else None, force=arguments.force)
     if arguments.json:
         arguments.answer.json({"nested": str(nested)})
     else:

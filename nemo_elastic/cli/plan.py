@@ -78,6 +78,8 @@ def _misplaced(arguments: argparse.Namespace) -> list[Problem]:
         found.append(Problem("--budget", "is for `plan NESTED`; budgets of a configuration are in elastic.budgets"))
     if arguments.output and not (nested or arguments.search):
         found.append(Problem("--output", "is for `plan NESTED` and --search, whose subnets it writes"))
+    if arguments.force and not arguments.output:
+        found.append(Problem("--force", "replaces what --output names; give that, or leave it out"))
     found += [Problem(f"--{name}", "is for `plan --config`, not for a nested checkpoint")
               for name in ("search", "ranking", "score", "train") if getattr(arguments, name) and nested]  # fmt: skip
     if arguments.train and arguments.search:

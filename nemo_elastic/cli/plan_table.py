@@ -55,7 +55,9 @@ def _target(row: Row) -> str:
 
 
 def _size(value: Any) -> str:
-    return str(value) if isinstance(value, int) else f"{min(value)}..{max(value)}"
+    if isinstance(value, int):
+        return str(value)
+    return f"{min(value)}..{max(value)}" if value else "-"  # the parent has no layer of this kind
 
 
 def _deployed(row: Row) -> str:

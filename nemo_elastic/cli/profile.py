@@ -44,12 +44,15 @@ def run(arguments: argparse.Namespace) -> int:
     family = family_of(config)
     import torch
 
+    from ..config.model_fields import arithmetic_of
+    from ..mcore.automatic import settled
     from ..mcore.profile import Timing, profile
 
     timing = Timing(
         batch_size=config.report.batch_size,
         sequence_length=config.report.sequence_length,
-        dtype=torch.bfloat16 if config.train.precision == "bf16-mixed" else torch.float32,
+        dtype=torch.bfloat16 if settled(config).train.precision == "bf16-mixed" else torch.float32,
+        activation_func=arithmetic_of(config.model)["activation_func"],
         warm_up=arguments.warm_up,
         repeats=arguments.repeats,
         rounds=arguments.rounds,

@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from .arguments import configuration, folders, restart_under_torchrun, run_folder, verb_parser
+from .arguments import configuration, folders, run_folder, start_workers, verb_parser
 from .console import is_first_rank, progress_bar, quiet_libraries
 
 FOLDER_VARIABLE = "NEMO_ELASTIC_QUICKSTART_FOLDER"
@@ -60,20 +60,17 @@ def run(arguments: argparse.Namespace) -> int:
     folders(arguments)
     resolved = configuration(arguments, default="tiny_parent.yaml")
     out = run_folder(arguments, "quickstart") if arguments.out else free_folder(USUAL, arguments.force)
-    from ..mcore.checks import check_inputs, check_processes, is_ranked, make_room, started_processes
-    from ..nemo.checkpoints import check_text
+    from ..mcore.checks import started_processes
+    from ..nemo.start_checks import check_train
 
-    check_inputs(resolved.config)
     processes = started_processes() if arguments.nproc is None else arguments.nproc
-    check_processes(resolved.config, processes, ranks=not is_ranked(out))
-    check_text(resolved.config)
-    make_room(out, force=arguments.force, remedy=remedy(out))
-    restart_under_torchrun(arguments)
+    check_train(resolved, out, processes, force=arguments.force, remedy=remedy(out))
+    start_workers(arguments)
     quiet_libraries(arguments.verbose)
     from ..nemo.pipeline import Run, quickstart
 
     with progress_bar() as bar:
-        work = Run(resolved, out, bar.update)
+        work = Run(resolved, out, bar.update, begins=True)
         bar.say("loading Megatron and NeMo")
         result = quickstart(work)
     if not is_first_rank():

@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ..files import folder_problems
-from ..problems import raise_if_any
-from .arguments import configuration, folders, restart_under_torchrun, run_folder, verb_parser
-from .console import is_first_rank, progress_bar, quiet_libraries
+from .arguments import configuration, folders, run_folder, start_workers, verb_parser
+from .console import progress_bar, quiet_libraries
 
 PHASES = {"widths": "rank widths", "depth": "rank layers"}
 EXAMPLES = """examples:
@@ -28,17 +26,19 @@ def add_parser(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Rank as the configuration says."""
     folders(arguments)
-    config = configuration(arguments).config
-    out = run_folder(arguments, config.name)
-    if is_first_rank():
-        raise_if_any(folder_problems("--out", out))
-    restart_under_torchrun(arguments)
+    resolved = configuration(arguments)
+    out = run_folder(arguments, resolved.config.name)
     quiet_libraries(arguments.verbose)
+    from ..mcore.checks import started_processes
+    from ..nemo.start_checks import check_rank
+
+    check_rank(resolved, out, started_processes() if arguments.nproc is None else arguments.nproc)
+    start_workers(arguments)
     from ..nemo.ranking import FOLDER, rank_run
 
     with progress_bar() as bars:
         importance = rank_run(
-            config,
+            resolved.config,
             out,
             resume=arguments.resume,
             report=lambda phase, done, total: bars.update(PHASES[phase], done, total),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from ..problems import Problem, ProblemsError
 from .arguments import configuration, folders, run_folder, verb_parser
 from .console import quiet_libraries
 
@@ -25,9 +27,9 @@ def add_parser(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Sort as `OUT/importance/` says."""
     folders(arguments)
-    config = configuration(arguments).config
+    resolved = configuration(arguments)
     quiet_libraries(arguments.verbose)
-    folder = sort_run(config, run_folder(arguments, config.name), force=arguments.force)
+    folder = sort_run(resolved, run_folder(arguments, resolved.config.name), force=arguments.force)
     if arguments.json:
         arguments.answer.json({"sorted": str(folder)})
     else:
@@ -35,19 +37,26 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def sort_run(config: Any, out: Path, *, force: bool = False) -> Path:
-    """Write `out/sorted/` of a `RunConfig`'s parent from `out/importance/`; returns it.
+def sort_run(resolved: Any, out: Path, *, force: bool = False) -> Path:
+    """Write `out/sorted/` of a `Resolved` run's parent from `out/importance/`; returns it.
 
     Raises:
-        ProblemsError: no scores, scores of another parent, or a folder that exists (without `force`).
+        ProblemsError: no scores, scores of another parent, or a folder that exists (without `force`) or that training
+            checkpoints belong to.
     """
     from ..family import family_of
-    from ..importance.store import Importance
     from ..mcore import cpu
     from ..mcore.parents import open_parent, write_sorted
+    from ..nemo.ranking import stored_importance
+    from ..runlock import locked
 
+    if any((out / "checkpoints").glob("step=*")):
+        words = "has checkpoints that were trained from its sorted parent; choose another --out"
+        raise ProblemsError([Problem(str(out), words)])
     cpu.install()
-    family = family_of(config)
-    importance = Importance.load(out / "importance", family.architecture)
-    reader = open_parent(config.parent.path, family.layout)
-    return write_sorted(out / FOLDER, reader, family.layout, importance, source=config.parent.path, force=force)
+    parent, layout = resolved.config.parent, family_of(resolved.config).layout
+    with locked(out) if out.is_dir() else nullcontext():
+        importance = stored_importance(resolved, out)
+        return write_sorted(
+            out / FOLDER, open_parent(parent, layout), layout, importance, source=parent.path, force=force
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .arguments import configuration, folders, restart_under_torchrun, run_folder, verb_parser
+from .arguments import configuration, folders, run_folder, start_workers, verb_parser
 from .console import progress_bar, quiet_libraries
 
 EXAMPLES = """examples:
@@ -27,15 +27,12 @@ def run(arguments: argparse.Namespace) -> int:
     resolved = configuration(arguments)
     out = run_folder(arguments, resolved.config.name)
     quiet_libraries(arguments.verbose)
-    from ..mcore.checks import check_inputs, check_processes, is_ranked, make_room, started_processes
-    from ..nemo.checkpoints import check_text
+    from ..mcore.checks import started_processes
+    from ..nemo.start_checks import check_train
 
-    check_inputs(resolved.config)
     processes = started_processes() if arguments.nproc is None else arguments.nproc
-    check_processes(resolved.config, processes, ranks=not is_ranked(out))
-    check_text(resolved.config)
-    make_room(out, force=arguments.force, resume=arguments.resume)
-    restart_under_torchrun(arguments)
+    check_train(resolved, out, processes, resume=arguments.resume, force=arguments.force)
+    start_workers(arguments)
     from ..nemo import api
 
     with progress_bar() as bar:

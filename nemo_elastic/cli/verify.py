@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..problems import Problem, ProblemsError
-from .arguments import folders, overrides, restart_under_torchrun, verb_parser
+from .arguments import folders, overrides, start_workers, verb_parser
 from .console import is_first_rank, progress_bar, quiet_libraries, show_problems
 
 EXAMPLES = """examples:
@@ -36,7 +36,8 @@ def run(arguments: argparse.Namespace) -> int:
 
         return run_parent(arguments)
     nested, *child = folders(arguments, "NESTED", "CHILD", optional=1)
-    restart_under_torchrun(arguments)
+    if arguments.hf_python and arguments.format != "hf":
+        raise ProblemsError([Problem("--hf-python", "runs children of --format hf; add that, or leave it out")])
     quiet_libraries(arguments.verbose)
     from ..checkpoint.manifest import HashMismatch, load_manifest
     from ..config import load_config
@@ -47,9 +48,14 @@ def run(arguments: argparse.Namespace) -> int:
         raise ProblemsError([Problem(nested, "its manifest holds no run configuration; it was not made by `train`")])
     run_config = load_config(None, overrides(arguments), base=_with_own_tokenizer(stored, Path(nested))).config
     children = _children(Path(nested), child, arguments.budget, list(manifest.subnets), arguments.format)
+    from ..mcore.checks import check_processes, started_processes
+
+    processes = started_processes() if arguments.nproc is None else arguments.nproc
+    check_processes(run_config, processes, trains=False)
+    start_workers(arguments)
     from ..nemo.results import note_verified  # NeMo takes seconds, and says things: not for bad input
     from ..nemo.train import data_module, heldout_batches
-    from ..nemo.verify import verify
+    from ..nemo.verify import KERNELS, verify
 
     batches = heldout_batches(data_module(run_config), run_config)
     how = {"format": arguments.format, "python": arguments.hf_python}
@@ -63,13 +69,18 @@ def run(arguments: argparse.Namespace) -> int:
         note_verified(Path(nested).parent, run_config, Path(nested), checks)
     passed, pairs = all(check.ok for check in checks), _pairs(manifest)
     if arguments.json:
-        answer = {"verified": passed, "children": [check.to_dict() for check in checks]}
+        answer = {
+            "verified": passed,
+            "kernels": KERNELS[arguments.format],
+            "children": [check.to_dict() for check in checks],
+        }
         arguments.answer.json({**answer, "files_hashed": len(manifest.files), "pairs": pairs})
     elif is_first_rank():
         arguments.answer.render(_table(checks))
         for check in checks:
             if check.difference:
                 arguments.answer.write(f"{check.budget}: first difference: {check.difference}")
+        arguments.answer.write(f"compared with {KERNELS[arguments.format]}")
         arguments.answer.write(f"{len(manifest.files)} files of {nested}: SHA-256 as in the manifest")
         for pair in pairs:
             words = "nested in" if pair["nested"] else "NOT nested in"

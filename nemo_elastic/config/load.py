@@ -6,6 +6,7 @@ they do): the `model` section need not, and may not say otherwise.
 """
 
 import dataclasses
+import os
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +26,12 @@ from .parent_files import parent_files, with_parents_words
 from .sections import RunConfig
 
 _UNSETTABLE = (OmegaConfBaseException, YAMLError, ValueError, TypeError, AttributeError, IndexError, RecursionError)
+PATHS = frozenset(
+    (
+        "parent.path", "data.paths", "data.blend.path", "data.tokenizer", "data.cache_dir", "distill.teacher_cache",
+        "report.profile", "report.latency_table",
+    )
+)  # fmt: skip
 CONF_DIRECTORY = Path(__file__).resolve().parent.parent / "conf"
 
 
@@ -60,7 +67,7 @@ def load_config(
     except (OmegaConfBaseException, RecursionError) as error:
         raise ProblemsError([Problem(str(path), f"cannot be resolved: {_first_line(error)}")]) from error
     problems: list[Problem] = []
-    values = _with_profile(values, problems)
+    values = _with_profile(_at_home(values), problems)
     if base is None:
         values = _with_parent(values, origins, problems)
     config = _build(RunConfig, values, "", problems)
@@ -72,6 +79,15 @@ def load_config(
         problems += rule_problems(config)
     raise_if_any(problems)
     return Resolved(config, plain(config), origins)
+
+
+def _at_home(values: Any, key: str = "") -> Any:
+    """`~` at the beginning of a path is the user's folder, as in a shell, which does not see it behind `key=`."""
+    if isinstance(values, Mapping):
+        return {name: _at_home(value, f"{key}.{name}" if key else str(name)) for name, value in values.items()}
+    if isinstance(values, list):
+        return [_at_home(value, key) for value in values]
+    return os.path.expanduser(values) if isinstance(values, str) and key in PATHS else values
 
 
 def _with_profile(values: dict[str, Any], problems: list[Problem]) -> dict[str, Any]:
@@ -148,6 +164,8 @@ def _read(path: Path, origins: dict[str, str], chain: tuple[Path, ...]) -> Any:
     if not OmegaConf.is_dict(own):
         raise ProblemsError([Problem(str(path), "must be a mapping of sections (model:, elastic:, train:, ...)")])
     bases = own.pop("base", None) or []
+    if not (isinstance(bases, str | list) or OmegaConf.is_list(bases)):
+        raise ProblemsError([Problem(f"{path}: base", f"{bases!r} is neither a file nor a list of files")])
     merged = OmegaConf.create({})
     for base in [bases] if isinstance(bases, str) else list(bases):
         places = (path.parent / str(base), CONF_DIRECTORY / str(base))

@@ -13,7 +13,7 @@ from typing import Any
 from ..problems import Problem, ProblemsError, raise_if_any
 from .model_fields import FUNCTION, model_problems
 from .parent_hf import keys_of_hf, model_from_hf
-from .parent_nemo import read_nemo_context
+from .parent_nemo import CONTEXT_FILES, read_nemo_context
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 BUILTIN = "builtin:"
@@ -56,7 +56,7 @@ def parent_files(path: str) -> ParentFiles | None:
         ProblemsError: unreadable, or a model that cannot be run here, by file and key.
     """
     folder = _place(path)
-    if (folder / "context").is_dir():
+    if any((folder / "context" / name).is_file() for name in CONTEXT_FILES):
         context = read_nemo_context(folder)
         return ParentFiles(context.model, context.file, {})
     file = folder / "config.json"

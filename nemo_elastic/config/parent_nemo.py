@@ -5,7 +5,6 @@ code of their choice. Here only numbers, strings and booleans of `SSMConfig`'s o
 (safe loader) or `io.json`, and our own code builds the configuration from them. No torch here.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +12,13 @@ from typing import Any
 
 import yaml
 
+from ..files import read_json, read_yaml
 from ..problems import Problem, ProblemsError, raise_if_any
 from .model_fields import FUNCTION, ONLY, REQUIRED, model_problems
 from .stored_rows import embedding_rows
 
-YAML_FILE, JSON_FILE, TOKENIZER_FILE = "model.yaml", "io.json", "tokenizer.json"
+CONTEXT_FILES = YAML_FILE, JSON_FILE = "model.yaml", "io.json"
+TOKENIZER_FILE = "tokenizer.json"
 # Beside the fields that decide the function: what a run of this model starts from. The others belong to a machine.
 HINTS = ("seq_length", "hidden_dropout", "attention_dropout", "init_method_std")
 ACTIVATIONS = {
@@ -29,7 +30,7 @@ ACTIVATIONS = {
     "torch.nn.functional.relu": "relu",
 }
 # Of a context that does not say it, by the class that it names: NeMo's own defaults.
-ACTIVATION_OF_CLASS = (("NemotronH", "squared_relu"), ("NemotronNano", "squared_relu"), ("SSMConfig", "gelu"))
+ACTIVATION_OF_CLASS = (("nemotron", "squared_relu"), ("ssmconfig", "gelu"))
 
 
 @dataclass(frozen=True)
@@ -54,16 +55,16 @@ def read_nemo_context(checkpoint: str | Path) -> NemoContext:
             continue
         try:
             fields = fields_of(path)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
             raise ProblemsError([Problem(str(path), f"cannot be read ({str(error)[:160]})")]) from error
         return NemoContext(_model(fields, path, embedding_rows(Path(checkpoint))), path, _tokenizer(folder))
-    words = f"has neither {YAML_FILE} nor {JSON_FILE}; give the model section in --config"
+    words = f"has neither {YAML_FILE} nor {JSON_FILE}; copy the whole checkpoint"
     raise ProblemsError([Problem(str(folder), words)])
 
 
 def _model(fields: Mapping[str, Any], path: Path, rows: int | None) -> dict[str, Any]:
     if "hybrid_override_pattern" not in fields or fields["hybrid_override_pattern"] is None:
-        words = "is not of a hybrid Mamba model with model.hybrid_override_pattern; give the model section in --config"
+        words = "is not of a hybrid Mamba model: it has no hybrid_override_pattern"
         raise ProblemsError([Problem(str(path), words)])
     found: list[Problem] = []
     wanted = (*FUNCTION, *ONLY, *HINTS, "num_layers")
@@ -102,24 +103,26 @@ def _activation(fields: Mapping[str, Any]) -> str | None:
     """A name of ours, or what the file says where we have none; None where the file does not say."""
     value = fields.get("activation_func")
     if value is None:
-        kind = str(fields.get("_target_", "")).rpartition(".")[2]
+        kind = str(fields.get("_target_", "")).rpartition(".")[2].replace("_", "").lower()
         return next((name for start, name in ACTIVATION_OF_CLASS if kind.startswith(start)), None)
     target = str(value.get("_target_", value)) if isinstance(value, Mapping) else str(value)
     return ACTIVATIONS.get(target, target)
 
 
 def _from_yaml(path: Path) -> Mapping[str, Any]:
-    data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return data["config"]
+    config = read_yaml(path)["config"]
+    if not isinstance(config, Mapping):
+        raise ValueError(f"its config is {str(config)[:40]!r}")
+    return config
 
 
 def _from_json(path: Path) -> Mapping[str, Any]:
-    """Fiddle's JSON: objects by reference; the model's `config` is the one that has a pattern."""
-    objects = json.loads(path.read_text(encoding="utf-8"))["objects"]
-    for entry in objects.values():
+    """Fiddle's JSON: objects by reference, each under its class in small letters; ours is the one with a pattern."""
+    objects = read_json(path)["objects"]
+    for key, entry in objects.items():
         items = {_key(item): item[1] for item in entry.get("items", []) if _key(item)}
         if "hybrid_override_pattern" in items:
-            return {name: _json_value(value) for name, value in items.items()}
+            return {"_target_": key, **{name: _json_value(value) for name, value in items.items()}}
     raise ValueError("no object has a hybrid_override_pattern")
 
 

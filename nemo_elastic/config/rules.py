@@ -5,8 +5,8 @@ from datetime import date
 
 from ..problems import Problem, ProblemsError, did_you_mean
 from ..serving_conditions import byte_profile
-from ..space import DIMS, WIDTH_DIMS
-from .sections import PHASES, RunConfig, StageConfig
+from ..space import DIMS, WIDTH_DIMS, name_problems
+from .sections import AUTO, PHASES, RunConfig, StageConfig
 
 ALLOWED = {
     "parent.output_weights": (None, "embedding", "lm_head"),
@@ -20,17 +20,17 @@ ALLOWED = {
     "router.shapes": ("even", "greedy"),
     "distill.loss": ("forward_kl", "reverse_kl", "topk_kl"),
     "train.mode": ("sliced", "masked"),
-    "train.precision": ("32", "bf16-mixed"),
+    "train.precision": ("auto", "32", "bf16-mixed"),
     "train.recompute_granularity": (None, "full", "selective"),
-    "export.dtype": ("bfloat16", "float32"),
+    "export.dtype": (None, "bfloat16", "float32"),
     "export.hf_schema": ("uniform", "list", "per_layer_config"),
 }
 POSITIVE = (
     "elastic.ffn_groups", "rank.samples", "rank.seq_length", "rank.micro_batch_size", "rank.depth_samples",
     "router.hidden_size", "router.tau_start", "router.tau_end", "router.lr", "distill.temperature",
-    "distill.chunk_tokens", "distill.top_k", "distill.budgets_per_batch", "train.micro_batch_size",
+    "distill.top_k", "distill.budgets_per_batch", "train.micro_batch_size",
     "train.optimizer.lr", "train.log_every_steps",
-    "train.val_every_steps", "train.val_samples", "train.save_every_steps", "report.batch_size",
+    "train.wait_minutes", "train.val_every_steps", "train.val_samples", "train.save_every_steps", "report.batch_size",
     "report.sequence_length", "report.mfu", "report.peak_tflops",
     "train.tensor_model_parallel_size", "train.pipeline_model_parallel_size",
     "train.context_parallel_size", "train.expert_model_parallel_size",
@@ -43,6 +43,7 @@ NOT_NEGATIVE = (
     "train.optimizer.clip_grad", "data.num_workers", "rank.min_attention_layers",
 )  # fmt: skip
 LOGGERS = ("tensorboard", "wandb")
+SEEDS = ("train.seed", "rank.seed")  # 32 bits: what Lightning and numpy take
 FRACTIONS = (
     "router.warmup_fraction",
     "router.soft_fraction",
@@ -63,11 +64,20 @@ def rule_problems(config: RunConfig) -> list[Problem]:
     found += [Problem(k, f"{_get(config, k)} must be above 0") for k in POSITIVE if not _get(config, k) > 0]
     found += [Problem(k, f"{_get(config, k)} must not be negative") for k in NOT_NEGATIVE if not _get(config, k) >= 0]
     found += [Problem(k, f"{_get(config, k)} must be from 0 to 1") for k in FRACTIONS if not 0 <= _get(config, k) <= 1]
+    for key in SEEDS:
+        if not 0 <= _get(config, key) < 2**32:
+            found.append(Problem(key, f"{_get(config, key)} must be from 0 to {2**32 - 1}"))
     for i, name in enumerate(config.train.loggers):
         if name not in LOGGERS:
             found.append(Problem(f"train.loggers.{i}", f"{name!r} is no logger{did_you_mean(name, LOGGERS)}"))
+    if config.train.wandb_project and "wandb" not in config.train.loggers:
+        words = "names a project of W&B, which nothing is logged to; add wandb to train.loggers, or leave it out"
+        found.append(Problem("train.wandb_project", words))
     if len(config.train.optimizer.betas) != 2:
         found.append(Problem("train.optimizer.betas", f"{list(config.train.optimizer.betas)} must be two numbers"))
+    chunk = config.distill.chunk_tokens
+    if chunk != AUTO and (isinstance(chunk, str) or chunk < 1):
+        found.append(Problem("distill.chunk_tokens", f"{chunk!r} must be auto or a number above 0"))
     weights = (config.distill.kd_weight, config.distill.ce_weight, config.distill.hidden_weight)
     if not any(weights):
         words = "0 with distill.ce_weight=0 and distill.hidden_weight=0 leaves nothing to learn; set one above 0"
@@ -135,6 +145,8 @@ def _elastic_problems(config: RunConfig) -> Iterable[Problem]:
     for name in config.elastic.dims:
         if name not in DIMS:
             yield Problem(f"elastic.dims.{name}", f"is no elastic dim{did_you_mean(name, DIMS)}")
+    for name in config.elastic.budgets:
+        yield from name_problems(name)
     for name, multiple in config.elastic.multiple_of.items():
         if name not in WIDTH_DIMS:
             yield Problem(f"elastic.multiple_of.{name}", f"is no width{did_you_mean(name, WIDTH_DIMS)}")

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+AUTO = "auto"  # a value that the machine decides when a run starts
 PHASES = ("warmup", "soft", "hard", "frozen")  # of the router, in this order
 
 
@@ -133,7 +134,7 @@ class DistillConfig:
     budgets_per_batch: int = 1  # budgets that learn from one teacher forward of a micro-batch
     teacher_cache: str | None = None  # folder for the teacher's final hidden states: filled first, then it never runs
     fuse_output_layer: bool = True  # output layer and loss in token chunks: logits never exist as a whole
-    chunk_tokens: int = 256  # tokens whose logits are alive at once
+    chunk_tokens: int | str = AUTO  # tokens whose logits are alive at once; auto: 2048 on a GPU, 256 on a CPU
 
     @property
     def needs_teacher(self) -> bool:
@@ -187,7 +188,7 @@ class TrainConfig:
     expert_model_parallel_size: int = 1
     virtual_pipeline_model_parallel_size: int | None = None
     micro_batch_size: int = 4
-    precision: str = "32"  # or bf16-mixed
+    precision: str = AUTO  # bf16-mixed on a GPU, 32 on a CPU; decided when a run starts, and kept
     seed: int = 1234
     mode: str = "sliced"  # how a hard subnet runs: sliced (a step costs its share) or masked
     recompute_granularity: str | None = None  # full or selective
@@ -200,6 +201,7 @@ class TrainConfig:
     save_every_steps: int = 100
     loggers: tuple[str, ...] = ()  # tensorboard, wandb; logs/metrics.csv is always written
     wandb_project: str | None = None  # empty: nemo-elastic
+    wait_minutes: float = 1440.0  # how long processes wait for one that sorts, nests or extracts, before they give up
     preemption: bool = True  # SIGTERM saves a checkpoint and stops after the step
 
 
@@ -207,8 +209,8 @@ class TrainConfig:
 class ExportConfig:
     """Children read out of a nested checkpoint."""
 
-    dtype: str = "bfloat16"  # or float32
-    hf_schema: str = "uniform"  # or list, per_layer_config
+    dtype: str | None = None  # bfloat16 or float32: cast the weights; empty: as they are stored
+    hf_schema: str = "uniform"  # or list, per_layer_config: how a Hugging Face folder says sizes that differ per layer
 
 
 @dataclass(frozen=True, kw_only=True)

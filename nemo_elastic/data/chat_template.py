@@ -23,6 +23,7 @@ from jinja2.exceptions import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from nemo_elastic.data.turns import TRAINED_ROLES, Dialogue, Turn
+from nemo_elastic.files import read_json
 
 FILE, CONFIG = "chat_template.jinja", "tokenizer_config.json"
 _BEGIN, _END = "\ufdd0", "\ufdd1"  # noncharacters: no text has them
@@ -144,7 +145,7 @@ def template_beside(tokenizer: Path, date: str) -> ChatTemplate | None:
     folder = tokenizer.parent
     if tokenizer.name != "tokenizer.json":
         return None
-    config = _config(folder / CONFIG)
+    config = _config(folder)
     if (folder / FILE).is_file():
         return _compiled(folder / FILE, (folder / FILE).read_text(encoding="utf-8"), config, date)
     found = config.get("chat_template")
@@ -167,7 +168,7 @@ def template_file(file: Path, tokenizer: Path, date: str) -> ChatTemplate:
         source = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is no text ({error})") from error
-    return _compiled(file, source, _config(tokenizer.parent / CONFIG), date)
+    return _compiled(file, source, _config(tokenizer.parent), date)
 
 
 def _compiled(
@@ -181,12 +182,16 @@ def _compiled(
         raise ValueError(f"{file} {error}") from error
 
 
-def _config(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is no JSON; copy it again") from error
-    return found if isinstance(found, dict) else {}
+def _config(folder: Path) -> dict[str, Any]:
+    """What a tokenizer's folder says; `special_tokens_map.json` names what `tokenizer_config.json` does not."""
+    found: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", CONFIG):
+        try:
+            words = read_json(folder / name) if (folder / name).is_file() else {}
+        except ValueError as error:
+            raise ValueError(f"{folder / name} cannot be read as JSON ({error}); copy it again") from error
+        found |= {k: v for k, v in words.items() if v is not None} if isinstance(words, dict) else {}
+    return found
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:

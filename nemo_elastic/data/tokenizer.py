@@ -80,7 +80,9 @@ class BPETokenizer:
         try:
             self.tokenizer = Tokenizer.from_file(str(self.path))
         except Exception as error:  # tokenizers raises bare Exception for every defect of the file
-            raise ValueError(f"data.tokenizer={path} is not a tokenizer.json of `tokenizers`: {error}") from error
+            raise ValueError(
+                f"data.tokenizer={path} is not a tokenizer.json of `tokenizers`: {str(error)[:120]}"
+            ) from error
         ids = token_ids(self.path)
         for token, number in ids.items():
             if (kept := self.tokenizer.token_to_id(token)) != number:

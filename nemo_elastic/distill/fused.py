@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..config.sections import DistillConfig
-from .losses import KDLoss, check_no_teacher, token_inputs
+from .losses import KDLoss, check_no_teacher, token_inputs, wanted_chunk
 from .token_losses import check, chunk_loss
 from .vocab_parallel import sum_over
 
@@ -146,6 +146,5 @@ def _accumulate(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
 
 def fused_chunk_length(config: DistillConfig, vocabulary: int, device: torch.device) -> int:
     """Tokens per chunk. Matrix products want more rows than the element-wise passes alone, also on a CPU."""
-    if device.type != "cpu":
-        return config.chunk_tokens
-    return max(1, min(config.chunk_tokens, CPU_CHUNK_ELEMENTS // vocabulary))
+    wanted = wanted_chunk(config, device)
+    return wanted if device.type != "cpu" else max(1, min(wanted, CPU_CHUNK_ELEMENTS // vocabulary))

@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..config.sections import DistillConfig
+from ..config.sections import AUTO, DistillConfig
 from .token_losses import TopTokens, check, chunk_loss
 
+CHUNK_TOKENS = {"cpu": 256, "gpu": 2048}  # below 2048 the output layer's products do not fill a GPU
 CPU_CHUNK_ELEMENTS = 1 << 18  # three fp32 buffers of 1 MB stay in a core's cache
 SPLIT_CHUNK_ELEMENTS = 1 << 20  # over several ranks, fewer and longer chunks: each costs two small all-reduces
 
@@ -95,10 +96,18 @@ def token_inputs(
 
 def chunk_length(config: DistillConfig, vocabulary: int, device: torch.device, *, split: bool) -> int:
     """Tokens per chunk: `chunk_tokens` at most, on a CPU fewer, so that the buffers stay in cache."""
+    wanted = wanted_chunk(config, device)
     if device.type != "cpu":
-        return config.chunk_tokens
+        return wanted
     elements = SPLIT_CHUNK_ELEMENTS if split else CPU_CHUNK_ELEMENTS
-    return max(1, min(config.chunk_tokens, elements // vocabulary))
+    return max(1, min(wanted, elements // vocabulary))
+
+
+def wanted_chunk(config: DistillConfig, device: torch.device) -> int:
+    """`distill.chunk_tokens`, by device where it is `auto`."""
+    if config.chunk_tokens != AUTO:
+        return int(config.chunk_tokens)
+    return CHUNK_TOKENS["cpu" if device.type == "cpu" else "gpu"]
 
 
 def part(teacher: Tensor | TopTokens | None, rows: slice, buffer: Tensor) -> Tensor | TopTokens | None:

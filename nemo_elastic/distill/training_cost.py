@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ..config.sections import PHASES, RunConfig, StageConfig
+from ..config.sections import AUTO, PHASES, RunConfig, StageConfig
 from ..cost import flops, parameters
 from ..family import Family
 from ..router.schedule import Timeline, resolve_recipe
@@ -56,17 +56,22 @@ def checkpoint_bytes(run: RunConfig, family: Family, subnets: Mapping[str, Subne
     """Bytes of weights (and optimizer states) on disk: one training checkpoint, the nested one, each child.
 
     Training: weights, Adam's moments, and fp32 weights of the optimizer where it has its own (bf16, distributed).
+    What `train.precision: auto` will be is not known here: the most it can need.
     """
-    mixed = run.train.precision != "32"
-    weights = 2 if mixed else 4
-    optimizer = STATE_BYTES + (MAIN_BYTES if mixed or run.train.use_distributed_optimizer else 0)
+    kinds = [True, False] if run.train.precision == AUTO else [run.train.precision != "32"]
+    weights = max(2 if mixed else 4 for mixed in kinds)
+    training = max(_training_bytes(mixed, run.train.use_distributed_optimizer) for mixed in kinds)
     total = parameters(family.layout, family.space.full_subnet())
-    child = 2 if run.export.dtype == "bfloat16" else 4
+    child = {"bfloat16": 2, "float32": 4}.get(run.export.dtype, weights)
     return {
-        "training": total * (weights + optimizer),
+        "training": total * training,
         "nested": total * weights,
         "children": {name: parameters(family.layout, subnet) * child for name, subnet in subnets.items()},
     }
+
+
+def _training_bytes(mixed: bool, distributed: bool) -> int:
+    return (2 if mixed else 4) + STATE_BYTES + (MAIN_BYTES if mixed or distributed else 0)
 
 
 def phase_steps(run: RunConfig, index: int) -> dict[str, int]:

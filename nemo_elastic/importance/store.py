@@ -5,7 +5,6 @@ noticed. Loading checks every score against an `Architecture` and never executes
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -19,12 +18,11 @@ from torch import Tensor
 
 from ..architecture import Architecture
 from ..files import write_json
+from ..importance_file import DESCRIPTION, FORMAT, TENSORS, read_description
 from ..layout import ParamLayout
 from ..problems import Problem, ProblemsError, raise_if_any
 from ..space import KIND_OF_DIM, WIDTH_DIMS
 from .ranking import Orders, width_orders
-
-TENSORS, DESCRIPTION, FORMAT = "importance.safetensors", "importance.json", 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,18 +101,7 @@ class Importance:
             ProblemsError: missing, torn, foreign or ill-shaped files; the message says what to do.
         """
         folder = Path(folder)
-        key, description = str(folder), _read_json(folder)
-        tensors = folder / TENSORS
-        if not tensors.is_file() or hashlib.sha256(tensors.read_bytes()).hexdigest() != description["sha256"][TENSORS]:
-            raise ProblemsError(
-                [Problem(key, f"{TENSORS} is missing or not the one {DESCRIPTION} describes; rank again")]
-            )
-        ours = asdict(architecture)
-        other = {k: v for k, v in description["architecture"].items() if ours.get(k) != v}
-        raise_if_any(
-            Problem(f"{key}.architecture.{k}", f"was ranked with {v}, the parent has {ours.get(k)}; rank again")
-            for k, v in other.items()
-        )
+        key, tensors, description = str(folder), folder / TENSORS, read_description(folder, architecture)
         widths: dict[str, dict[int, Tensor]] = {}
         try:
             for name, scores in load_file(tensors).items():
@@ -131,19 +118,3 @@ class Importance:
         )
         raise_if_any(loaded.problems(architecture, key))
         return loaded
-
-
-def _read_json(folder: Path) -> dict[str, Any]:
-    path = folder / DESCRIPTION
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ProblemsError([Problem(str(path), "does not exist; run `nemo-elastic rank` first")]) from error
-    except (OSError, ValueError) as error:
-        raise ProblemsError([Problem(str(path), f"cannot be read ({error}); rank again")]) from error
-    wanted = {"format", "architecture", "depth_ranking", "depth_scores", "sha256", "provenance"}
-    if not isinstance(description, dict) or wanted - set(description) or TENSORS not in description["sha256"]:
-        raise ProblemsError([Problem(str(path), "is no description of importance scores; rank again")])
-    if description["format"] != FORMAT:
-        raise ProblemsError([Problem(str(path), f"has format {description['format']}, this version reads {FORMAT}")])
-    return description

@@ -15,6 +15,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
+from nemo_elastic.mcore.grouped_heads import ungrouped
+
 
 class CausalAttention(nn.Module):
     """Drop-in for `DotProductAttention` where the mask is causal and there is no packing.
@@ -57,6 +59,7 @@ class CausalAttention(nn.Module):
         if attention_bias is not None or packed_seq_params is not None:
             raise ValueError("attention without Transformer Engine takes neither a bias nor packed sequences")
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # [b, heads, s, d]
+        k, v = ungrouped(q, k, v)
         out = F.scaled_dot_product_attention(
             q,
             k,

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.models.mamba import MambaModel
-from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
@@ -22,8 +20,8 @@ from ..slicing import shard, unshard
 from ..space import DEFAULT_FFN_GROUPS
 from .elastic.model import ElasticMambaModel
 from .elastic.spec import elastic_stack_spec
-from .layer_specs import hybrid_stack_spec
-from .versions import squared_relu
+from .layer_specs import attention_backend, hybrid_stack_spec, local_stack_spec
+from .versions import HybridModel, layer_pattern, parameter_name, squared_relu
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "squared_relu": squared_relu,
@@ -67,7 +65,7 @@ def transformer_config(model: Architecture | Mapping[str, Any], **more: Any) -> 
         "masked_softmax_fusion": False,
         "gradient_accumulation_fusion": False,
         "persist_layer_norm": False,
-        "attention_backend": AttnBackend.local,
+        "attention_backend": attention_backend(),
     }
     dtype = more.get("params_dtype", torch.float32)
     return TransformerConfig(**(settings | {"pipeline_dtype": dtype} | more))
@@ -85,11 +83,21 @@ def arithmetic(model: Architecture | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def build_plain_model(
-    model: Architecture | Mapping[str, Any], config: TransformerConfig | None = None, **more: Any
-) -> MambaModel:
-    """The stock Megatron model of this rank (no elastic class in it); arguments as of `transformer_config`."""
+    model: Architecture | Mapping[str, Any],
+    config: TransformerConfig | None = None,
+    *,
+    local: bool = False,
+    **more: Any,
+) -> HybridModel:
+    """The stock Megatron model of this rank (no elastic class in it).
+
+    Args:
+        local: Megatron's own linears even where Transformer Engine is installed.
+        model, config, more: as of `transformer_config`.
+    """
     config = config or transformer_config(model, **more)
-    return MambaModel(config, hybrid_stack_spec(), **_model_arguments(sizes_of(model)))
+    spec = local_stack_spec() if local else hybrid_stack_spec()
+    return HybridModel(config, spec, **_model_arguments(sizes_of(model)))
 
 
 def build_elastic_model(
@@ -97,19 +105,21 @@ def build_elastic_model(
     config: TransformerConfig | None = None,
     *,
     ffn_groups: int = DEFAULT_FFN_GROUPS,
+    local: bool = False,
     **more: Any,
 ) -> ElasticMambaModel:
-    """The elastic model of this rank; its parameters have the plain model's names and shapes."""
+    """The elastic model of this rank; its parameters have the plain model's names and shapes. `local`: as above."""
     config, architecture = config or transformer_config(model, **more), sizes_of(model)
     layout = ParamLayout(architecture, ffn_groups=ffn_groups, tp_size=config.tensor_model_parallel_size)
-    return ElasticMambaModel(config, elastic_stack_spec(), layout=layout, **_model_arguments(architecture))
+    spec = elastic_stack_spec(local=local)
+    return ElasticMambaModel(config, spec, layout=layout, **_model_arguments(architecture))
 
 
 def _model_arguments(architecture: Architecture) -> dict[str, Any]:
     return {
         "vocab_size": architecture.vocab_size,
         "max_sequence_length": 1 << 20,
-        "hybrid_override_pattern": architecture.hybrid_override_pattern,
+        **layer_pattern(architecture.hybrid_override_pattern),
         "pre_process": parallel_state.is_pipeline_first_stage(),
         "post_process": parallel_state.is_pipeline_last_stage(),
         "share_embeddings_and_output_weights": architecture.share_embeddings_and_output_weights,
@@ -130,7 +140,7 @@ def named_global_parameters(model: nn.Module, layout: ParamLayout) -> Iterator[t
         name = ".".join(parts)
         if name == "output_layer.weight" and layout.architecture.share_embeddings_and_output_weights:
             name = "embedding.word_embeddings.weight"  # the last stage's copy of the tied weight
-        yield layout.canonical_name(name), parameter
+        yield layout.canonical_name(parameter_name(name)), parameter
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

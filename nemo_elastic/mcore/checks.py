@@ -7,24 +7,21 @@ import os
 import shutil
 from pathlib import Path
 
+import torch
+
+from ..alignment import convolution_notes
 from ..config.sections import RunConfig
 from ..family import family_of
 from ..files import folder_problems
 from ..plan import plan
 from ..problems import Problem, ProblemsError, raise_if_any
+from .cpu import has_mamba_kernels
 from .parents import open_parent
 
 RUN_PARTS = (
-    "checkpoints",
-    "nested",
-    "children",
-    "logs",
-    "sorted",
-    "importance",
-    "results.json",
-    "evaluations",
-    "report",
-)
+    "checkpoints", "nested", "children", "logs", "sorted", "importance", "results.json", "evaluations", "report",
+    "config.json",
+)  # fmt: skip
 
 HOW_TO_GO_ON = "go on with --resume, start over with --force, or choose another --out"
 
@@ -45,12 +42,13 @@ def check_inputs(config: RunConfig) -> None:
         elif name == "wandb" and not _wandb_can_log():
             words = "wandb has no API key here; `wandb login`, set WANDB_API_KEY, or WANDB_MODE=offline"
             found.append(Problem("train.loggers", words))
-    if config.distill.teacher_cache and os.environ.get("RANK", "0") == "0":
+    if config.distill.teacher_cache:
         found += folder_problems("distill.teacher_cache", config.distill.teacher_cache)
     if not config.train.stages:
         found.append(NO_STAGES)
     if not config.elastic.budgets:
         found.append(Problem("elastic.budgets", "is empty; name at least one, e.g. {full: 1.0, half: 0.5}"))
+    found += kernel_problems(config)
     if not found:
         try:
             open_parent(config.parent, family_of(config).layout)
@@ -59,16 +57,28 @@ def check_inputs(config: RunConfig) -> None:
     raise_if_any(found)
 
 
+def kernel_problems(config: RunConfig) -> list[Problem]:
+    """Sizes that the GPU kernels of THIS machine refuse; nothing where our own run in their place."""
+    try:
+        notes = convolution_notes(family_of(config).space, config.train.tensor_model_parallel_size)
+    except ProblemsError:
+        return []  # said by `plan`
+    if not notes or not torch.cuda.is_available() or not has_mamba_kernels():
+        return []
+    return [Problem("elastic.dims", note) for note in notes]
+
+
 def started_processes() -> int:
     """Processes that torchrun started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def check_processes(config: RunConfig, processes: int, *, ranks: bool = False) -> None:
+def check_processes(config: RunConfig, processes: int, *, ranks: bool = False, trains: bool = True) -> None:
     """Whether so many processes can be dealt to the layout, and the samples to its replicas.
 
     Args:
         ranks: the parent is not ranked yet, the run begins with it.
+        trains: stages are read.
 
     Raises:
         ProblemsError: they do not divide.
@@ -81,10 +91,10 @@ def check_processes(config: RunConfig, processes: int, *, ranks: bool = False) -
         words = f"tensor_model_parallel_size={tp} x pipeline_model_parallel_size={pp} needs a multiple of {tp * pp} "
         words += f"processes, {processes} started; use torchrun --nproc-per-node or --nproc"
         raise ProblemsError([Problem("train", words)])
-    if not settings.stages:
+    if trains and not settings.stages:
         raise ProblemsError([NO_STAGES])
     replicas, found = processes // (tp * pp), []
-    for i, stage in enumerate(settings.stages):
+    for i, stage in enumerate(settings.stages if trains else ()):
         micro = stage.micro_batch_size or settings.micro_batch_size
         if stage.global_batch_size % (micro * replicas):
             words = f"{stage.global_batch_size} must be a multiple of micro batch {micro} x {replicas} replicas"
@@ -107,22 +117,25 @@ def _wandb_can_log() -> bool:
     return netrc.is_file() and "wandb" in netrc.read_text(encoding="utf-8", errors="replace")
 
 
-def make_room(out: Path, *, force: bool, resume: bool = False, remedy: str = HOW_TO_GO_ON) -> None:
-    """Never train over another run: with `force` its parts are removed, otherwise they are an error.
+def run_problems(out: Path, *, force: bool, resume: bool = False, remedy: str = HOW_TO_GO_ON) -> list[Problem]:
+    """Why a run may not begin in `out`: never train over another one without being told to.
 
-    `remedy` is what the error says can be done, in the words of the command the user gave.
-
-    Raises:
-        ProblemsError: `out` cannot be written in, or has checkpoints, and neither `resume` nor `force` was given.
+    `remedy` is what the problem says can be done, in the words of the command the user gave.
     """
-    if os.environ.get("RANK", "0") == "0":  # the others would meet what this one makes for a moment
-        raise_if_any(folder_problems("--out", out))
     used = [name for name in ("checkpoints", "nested") if (out / name).exists()]
     if not used or resume:
-        return
+        return []
+    found = " and ".join(used)
     if not force:
-        found = " and ".join(used)
-        raise ProblemsError([Problem(str(out), f"already has {found}; {remedy}")])
+        return [Problem(str(out), f"already has {found}; {remedy}")]
+    if not (out / "config.json").is_file():
+        words = f"has {found} but no config.json: no run of this program, and --force leaves it alone; choose another"
+        return [Problem("--out", f"{out} {words}")]
+    return []
+
+
+def clear_run(out: Path) -> None:
+    """Remove what a run wrote in `out`, and nothing else. Only the first rank does."""
     if os.environ.get("RANK", "0") == "0":
         for part in (out / name for name in RUN_PARTS):
             shutil.rmtree(part, ignore_errors=True)

@@ -122,7 +122,8 @@ class WidthCollector:
         """Go on from what `state` gave."""
         self.samples = int(state["samples"])
         names = [name.rpartition(".") for name in state if name != "samples"]
-        self.totals = {(what, int(layer)): state[f"{what}.{layer}"] for what, _, layer in names}
+        device = next(self.stack.model.parameters()).device
+        self.totals = {(what, int(layer)): state[f"{what}.{layer}"].to(device) for what, _, layer in names}
 
     def _join_sequence(self) -> None:
         """Under sequence parallelism a norm saw this rank's part of each sequence: add up the parts."""

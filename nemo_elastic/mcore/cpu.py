@@ -1,9 +1,11 @@
-"""Megatron-core on a machine without a GPU, over gloo: one explicit call, nothing at import time.
+"""Megatron-core where something it counts on is missing: a GPU, mamba-ssm's kernels, a fused Adam. One explicit call.
 
-`install()` does nothing when `torch.cuda.is_available()`. Otherwise it applies the entries of `SHIMS`, each of which
-names the upstream lines (megatron-core 0.15.3) that fail, or silently do the wrong thing, without it. A shim is
-scoped to the upstream module that needs it (that module sees a `torch` whose factories turn `device="cuda"` into the
-CPU) unless the call is spread over all of Megatron; those few are set on torch itself.
+`install()` applies the entries of `SHIMS` whose reason is given here: without CUDA all of them (over gloo), with CUDA
+those whose package is not there, so that torch alone runs everything on a GPU with our own kernels; on a complete image
+none. Each names the upstream lines (of megatron-core 0.16.1; 0.15.3 has them elsewhere in these files) that fail, or
+silently do the wrong thing, without it. A shim is scoped to the upstream module that needs it (that module sees a
+`torch` whose factories turn `device="cuda"` into the CPU) unless the call is spread over all of Megatron; those few are
+set on torch itself.
 
 Order does not matter: the modules are imported here and changed in place, so `install()` works before and after
 `import megatron.core` (and NeMo). It must be called before the first model, optimizer or random tracker is made.
@@ -23,16 +25,47 @@ import torch
 
 CPU = torch.device("cpu")
 _installed: list[str] = []
+_looked: list[bool] = []  # whether what is missing has been looked for
 
 
 @dataclass(frozen=True)
 class Shim:
-    """One difference between Megatron on CUDA and on a CPU: what it does, and which upstream lines need it."""
+    """One difference between Megatron as it expects to run and here: what it does, and which upstream lines need it.
+
+    Attributes:
+        package: with CUDA it is applied when this, of `PACKAGES`, is missing; None: only without CUDA.
+    """
 
     name: str
     upstream: tuple[str, ...]
     why: str
     apply: Callable[[], None]
+    package: str | None = None
+
+    def is_needed(self) -> bool:
+        """Whether what makes it needed is missing here."""
+        return not torch.cuda.is_available() or (self.package is not None and not PACKAGES[self.package]())
+
+
+def can_import(*modules: str) -> bool:
+    """Whether all of them can be imported: a package that was built for another torch is there, and cannot."""
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except (ImportError, OSError):
+            return False
+    return True
+
+
+def has_mamba_kernels() -> bool:
+    """Whether the CUDA kernels of Mamba are there; one of the two packages alone is of no use."""
+    return can_import("mamba_ssm.ops.triton.ssd_combined", "causal_conv1d")
+
+
+PACKAGES: dict[str, Callable[[], bool]] = {
+    "mamba_ssm": has_mamba_kernels,
+    "fused_adam": lambda: can_import("transformer_engine.pytorch.optimizers") or can_import("apex.optimizers"),
+}
 
 
 class HonestTypeName(str):
@@ -187,16 +220,16 @@ def _adam_steps() -> None:
 SHIMS: tuple[Shim, ...] = (
     Shim(
         "never_compile",
-        ("jit.py:12", "activations.py:8 squared_relu", "fusions/fused_bias_dropout.py:67"),
+        ("jit.py:21", "activations.py:8 squared_relu", "fusions/fused_bias_dropout.py:67"),
         "jit_fuser is torch.compile: inductor asks for a CUDA device, or compiles for seconds at the first step",
         _never_compile,
     ),
     Shim(
         "current_device",
         (
-            "tensor_parallel/layers.py:255,865,1198",
-            "ssm/mamba_mixer.py:281",
-            "distributed/param_and_grad_buffer.py:702",
+            "tensor_parallel/layers.py:261,873,1218",
+            "ssm/mamba_mixer.py:303",
+            "distributed/param_and_grad_buffer.py:783",
         ),
         "every weight, buffer and receive buffer is created on torch.cuda.current_device()",
         _current_device,
@@ -210,58 +243,60 @@ SHIMS: tuple[Shim, ...] = (
     Shim(
         "literal_cuda",
         (
-            "pipeline_parallel/schedules.py:573,2114",
+            "pipeline_parallel/schedules.py:596,2138",
             "transformer/utils.py:35",
-            "optimizer/optimizer.py:469,477,481,903",
-            "optimizer/clip_grads.py:90,103,115,174,206",
-            "utils.py:1029 local_multi_tensor_l2_norm",
+            "optimizer/optimizer.py:473,481,485,907",
+            "optimizer/clip_grads.py:90,103,115,174,207",
+            "utils.py:1207 local_multi_tensor_l2_norm",
         ),
         'token counters, the causal mask, loss scale and gradient norm are made with device="cuda"',
         _literal_cuda,
     ),
     Shim(
         "type_names",
-        ("optimizer/clip_grads.py:167", "optimizer/optimizer.py:667,686", "optimizer/distrib_optimizer.py:357,416,578"),
+        ("optimizer/clip_grads.py:167", "optimizer/optimizer.py:671,690", "optimizer/distrib_optimizer.py:361,420,582"),
         'parameters are sorted into groups by Tensor.type() == "torch.cuda.FloatTensor"',
         _type_names,
     ),
     Shim(
         "adam_steps",
-        ("optimizer/distrib_optimizer.py:637,821,928",),
+        ("optimizer/distrib_optimizer.py:641,825,940",),
         "without Apex, torch's Adam has no state before its first step and a step counter per weight",
         _adam_steps,
+        package="fused_adam",
     ),
     Shim(
         "tied_weight",
-        ("models/common/language_module/language_module.py:233 setup_embeddings_and_output_layer",),
+        ("models/common/language_module/language_module.py:244 setup_embeddings_and_output_layer",),
         "the last stage's copy of a tied embedding is sent to the GPU before it is made equal to the first stage's",
         _tied_weight,
     ),
     Shim(
         "random_state",
-        ("tensor_parallel/random.py:41,72,196,198,199,370",),
+        ("tensor_parallel/random.py:41,72,235,237,238,422",),
         "the tracker of tensor-parallel seeds keeps CUDA generator states; without seeds TP ranks start equal",
         _random_state,
     ),
     Shim(
         "mamba_kernels",
-        ("ssm/mamba_mixer.py:57,70,152,469,533,568,632,707",),
+        ("ssm/mamba_mixer.py:71,83,173,659,805,850,949,1031",),
         "the mixer refuses to be built without mamba_ssm, whose kernels are CUDA and Triton only",
         _mamba_kernels,
+        package="mamba_ssm",
     ),
 )
 
 
 def install() -> tuple[str, ...]:
-    """Make megatron-core run on this machine's CPU; a no-op with a GPU. Idempotent.
+    """Make megatron-core run on this machine; a no-op where nothing is missing. Idempotent.
 
     Returns:
-        The names of the shims in force: `()` where `torch.cuda.is_available()`.
+        The names of the shims in force: all without CUDA, those of missing packages with it.
     """
-    if torch.cuda.is_available():
-        return ()
-    if not _installed:
+    if not _looked:
+        _looked.append(True)
         for shim in SHIMS:
-            shim.apply()
-            _installed.append(shim.name)
+            if shim.is_needed():
+                shim.apply()
+                _installed.append(shim.name)
     return tuple(_installed)

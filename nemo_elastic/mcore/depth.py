@@ -67,7 +67,7 @@ class DepthAblation:
         self.on_batch, self.on_candidate = on_batch, on_candidate
         self._kept: dict[Entry, Tensor] = {}
         self._full: dict[int, Tensor] = {}  # batch -> the full model's x, last stage only
-        self._sums: dict[int, float] = {}
+        self._sums: dict[int, Tensor | float] = {}  # on the last stage fp64 scalars of the device
         self._next_batch = 0
         self._iterates = False  # whether a candidate's activations can serve a next round
         self._gram = self._gram_of_output(centred=metric == "centred_mse") if self.stack.is_last else None
@@ -104,7 +104,7 @@ class DepthAblation:
         return {
             "removed": list(self.progress.removed),
             "scores": {str(k): v for k, v in self.progress.scores.items()},
-            "sums": {str(k): v for k, v in self._sums.items()},
+            "sums": {str(k): float(v) for k, v in self._sums.items()},
             "next_batch": self._next_batch,
             "counts": {name: getattr(self, name) for name in COUNTS},
         }
@@ -124,14 +124,16 @@ class DepthAblation:
             self._full[batch] = self.stack.final_norm(full) if self.stack.is_last else torch.empty(0)
         self._fill(batch, removed)
         if self.stack.is_last:
-            self._sums[self.depth] += self._energy(self._full[batch])
+            self._sums[self.depth] = self._sums[self.depth] + self._energy(self._full[batch])
         for candidate in candidates:
             without = (*removed, candidate)
             hidden = self._run(
                 batch, without, self.index.restart(batch, without), self.depth, CANDIDATE if keep else None
             )
             if self.stack.is_last:
-                self._sums[candidate] += self._energy(self._full[batch], self.stack.final_norm(hidden))
+                self._sums[candidate] = self._sums[candidate] + self._energy(
+                    self._full[batch], self.stack.final_norm(hidden)
+                )
             self.candidates_done += 1
             if self.on_candidate is not None:
                 self.on_candidate(self)
@@ -192,11 +194,11 @@ class DepthAblation:
         for entry in self.index.take_evicted():
             self._kept.pop(entry, None)
 
-    def _energy(self, x: Tensor, minus: Tensor | None = None) -> float:
-        """`sum d^T G d` of `d = x - minus`, `[s, b, h]`, in the precision of `G`."""
+    def _energy(self, x: Tensor, minus: Tensor | None = None) -> Tensor:
+        """`sum d^T G d` of `d = x - minus`, `[s, b, h]`, in the precision of `G`; an fp64 scalar."""
         d = x.to(self._gram.dtype).flatten(0, -2)
         d = d if minus is None else d - minus.to(self._gram.dtype).flatten(0, -2)
-        return ((d @ self._gram) * d).sum(dtype=torch.float64).item()
+        return ((d @ self._gram) * d).sum(dtype=torch.float64)
 
     def _gram_of_output(self, centred: bool) -> Tensor:
         weight = self.stack.output_weight().detach()
@@ -213,7 +215,8 @@ class DepthAblation:
         """Sums over the sequence's parts, data-parallel ranks; then from the last stage to all."""
         device = self.batches[0].device
         keys = list(self._sums)
-        values = torch.tensor([self._sums[key] for key in keys], dtype=torch.float64, device=device)
+        sums = [torch.as_tensor(self._sums[key], dtype=torch.float64) for key in keys]
+        values = torch.stack([s.to(device) for s in sums])
         if self.stack.sequence_is_split:
             dist.all_reduce(values, group=self.groups.tp)
         dist.all_reduce(values, group=self.groups.dp)

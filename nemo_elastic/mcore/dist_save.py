@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.strategies.torch import MCoreMetadata
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
+    Metadata,
     MetadataIndex,
     StorageMeta,
     TensorProperties,
@@ -167,12 +167,11 @@ class _Writer:
             self._file = None
 
     def finish(self) -> dict[str, str]:
-        metadata = MCoreMetadata(
+        metadata = Metadata(
             state_dict_metadata=self._state,
             storage_data=self._storage,
             storage_meta=StorageMeta(checkpoint_id=os.curdir, save_id=str(uuid.uuid4())),
             version=CURRENT_DCP_VERSION,
-            mcore_data={},
         )
         small = {
             COMMON_FILE: _saved(COMMON),

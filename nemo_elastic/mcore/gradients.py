@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from megatron.core.optimizer.clip_grads import get_grad_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
@@ -24,20 +23,29 @@ LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 
 
 @torch.no_grad()
-def gradient_norms(model: nn.Module, optimizer: Any) -> tuple[float, float]:
-    """(model, router) L2 norms of the finished gradients; not finite when any element is not.
+def gradient_norms(model: nn.Module, optimizer: Any) -> Tensor:
+    """(model, router) L2 norms `[2]` of the finished gradients, on the device; not finite when any element is not.
+
+    One pass and one all-reduce for both, and nothing waits: the caller reads the numbers when it must.
 
     Args:
         model: this rank's model; parameters under `router.` are the router's.
         optimizer: Megatron's optimizer of it.
     """
     parts = list(getattr(optimizer, "chained_optimizers", [optimizer]))
-    group = parts[0].get_grad_stats_parallel_group()
     found: dict[bool, list[Tensor]] = {False: [], True: []}
     for name, grad in _local_gradients(model, parts):
         found[".router." in f".{name}"].append(grad)
-    model_norm, router_norm = (get_grad_norm_fp32(found[kind], grad_stats_parallel_group=group) for kind in found)
-    return float(model_norm), float(router_norm)
+    device = next(model.parameters()).device
+    squares = torch.stack([_sum_of_squares(grads, device) for grads in found.values()])
+    torch.distributed.all_reduce(squares, group=parts[0].get_grad_stats_parallel_group())
+    return squares.sqrt()
+
+
+def _sum_of_squares(grads: list[Tensor], device: torch.device) -> Tensor:
+    if not grads:
+        return torch.zeros((), device=device)
+    return torch.stack(torch._foreach_norm(grads)).square().sum()
 
 
 def _local_gradients(model: nn.Module, optimizers: list[Any]) -> Iterator[tuple[str, Tensor]]:

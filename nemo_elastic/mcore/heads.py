@@ -82,7 +82,12 @@ def teacher_head(model: nn.Module, ids: Tensor, position_ids: Tensor | None) -> 
 def cached_head(model: nn.Module, hidden: Tensor) -> Head:
     """Head of hidden states `[s, b, h]` that a cache has kept; of all tokens whatever the layout."""
     weight = _output_weight(model)
-    return Head(hidden.to(weight.device), weight, model.config.hidden_size, bool(model.config.sequence_parallel))
+    return Head(
+        hidden.to(weight.device, non_blocking=True),
+        weight,
+        model.config.hidden_size,
+        bool(model.config.sequence_parallel),
+    )
 
 
 def _output_weight(model: nn.Module) -> Tensor:

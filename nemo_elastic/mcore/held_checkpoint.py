@@ -9,7 +9,6 @@ and let `metadata.json` and further files choose other loaders. Here the loader 
 from __future__ import annotations
 
 import io
-import json
 import os
 import pickle
 import tempfile
@@ -18,6 +17,7 @@ from pathlib import Path
 import torch
 
 from nemo_elastic.checkpoint.held_files import HeldFolder
+from nemo_elastic.files import parse_json
 from nemo_elastic.mcore.preflight import (
     COMMON_FILE,
     CONFIG_FILE,
@@ -108,7 +108,7 @@ def _config_problems(data: bytes | None, path: Path) -> list[Problem]:
     if data is None:
         return [Problem(str(path), "is missing: not a Megatron checkpoint; copy it again")]
     try:
-        said = json.loads(data)
+        said = parse_json(data)
         backends = said.get("sharded_backend"), said.get("common_backend", "torch")
     except (ValueError, AttributeError) as error:
         return [Problem(str(path), f"is damaged ({error}); copy the checkpoint again")]

@@ -1,14 +1,14 @@
 """Layer specs of the plain (not elastic) hybrid stack, with and without Transformer Engine.
 
-`hybrid_stack_spec()` is what `SSMConfig.mamba_stack_spec` takes. With Transformer Engine on a GPU it is
-megatron-core's own `mamba_stack_spec`; otherwise the same stack from Megatron's local column and row parallel linears
-with the norm of `norm.py` in front. Transformer Engine fuses that norm into the linear behind it, so its weight has
-another name in a checkpoint; the key maps below make a local stack write and read exactly the names that stock NeMo
-writes (`mixer.in_proj.layer_norm_weight`, ...).
+`hybrid_stack_spec()` is what `SSMConfig.mamba_stack_spec` takes. With Transformer Engine on a GPU it is megatron-core's
+own; otherwise the same stack from Megatron's local column and row parallel linears with the norm of `norm.py` in front.
+Transformer Engine fuses that norm into the linear behind it, so its weight has another name in a checkpoint; the key
+maps below make a local stack write and read exactly the names that stock NeMo writes
+(`mixer.in_proj.layer_norm_weight`, ...).
 
-In both cases the mixer is `Mixer`: Megatron's, with its gated norm marked as split over tensor-parallel ranks. Without
-the mark the global gradient norm counts the norm's gradient on tensor-parallel rank 0 only, and clipping then depends
-on the layout.
+In both cases the mixer is `Mixer`: Megatron's, with its gated norm marked as split over tensor-parallel ranks, which
+megatron-core 0.15 does not do. Without the mark the global gradient norm counts the norm's gradient on tensor-parallel
+rank 0 only, and clipping then depends on the layout.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ from dataclasses import replace
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.ssm.mamba_block import MambaStack, MambaStackSubmodules
 from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
 from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -32,6 +31,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from nemo_elastic.mcore.attention import CausalAttention
 from nemo_elastic.mcore.norm import RMSNorm
+from nemo_elastic.mcore.versions import HybridStack, StackSubmodules, transformer_engine_spec
 
 MAMBA_KEYS = {"norm.": "mixer.in_proj.layer_norm_"}
 ATTENTION_KEYS = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
@@ -47,15 +47,15 @@ class Mixer(MambaMixer):
             self.norm.weight.tensor_model_parallel = True
 
 
-class LocalStack(MambaStack):
-    """Megatron's hybrid stack with the local norm at its end, where `MambaStack` insists on Transformer Engine's."""
+class LocalStack(HybridStack):
+    """Megatron's hybrid stack with the local norm at its end, where Megatron's own insists on Transformer Engine's."""
 
     final_norm_class: type[RMSNorm] = RMSNorm
 
     def __init__(
         self,
         config: TransformerConfig,
-        submodules: MambaStackSubmodules,
+        submodules: StackSubmodules,
         *args: object,
         post_layer_norm: bool = True,
         **kwargs: object,
@@ -69,6 +69,15 @@ class LocalStack(MambaStack):
 def have_transformer_engine() -> bool:
     """Whether layers of Transformer Engine can run here: installed, and on a GPU."""
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+
+
+def attention_backend() -> AttnBackend:
+    """The one setting of all models in a process: Megatron writes it into the environment that all of them read.
+
+    With `local` it forbids Transformer Engine every kernel; where that is installed all models, stacks of our own
+    among them, leave the choice to it.
+    """
+    return AttnBackend.auto if have_transformer_engine() else AttnBackend.local
 
 
 def local_stack_spec() -> ModuleSpec:
@@ -103,7 +112,7 @@ def local_stack_spec() -> ModuleSpec:
     )
     return ModuleSpec(
         module=LocalStack,
-        submodules=MambaStackSubmodules(
+        submodules=StackSubmodules(
             mamba_layer=ModuleSpec(module=MambaLayer, submodules=mamba),
             attention_layer=ModuleSpec(module=TransformerLayer, submodules=attention),
             mlp_layer=ModuleSpec(module=MLPLayer, submodules=mlp),
@@ -113,14 +122,11 @@ def local_stack_spec() -> ModuleSpec:
 
 def transformer_engine_stack_spec() -> ModuleSpec:
     """megatron-core's own spec of the hybrid stack (fused norm + linear), with our `Mixer`."""
-    from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec
-
-    stack = mamba_stack_spec.submodules
+    spec = transformer_engine_spec()
+    stack = spec.submodules
     layer = stack.mamba_layer.submodules
     marked = replace(layer, mixer=replace(layer.mixer, module=Mixer))
-    return replace(
-        mamba_stack_spec, submodules=replace(stack, mamba_layer=replace(stack.mamba_layer, submodules=marked))
-    )
+    return replace(spec, submodules=replace(stack, mamba_layer=replace(stack.mamba_layer, submodules=marked)))
 
 
 def hybrid_stack_spec(config: TransformerConfig | None = None) -> ModuleSpec:

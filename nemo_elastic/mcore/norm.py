@@ -35,7 +35,8 @@ class RMSNorm(nn.Module):
                 "model.normalization=RMSNorm and model.layernorm_zero_centered_gamma=false"
             )
         self.eps = config.layernorm_epsilon if eps is None else eps
-        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .build import unwrapped
 from .elastic.plan import Plan
 from .evaluate import run_forward
+from .versions import pattern_of
 
 WORDS = {"M": "Mamba", "*": "attention", "-": "MLP"}
 
@@ -102,7 +103,7 @@ def _places(core: nn.Module) -> Iterator[tuple[int, str, nn.Module]]:
         yield -1, "embedding", core.embedding
     for layer in core.decoder.layers:
         index = layer.layer_number - 1
-        kind = WORDS.get(core.hybrid_override_pattern[index], "") if hasattr(core, "hybrid_override_pattern") else ""
+        kind = WORDS.get(pattern_of(core)[index : index + 1], "")
         yield index, f"layer {index}" + (f" ({kind})" if kind else ""), layer
     if core.post_process:
         yield 1 << 30, "final norm", core.decoder.final_norm

@@ -6,6 +6,7 @@ undone) and `sorted.json` (depth ranking, source, hashes). Writing streams: a te
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ..architecture import Architecture
 from ..checkpoint.reader import LazyTensor, SafetensorsReader, TensorReader, check_against_layout, lazy_tensors
-from ..checkpoint.writer import atomic_folder, write_safetensors, write_safetensors_file
+from ..checkpoint.writer import atomic_folder, tensor_bytes, write_safetensors, write_safetensors_file
 from ..config.parent_files import folder_of, is_hugging_face, read_json
 from ..config.sections import ParentConfig
 from ..importance.sorting import SortedReader, orders_to_tensors
@@ -26,6 +27,7 @@ from ..importance.store import Importance
 from ..layout import ParamLayout
 from ..problems import Problem, ProblemsError
 
+SAMPLED = 1 << 16  # elements of a tensor that count for a parent's digest
 DESCRIPTION, PERMUTATIONS = "sorted.json", "permutations.safetensors"
 
 
@@ -47,6 +49,18 @@ def open_parent(parent: ParentConfig | str | None, layout: ParamLayout) -> Tenso
     reader = _reader(folder_of(path), layout.architecture, parent.output_weights)
     check_against_layout(reader, layout, f"{key}={path}")
     return reader
+
+
+def weights_digest(reader: TensorReader, layout: ParamLayout) -> str:
+    """SHA-256 over the parent's tensors, of a large one every n-th element: tells one parent from another.
+
+    Every tensor is read, so it takes as long as the disk does; what is hashed of it takes no time.
+    """
+    digest = hashlib.sha256()
+    for name, spec in layout.table.items():
+        values = reader.read(name).reshape(-1)
+        digest.update(name.encode() + tensor_bytes(values[:: max(1, spec.numel({}) // SAMPLED)]))
+    return digest.hexdigest()
 
 
 def _reader(folder: Path, architecture: Architecture, output_weights: str | None) -> TensorReader:
@@ -116,7 +130,7 @@ def sorted_parent(folder: str | Path) -> SortedParent:
     """
     folder = Path(folder)
     try:
-        description = json.loads((folder / DESCRIPTION).read_text())
+        description = read_json(folder / DESCRIPTION)
         ranking = description["depth_ranking"]
         permutations = load_file(folder / PERMUTATIONS)
     except (OSError, ValueError, KeyError) as error:

@@ -91,6 +91,7 @@ class Planner:
         self.config = resolve_recipe(config)
         self.timeline, self.seed, self.conditions = timeline, seed, conditions
         self.state = PlannerState()
+        self._expected: dict[tuple[str, torch.device], ExpectedCost] = {}
 
     @cached_property
     def costs(self) -> dict[str, BudgetCost]:
@@ -111,10 +112,11 @@ class Planner:
         """Uniformly shrunk subnet per learned budget."""
         return {name: propose_uniform(cost, tolerance=self.config.tolerance) for name, cost in self.costs.items()}
 
-    @cached_property
-    def expected(self) -> dict[str, ExpectedCost]:
-        """Differentiable expected cost per learned budget."""
-        return {name: ExpectedCost(cost) for name, cost in self.costs.items()}
+    def expected(self, name: str, device: torch.device) -> ExpectedCost:
+        """Differentiable expected cost of a learned budget; its tables are made once per device."""
+        if (name, device) not in self._expected:
+            self._expected[name, device] = ExpectedCost(self.costs[name], device)
+        return self._expected[name, device]
 
     def begin_step(self, router: Router | None, step: int) -> StepState:
         """The choices of a step; pins them when the frozen phase begins."""
@@ -134,12 +136,11 @@ class Planner:
         """Noise-free choice per learned budget, exactly within its budget; without repair: as it is, to steer by."""
         if router is None or not self.learned:
             return {}
-        found = {}
-        for name in self.learned:
-            output = router(router.budget_vector(name), tau=1.0, scale=1.0)
-            pi = {dim: p.cpu() for dim, p in output.probabilities.items()}
-            found[name] = choose(pi, self.costs[name], tolerance=self.config.tolerance, fill=True, repair=repair)
-        return found
+        outputs = {n: router(router.budget_vector(n), tau=1.0, scale=1.0).probabilities for n in self.learned}
+        return {
+            name: choose(pi, self.costs[name], tolerance=self.config.tolerance, fill=True, repair=repair)
+            for name, pi in _on_the_host(outputs).items()
+        }
 
     def subnet_of_choice(self, name: str, chosen: Chosen) -> Subnet:
         """The subnet that a choice names."""
@@ -197,12 +198,12 @@ class Planner:
         """The router's own loss: towards the budget while soft, towards its repaired choice while hard; or None."""
         if planned.output is None:
             return None
-        logits = {n: z.cpu() for n, z in planned.output.logits.items()}
+        output, selection = planned.output, planned.chosen.selection
         if planned.phase == "hard":
-            return commitment_loss(logits, planned.chosen.selection)
-        output = RouterOutput(logits, {n: p.cpu() for n, p in planned.output.probabilities.items()})
-        price, expected = self.state.steering.price(planned.budget), self.expected[planned.budget]
-        return soft_phase_loss(output, expected, price, planned.settle, planned.chosen.selection, self.config).float()
+            return commitment_loss(output.logits, selection)
+        device = next(iter(output.logits.values())).device
+        price, expected = self.state.steering.price(planned.budget), self.expected(planned.budget, device)
+        return soft_phase_loss(output, expected, price, planned.settle, selection, self.config).float()
 
     def end_step(self, state: StepState) -> None:
         """Steer by the discrete errors of the step's choices."""
@@ -231,3 +232,10 @@ class Planner:
         """Take up where a checkpoint left off."""
         self.state.steering.load_state_dict(values["steering"])
         self.state.frozen = {n: self.family.space.subnet_from_dict(s) for n, s in values["frozen"].items()}
+
+
+def _on_the_host(outputs: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """Probabilities per budget and dim on the CPU, in one copy: a step waits for the device once, not once a dim."""
+    flat = [p.flatten() for pi in outputs.values() for p in pi.values()]
+    parts = iter(torch.cat(flat).cpu().split([len(p) for p in flat]))
+    return {name: {dim: next(parts).view(p.shape) for dim, p in pi.items()} for name, pi in outputs.items()}

@@ -2,6 +2,10 @@
 
 The same environment as for training: torchrun's variables when present, else a single process. What is already
 initialised (by a trainer in the same process, or by a test pool) is kept when its layout is the wanted one.
+
+Two kinds of waiting: collectives of a step, which NCCL gives up after ten minutes, as something hangs then; and waits
+for one process that sorts, nests or extracts a whole parent, which may take hours. The latter are on a gloo group of
+their own with a limit of their own.
 """
 
 from __future__ import annotations
@@ -9,6 +13,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -16,21 +21,37 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from ..problems import ProblemsError, raise_if_any
+from ..config.sections import TrainConfig
+from ..problems import Problem, ProblemsError, raise_if_any
 from . import cpu
 
+_waits: dict[str, Any] = {"group": None, "limit": timedelta(minutes=TrainConfig().wait_minutes)}
 
-def start(tensor_model_parallel_size: int = 1, pipeline_model_parallel_size: int = 1, *, seed: int = 1234) -> int:
+
+def start(
+    tensor_model_parallel_size: int = 1,
+    pipeline_model_parallel_size: int = 1,
+    *,
+    seed: int = 1234,
+    wait_minutes: float | None = None,
+) -> int:
     """Initialise torch.distributed and Megatron's groups for a layout; returns this process' rank.
 
+    Args:
+        wait_minutes: limit of `barrier` and `on_first_rank`; None: as it is.
+
     Raises:
+        ProblemsError: more processes on this machine than GPUs.
         ValueError: when the started processes do not fill the layout.
     """
     cpu.install()
+    if wait_minutes is not None and timedelta(minutes=wait_minutes) != _waits["limit"]:
+        _waits.update(group=None, limit=timedelta(minutes=wait_minutes))
     if not dist.is_initialized():
         if "RANK" not in os.environ:
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()), RANK="0", WORLD_SIZE="1")
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        device = own_gpu()  # before the first collective: NCCL takes the current device, which is the first one
+        dist.init_process_group("gloo" if device is None else "nccl", device_id=device)
     wanted = (tensor_model_parallel_size, pipeline_model_parallel_size)
     world = dist.get_world_size()
     if world % (wanted[0] * wanted[1]):
@@ -49,6 +70,23 @@ def start(tensor_model_parallel_size: int = 1, pipeline_model_parallel_size: int
     return dist.get_rank()
 
 
+def own_gpu() -> torch.device | None:
+    """The GPU of this process, made the current one: its number on this machine, or the only one it sees.
+
+    Raises:
+        ProblemsError: there is no such GPU.
+    """
+    if not torch.cuda.is_available():
+        return None
+    number, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if number >= count > 1:
+        words = f"{number} is the process' number on this machine, which shows {count} GPUs; start at most {count} here"
+        raise ProblemsError([Problem("LOCAL_RANK", words)])
+    device = torch.device("cuda", number if count > 1 else 0)
+    torch.cuda.set_device(device)
+    return device
+
+
 def forget_layout() -> None:
     """Drop Megatron's groups AND the communicators behind them.
 
@@ -56,6 +94,7 @@ def forget_layout() -> None:
     few layouts those take the machine.
     """
     parallel_state.destroy_model_parallel()
+    _waits["group"] = None
     for group in [g for g in dist.distributed_c10d._world.pg_map if g is not dist.group.WORLD]:
         dist.destroy_process_group(group)
 
@@ -71,9 +110,16 @@ def world_size() -> int:
 
 
 def barrier() -> None:
-    """Wait for all processes."""
+    """Wait for all processes, however long one of them works (`train.wait_minutes`)."""
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier(group=_waiting_group())
+
+
+def _waiting_group() -> dist.ProcessGroup:
+    """All processes, over gloo; made by the first wait, which all of them come to."""
+    if _waits["group"] is None:
+        _waits["group"] = dist.new_group(backend="gloo", timeout=_waits["limit"])
+    return _waits["group"]
 
 
 def on_first_rank(act: Callable[[], Any]) -> Any:
@@ -89,7 +135,7 @@ def on_first_rank(act: Callable[[], Any]) -> Any:
         except ProblemsError as error:
             answer[1] = error.problems
     if world_size() > 1:
-        dist.broadcast_object_list(answer, src=0)
+        dist.broadcast_object_list(answer, src=0, group=_waiting_group())
     raise_if_any(answer[1] or ())
     return answer[0]
 

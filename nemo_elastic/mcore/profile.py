@@ -27,6 +27,7 @@ from torch import Tensor
 from .. import __version__
 from ..architecture import KIND_NAMES, MLP, Architecture
 from ..choices import layers_of_dim
+from ..config.model_fields import ARITHMETIC
 from ..latency import OUTER, Grid, LatencyTable, fixed_sizes
 from ..space import KIND_OF_DIM, ElasticSpace
 from . import process_groups
@@ -39,11 +40,12 @@ Report = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """How a point is measured."""
+    """How a point is measured. `activation_func` is the parent's: it takes part of an MLP layer's time."""
 
     batch_size: int
     sequence_length: int
     dtype: torch.dtype = torch.float32
+    activation_func: str = ARITHMETIC["activation_func"]
     warm_up: int = 3
     repeats: int = 5
     rounds: int = 3
@@ -127,7 +129,8 @@ def _outer(
 
 def _model(architecture: Architecture, timing: Timing) -> torch.nn.Module:
     bf16 = timing.dtype == torch.bfloat16
-    return build_plain_model(architecture, params_dtype=timing.dtype, bf16=bf16).eval()
+    section = {**vars(architecture), "activation_func": timing.activation_func}
+    return build_plain_model(section, params_dtype=timing.dtype, bf16=bf16).eval()
 
 
 def _points(space: ElasticSpace, points: int) -> Iterable[tuple[str, dict[str, int]]]:

@@ -10,7 +10,10 @@ are not supported raise ``ValueError``. Source: Mamba-2 (arXiv 2405.21060) and t
 
 from __future__ import annotations
 
+import importlib
 import math
+from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +21,7 @@ from torch import Tensor
 
 from nemo_elastic.mcore.causal_conv import causal_conv1d_fn, causal_conv1d_update, depthwise_causal_conv
 from nemo_elastic.mcore.chunk_scan import chunk_scan, scan_chunk_length
+from nemo_elastic.mcore.cpu import has_mamba_kernels
 from nemo_elastic.mcore.gated_norm import RMSNormGated, gated_rms_norm
 
 __all__ = [
@@ -210,6 +214,14 @@ def selective_state_update(
     return y.to(x.dtype)
 
 
+@lru_cache
+def step_kernel(device_type: str) -> Callable[..., Tensor] | None:
+    """mamba-ssm's `selective_state_update` where it is there."""
+    if device_type != "cuda" or not has_mamba_kernels():
+        return None
+    return importlib.import_module("mamba_ssm.ops.triton.selective_state_update").selective_state_update
+
+
 def mamba_step(
     state: Tensor,
     x: Tensor,
@@ -225,10 +237,16 @@ def mamba_step(
     """One token with per-head parameters: ``x`` ``[b, h, p]``, ``dt`` ``[b, h]``, ``A``, ``D``, ``dt_bias`` ``[h]``.
 
     ``B`` and ``C`` are ``[b, g, n]``; ``state`` ``[b, h, p, n]`` is updated in place. Running it over a sequence gives
-    what `mamba_chunk_scan_combined` gives for the whole.
+    what `mamba_chunk_scan_combined` gives for the whole. On a GPU with mamba-ssm its kernel does it.
     """
     D = D.unsqueeze(-1) if D is not None and D.dim() == 1 else D
     bias = None if dt_bias is None else dt_bias.unsqueeze(-1)
+    kernel = step_kernel(x.device.type)
+    if kernel is not None:  # it wants every channel's own numbers, and knows by their strides that they are one
+        heads, p, n = state.shape[1:]
+        A, dt = A[:, None, None].expand(heads, p, n), dt.unsqueeze(-1).expand_as(x)
+        D, bias = (None if t is None else t.expand(heads, p) for t in (D, bias))
+        return kernel(state, x, dt, A, B, C, D=D, z=z, dt_bias=bias, dt_softplus=dt_softplus)
     return selective_state_update(
         state, x, dt.unsqueeze(-1), A[:, None, None], B, C, D, z=z, dt_bias=bias, dt_softplus=dt_softplus
     )

@@ -10,7 +10,6 @@ what they are the states of (parent, text, stages) stands in `teacher.json` and 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from ..config.sections import StageConfig
 from ..distill.curriculum import samples_before, stage_at
-from ..files import write_json
+from ..files import read_json, write_json
 from ..problems import Problem, ProblemsError
 from .heads import Head, teacher_head
 from .process_groups import barrier, rank
@@ -80,7 +79,7 @@ class TeacherCache:
         if not file.is_file():
             return False
         try:
-            found = dict(json.loads(file.read_text()))
+            found = dict(read_json(file))
         except (OSError, ValueError, TypeError) as error:
             raise ProblemsError([Problem(named, f"{file} cannot be read ({error}); delete the folder")]) from error
         wrong = sorted(k for k in self.identity.keys() | found.keys() if self.identity.get(k) != found.get(k))
@@ -129,7 +128,8 @@ class TeacherCache:
             self._open[number] = np.load(self._file(number), mmap_mode="r", allow_pickle=False)
         at = first - self._begin(number)
         found = torch.from_numpy(np.array(self._open[number][at : at + count]))
-        return (found.view(self.dtype) if self.dtype is torch.bfloat16 else found).transpose(0, 1).contiguous()
+        states = (found.view(self.dtype) if self.dtype is torch.bfloat16 else found).transpose(0, 1).contiguous()
+        return states.pin_memory() if torch.cuda.is_available() else states  # `cached_head` copies without waiting
 
     def _run(self, teacher: nn.Module, number: int, batch: range, read_tokens: ReadTokens) -> Tensor | None:
         """Final hidden states `[s, b, h]` on the rank that writes them."""

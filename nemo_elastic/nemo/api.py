@@ -14,9 +14,10 @@ from pathlib import Path
 
 from nemo_elastic.config import Resolved, load_config
 from nemo_elastic.importance.store import Importance
-from nemo_elastic.mcore.checks import check_inputs, check_processes, is_ranked, make_room, started_processes
-from nemo_elastic.nemo.checkpoints import check_text
+from nemo_elastic.mcore.checks import is_ranked, started_processes
+from nemo_elastic.mcore.one_run import one_run
 from nemo_elastic.nemo.pipeline import Progress, Run, quickstart
+from nemo_elastic.nemo.start_checks import check_rank, check_train
 
 __all__ = ["Finished", "quickstart", "rank", "resolved_run", "train"]
 
@@ -31,11 +32,16 @@ class Finished:
 
 
 def resolved_run(
-    config: str | Path | Resolved, out: str | Path | None, overrides: Sequence[str], progress: Progress | None
+    config: str | Path | Resolved,
+    out: str | Path | None,
+    overrides: Sequence[str],
+    progress: Progress | None,
+    *,
+    begins: bool = False,
 ) -> Run:
-    """A run folder's steps for a configuration (file, shipped name, or already resolved)."""
+    """A run folder's steps for a configuration (file, shipped name, or already resolved); `begins`: a new run."""
     resolved = config if isinstance(config, Resolved) else load_config(config, list(overrides))
-    return Run(resolved, Path(out) if out else Path("runs") / resolved.config.name, progress)
+    return Run(resolved, Path(out) if out else Path("runs") / resolved.config.name, progress, begins=begins)
 
 
 def rank(
@@ -51,7 +57,10 @@ def rank(
     Raises:
         ProblemsError: anything wrong with configuration, layout or parent.
     """
-    return resolved_run(config, out, overrides, progress).importance(resume=resume)
+    run = resolved_run(config, out, overrides, progress)
+    if not is_ranked(run.out):
+        check_rank(run.resolved, run.out, started_processes())
+    return run.importance(resume=resume)
 
 
 def train(
@@ -68,16 +77,14 @@ def train(
     Raises:
         ProblemsError: anything wrong with configuration, layout, parent, or a run folder that is in use.
     """
-    run = resolved_run(config, out, overrides, progress)
-    check_inputs(run.config)
-    check_processes(run.config, started_processes(), ranks=not is_ranked(run.out))
-    check_text(run.config)
-    make_room(run.out, force=force, resume=resume)
+    run = resolved_run(config, out, overrides, progress, begins=not resume)
+    check_train(run.resolved, run.out, started_processes(), resume=resume, force=force)
     run.start()
-    run.write_config()
-    importance = run.importance(resume=resume)
-    sorted_folder = run.sort(importance)
-    run.search_shapes(importance, sorted_folder)
-    trained = run.train(sorted_folder, resume_from=run.resume_point() if resume else None)
-    nested = run.nest(force=force or resume)
+    with one_run(run.out):
+        run.write_config()
+        importance = run.importance(resume=resume)
+        sorted_folder = run.sort(importance)
+        run.search_shapes(importance, sorted_folder)
+        trained = run.train(sorted_folder, resume_from=run.resume_point() if resume else None)
+        nested = run.nest(force=force or resume)
     return Finished(nested, trained.heldout_losses, trained.tokens)

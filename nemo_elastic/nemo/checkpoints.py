@@ -84,8 +84,17 @@ def tokenizer_of(run: RunConfig) -> str | None:
 
 
 def text_tokenizer(run: RunConfig) -> BPETokenizer:
-    """The tokenizer of a run's text, with the end of text that `data.end_of_text` or the parent's files say."""
-    return BPETokenizer(tokenizer_of(run) or DEFAULT_TOKENIZER, run.data.end_of_text)
+    """The tokenizer of a run's text, with the end of text that `data.end_of_text` or the parent's files say.
+
+    Raises:
+        ProblemsError: there is none, it cannot be read, or nobody says what ends a text.
+    """
+    try:
+        return BPETokenizer(tokenizer_of(run) or DEFAULT_TOKENIZER, run.data.end_of_text)
+    except ProblemsError:
+        raise
+    except ValueError as error:
+        raise ProblemsError([Problem("data.tokenizer", str(error).removeprefix("data.tokenizer="))]) from error
 
 
 def end_of_text_name(run: RunConfig) -> str:
@@ -108,8 +117,8 @@ def check_text(run: RunConfig, *, trains: bool = True) -> None:
         trains: the text of all stages is read, and what is held out; otherwise only what ranking reads.
 
     Raises:
-        ProblemsError: text that is not there; no tokenizer, or one with an id that the parent has no row for.
-        ValueError: a tokenizer or a text that cannot be read, too little of it, or nobody says what ends a text.
+        ProblemsError: a tokenizer or a text that is not there or cannot be read, too little of it, an id that the
+            parent has no row for, or nobody says what ends a text.
     """
     file, rows = Path(tokenizer_of(run) or DEFAULT_TOKENIZER), int(run.model["vocab_size"])
     raise_if_any([*entry_problems(run.data), *(row_problems(file, rows) if file.is_file() else ())])
@@ -149,8 +158,8 @@ def extract(
     """
     if format not in FORMATS:
         raise ProblemsError([Problem("--format", f"{format!r} must be one of {', '.join(FORMATS)}")])
-    check_target(out, force)
     opened = nested if isinstance(nested, Nested) else open_nested(nested)
+    check_target(out, force, opened.path)
     subnet = opened.manifest.subnet(budget)
     if format == "nemo":
         child_architecture(opened.layout.architecture, subnet)  # refuses what a plain config cannot say
@@ -208,7 +217,7 @@ def extract_all(
     targets, found = {name: Path(out) / name for name in opened.manifest.subnets}, []
     for name, target in targets.items():
         try:
-            check_target(target, how.get("force", False))
+            check_target(target, how.get("force", False), opened.path)
             if how.get("format", "nemo") == "nemo":
                 child_architecture(opened.layout.architecture, opened.manifest.subnet(name))
             else:

@@ -1,8 +1,8 @@
 """NeMo on a machine without a GPU: Megatron's shims, and what `nl.Trainer` + `nl.MegatronStrategy` need on top.
 
-`install()` does nothing when `torch.cuda.is_available()`. It may be called before or after NeMo is imported (the
-modules are imported here and changed in place), and must be called before the trainer is built. Lines are those of
-nemo-toolkit 2.7.3.
+NeMo's own shims are for machines without a GPU only; Megatron's are chosen by what is missing. `install()` may be
+called before or after NeMo is imported (the modules are imported here and changed in place), and must be called before
+the trainer is built. Lines are those of nemo-toolkit 2.7.3.
 """
 
 from __future__ import annotations
@@ -101,15 +101,13 @@ SHIMS: tuple[Shim, ...] = (
 
 
 def install() -> tuple[str, ...]:
-    """Make NeMo and megatron-core run on this machine's CPU; a no-op with a GPU. Idempotent.
+    """Make NeMo and megatron-core run on this machine; a no-op where nothing is missing. Idempotent.
 
     Returns:
-        The names of the shims in force, Megatron's first: `()` where `torch.cuda.is_available()`.
+        The names of the shims in force, Megatron's first.
     """
     of_megatron = cpu.install()
-    if not of_megatron:
-        return ()
-    if not _installed:
+    if not torch.cuda.is_available() and not _installed:
         for shim in SHIMS:
             shim.apply()
             _installed.append(shim.name)

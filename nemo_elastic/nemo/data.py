@@ -190,4 +190,5 @@ class TextDataModule(pl.LightningDataModule, io.IOMixin):
         self.data_sampler.if_first_step = 1
 
     def _loader(self, mode: str, dataset: Dataset) -> WrappedDataLoader:
-        return WrappedDataLoader(mode=mode, dataset=dataset, num_workers=self.num_workers)
+        pinned = torch.cuda.is_available()  # NeMo copies batches `non_blocking`
+        return WrappedDataLoader(mode=mode, dataset=dataset, num_workers=self.num_workers, pin_memory=pinned)

@@ -22,6 +22,7 @@ from nemo_elastic.config import load_values
 from nemo_elastic.config.sections import DistillConfig, RunConfig
 from nemo_elastic.family import Family, family_of
 from nemo_elastic.layout import ParamLayout
+from nemo_elastic.mcore import process_groups
 from nemo_elastic.mcore.build import build_plain_model, load_weights
 from nemo_elastic.mcore.elastic.spec import elastic_stack_spec
 from nemo_elastic.mcore.family_model import FamilyModel
@@ -29,6 +30,7 @@ from nemo_elastic.mcore.heads import Heads, head_loss, no_hidden
 from nemo_elastic.mcore.parallel import data_parallel_group, stage_ends
 from nemo_elastic.mcore.parents import sorted_parent
 from nemo_elastic.mcore.planner import Planned
+from nemo_elastic.mcore.versions import layer_pattern
 from nemo_elastic.router.model import Router
 
 
@@ -78,7 +80,7 @@ class ElasticSSMConfig(llm.SSMConfig):
             layout=layout,
             vocab_size=get_vocab_size(self, tokenizer.vocab_size, self.make_vocab_size_divisible_by),
             max_sequence_length=self.seq_length,
-            hybrid_override_pattern=self.hybrid_override_pattern,
+            **layer_pattern(self.hybrid_override_pattern),
             position_embedding_type=self.position_embedding_type,
             share_embeddings_and_output_weights=self.share_embeddings_and_output_weights,
             pre_process=first if pre_process is None else pre_process,
@@ -88,6 +90,7 @@ class ElasticSSMConfig(llm.SSMConfig):
         for module in (model,) if teacher is None else (model, teacher):
             load_weights(module, parent.reader, family.architecture, ffn_groups=family.space.ffn_groups)
             module.to(dtype=self.params_dtype)
+        process_groups.barrier()  # ranks read a large parent at their own pace
         names = family.learned
         router = Router(family.space, names, run.router, seed=run.train.seed) if names else None
         model.attach(router, teacher)

@@ -97,8 +97,7 @@ def layer_name(name: str, subnet: Subnet, pattern: str) -> str:
 def nested_trace(model: nn.Module, tokens: Tensor, subnet: Subnet) -> list[Tensor]:
     """Final norm of what each layer leaves, `[s, k]` per layer, of the first row: the subnet cut off behind each."""
     layout: ParamLayout = model.layout
-    ids, found = tokens[:1], []
-    positions = torch.arange(ids.shape[1]).expand_as(ids)
+    (ids, positions), found = _first_row(model, tokens), []
     for count in range(1, subnet.num_layers + 1):
         plan = hard_plan(layout, replace(subnet, layers=subnet.layers[:count]))
         found.append(model(ids, positions, None, elastic=plan, hidden_only=True)[:, 0].float().cpu())
@@ -115,12 +114,17 @@ def plain_trace(model: nn.Module, tokens: Tensor) -> list[Tensor]:
 
     hooks = [layer.register_forward_hook(keep) for layer in model.decoder.layers]
     try:
-        ids = tokens[:1]
-        model(ids, torch.arange(ids.shape[1]).expand_as(ids), None)
+        model(*_first_row(model, tokens), None)
     finally:
         for hook in hooks:
             hook.remove()
     return [model.decoder.final_norm(x)[:, 0].float().cpu() for x in kept]
+
+
+def _first_row(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Token and position ids `[1, s]` of the first row, where the model is."""
+    ids = tokens[:1].to(next(model.parameters()).device)
+    return ids, torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
 
 
 def _bits(tensor: Tensor) -> Tensor:

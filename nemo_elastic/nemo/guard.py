@@ -29,7 +29,7 @@ class FiniteGuard(pl.Callback):
     """
 
     def __init__(self) -> None:
-        self.norms = (0.0, 0.0)
+        self.norms = [0.0, 0.0]
         self.batches: list[dict[str, Any]] = []
         self.loss, self.shape = 0.0, (0, 0)
 
@@ -56,10 +56,11 @@ class FiniteGuard(pl.Callback):
         Raises:
             ProblemsError: on every rank, with step, budget and layer.
         """
-        self.norms = gradient_norms(pl_module.module, optimizer.mcore_optimizer)
-        fine = torch.tensor(float(all(map(math.isfinite, (*self.norms, self.loss)))), device=pl_module.device)
+        norms = gradient_norms(pl_module.module, optimizer.mcore_optimizer)
+        fine = (norms.isfinite().all() & math.isfinite(self.loss)).to(norms)
         torch.distributed.all_reduce(fine, op=torch.distributed.ReduceOp.MIN)
-        if not fine:
+        *self.norms, all_fine = torch.cat([norms, fine[None]]).tolist()  # the one wait
+        if not all_fine:
             raise ProblemsError([Problem(f"step {trainer.global_step + 1}", self._words(pl_module))])
 
     def _words(self, pl_module: pl.LightningModule) -> str:

@@ -7,6 +7,7 @@ Every process of a distributed run calls every step; what is written, the first 
 
 from __future__ import annotations
 
+import gc
 import logging
 import re
 import time
@@ -25,11 +26,13 @@ from nemo_elastic.family import family_of
 from nemo_elastic.files import write_json
 from nemo_elastic.importance.store import Importance
 from nemo_elastic.mcore import process_groups
+from nemo_elastic.mcore.automatic import settled_run
 from nemo_elastic.mcore.build import build_elastic_model, load_weights
 from nemo_elastic.mcore.checks import is_ranked
 from nemo_elastic.mcore.dist_checkpoint import TorchDistReader
 from nemo_elastic.mcore.elastic.plan import hard_plan
 from nemo_elastic.mcore.evaluate import heldout_loss
+from nemo_elastic.mcore.one_run import one_run
 from nemo_elastic.mcore.parents import is_sorted_by, open_parent, sorted_parent, write_sorted
 from nemo_elastic.nemo.checkpoints import (
     end_of_text_name,
@@ -39,15 +42,15 @@ from nemo_elastic.nemo.checkpoints import (
     write_nested,
 )
 from nemo_elastic.nemo.logs import quiet
-from nemo_elastic.nemo.ranking import rank_run
+from nemo_elastic.nemo.ranking import rank_run, stored_importance
 from nemo_elastic.nemo.results import RESULTS, provenance, results_of
-from nemo_elastic.nemo.resume import remove_unfinished, whole_checkpoints
 from nemo_elastic.nemo.train import Trained, data_module, heldout_batches, latest_checkpoint, train
 from nemo_elastic.nemo.verify import verify
 from nemo_elastic.problems import Problem, ProblemsError
 from nemo_elastic.proposals import with_searched_shapes
 from nemo_elastic.runlog import RunLog
 from nemo_elastic.space import Subnet
+from nemo_elastic.training_checkpoints import remove_unfinished, whole_checkpoints
 
 logger = logging.getLogger(__name__)
 ROUTER_PREFIX = "module.router.net."
@@ -57,8 +60,12 @@ Progress = Callable[[str, int, int, str], None]
 class Run:
     """A run folder and what is in it: `importance/ sorted/ checkpoints/ logs/ nested/ children/ results.json`."""
 
-    def __init__(self, resolved: Resolved, out: Path, progress: Progress | None = None) -> None:
-        self.resolved, self.config, self.out = resolved, resolved.config, out
+    def __init__(
+        self, resolved: Resolved, out: Path, progress: Progress | None = None, *, begins: bool = False
+    ) -> None:
+        """`begins`: a new run, which decides what `auto` means; else what the run in `out` decided holds."""
+        self.resolved, self.out = settled_run(resolved, out, begins=begins), out
+        self.config = self.resolved.config
         self.progress = progress or (lambda name, done, total, text: None)
         self.seconds: dict[str, float] = {}
 
@@ -67,7 +74,10 @@ class Run:
         quiet()
         settings = self.config.train
         process_groups.start(
-            settings.tensor_model_parallel_size, settings.pipeline_model_parallel_size, seed=settings.seed
+            settings.tensor_model_parallel_size,
+            settings.pipeline_model_parallel_size,
+            seed=settings.seed,
+            wait_minutes=settings.wait_minutes,
         )
 
     def write_config(self) -> None:
@@ -84,14 +94,8 @@ class Run:
 
     def importance(self, *, resume: bool = False) -> Importance:
         """Measured importance, from disk when it is there."""
-        family = family_of(self.config)
         if is_ranked(self.out):
-            found = Importance.load(self.out / "importance", family.architecture)
-            measured = found.provenance.get("source", {}).get("parent")
-            if measured != self.config.parent.path:
-                words = f"is of the parent {measured!r}, not {self.config.parent.path!r}; choose another --out"
-                raise ProblemsError([Problem(str(self.out / "importance"), words)])
-            return found
+            return stored_importance(self.resolved, self.out)
         return rank_run(
             self.config,
             self.out,
@@ -100,16 +104,9 @@ class Run:
         )
 
     def search_shapes(self, importance: Importance, sorted_folder: Path) -> None:
-        """`router.shapes: greedy`, now that there are scores: subnets for all budgets, in `OUT/config.json` as well.
-
-        Raises:
-            ProblemsError: the parent is sorted by other scores, so that these would cut it in the wrong place.
-        """
+        """`router.shapes: greedy`, now that there are scores: subnets for all budgets, in `OUT/config.json` as well."""
         if not self.config.router.searches:
             return
-        if not is_sorted_by(sorted_parent(sorted_folder), importance, family_of(self.config).layout):
-            words = "is sorted by other scores than those in importance/; `nemo-elastic sort --force` sorts it again"
-            raise ProblemsError([Problem(str(sorted_folder), words)])
         given = self.config.elastic.subnets
         self.config = with_searched_shapes(self.config, str(self.out))
         new = {name: subnet for name, subnet in self.config.elastic.subnets.items() if name not in given}
@@ -118,12 +115,21 @@ class Run:
         self.write_config()
 
     def sort(self, importance: Importance, *, force: bool = False) -> Path:
-        """The sorted parent's folder."""
+        """The sorted parent's folder.
+
+        Raises:
+            ProblemsError: it is there, but sorted by other scores or groups: these would cut it in the wrong places.
+        """
         folder, layout = self.out / "sorted", family_of(self.config).layout
         if process_groups.rank() == 0 and (force or not folder.is_dir()):
             reader = open_parent(self.config.parent, layout)
             write_sorted(folder, reader, layout, importance, source=str(self.config.parent.path), force=force)
         process_groups.barrier()
+        if not is_sorted_by(sorted_parent(folder), importance, layout):
+            words = (
+                "is sorted by other scores or ffn_groups than this run's; `nemo-elastic sort --force` sorts it again"
+            )
+            raise ProblemsError([Problem(str(folder), words)])
         return folder
 
     def train(self, sorted_folder: Path, *, resume_from: Path | None = None) -> Trained:
@@ -132,7 +138,11 @@ class Run:
         def show(step: int, total: int, text: str) -> None:
             self.progress("train", step, total, text)
 
-        return train(self.config, self.out, sorted_folder, resume_from=resume_from, progress=show)
+        trained = train(self.config, self.out, sorted_folder, resume_from=resume_from, progress=show)
+        gc.collect()  # model, optimizer and teacher: what comes next builds its own
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return trained
 
     def resume_point(self) -> Path | None:
         """The last whole training checkpoint, None when there is none yet; what a kill left unfinished is removed."""
@@ -186,8 +196,9 @@ class Run:
             raise ProblemsError([Problem(str(checkpoint), words)])
         return records[step]
 
-    def extract_all(self, nested: Path, *, dtype: torch.dtype | None = None, force: bool = False) -> dict[str, Path]:
-        """One plain NeMo checkpoint per budget."""
+    def extract_all(self, nested: Path, *, force: bool = False) -> dict[str, Path]:
+        """One plain NeMo checkpoint per budget, cast as `export.dtype` says."""
+        dtype = getattr(torch, self.config.export.dtype) if self.config.export.dtype else None
         names = list(open_nested(nested).manifest.subnets)
         folders = {name: self.out / "children" / name for name in names}
         if process_groups.rank() == 0:
@@ -245,13 +256,14 @@ def with_subnets_of(config: RunConfig, subnets: Mapping[str, Any]) -> RunConfig:
 def quickstart(run: Run) -> dict[str, Any]:
     """All of the above, once."""
     run.start()
-    run.write_config()
-    importance = run.timed("rank", run.importance)
-    sorted_folder = run.timed("sort", lambda: run.sort(importance))
-    run.search_shapes(importance, sorted_folder)
-    trained = run.timed("train", lambda: run.train(sorted_folder))
-    nested = run.timed("nest", run.nest)
-    before = run.timed("zero_shot", lambda: run.zero_shot(sorted_folder, trained.subnets))
-    children = run.timed("extract", lambda: run.extract_all(nested))
-    checks = run.timed("verify", lambda: run.verify(nested, children))
-    return run.results(nested, checks, before)
+    with one_run(run.out):
+        run.write_config()
+        importance = run.timed("rank", run.importance)
+        sorted_folder = run.timed("sort", lambda: run.sort(importance))
+        run.search_shapes(importance, sorted_folder)
+        trained = run.timed("train", lambda: run.train(sorted_folder))
+        nested = run.timed("nest", run.nest)
+        before = run.timed("zero_shot", lambda: run.zero_shot(sorted_folder, trained.subnets))
+        children = run.timed("extract", lambda: run.extract_all(nested))
+        checks = run.timed("verify", lambda: run.verify(nested, children))
+        return run.results(nested, checks, before)

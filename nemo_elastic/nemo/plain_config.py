@@ -19,14 +19,13 @@ import torch
 from nemo.collections import llm
 
 from nemo_elastic.mcore.build import ACTIVATIONS
-from nemo_elastic.mcore.layer_specs import have_transformer_engine, hybrid_stack_spec
-from nemo_elastic.mcore.versions import AttnBackend
+from nemo_elastic.mcore.layer_specs import attention_backend, have_transformer_engine, hybrid_stack_spec
 from nemo_elastic.nemo import cpu
 
 Precision = Literal["32", "bf16-mixed"]
 
 DTYPES: dict[str, torch.dtype] = {"32": torch.float32, "bf16-mixed": torch.bfloat16}
-# Fused CUDA kernels, and the attention that needs none; Megatron's own defaults assume a GPU.
+# Fused kernels of Transformer Engine and Apex; Megatron's own defaults assume them.
 WITHOUT_GPU: dict[str, Any] = {
     "bias_dropout_fusion": False,
     "masked_softmax_fusion": False,
@@ -34,7 +33,6 @@ WITHOUT_GPU: dict[str, Any] = {
     "persist_layer_norm": False,
     "apply_rope_fusion": False,
     "cross_entropy_loss_fusion": False,
-    "attention_backend": AttnBackend.local,
 }
 
 
@@ -86,6 +84,7 @@ def plain_model_config(
         "pipeline_dtype": dtype,
         "bf16": dtype is torch.bfloat16,
         "mamba_stack_spec": hybrid_stack_spec,
+        "attention_backend": attention_backend(),
     }
     settings |= given
     settings |= {} if have_transformer_engine() else WITHOUT_GPU

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import nemo.lightning as nl
 import torch
 from nemo.collections import llm
 
@@ -26,6 +25,7 @@ from nemo_elastic.mcore.held_checkpoint import HeldCheckpoint
 from nemo_elastic.mcore.versions import OptimizerConfig
 from nemo_elastic.nemo.budget_schedule import BudgetClock, BudgetCosine
 from nemo_elastic.nemo.data import TextDataModule
+from nemo_elastic.nemo.optimizer import OptimizerModule
 from nemo_elastic.nemo.trainer import build_trainer
 
 logger = logging.getLogger(__name__)
@@ -157,7 +157,7 @@ def pretrain(
     """
     out.mkdir(parents=True, exist_ok=True)
     schedule = BudgetCosine(config.max_steps, config.max_minutes, config.warmup_steps, config.min_lr_ratio)
-    optimizer = nl.MegatronOptimizerModule(
+    optimizer = OptimizerModule(
         config=OptimizerConfig(
             optimizer="adam",
             lr=config.lr,

@@ -5,36 +5,33 @@ Sample i is a function of (`rank.seed`, i) and of the text alone, so the scores 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from ..checkpoint.reader import TensorReader
-from ..checkpoint.writer import tensor_bytes
-from ..config.load import plain
+from ..config.load import Resolved, plain
 from ..config.sections import RunConfig, TrainConfig
 from ..data.blend import Source
 from ..data.tokens import load_tokens
 from ..data.windows import Windows
 from ..family import family_of, parallel_problems
+from ..importance.belongs import foreign_scores
 from ..importance.run_state import forget_states
 from ..importance.store import Importance
-from ..layout import ParamLayout
 from ..mcore import process_groups
+from ..mcore.automatic import settled
 from ..mcore.build import build_plain_model, load_weights
-from ..mcore.parents import open_parent
+from ..mcore.one_run import one_run
+from ..mcore.parents import open_parent, weights_digest
 from ..mcore.rank import Report, rank_parent
 from ..problems import raise_if_any
 from .checkpoints import check_text, text_tokenizer
 from .sources import open_windows
 
 FOLDER = "importance"
-SMALL = 1 << 16  # elements of a tensor that the parent's digest reads
 
 
 def rank_run(config: RunConfig, out: Path, *, resume: bool = False, report: Report | None = None) -> Importance:
@@ -47,32 +44,41 @@ def rank_run(config: RunConfig, out: Path, *, resume: bool = False, report: Repo
     Raises:
         ProblemsError: a layout that cannot run, a missing parent, or samples that do not fill the ranks.
     """
+    config = settled(config)
     family, train = family_of(config), config.train
     raise_if_any(parallel_problems(family.architecture, train, family.space.ffn_groups))
     check_text(config, trains=False)
     reader = open_parent(config.parent, family.layout)
     sample, text = calibration(config)
-    process_groups.start(train.tensor_model_parallel_size, train.pipeline_model_parallel_size, seed=train.seed)
+    process_groups.start(
+        train.tensor_model_parallel_size,
+        train.pipeline_model_parallel_size,
+        seed=train.seed,
+        wait_minutes=train.wait_minutes,
+    )
     model = build_plain_model(config.model, **precision(train))
     load_weights(model, reader, family.architecture, ffn_groups=family.space.ffn_groups)
+    process_groups.barrier()  # ranks read a large parent at their own pace
     dims = family.space.dims
-    importance = rank_parent(
-        model,
-        family.layout,
-        config.rank,
-        sample,
-        min_layers=config.rank.min_layers or dims["num_layers"].choices[-1],
-        top_channels=dims["mamba_head_dim"].choices[-1],
-        folder=out / FOLDER,
-        resume=resume,
-        source={"parent": config.parent.path, "weights": weights_digest(reader, family.layout), **text},
-        report=report,
-    )
-    dist.barrier()  # nobody needs a state any more
-    if dist.get_rank() == 0:
-        importance.save(out / FOLDER, family.architecture)
-        forget_states(out / FOLDER)
-    dist.barrier()
+    weights = process_groups.on_first_rank(lambda: weights_digest(reader, family.layout))
+    with one_run(out):
+        importance = rank_parent(
+            model,
+            family.layout,
+            config.rank,
+            sample,
+            min_layers=config.rank.min_layers or dims["num_layers"].choices[-1],
+            top_channels=dims["mamba_head_dim"].choices[-1],
+            folder=out / FOLDER,
+            resume=resume,
+            source={"parent": config.parent.path, "weights": weights, "model": plain(config.model), **text},
+            report=report,
+        )
+        process_groups.barrier()  # nobody needs a state any more
+        if process_groups.rank() == 0:
+            importance.save(out / FOLDER, family.architecture)
+            forget_states(out / FOLDER)
+        process_groups.barrier()
     return importance
 
 
@@ -105,10 +111,27 @@ def precision(train: TrainConfig) -> dict[str, Any]:
     return fields | ({"bf16": True, "params_dtype": torch.bfloat16} if half else {})
 
 
-def weights_digest(reader: TensorReader, layout: ParamLayout) -> str:
-    """SHA-256 over the parent's small tensors (norms, A_log, ...): tells one parent from another in no time."""
-    digest = hashlib.sha256()
-    for name, spec in layout.table.items():
-        if spec.numel({}) <= SMALL:
-            digest.update(name.encode() + tensor_bytes(reader.read(name)))
-    return digest.hexdigest()
+def stored_importance(resolved: Resolved, out: Path) -> Importance:
+    """What `rank` left in `out/importance/`, if it is of this run's parent, model and settings.
+
+    Raises:
+        ProblemsError: nothing there, damaged, or scores of something else; the same on every rank.
+    """
+    config, family = resolved.config, family_of(resolved.config)
+    importance = Importance.load(out / FOLDER, family.architecture)
+
+    def check() -> None:
+        reader = open_parent(config.parent, family.layout)
+        raise_if_any(
+            foreign_scores(
+                importance.provenance,
+                config,
+                family,
+                given=resolved.origins,
+                digest=weights_digest(reader, family.layout),
+                tokenizer=text_tokenizer(config).sha256,
+            )
+        )
+
+    process_groups.on_first_rank(check)
+    return importance

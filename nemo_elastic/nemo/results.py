@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import json
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from nemo_elastic.checkpoint.manifest import MANIFEST_FILE, Manifest, load_manif
 from nemo_elastic.config.load import plain
 from nemo_elastic.config.sections import RunConfig
 from nemo_elastic.cost import memory, parameters
-from nemo_elastic.files import write_json
+from nemo_elastic.files import read_json, write_json
 from nemo_elastic.mcore import process_groups
 from nemo_elastic.serving_conditions import serving_of
 
@@ -75,7 +74,7 @@ def note_verified(out: Path, config: RunConfig, nested: Path, checks: Sequence[C
 def _read(path: Path) -> dict[str, Any]:
     """What is there; nothing of a file that another version or a person wrote."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
         whole = {"budgets", "parent", "seconds", "nested"} <= set(found)
         whole = whole and all({"name", "heldout_before", "verified"} <= set(row) for row in found["budgets"])
         return found if whole else {}

@@ -1,53 +1,18 @@
-"""Which training checkpoints are whole, and stopping a run so that it can go on.
-
-A checkpoint is whole when NeMo's marker (`step=N-unfinished`, removed last) is gone and Megatron wrote its own last
-file, `weights/metadata.json`. Anything else is what a killed process left: it is ignored, and removed on resume.
-"""
+"""Saving a run beside its schedule, and stopping it so that it can go on."""
 
 from __future__ import annotations
 
 import logging
-import re
-import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from nemo.lightning.pytorch.callbacks import ModelCheckpoint, PreemptionCallback
+import torch
 
 logger = logging.getLogger(__name__)
-LAST_FILES = ("weights/.metadata", "weights/common.pt", "weights/metadata.json")
-NAME = re.compile(r"step=(\d+)")
-
-
-def steps_done(checkpoint: Path | None) -> int:
-    """Steps behind a checkpoint: `step=N` is the one after N + 1 steps; 0 for none."""
-    found = NAME.match(checkpoint.name) if checkpoint else None
-    return int(found.group(1)) + 1 if found else 0
-
-
-def is_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written to its end."""
-    if ModelCheckpoint.is_checkpoint_unfinished(str(checkpoint)):
-        return False
-    return all((checkpoint / name).is_file() for name in LAST_FILES)
-
-
-def whole_checkpoints(out: Path) -> list[Path]:
-    """The whole training checkpoints under `out`, in the order of their steps."""
-    found = [p for p in (out / "checkpoints").glob("step=*") if p.is_dir() and is_whole(p)]
-    return sorted(found, key=steps_done)
-
-
-def remove_unfinished(out: Path) -> None:
-    """Delete what a killed process left of checkpoints. To be called by one rank, before the others go on."""
-    folder = out / "checkpoints"
-    for path in sorted(folder.glob("step=*")):
-        if path.is_dir() and not is_whole(path):
-            logger.warning("%s was not written to its end and is removed", path)
-            shutil.rmtree(path)
-    for marker in folder.glob(f"*{ModelCheckpoint.UNFINISHED_CHECKPOINT_SUFFIX}"):
-        marker.unlink()
 
 
 def save_checkpoint(trainer: pl.Trainer, path: Path) -> None:
@@ -55,14 +20,51 @@ def save_checkpoint(trainer: pl.Trainer, path: Path) -> None:
     trainer.checkpoint_callback._save_checkpoint(trainer, str(path))
 
 
-class StopOnSignal(PreemptionCallback):
-    """SIGTERM on the first rank ends the run after the step; every rank learns of it, and the end is saved as always.
+@contextmanager
+def interrupts_as_they_are() -> Iterator[None]:
+    """Ctrl-C leaves `trainer.fit` as KeyboardInterrupt; Lightning makes the exit code 1 of it."""
+    try:
+        yield
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
 
-    NeMo's own callback saves a `-last` checkpoint, which this package does not keep, and ends the process.
+
+class StopOnSignal(pl.Callback):
+    """SIGTERM on any rank ends the run after the step; every rank learns of it, and the end is saved as always.
+
+    A context around `trainer.fit` and what follows until the checkpoint is whole: the signal's handler is ours from
+    before the first step to behind the last save, so that a second signal, or one to the whole process group, changes
+    nothing. (NeMo's own callback listens on the first rank alone, gives the handler back before the last save, saves a
+    `-last` checkpoint, which this package does not keep, and ends the process.)
     """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: Any = None
+
+    def __enter__(self) -> StopOnSignal:
+        self._before = signal.signal(signal.SIGTERM, self._hear)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+
+    def _hear(self, number: int, frame: Any) -> None:
+        self.asked = True
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take the handler back from Lightning, whose own makes the rank that was meant leave alone."""
+        signal.signal(signal.SIGTERM, self._hear)
+        if trainer.received_sigterm:
+            self.asked = True
+            trainer._signal_connector.received_sigterm = False
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Ask for the end, the same on all ranks."""
-        if self.interrupted:
+        asked = torch.tensor(float(self.asked), device=pl_module.device)
+        torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
+        if asked:
             logger.warning("SIGTERM: stopping after step %d", trainer.global_step)
             trainer.should_stop = True

@@ -25,7 +25,7 @@ from nemo_elastic.data.tokenizer import BPETokenizer
 from nemo_elastic.data.tokens import load_tokens
 from nemo_elastic.data.windows import Windows
 from nemo_elastic.mcore.indexed_text import open_indexed
-from nemo_elastic.problems import Problem, raise_if_any
+from nemo_elastic.problems import Problem, ProblemsError, raise_if_any
 
 logger = logging.getLogger(__name__)
 CHECKED_AT_START = 1 << 24  # token ids of each split whose range is checked before a run begins
@@ -81,12 +81,15 @@ def open_windows(
         vocab_size: rows of the model's embedding.
 
     Raises:
-        ProblemsError: everything that is wrong with the entries, keyed `data.blend.N`.
-        ValueError: what is wrong with the text of `paths`.
+        ProblemsError: everything that is wrong with the entries, keyed `data.blend.N`, or with `data.paths`.
     """
     if not blend:
         how = {"corpus_list": corpus_list or DEFAULT_LIST, "cache_dir": cache_dir}
-        return Windows(load_tokens(split, tokenizer, paths=paths, **how), seq_length, seed=seed, shuffle=shuffle)
+        try:
+            return Windows(load_tokens(split, tokenizer, paths=paths, **how), seq_length, seed=seed, shuffle=shuffle)
+        except ValueError as error:
+            words = str(error).removeprefix("data: ").removeprefix("data.paths: ")
+            raise ProblemsError([Problem("data.paths", words)]) from error
     found, problems = [], []
     for i, entry in enumerate(blend):
         try:

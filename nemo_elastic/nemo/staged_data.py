@@ -8,6 +8,7 @@ What a step reads is a function of the step alone, so a run may be resumed anywh
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,6 +19,11 @@ from torch.utils.data import DataLoader, Sampler
 from nemo_elastic.config.sections import StageConfig
 from nemo_elastic.distill.curriculum import samples_before, stage_at
 from nemo_elastic.mcore.parallel import data_parallel_rank_and_size, set_batch_sizes
+
+
+def leave_signals(worker: int) -> None:
+    """A process that reads ahead leaves SIGTERM to the one that trains, which still needs it for the step it is in."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class CurriculumBatches(Sampler[list[tuple[int, int]]]):
@@ -57,7 +63,9 @@ class CurriculumSampler(nl.MegatronDataSampler):
     def transform_dataloader(self, dataloader: DataLoader, consumed_samples: int = 0) -> DataLoader:
         """Training batches by the curriculum; others as NeMo deals them."""
         if getattr(dataloader, "mode", "train") != "train":
-            return super().transform_dataloader(dataloader, consumed_samples)
+            loader = super().transform_dataloader(dataloader, consumed_samples)
+            loader.worker_init_fn = leave_signals  # NeMo's own drops it
+            return loader
         batches = CurriculumBatches(
             self.stages,
             self.default_micro_batch_size,
@@ -72,6 +80,7 @@ class CurriculumSampler(nl.MegatronDataSampler):
             pin_memory=dataloader.pin_memory,
             collate_fn=dataloader.collate_fn,
             persistent_workers=dataloader.num_workers > 0,
+            worker_init_fn=leave_signals,
         )
 
     def compute_consumed_samples(self, steps_since_resume: int = 0) -> int:

@@ -18,6 +18,7 @@ from nemo_elastic.distill.curriculum import total_steps
 from nemo_elastic.family import Family, family_of, parallel_problems
 from nemo_elastic.layout import ParamLayout
 from nemo_elastic.mcore import process_groups
+from nemo_elastic.mcore.automatic import settled
 from nemo_elastic.mcore.checks import check_processes, started_processes
 from nemo_elastic.mcore.elastic.model import refuse_overlap
 from nemo_elastic.mcore.held_checkpoint import HeldCheckpoint
@@ -33,7 +34,7 @@ from nemo_elastic.nemo.learning_rate import ROUTER_MARK, CurriculumRate
 from nemo_elastic.nemo.loggers import finish, loggers_of
 from nemo_elastic.nemo.logs import quiet
 from nemo_elastic.nemo.plain_config import plain_model_config
-from nemo_elastic.nemo.resume import StopOnSignal, steps_done, whole_checkpoints
+from nemo_elastic.nemo.resume import StopOnSignal, interrupts_as_they_are
 from nemo_elastic.nemo.sources import collate
 from nemo_elastic.nemo.tokenizer import load_tokenizer
 from nemo_elastic.nemo.trainer import build_optimizer, build_trainer
@@ -41,6 +42,7 @@ from nemo_elastic.problems import Problem, Stopped, raise_if_any
 from nemo_elastic.router.schedule import Timeline, resolve_recipe
 from nemo_elastic.serving_conditions import serving_of
 from nemo_elastic.space import Subnet
+from nemo_elastic.training_checkpoints import steps_done, whole_checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +56,6 @@ class Trained:
     checkpoint: Path
     heldout_losses: dict[str, float]
     tokens: dict[str, int]
-    model: torch.nn.Module
 
 
 def train(
@@ -76,7 +77,7 @@ def train(
         ProblemsError: a layout or curriculum that cannot run; a NaN or Inf on the way.
         Stopped: SIGTERM; the state is saved.
     """
-    parent = sorted_parent(sorted_folder)
+    run, parent = settled(run), sorted_parent(sorted_folder)
     family = family_of(run, parent.depth_ranking)
     raise_if_any(shapes_not_searched(run, family))
     raise_if_any(parallel_problems(family.architecture, run.train, family.space.ffn_groups))
@@ -128,6 +129,7 @@ def train(
     teacher = CachedTeacher(run, data, sorted_folder, config.params_dtype) if run.distill.teacher_cache else None
     guard = FiniteGuard()
     callback = ElasticCallback(run, planner, out, heldout_batches(data, run), guard, progress, teacher)
+    stop = StopOnSignal() if run.train.preemption else None
     trainer = build_trainer(
         out,
         max_steps=steps,
@@ -135,7 +137,7 @@ def train(
         micro_batch_size=stages[0].micro_batch_size or run.train.micro_batch_size,
         use_distributed_optimizer=run.train.use_distributed_optimizer,
         checkpoint_every=min(run.train.save_every_steps, steps),
-        callbacks=[callback, guard, *([StopOnSignal()] if run.train.preemption else [])],
+        callbacks=[callback, guard, *filter(None, [stop])],
         loggers=loggers_of(run, out, steps_done(resume_from)),
         log_every_n_steps=run.train.log_every_steps,
         seed=run.train.seed,
@@ -146,10 +148,11 @@ def train(
     trainer.strategy.ddp_config.check_for_nan_in_grad = False
     quiet()
     # Megatron's loader unpickles: it is given what was checked.
-    with HeldCheckpoint(resume_from) if resume_from else nullcontext() as checked:
-        trainer.fit(model, data, ckpt_path=None if checked is None else str(checked))
-    finish(trainer.loggers)
-    process_groups.barrier()  # the first rank takes the mark of an unfinished checkpoint away last
+    with stop or nullcontext(), HeldCheckpoint(resume_from) if resume_from else nullcontext() as checked:
+        with interrupts_as_they_are():
+            trainer.fit(model, data, ckpt_path=None if checked is None else str(checked))
+        finish(trainer.loggers)
+        process_groups.barrier()  # the first rank takes the mark of an unfinished checkpoint away last
     callback.catch_up(trainer, model)
     if trainer.global_step < steps:
         saved = f"after step {trainer.global_step} of {steps} and saved {latest_checkpoint(out)}"
@@ -160,7 +163,6 @@ def train(
         checkpoint=latest_checkpoint(out),
         heldout_losses=callback.last_losses,
         tokens=callback.tokens,
-        model=callback.model,
     )
 
 

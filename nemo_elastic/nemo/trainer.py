@@ -13,14 +13,17 @@ from typing import Any
 import lightning.pytorch as pl
 import nemo.lightning as nl
 import torch
+from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from nemo.lightning.callback_group import CallbackGroup
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler
 from nemo.lightning.pytorch.optim.base import LRSchedulerModule
 from nemo.lightning.pytorch.strategies.utils import RestoreConfig
 
+from nemo_elastic.mcore import checkpoint_writer
 from nemo_elastic.mcore.held_checkpoint import HeldCheckpoint
 from nemo_elastic.mcore.versions import DistributedDataParallelConfig, OptimizerConfig
 from nemo_elastic.nemo import cpu
+from nemo_elastic.nemo.optimizer import OptimizerModule
 from nemo_elastic.nemo.plain_config import DTYPES, Precision
 
 
@@ -38,7 +41,7 @@ def build_optimizer(
     clip_grad: float = 1.0,
     use_distributed_optimizer: bool | None = None,
     **of_module: Any,
-) -> nl.MegatronOptimizerModule:
+) -> OptimizerModule:
     """Adam as Megatron runs it; with `min_lr`, cosine decay to it after a linear warm-up.
 
     Args:
@@ -70,7 +73,17 @@ def build_optimizer(
         params_dtype=DTYPES[precision],
         use_distributed_optimizer=use_distributed_optimizer,
     )
-    return nl.MegatronOptimizerModule(config=config, lr_scheduler=scheduler, **of_module)
+    return OptimizerModule(config=config, lr_scheduler=scheduler, **of_module)
+
+
+class OneProcess(LightningEnvironment):
+    """A process that no launcher started, whatever variables of Slurm and others lie around (`launchers.py`)."""
+
+    def node_rank(self) -> int:
+        return 0
+
+    def local_rank(self) -> int:
+        return 0
 
 
 def started_processes() -> tuple[int, int]:
@@ -144,6 +157,7 @@ def build_trainer(
         ValueError: from `check_layout`.
     """
     cpu.install()
+    checkpoint_writer.install()
     # NeMo's telemetry raises at the first save unless it was configured for a known cluster.
     CallbackGroup.get_instance()._callbacks.clear()
     num_nodes, devices = started_processes()
@@ -180,9 +194,12 @@ def build_trainer(
         devices=devices,
         num_nodes=num_nodes,
         strategy=strategy,
-        plugins=nl.MegatronMixedPrecision(
-            precision=precision, params_dtype=dtype, pipeline_dtype=dtype, autocast_enabled=False
-        ),
+        plugins=[
+            nl.MegatronMixedPrecision(
+                precision=precision, params_dtype=dtype, pipeline_dtype=dtype, autocast_enabled=False
+            ),
+            TorchElasticEnvironment() if "LOCAL_RANK" in os.environ else OneProcess(),
+        ],
         max_steps=max_steps,
         callbacks=list(callbacks),
         logger=list(loggers) or False,

@@ -5,12 +5,16 @@
 
 The nested side runs elastic modules at the run's parallel layout. The child side is the plain model that its folder
 describes, without any elastic class: a NeMo child in one process per replica, a Hugging Face child in transformers.
+
+Weights are judged, not kernels: both sides have Megatron's local linears and fp32 products in fp32. Transformer
+Engine's would be TF32, 3e-4 to 1e-3 from the products of a cut weight, above any tolerance that finds a wrong one.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +51,11 @@ from nemo_elastic.space import Subnet
 logger = logging.getLogger(__name__)
 LOGIT_BATCHES = 2
 NOTHING = Comparison(*[float("nan")] * 4)  # of a child that could not be read
+# What computed the two sides, said in the output.
+KERNELS = {
+    "nemo": "Megatron's local linears and fp32 products on both sides",
+    "hf": "Megatron's local linears and fp32 products on the nested side, transformers' on the child's",
+}
 Batches = Sequence[tuple[Tensor, ...]]
 
 
@@ -63,6 +72,18 @@ class _Child:
     dtype: torch.dtype
 
 
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """fp32 products in fp32, not TF32, which some images allow."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@exact_products()
 def verify(
     nested_folder: str | Path,
     children: Mapping[str, Path],
@@ -93,7 +114,7 @@ def verify(
     opened = [_open(name, Path(folder), nested, format) for name, folder in children.items()]
     report, total = report or (lambda what, done, total: None), 2 * len(opened)
     sizes = (run.train.tensor_model_parallel_size, run.train.pipeline_model_parallel_size)
-    process_groups.start(*sizes, seed=run.train.seed)
+    process_groups.start(*sizes, seed=run.train.seed, wait_minutes=run.train.wait_minutes)
     model = elastic_from(nested, sequence_parallel=run.train.sequence_parallel)
     ours: dict[str, tuple[list[Tensor], float]] = {}
     for done, child in enumerate(opened):
@@ -120,7 +141,11 @@ def elastic_from(nested: Nested, *, sequence_parallel: bool = False) -> Any:
     """The elastic model of this rank with a nested checkpoint's weights, fp32."""
     architecture, groups = nested.layout.architecture, nested.layout.ffn_groups
     model = build_elastic_model(
-        nested.manifest.model, ffn_groups=groups, sequence_parallel=sequence_parallel, params_dtype=torch.float32
+        nested.manifest.model,
+        ffn_groups=groups,
+        local=True,
+        sequence_parallel=sequence_parallel,
+        params_dtype=torch.float32,
     )
     load_weights(model, nested.reader, architecture, ffn_groups=groups)
     return model
@@ -154,7 +179,7 @@ def _written_difference(nested: Nested, child: _Child) -> str | None:
 def _nemo_check(nested: Nested, child: _Child, logits: list[Tensor], loss: float, batches: Batches) -> ChildCheck:
     difference = _written_difference(nested, child)
     architecture = child.expected.architecture
-    plain = build_plain_model(plain_model(child.model, architecture), params_dtype=torch.float32)
+    plain = build_plain_model(plain_model(child.model, architecture), local=True, params_dtype=torch.float32)
     numel = sum(p.numel() for p in plain.parameters())
     try:
         load_weights(plain, child.reader, architecture, ffn_groups=1)

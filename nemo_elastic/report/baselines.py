@@ -7,12 +7,12 @@
 `memory_bytes`, `tokens` and `note` may lack. `heldout_loss` must be on the run's own held-out text.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..files import read_json
 from ..problems import Problem
 
 FILE, FORMAT = "baselines.json", 1
@@ -40,7 +40,7 @@ class Baseline:
 def read_baselines(folder: Path) -> tuple[tuple[Baseline, ...], list[Problem]]:
     """The points of a run folder and what is wrong with the file; nothing at all when there is none."""
     try:
-        found = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        found = read_json(folder / FILE)
     except FileNotFoundError:
         return (), []
     except (OSError, ValueError) as error:

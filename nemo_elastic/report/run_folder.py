@@ -3,7 +3,6 @@
 A run may be in progress, interrupted, or only ranked; half-written files count as missing, never as errors. No torch.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -15,6 +14,7 @@ from ..config.load import load_values
 from ..config.sections import ReportConfig, RunConfig
 from ..cost import memory, parameters
 from ..family import Family, family_of
+from ..files import read_json
 from ..layout import ParamLayout
 from ..problems import Problem, ProblemsError
 from ..runlog import RunLog
@@ -206,7 +206,7 @@ def _config(values: Mapping[str, Any], missing: list[Problem]) -> RunConfig | No
 def _read_json(path: Path, without: str, missing: list[Problem]) -> dict[str, Any]:
     name = str(path.relative_to(path.parents[1] if path.parent.name == "importance" else path.parent))
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except FileNotFoundError:
         missing.append(Problem(name, f"not there: {without}"))
         return {}

@@ -28,7 +28,7 @@ from ..choices import Selection, is_row_per_layer
 from ..config.sections import RouterConfig
 from ..space import DEPTH
 from .model import RouterOutput, probabilities_of
-from .selection import depth_matrix
+from .selection import depth_matrix, indices_on
 
 
 class ExpectedCost:
@@ -116,7 +116,7 @@ def commitment_loss(logits: Mapping[str, Tensor], selection: Selection) -> Tenso
 
 
 def _column(indices: tuple[int, ...], like: Tensor) -> Tensor:
-    return torch.tensor(indices, device=like.device)[:, None]
+    return indices_on(indices, like.device)[:, None]
 
 
 def full_network_loss(logits: Mapping[str, Tensor]) -> Tensor:

@@ -88,7 +88,7 @@ def probabilities_of(
     """pi = softmax((scale z + gumbel) / tau), per dim `[rows, choices]`."""
     found = {}
     for name, z in logits.items():
-        sharpened = scale * z if noise is None else scale * z + noise[name].to(z)
+        sharpened = scale * z if noise is None else scale * z + noise[name].to(z, non_blocking=True)
         found[name] = torch.softmax(sharpened / tau, dim=-1)
     return found
 

@@ -4,10 +4,14 @@
     hard:  mask of the chosen size, times a gate whose value is 1 and whose gradient is that of pi_chosen
 
 With one-hot pi the soft mask IS the hard mask. A layer's soft gate is the probability that depth keeps it.
+
+Nothing here waits for a GPU: what a space's choices mean is made once per device, and a choice goes there unpinned and
+`non_blocking`, which CUDA stages before it returns.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -44,9 +48,14 @@ def one_hot(selection: Selection, like: Mapping[str, Tensor]) -> dict[str, Tenso
     """A selection as probabilities of 0 and 1, shaped and typed as `like`."""
     found = {}
     for name, p in like.items():
-        index = torch.tensor(selection[name], device=p.device)
-        found[name] = torch.nn.functional.one_hot(index, p.shape[-1]).to(p)
+        index = indices_on(selection[name], p.device)
+        found[name] = torch.zeros_like(p).scatter_(-1, index[:, None], 1.0)
     return found
+
+
+def indices_on(values: Sequence[int], device: torch.device) -> Tensor:
+    """A few integers on `device`, without waiting for it."""
+    return torch.tensor(values).to(device, non_blocking=True)
 
 
 def straight_through(value: Tensor, surrogate: Tensor) -> Tensor:
@@ -56,9 +65,7 @@ def straight_through(value: Tensor, surrogate: Tensor) -> Tensor:
 
 def expected_sizes(space: ElasticSpace, probabilities: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Expected units kept per dim, `[rows]`."""
-    return {
-        n: p @ torch.tensor(space.dims[n].choices, dtype=p.dtype, device=p.device) for n, p in probabilities.items()
-    }
+    return {n: p @ _constant(_row, tuple(space.dims[n].choices), like=p) for n, p in probabilities.items()}
 
 
 def kept_layer_probabilities(space: ElasticSpace, probabilities: Mapping[str, Tensor]) -> Tensor:
@@ -72,19 +79,39 @@ def kept_layer_probabilities(space: ElasticSpace, probabilities: Mapping[str, Te
 
 
 def depth_matrix(space: ElasticSpace, like: Tensor) -> Tensor:
-    """`[depth choices, L]`, 1 where that depth keeps that layer."""
-    matrix = like.new_zeros(len(space.dims[DEPTH].choices), space.architecture.num_layers, requires_grad=False)
-    for row, kept in enumerate(kept_by_depth(space)):
-        matrix[row, list(kept)] = 1
-    return matrix
+    """`[depth choices, L]`, 1 where that depth keeps that layer; in the dtype and on the device of `like`."""
+    kept = tuple(map(tuple, kept_by_depth(space)))
+    return _constant(_kept_layers, kept, space.architecture.num_layers, like=like)
 
 
 def prefix_masks(space: ElasticSpace, name: str, like: Tensor) -> Tensor:
     """`[choices, units of one group]`, row i is 1 on the first `choice_i / groups` units."""
     dim = space.dims[name]
-    kept = torch.tensor([size // dim.groups for size in dim.choices], device=like.device)
-    units = torch.arange(dim.full // dim.groups, device=like.device)
-    return (units[None, :] < kept[:, None]).to(like)
+    kept = tuple(size // dim.groups for size in dim.choices)
+    return _constant(_prefixes, kept, dim.full // dim.groups, like=like)
+
+
+def _row(values: tuple[int, ...]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def _kept_layers(kept: tuple[tuple[int, ...], ...], layers: int) -> Tensor:
+    return torch.tensor([[float(layer in row) for layer in range(layers)] for row in kept])
+
+
+def _prefixes(kept: tuple[int, ...], units: int) -> Tensor:
+    return torch.arange(units) < torch.tensor(kept)[:, None]
+
+
+def _constant(make: Callable[..., Tensor], *arguments: object, like: Tensor) -> Tensor:
+    return _made_once(make, arguments, like.dtype, like.device)
+
+
+@lru_cache(maxsize=256)
+def _made_once(make: Callable[..., Tensor], arguments: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # A tensor made in inference mode could not take part in a later training step.
+    with torch.inference_mode(False), torch.no_grad():
+        return make(*arguments).to(device, dtype)
 
 
 def soft_masks(space: ElasticSpace, probabilities: Mapping[str, Tensor]) -> SoftMasks:
@@ -98,8 +125,7 @@ def straight_through_gates(space: ElasticSpace, probabilities: Mapping[str, Tens
     gates = {}
     for name, pi in probabilities.items():
         if name != DEPTH:
-            index = torch.tensor(selection[name], device=pi.device)
-            chosen = pi.gather(-1, index[:, None])[:, 0]
+            chosen = pi.gather(-1, indices_on(selection[name], pi.device)[:, None])[:, 0]
             gates[name] = straight_through(torch.ones_like(chosen), chosen)
     kept = kept_layer_probabilities(space, probabilities)
     hard = kept_layer_probabilities(space, one_hot(selection, probabilities))

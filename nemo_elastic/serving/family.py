@@ -93,11 +93,12 @@ class ElasticFamily:
         return next(iter(self.weights.values())).device
 
     @torch.inference_mode()
-    def switch(self, budget: str, *, compact: bool = False) -> None:
+    def switch(self, budget: str, *, compact: bool | None = None) -> None:
         """Make `budget` the active one.
 
         Args:
-            compact: run it from one contiguous copy of its weights (their size more memory) instead of views.
+            compact: run it from contiguous weights: what lies apart is copied (at most the child's size more memory).
+                None: on a GPU, where many small products of views cost more than they save; not on a CPU.
 
         Raises:
             ProblemsError: no such budget.
@@ -105,14 +106,15 @@ class ElasticFamily:
         if budget not in self.subnets:
             known = did_you_mean(budget, self.subnets)
             raise ProblemsError([Problem("budget", f"{budget!r} is not in this family{known}")])
+        compact = self.device.type != "cpu" if compact is None else compact
         self._network: Network | None = None  # frees the copy of the one before
         self._network = Network(self.weights, self.layout, self.subnets[budget], self.model, compact=compact)
         self.active, self.compact = budget, compact
 
-    def new_cache(self, batch: int = 1) -> Cache:
-        """An empty cache of the active budget for `batch` rows."""
+    def new_cache(self, batch: int = 1, *, room: int = 0) -> Cache:
+        """An empty cache of the active budget for `batch` rows, with `room` for so many tokens (then it grows)."""
         with torch.inference_mode():
-            return Cache(self.active, self._network.new_caches(batch))
+            return Cache(self.active, self._network.new_caches(batch, room))
 
     @torch.inference_mode()
     def logits(self, tokens: Tensor, cache: Cache | None = None, *, last_only: bool = False) -> Tensor:
@@ -163,7 +165,8 @@ class ElasticFamily:
             raise ValueError(f"the prompt has shape {tuple(tokens.shape)}; it must be [batch, tokens], not empty")
         if max_new_tokens < 1 or temperature < 0 or (top_k is not None and top_k < 1):
             raise ValueError("max_new_tokens and top_k must be at least 1, temperature at least 0")
-        generator, cache = torch.Generator().manual_seed(seed), self.new_cache(tokens.shape[0])
+        generator = torch.Generator().manual_seed(seed)
+        cache = self.new_cache(tokens.shape[0], room=tokens.shape[1] + max_new_tokens)
         ended = torch.zeros(tokens.shape[0], dtype=torch.bool, device=self.device)
         found: list[Tensor] = []
         for _ in range(max_new_tokens):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..mcore.causal_conv import depthwise_causal_conv
 from ..mcore.gated_norm import gated_rms_norm
+from ..mcore.grouped_heads import ungrouped
 from ..mcore.ssd import mamba_chunk_scan_combined, mamba_step
 from .linear import Linear
 
@@ -35,7 +36,10 @@ class MambaCache:
 
 @dataclass
 class AttentionCache:
-    """Keys and values `[b, g, room, d]`, of which the first `length` are there; room doubles when it is full."""
+    """Keys and values `[b, g, room, d]`, of which the first `length` are there; room doubles when it is full.
+
+    A generation knows its length and asks for all of it at once.
+    """
 
     keys: Tensor
     values: Tensor
@@ -77,8 +81,8 @@ class Mamba:
     groups: int
     state_dim: int
 
-    def cache(self, batch: int) -> MambaCache:
-        """An empty one."""
+    def cache(self, batch: int, room: int = 0) -> MambaCache:
+        """An empty one, changed in place from then on; its size does not depend on `room`."""
         width, kernel = self.conv_weight.shape[0], self.conv_weight.shape[-1]
         heads = self.a.shape[0]
         return MambaCache(
@@ -92,10 +96,10 @@ class Mamba:
         packed = self.in_proj(rms_norm(x, self.norm, self.eps))
         z, xbc, dt = packed.split([inner, inner + 2 * state, heads], dim=-1)
         history = None if cache is None else cache.conv
+        convolved = depthwise_causal_conv(xbc, self.conv_weight.squeeze(1), self.conv_bias, history, "silu")
         if cache is not None:
-            cache.conv = torch.cat([cache.conv, xbc], dim=1)[:, xbc.shape[1] :]
-        xbc = depthwise_causal_conv(xbc, self.conv_weight.squeeze(1), self.conv_bias, history, "silu")
-        u, b, c = xbc.split([inner, state, state], dim=-1)
+            cache.conv.copy_(torch.cat([cache.conv, xbc], dim=1)[:, xbc.shape[1] :])
+        u, b, c = convolved.split([inner, state, state], dim=-1)
         u = u.unflatten(-1, (heads, self.head_dim))
         b, c = (t.unflatten(-1, (self.groups, self.state_dim)) for t in (b, c))
         y = self._scan(u, dt, b, c, cache).flatten(2)
@@ -111,7 +115,7 @@ class Mamba:
         more = {"D": self.d, "dt_bias": self.dt_bias, "dt_softplus": True, "return_final_states": True}
         y, final = mamba_chunk_scan_combined(u, dt, self.a, b, c, CHUNK, initial_states=start, **more)
         if cache is not None:
-            cache.state = final
+            cache.state.copy_(final)
         return y
 
 
@@ -127,9 +131,9 @@ class Attention:
     channels: int
     scale: float | None
 
-    def cache(self, batch: int) -> AttentionCache:
-        """An empty one."""
-        empty = self.norm.new_empty(batch, self.groups, 0, self.channels)
+    def cache(self, batch: int, room: int = 0) -> AttentionCache:
+        """An empty one with room for so many tokens."""
+        empty = self.norm.new_empty(batch, self.groups, room, self.channels)
         return AttentionCache(empty, empty.clone())
 
     def __call__(self, x: Tensor, cache: AttentionCache | None) -> Tensor:
@@ -142,6 +146,7 @@ class Attention:
         if cache is not None:
             k, v = cache.extended(k, v)
         past = k.shape[2] - new
+        k, v = ungrouped(q, k, v)
         mask = None
         if past and new > 1:
             mask = torch.ones(new, k.shape[2], dtype=torch.bool, device=x.device).tril(past)
@@ -161,7 +166,7 @@ class MLP:
     down: Linear
     activation: Callable[[Tensor], Tensor]
 
-    def cache(self, batch: int) -> None:
+    def cache(self, batch: int, room: int = 0) -> None:
         """Nothing."""
         return None
 

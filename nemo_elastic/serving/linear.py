@@ -22,11 +22,11 @@ Linear = Callable[[Tensor], Tensor]
 
 
 def linear(weight: Tensor, spec: ParamSpec, sizes: Mapping[str, int], *, compact: bool = False) -> Linear:
-    """`x` `[..., in]` -> `[..., out]` for the kept part of `weight`, by views, or by one `compact` copy of it."""
+    """`x` `[..., in]` -> `[..., out]` for the kept part of `weight`: views, or `compact`, one contiguous matrix."""
     rows, columns = spec.axes
     if compact or (is_prefix(rows, sizes) and is_prefix(columns, sizes)):
         kept = take(weight, spec, sizes)
-        return _Plain(kept.clone(memory_format=torch.contiguous_format) if compact else kept)
+        return _Plain(kept.contiguous() if compact else kept)
     out, inputs = spec.shape(sizes)
     if is_prefix(columns, sizes):
         return _GroupedRows(_blocks(weight[:, :inputs], rows, sizes, 0, out), out)

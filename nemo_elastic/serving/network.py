@@ -59,9 +59,9 @@ class Network:
             self.output = self._matrix("output_layer.weight", outer)
         self.layers: list[Layer] = [self._layer(i) for i in subnet.layers]
 
-    def new_caches(self, batch: int) -> list[LayerCache]:
-        """Empty ones for every layer."""
-        return [layer.cache(batch) for layer in self.layers]
+    def new_caches(self, batch: int, room: int = 0) -> list[LayerCache]:
+        """Empty ones for every layer, with room for so many tokens."""
+        return [layer.cache(batch, room) for layer in self.layers]
 
     def logits(self, tokens: Tensor, caches: list[LayerCache] | None = None, *, last_only: bool = False) -> Tensor:
         """Tokens `[b, s]` -> `[b, s, v]` (`[b, 1, v]` with `last_only`); `caches` are brought up to date."""
@@ -87,7 +87,7 @@ class Network:
 
     def _matrix(self, name: str, sizes: Mapping[str, int]) -> Tensor:
         kept = take(self._weights[name], self._layout.table[name], sizes)
-        return kept.clone(memory_format=torch.contiguous_format) if self._compact else kept
+        return kept.contiguous() if self._compact else kept
 
     def _vector(self, spec: ParamSpec, sizes: Mapping[str, int]) -> Tensor:
         return take(self._weights[spec.name], spec, sizes)

@@ -40,7 +40,8 @@ CHILD = {
     "mamba_head_dim": 32,
     "layers": (0, 1, 3, 4, 6, 7),
 }
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+# Transformer Engine's fp32 products are TF32 whatever torch is told; products of cut weights are torch's.
+TOLERANCE = {torch.float32: 2e-3 if have_transformer_engine() else 1e-4, torch.bfloat16: 3e-2}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -104,7 +105,8 @@ def test_no_forward_waits_for_the_device(mode: str) -> None:
     arch = architecture(**SIZES)
     model, ids = elastic_model(arch).cuda(), tokens(arch, length=64).cuda()
     plan = hard_plan(layout_of(arch), space_of(arch).subnet(**CHILD), mode)
-    model(ids, None, None, elastic=plan)  # kernels are compiled and masks made once
+    for _ in range(2):  # kernels are compiled, forward and backward, and masks made once
+        model(ids, None, None, elastic=plan).sum().backward()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:

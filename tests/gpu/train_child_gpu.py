@@ -1,4 +1,6 @@
-"""Two fine-tuning steps of an extracted NeMo child on a GPU by NeMo alone: nothing of this package is imported.
+"""Two fine-tuning steps of an extracted NeMo child on a GPU: of this package the optimizer's module alone is imported.
+
+NeMo's own cannot build an optimizer on the public Megatron-core 0.16 (docs/engine.md).
 
     python tests/gpu/train_child_gpu.py CHILD OUT
 
@@ -16,6 +18,8 @@ from megatron.core.optimizer import OptimizerConfig
 from nemo.collections import llm
 from nemo.lightning import io
 from nemo.lightning.pytorch.strategies.utils import RestoreConfig
+
+from nemo_elastic.nemo.optimizer import OptimizerModule
 
 
 class Record(pl.Callback):
@@ -35,7 +39,7 @@ class Record(pl.Callback):
 def main(child: str, out: str) -> None:
     model = io.load_context(Path(child) / "context", subpath="model")
     assert type(model) is llm.MambaModel and type(model.config) is llm.SSMConfig
-    model.optim = nl.MegatronOptimizerModule(config=OptimizerConfig(optimizer="adam", lr=1e-3, bf16=True))
+    model.optim = OptimizerModule(config=OptimizerConfig(optimizer="adam", lr=1e-3, bf16=True))
     model.optim.connect(model)
     record = Record()
     trainer = nl.Trainer(

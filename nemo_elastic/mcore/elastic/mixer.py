@@ -8,13 +8,11 @@ the kept channels in its mean; everything else of a dropped channel is then mult
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from megatron.core.ssm import mamba_mixer as kernels
 from torch import Tensor
 
 from ...layout import Axis, ParamSpec
 from ..layer_specs import Mixer
-from ..versions import conv_parameters
+from ..versions import conv_parameters, kernels
 from .call import LayerCall, MaskCache, product, soft_multiplier, times
 from .linear import column_parallel, row_parallel, taken
 
@@ -111,11 +109,10 @@ class ElasticMixer(Mixer):
             c.unflatten(-1, (self.ngroups_local_tp, self.d_state)).contiguous(),
             self.chunk_size,
             D=self.D,
-            z=None,
+            z=z.unflatten(-1, (heads, self.headdim)).contiguous(),  # without a gate, mamba-ssm before 2.3 gets dD wrong
             dt_bias=self.dt_bias.float(),
             dt_softplus=True,
-        )
-        y = y.flatten(2) * F.silu(z)
+        ).flatten(2)
         kept = self._soft_kept_per_group(call)
         return _group_norm(y.transpose(0, 1), self.norm.weight, self.ngroups_local_tp, kept, self.norm.eps)
 

@@ -6,12 +6,16 @@ from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
 from ...layout import Axis, ParamSpec
+from ..versions import mlp_arguments
 from .call import LayerCall, MaskCache, inner_multiplier, times
 from .linear import column_parallel, row_parallel
 
 
 class ElasticMLP(MLP):
     """Megatron's MLP; `elastic()` runs the neurons of a subnet."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **mlp_arguments(kwargs))
 
     def bind(self, rows: dict[str, ParamSpec], axes: dict[str, Axis], tp_group: Any) -> None:
         """Learn this layer's rows of the parameter table."""

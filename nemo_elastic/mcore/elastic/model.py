@@ -2,10 +2,14 @@
 
 from typing import Any
 
-from megatron.core.models.mamba import MambaModel
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from ...deployment import low_precision_problems
 from ...layout import ParamLayout
+from ...problems import raise_if_any
+from ..versions import HybridModel
+from .census import refuse_plain_layers
 from .embedding import embed
 from .linear import column_parallel
 from .plan import Plan
@@ -29,19 +33,22 @@ def refuse_overlap(ddp_config: Any) -> None:
         )
 
 
-class ElasticMambaModel(MambaModel):
+class ElasticMambaModel(HybridModel):
     """Megatron's hybrid model at the parent's size whose forward takes a `Plan`.
 
     Args:
         layout: the parameter table of a tensor-parallel shard (`ParamLayout(..., tp_size=TP)`).
-        others: those of Megatron's model; `mamba_stack_spec` must be `elastic_stack_spec()`.
+        others: those of Megatron's model, its spec `elastic_stack_spec()`.
 
     Raises:
         ValueError: for a model with position embeddings.
+        ProblemsError: Megatron built a layer that is not elastic, or not the table's layers; or FP8 or FP4 is wanted,
+            which a plan never enters.
     """
 
-    def __init__(self, *args: Any, layout: ParamLayout, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, config: TransformerConfig, *args: Any, layout: ParamLayout, **kwargs: Any) -> None:
+        raise_if_any(low_precision_problems(vars(config)))
+        super().__init__(config, *args, **kwargs)
         if self.position_embedding_type != "none":
             raise ValueError(
                 f"model.position_embedding_type={self.position_embedding_type!r} is not supported by elastic models; "
@@ -49,6 +56,7 @@ class ElasticMambaModel(MambaModel):
             )
         assert layout.tp_size == self.pg_collection.tp.size(), "the table must be that of one tensor-parallel shard"
         self.layout = layout
+        refuse_plain_layers(self.decoder.layers, layout, self.pg_collection.pp)
         self.decoder.bind(layout, self.pg_collection.tp)
 
     def forward(

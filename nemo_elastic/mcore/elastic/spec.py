@@ -1,7 +1,8 @@
 """The elastic stack as a Megatron `ModuleSpec`: elasticity enters through it and nowhere else.
 
-Norms are always our own and unfused. Linears are Megatron's local ones, or Transformer Engine's where it is there
-(masked mode then runs TE kernels, FP8 included; sliced mode computes with the prefix of their weights).
+Norms are always our own and unfused. Linears are Megatron's local ones, or Transformer Engine's where it is there:
+masked mode then runs TE's kernels, sliced mode torch's with the prefix of their weights. Both in the parameters' dtype:
+the stock stack enters FP8 around its loop over the layers, ours does not, so a model that asks for it is refused.
 """
 
 import copy
@@ -17,8 +18,12 @@ from .norm import ElasticRMSNorm
 from .stack import ElasticStack
 
 
-def elastic_stack_spec() -> ModuleSpec:
-    """The local hybrid stack with every part replaced by its elastic subclass; checkpoint keys are the plain ones."""
+def elastic_stack_spec(*, local: bool = False) -> ModuleSpec:
+    """The local hybrid stack with every part replaced by its elastic subclass; checkpoint keys are the plain ones.
+
+    Args:
+        local: Megatron's own linears even where Transformer Engine is installed.
+    """
     spec = copy.deepcopy(local_stack_spec())
     spec.module = ElasticStack
     mamba, attention, mlp = (
@@ -33,7 +38,7 @@ def elastic_stack_spec() -> ModuleSpec:
     attention.submodules.self_attention.module = ElasticSelfAttention
     mlp.submodules.pre_mlp_layernorm = ElasticRMSNorm
     mlp.submodules.mlp.module = ElasticMLP
-    if have_transformer_engine():
+    if have_transformer_engine() and not local:
         _use_transformer_engine(mamba, attention, mlp)
     return spec
 

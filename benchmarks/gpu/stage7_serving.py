@@ -1,0 +1,81 @@
+"""Stage 7: every budget from one copy of the weights at 12B widths, 8 layers: switch, prefill, decode."""
+
+import torch
+from registry import Found, Machine, check
+
+from nemo_elastic.checkpoint.manifest import Manifest
+from nemo_elastic.config.model_fields import architecture_of
+from nemo_elastic.cost import parameters
+from nemo_elastic.layout import ParamLayout
+from nemo_elastic.space import Budget, ElasticSpace
+
+WIDTHS = {
+    "hybrid_override_pattern": "M-M-M*M-",
+    "hidden_size": 5120,
+    "ffn_hidden_size": 20480,
+    "num_attention_heads": 40,
+    "num_query_groups": 8,
+    "kv_channels": 128,
+    "mamba_num_heads": 128,
+    "mamba_head_dim": 80,
+    "mamba_num_groups": 8,
+    "mamba_state_dim": 128,
+    "vocab_size": 131072,
+    "seq_length": 4096,
+}
+TINY = {
+    "hidden_size": 64,
+    "ffn_hidden_size": 128,
+    "num_attention_heads": 8,
+    "kv_channels": 8,
+    "mamba_num_heads": 16,
+    "mamba_head_dim": 8,
+    "mamba_state_dim": 16,
+    "vocab_size": 256,
+}
+CUTS = {  # the 12B's smallest choices, and some between
+    "large": {"hidden_size": 4480, "ffn_hidden_size": 15680, "mamba_num_heads": 112, "num_attention_heads": 32},
+    "small": {"hidden_size": 3584, "ffn_hidden_size": 10240, "mamba_num_heads": 80, "num_attention_heads": 24},
+}
+TINY_CUTS = {"small": {"hidden_size": 32, "ffn_hidden_size": 64, "mamba_num_heads": 8}}
+
+
+def manifest_of(model: dict, cuts: dict) -> Manifest:
+    """A family that is the parent and the children of `cuts`; no layer is dropped."""
+    space = ElasticSpace(architecture=architecture_of(model))
+    subnets = {"full": space.full_subnet(), **{name: space.subnet(**cut) for name, cut in cuts.items()}}
+    layout = ParamLayout(space.architecture)
+    shares = {n: parameters(layout, s) / parameters(layout, subnets["full"]) for n, s in subnets.items()}
+    budgets = {name: Budget(name=name, kind="fraction", value=share) for name, share in shares.items()}
+    return Manifest(model=model, space=space, budgets=budgets, subnets=subnets)
+
+
+@check(
+    stage=7,
+    seconds=50,
+    predicted={"small_compact_switch_ms": (None, 20), "full_decode_ms_1": (1.0, 2.5), "small_decode_ms_1": (1.0, 2.5)},
+)
+def serving(machine: Machine) -> Found:
+    """Compact switch, prefill of 2048 tokens, a decoded token at batch 1 and 32, per budget"""
+    from serving import wide
+
+    from nemo_elastic.serving import ElasticFamily
+
+    model = WIDTHS | (TINY if machine.tiny else {})
+    manifest, dtype = (
+        manifest_of(model, TINY_CUTS if machine.tiny else CUTS),
+        torch.bfloat16 if machine.is_cuda else torch.float32,
+    )
+    family = ElasticFamily(wide(manifest, str(machine.device), dtype), manifest.layout, model, manifest.subnets)
+    prompt = torch.zeros(1, 32 if machine.tiny else 2048, dtype=torch.int64, device=machine.device)
+    found = {}
+    for name in family.budgets:
+        found[f"{name}_compact_switch_ms"] = machine.milliseconds(lambda n=name: family.switch(n, compact=True), 3)
+        found[f"{name}_prefill_ms"] = machine.milliseconds(lambda: family.logits(prompt, last_only=True), 3)
+        for batch in (1, 32):
+            rows, cache = prompt[:, :16].repeat(batch, 1), family.new_cache(batch)
+            family.logits(rows, cache, last_only=True)
+            found[f"{name}_decode_ms_{batch}"] = machine.milliseconds(
+                lambda r=rows, c=cache: family.logits(r[:, :1], c, last_only=True)
+            )
+    return Found(found)

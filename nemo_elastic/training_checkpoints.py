@@ -1,0 +1,45 @@
+"""Which training checkpoints of a run are whole.
+
+A checkpoint is whole when NeMo's marker (`step=N-unfinished`, removed last) is gone and Megatron wrote its own last
+file, `weights/metadata.json`. Anything else is what a killed process left: it is ignored, and removed on resume.
+"""
+
+import logging
+import re
+import shutil
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+LAST_FILES = ("weights/.metadata", "weights/common.pt", "weights/metadata.json")
+NAME = re.compile(r"step=(\d+)")
+UNFINISHED = "-unfinished"  # ModelCheckpoint.UNFINISHED_CHECKPOINT_SUFFIX of NeMo
+
+
+def steps_done(checkpoint: Path | None) -> int:
+    """Steps behind a checkpoint: `step=N` is the one after N + 1 steps; 0 for none."""
+    found = NAME.match(checkpoint.name) if checkpoint else None
+    return int(found.group(1)) + 1 if found else 0
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end."""
+    if checkpoint.with_name(f"{checkpoint.name}{UNFINISHED}").exists():
+        return False
+    return all((checkpoint / name).is_file() for name in LAST_FILES)
+
+
+def whole_checkpoints(out: Path) -> list[Path]:
+    """The whole training checkpoints under `out`, in the order of their steps."""
+    found = [p for p in (out / "checkpoints").glob("step=*") if p.is_dir() and is_whole(p)]
+    return sorted(found, key=steps_done)
+
+
+def remove_unfinished(out: Path) -> None:
+    """Delete what a killed process left of checkpoints. To be called by one rank, before the others go on."""
+    folder = out / "checkpoints"
+    for path in sorted(folder.glob("step=*")):
+        if path.is_dir() and not is_whole(path):
+            logger.warning("%s was not written to its end and is removed", path)
+            shutil.rmtree(path)
+    for marker in folder.glob(f"*{UNFINISHED}"):
+        marker.unlink()

@@ -1,0 +1,207 @@
+"""Every key of the configuration is read by something, from an object that is that section: no setting does nothing.
+
+Identity: for each field f of each section class, some expression `<owner>.f` stands outside config/, where the owner is
+called by the section's name or is annotated, or assigned, as that section in the same function or class.
+"""
+
+import ast
+import dataclasses
+import json
+import typing
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from nemo_elastic.cli.main import main
+from nemo_elastic.config import load_config, sections
+from nemo_elastic.config.load import leaves, load_values
+from nemo_elastic.config.rules import ALLOWED, rule_problems
+from nemo_elastic.distill.training_cost import training_cost
+from nemo_elastic.distill.training_plan import training_plan
+from nemo_elastic.family import family_of
+from nemo_elastic.plan import plan
+from nemo_elastic.problems import ProblemsError
+
+PACKAGE = Path(__file__).resolve().parent.parent / "nemo_elastic"
+# What objects of a section are called where they are no attribute of their parent.
+NAMES = {
+    "RunConfig": {"run", "config", "run_config", "before", "_run"},
+    "ParentConfig": {"parent"},
+    "DimConfig": {"dim"},
+    "ElasticConfig": {"elastic"},
+    "BlendSource": {"source", "entry"},
+    "ChatConfig": {"chat"},
+    "DataConfig": {"data"},
+    "RankConfig": {"rank", "config"},
+    "RouterConfig": {"router", "config"},
+    "DistillConfig": {"distill", "config"},
+    "OptimizerSettings": {"optimizer", "settings"},
+    "StageConfig": {"stage", "s", "last", "first"},
+    "TrainConfig": {"train", "settings"},
+    "ExportConfig": {"export"},
+    "ReportConfig": {"report"},
+}
+
+
+# Read in another way: what it is, and the test below.
+ELSEWHERE = {
+    ("StageConfig", "tokens"): "becomes steps in the section itself",
+    ("TrainConfig", "context_parallel_size"): "refused above 1",
+    ("TrainConfig", "expert_model_parallel_size"): "refused above 1",
+    ("TrainConfig", "virtual_pipeline_model_parallel_size"): "refused above 1",
+    ("ReportConfig", "title"): "read from the run folder's config.json, as plain values",
+}
+
+
+def section_classes() -> Iterator[type]:
+    for kind in vars(sections).values():
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            yield kind
+
+
+@cache
+def read_attributes() -> Mapping[str, frozenset[str]]:
+    """attribute -> last words of what it is read from, over the package without config/."""
+    found: dict[str, set[str]] = {}
+    for path in PACKAGE.rglob("*.py"):
+        if path.parent.name == "config" and path.name in ("sections.py", "rules.py"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute):
+                owner = ast.unparse(node.value).rsplit(".", 1)[-1].split("[")[0]
+                found.setdefault(node.attr, set()).add(owner)
+            elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "getattr" and len(node.args) > 1:
+                for word in ast.walk(node):  # getattr(config.rank, field) for field in (...)
+                    if isinstance(word, ast.Constant) and isinstance(word.value, str):
+                        found.setdefault(word.value, set()).add(ast.unparse(node.args[0]).rsplit(".", 1)[-1])
+    return {name: frozenset(owners) for name, owners in found.items()}
+
+
+FIELDS = [(kind, field.name) for kind in section_classes() for field in dataclasses.fields(kind)]
+
+
+@pytest.mark.parametrize(("kind", "field"), FIELDS, ids=lambda value: getattr(value, "__name__", value))
+def test_every_key_is_read_somewhere(kind: type, field: str) -> None:
+    owners = read_attributes().get(field, frozenset())
+    if (kind.__name__, field) in ELSEWHERE:
+        return
+    assert owners & NAMES[kind.__name__], f"{kind.__name__}.{field} is read only from {sorted(owners) or 'nothing'}"
+
+
+def test_the_sections_are_all_here() -> None:
+    assert {kind.__name__ for kind in section_classes()} == set(NAMES)
+    hints = typing.get_type_hints(sections.RunConfig)
+    assert {"train", "export", "report"} <= set(hints)
+
+
+def test_keys_that_are_read_in_another_way_do_something(tmp_path: Path) -> None:
+    from nemo_elastic.report.run_folder import read_run
+
+    for (kind, name), why in ELSEWHERE.items():
+        if why == "refused above 1":
+            problems = plan(load_config("tiny_parent.yaml", [f"train.{name}=2"]).config)["problems"]
+            assert f"train.{name}" in [p["key"] for p in problems], (kind, name)
+    assert load_config("tiny_parent.yaml", ["train.stages=[{tokens: 5000}]"]).config.train.stages[0].steps == 3
+    resolved = load_config("tiny_parent.yaml", ["report.title=Our family"])
+    (tmp_path / "config.json").write_text(json.dumps({"values": resolved.values, "origins": resolved.origins}))
+    assert read_run(tmp_path).title == "Our family"
+
+
+@pytest.mark.parametrize("pattern", ["M" * 16, "*" * 16, "-" * 16, "M-" * 8, "M*" * 8, "*-" * 8])
+def test_a_parent_without_one_kind_of_layer_can_be_planned(pattern: str, capsys) -> None:
+    words = ["plan", "--config", "tiny_parent.yaml", "parent.path=null", f"model.hybrid_override_pattern='{pattern}'"]
+    assert main([*words, "elastic.budgets={full: 1.0}"]) == 0
+    told = capsys.readouterr()
+    assert "full" in told.out and "empty" not in told.err, told.err
+
+
+def test_a_vocabulary_that_tensor_parallelism_does_not_divide_names_what_does(capsys) -> None:
+    words = ["parent.path=null", "model.vocab_size=2052", "train.tensor_model_parallel_size=8", "elastic.ffn_groups=8"]
+    assert main(["plan", "--config", "tiny_parent.yaml", *words]) == 2
+    told = " ".join(capsys.readouterr().out.split())
+    assert "8 must divide model.vocab_size (padded)=2052; possible: 1, 2, 4" in told
+
+
+# What `plan --train` does not show, because it decides how scores are measured or the run goes, not what it costs.
+OF_OTHER_VERBS = [
+    "parent.output_weights",
+    "elastic.ffn_groups",
+    "data.chat.layout",
+    "data.num_workers",
+    "rank.samples",
+    "rank.seq_length",
+    "rank.micro_batch_size",
+    "rank.ffn_site",
+    "rank.mamba_site",
+    "rank.aggregation",
+    "rank.depth",
+    "rank.depth_metric",
+    "rank.depth_samples",
+    "rank.min_attention_layers",
+    "rank.activation_memory_gb",
+    "rank.seed",
+    "router.init_std",
+    "router.budget_lambda",
+    "router.dual_ascent_rate",
+    "router.max_price",
+    "router.dead_zone",
+    "router.tolerance",
+    "distill.loss",
+    "distill.top_k",
+    "distill.temperature",
+    "distill.kd_weight",
+    "distill.ce_weight",
+    "distill.hidden_weight",
+    "distill.fuse_output_layer",
+    "train.seed",
+    "train.optimizer.weight_decay",
+    "train.optimizer.clip_grad",
+    "train.log_every_steps",
+    "train.val_every_steps",
+    "train.val_samples",
+    "train.preemption",
+    "export.hf_schema",
+]
+
+
+def other(key: str, value: object) -> object:
+    """Another legal-looking value of a key; None where its kind says too little."""
+    if key in ALLOWED:
+        return next(word for word in ALLOWED[key] if word != value)
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return 2 * value or 1
+    return (value / 2 or 0.5) if isinstance(value, float) else None
+
+
+def shown(config: sections.RunConfig) -> str:
+    """All that `plan --train` says."""
+    result, family = plan(config), family_of(config)
+    subnets = {b["name"]: family.space.subnet_from_dict(b["subnet"]) for b in result["budgets"]}
+    said = [result, training_plan(config, family), training_cost(config, family, subnets)]
+    return json.dumps(said, sort_keys=True, default=str)
+
+
+def test_every_key_that_plan_should_show_changes_it_or_is_refused() -> None:
+    stock = load_config("tiny_parent.yaml")
+    before, silent = shown(stock.config), []
+    for key, value in leaves(stock.values):
+        new = other(key, value)
+        if new is None or key.startswith("model."):
+            continue
+        values = json.loads(json.dumps(stock.values))
+        *path, last = (int(word) if word.isdigit() else word for word in key.split("."))
+        section = values
+        for step in path:
+            section = section[step]
+        section[last] = new
+        try:
+            config = load_values(values)
+            if not rule_problems(config) and shown(config) == before:
+                silent.append(key)
+        except ProblemsError:
+            pass  # refused
+    assert sorted(silent) == sorted(OF_OTHER_VERBS)

@@ -1,0 +1,85 @@
+"""The optimizer's groups on the installed line of megatron-core: rates and weight decay of router and network."""
+
+import types
+
+import pool_family
+import pytest
+from nemo.lightning import io
+from torch import nn
+
+from nemo_elastic.mcore import versions
+from nemo_elastic.nemo.optimizer import OptimizerModule, apply_multipliers
+from nemo_elastic.nemo.train import decays_not, is_router
+from nemo_elastic.nemo.trainer import build_optimizer
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("distributed", [False, True])
+def test_the_router_has_its_own_rate_and_no_weight_decay(distributed: bool) -> None:
+    """Group by group of the family's optimizer, after the multipliers, in the words of the installed line."""
+    groups = pool_family.optimizer_groups(distributed)
+    found = {name: (group["lr"], group["weight_decay"]) for group in groups for name in group["names"]}
+    names = [name for group in groups for name in group["names"]]
+    assert len(names) == len(found) and any(".router." in name for name in names), "every parameter is in one group"
+    for name, dimensions in pool_family.parameter_dimensions().items():
+        router = ".router." in name
+        rate, decay = (1e-2 if router else 1e-3), (0.0 if router or dimensions == 1 else 0.01)
+        assert found.pop(name) == pytest.approx((rate, decay)), name
+    assert not found
+    marks = {(group["pre_lr_mult"], group["pre_wd_mult"]) for group in groups}
+    assert marks == {(1.0, 1.0), (1.0, 0.0), (10.0, 0.0)}, "a checkpoint finds the groups again by these"
+
+
+def test_multipliers_are_applied_once_and_renamed_as_nemo_does() -> None:
+    group = {"lr": 0.5, "weight_decay": 0.1, "lr_mult": 4.0, "wd_mult": 0.0}
+    for _ in range(2):
+        apply_multipliers(group)
+        assert group == {"lr": 2.0, "weight_decay": 0.0, "pre_lr_mult": 4.0, "pre_wd_mult": 0.0}
+
+
+def fake_optimizers(**names: object) -> types.SimpleNamespace:
+    """Megatron's optimizer package with a `get_megatron_optimizer` that hands its arguments back."""
+    return types.SimpleNamespace(**names)
+
+
+def test_the_old_line_is_told_in_its_own_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    def old(config, modules, no_weight_decay_cond=None, scale_lr_cond=None, lr_mult=1.0, use_gloo_process_groups=True):
+        return no_weight_decay_cond, scale_lr_cond, lr_mult
+
+    monkeypatch.setattr(versions, "optimizers", fake_optimizers(get_megatron_optimizer=old))
+    found = versions.build_optimizer(None, [], no_weight_decay_cond=decays_not, scale_lr_cond=is_router, lr_mult=10.0)
+    assert found == (decays_not, is_router, 10.0)
+
+
+@pytest.mark.skipif(not hasattr(versions.optimizers, "ParamKey"), reason="the installed line has no config_overrides")
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        ("module.router.net.weight", (3, 3), {"wd_mult": 0.0, "lr_mult": 10.0}),
+        ("module.decoder.final_norm.weight", (3,), {"wd_mult": 0.0}),
+        ("module.decoder.layers.0.mixer.in_proj.weight", (3, 3), {}),
+    ],
+)
+def test_the_new_line_is_told_by_overrides(name: str, shape: tuple[int, ...], expected: dict[str, float]) -> None:
+    import torch
+
+    config = versions.OptimizerConfig(optimizer="adam", lr=1e-3, weight_decay=0.01)
+    overrides = versions._overrides(config, decays_not, is_router, 10.0)
+    parameter, found = nn.Parameter(torch.zeros(shape)), {}
+    for key, override in overrides.items():
+        if key.matches(parameter, name):
+            found |= override
+    assert found == expected
+    standard = versions._overrides(config, None, None, 1.0)
+    decay = [o for key, o in standard.items() if key.matches(parameter, name)]
+    assert decay == ([{"wd_mult": 0.0}] if len(shape) == 1 else [])
+
+
+def test_a_context_holds_the_module_and_gives_it_back(tmp_path) -> None:
+    """As a training checkpoint's `context/` does; NeMo's arguments, and none of our own."""
+    made = build_optimizer(1e-3, scale_lr_cond=is_router, lr_mult=10.0, no_weight_decay_cond=decays_not)
+    assert type(made) is OptimizerModule
+    made.io_dump(tmp_path, [])
+    again = io.load(tmp_path, OptimizerModule)
+    assert type(again) is OptimizerModule and again.config == made.config
+    assert (again.scale_lr_cond, again.no_weight_decay_cond, again.lr_mult) == (is_router, decays_not, 10.0)

@@ -19,6 +19,7 @@ from nemo_elastic.checkpoint.gguf_file import GGUF_FILE, GgufFile, first_differe
 from nemo_elastic.checkpoint.gguf_model import check_gguf
 from nemo_elastic.checkpoint.gguf_tokenizer import PRE_TOKENIZERS, tokenizer_keys
 from nemo_elastic.checkpoint.manifest import Manifest
+from nemo_elastic.checkpoint.tokenizer_files import write_tokenizer
 from nemo_elastic.cli.main import main
 from nemo_elastic.config import load_config
 from nemo_elastic.config.load import plain
@@ -145,10 +146,10 @@ def test_children_that_llama_cpp_cannot_say_are_refused(nested: Path, tmp_path: 
 
 
 def tokenizer_folder(folder: Path, **change: object) -> Path:
-    """The shipped tokenizer with parts of its JSON replaced."""
-    folder.mkdir(parents=True)
-    data = json.loads(TOKENIZER.read_text())
-    (folder / "tokenizer.json").write_text(json.dumps({**data, **change}))
+    """The shipped tokenizer with parts of its JSON replaced, as a nested checkpoint holds it."""
+    source = folder.with_name(f"{folder.name}.json")
+    source.write_text(json.dumps({**json.loads(TOKENIZER.read_text()), **change}))
+    write_tokenizer(folder, source)
     return folder
 
 
@@ -277,7 +278,7 @@ def test_verb_verifies_and_notices(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "DIFFERS" in out and "small: first difference: output_norm.weight: 96 of 96 values differ" in out
 
 
-def test_verb_wants_a_python_that_has_llama_cpp(nested: Path, tmp_path: Path) -> None:
+def test_verb_wants_a_python_that_has_llama_cpp(nested: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     from nemo_elastic.nemo.verify import verify
 
     run = load_config("tiny_parent.yaml").config
@@ -285,5 +286,7 @@ def test_verb_wants_a_python_that_has_llama_cpp(nested: Path, tmp_path: Path) ->
         verify(nested, {"small": tmp_path}, run, [], format="gguf")
     with pytest.raises(ProblemsError, match="--gguf-python: '/no/such' is no program; it must be one that has"):
         verify(nested, {"small": tmp_path}, run, [], format="gguf", python="/no/such")
+    assert main(["verify", str(nested), "--gguf-python", "python3"]) == 2
+    assert "--gguf-python: runs children of --format gguf" in capsys.readouterr().err
     with pytest.raises(ProblemsError, match=r"no model\.gguf here; run `nemo-elastic extract --format gguf` first"):
         open_gguf("small", tmp_path, open_nested(nested))

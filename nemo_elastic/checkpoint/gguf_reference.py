@@ -29,12 +29,16 @@ def main(request: str, out: str, answer: str) -> None:
     with open(out, "wb") as values:
         for path in wanted["files"]:
             server = _server(xllamacpp, path, room, wanted["threads"])
+            # The server leaves out a token that ends inside a character: one that does not is forced. The
+            # log-probabilities are those before that, and before any other sampling.
+            plain = _post(server, "/tokenize", {"content": "a"})["tokens"][0]
             for end in wanted["ends"]:
-                _log_probabilities(server, wanted["row"][:end], wanted["vocab"], cached=True).tofile(values)
+                _log_probabilities(server, wanted["row"][:end], wanted["vocab"], plain, cached=True).tofile(values)
             last = wanted["row"][: wanted["ends"][-1]]
-            _log_probabilities(server, last, wanted["vocab"], cached=False).tofile(values)
-            continued = [[e["id"] for e in _complete(server, p, wanted["new_tokens"], 1)] for p in wanted["prompts"]]
-            files.append({"texts": [_tokens(server, text) for text in wanted["texts"]], "continued": continued})
+            _log_probabilities(server, last, wanted["vocab"], plain, cached=False).tofile(values)
+            continued = [_continued(server, prompt, wanted["new_tokens"]) for prompt in wanted["prompts"]]
+            texts = [_post(server, "/tokenize", {"content": text})["tokens"] for text in wanted["texts"]]
+            files.append({"texts": texts, "continued": continued})
             del server
     with open(answer, "w") as file:
         json.dump({"xllamacpp": xllamacpp.__version__, "files": files}, file)
@@ -54,26 +58,29 @@ def _server(xllamacpp: Any, path: str, room: int, threads: int) -> Any:
     return xllamacpp.Server(params)
 
 
-def _complete(server: Any, prompt: list[int], new_tokens: int, probabilities: int, cached: bool = False) -> list[Any]:
-    """Per new token, its id and the log-probabilities of the likeliest ones, before any sampling."""
-    options = {"n_predict": new_tokens, "n_probs": probabilities, "cache_prompt": cached, "temperature": 0.0}
-    found = server.handle_completions({"prompt": prompt, **options})
+def _log_probabilities(server: Any, tokens: list[int], vocab: int, plain: int, *, cached: bool) -> Any:
+    options = {"n_predict": 1, "n_probs": vocab, "cache_prompt": cached, "logit_bias": [[plain, 1000.0]]}
+    found = server.handle_completions({"prompt": tokens, "temperature": 0.0, **options})
     if "choices" not in found:
         raise RuntimeError(json.dumps(found)[:300])
-    return found["choices"][0]["logprobs"]["content"]
-
-
-def _log_probabilities(server: Any, tokens: list[int], vocab: int, *, cached: bool) -> Any:
     row = array("f", [float("nan")]) * vocab
-    for entry in _complete(server, tokens, 1, vocab, cached)[0]["top_logprobs"]:
+    for entry in found["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
         row[entry["id"]] = entry["logprob"]
     return row
 
 
-def _tokens(server: Any, text: str) -> list[int]:
+def _continued(server: Any, prompt: list[int], new_tokens: int) -> list[int]:
+    options = {"n_predict": new_tokens, "cache_prompt": False, "temperature": 0.0, "return_tokens": True}
+    return _post(server, "/completion", {"prompt": prompt, **options})["tokens"]
+
+
+def _post(server: Any, path: str, body: dict[str, Any]) -> Any:
     connection = HTTPConnection(urlsplit(server.listening_address).netloc)
-    connection.request("POST", "/tokenize", json.dumps({"content": text}), {"Content-Type": "application/json"})
-    return json.load(connection.getresponse())["tokens"]
+    connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+    found = json.load(connection.getresponse())
+    if "error" in found:
+        raise RuntimeError(json.dumps(found)[:300])
+    return found
 
 
 if __name__ == "__main__":

@@ -41,6 +41,8 @@ def run(arguments: argparse.Namespace) -> int:
     nested, *child = folders(arguments, "NESTED", "CHILD", optional=1)
     if arguments.hf_python and arguments.format != "hf":
         raise ProblemsError([Problem("--hf-python", "runs children of --format hf; add that, or leave it out")])
+    if arguments.gguf_python and arguments.format != "gguf":
+        raise ProblemsError([Problem("--gguf-python", "runs children of --format gguf; add that, or leave it out")])
     quiet_libraries(arguments.verbose)
     from ..checkpoint.manifest import HashMismatch, load_manifest
     from ..config import load_config

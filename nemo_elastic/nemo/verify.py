@@ -58,6 +58,7 @@ NOTHING = Comparison(*[float("nan")] * 4)  # of a child that could not be read
 KERNELS = {
     "nemo": "Megatron's local linears and fp32 products on both sides",
     "hf": "Megatron's local linears and fp32 products on the nested side, transformers' on the child's",
+    "gguf": "Megatron's local linears and fp32 products on the nested side, llama.cpp's on the child's",
 }
 Batches = Sequence[tuple[Tensor, ...]]
 

@@ -82,7 +82,16 @@ def test_what_lies_in_the_tree_does_not_change_what_lint_says(tmp_path: Path) ->
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("name", ["constraints.txt", "constraints-hf.txt", "constraints-0.19.txt"])
+PINNED = [
+    "constraints.txt",
+    "constraints-hf.txt",
+    "constraints-gguf.txt",
+    "constraints-0.19.txt",
+    "examples/evaluate/constraints.txt",
+]
+
+
+@pytest.mark.parametrize("name", PINNED)
 def test_every_pin_is_exact_and_single(setup_venv: ModuleType, name: str) -> None:
     pins = [pin for section in setup_venv.read_sections(ROOT / name).values() for pin in section]
     names = [setup_venv.normalized(pin) for pin in pins]

@@ -19,7 +19,8 @@ from .cpu import has_mamba_kernels
 from .parents import open_parent
 
 RUN_PARTS = (
-    "checkpoints", "nested", "children", "logs", "sorted", "importance", "results.json", "report", "config.json",
+    "checkpoints", "nested", "children", "logs", "sorted", "importance", "results.json", "evaluations", "report",
+    "config.json",
 )  # fmt: skip
 
 HOW_TO_GO_ON = "go on with --resume, start over with --force, or choose another --out"

@@ -9,6 +9,7 @@ from typing import Any
 from ..architecture import KIND_NAMES
 from ..space import layer_sizes
 from .budget_rows import KEPT, BudgetRow
+from .evaluations import rows as evaluation_rows
 from .layer_figures import layer_scores
 from .run_folder import RunFolder
 from .training_curves import Clock, router_series
@@ -41,7 +42,7 @@ def _cell(value: Any) -> Any:
 def sheets(run: RunFolder, rows: list[BudgetRow]) -> list[Sheet]:
     """Every sheet that has a row."""
     made = (_budgets(rows), _validation(run), _train(run), _router(run), _importance(run, rows), _children(run, rows))
-    return [sheet for sheet in (*made, _timings(run)) if sheet.rows]
+    return [sheet for sheet in (*made, _evaluations(run), _timings(run)) if sheet.rows]
 
 
 def _budgets(rows: list[BudgetRow]) -> Sheet:
@@ -112,6 +113,13 @@ def _children(run: RunFolder, rows: list[BudgetRow]) -> Sheet:
             values = (sizes.get(name) if kept else None for name in KEPT[:-1])
             body.append((row.name, layer, KIND_NAMES[kind], kept, *values))
     return Sheet("children", ("budget", "layer", "kind", "kept", *KEPT[:-1]), tuple(body))
+
+
+def _evaluations(run: RunFolder) -> Sheet:
+    names = ("model", "task", "metric", "filter", "value", "stderr", "higher_is_better", "samples", "shots", "version")
+    found = evaluation_rows(run.evaluations, run.budget_names)
+    body = [tuple(getattr(s, name) for name in (*names, "file")) for _, scores in found for s in scores if s]
+    return Sheet("evaluations", (*names, "file"), tuple(body))
 
 
 def _timings(run: RunFolder) -> Sheet:

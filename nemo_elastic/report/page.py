@@ -12,6 +12,8 @@ from ..config.load import leaves
 from ..serving_conditions import profile_name
 from .budget_rows import BudgetRow, kept_sizes, parent_loss, parent_parameters
 from .csv_files import timings
+from .evaluations import columns as evaluation_columns
+from .evaluations import rows as evaluation_rows
 from .palette import DARK, LIGHT, budget_colour
 from .run_folder import RunFolder
 from .training_curves import Clock
@@ -54,6 +56,7 @@ def render(run: RunFolder, rows: list[BudgetRow], pictures: list[Picture], files
         "rows": [(budget_colour(i), row, kept_sizes(row)) for i, row in enumerate(rows)],
         "sizes": [name for name in kept_sizes(BudgetRow(name="")) if any(kept_sizes(row)[name] for row in rows)],
         "parent": {"parameters": parent_parameters(run), "loss": parent_loss(run), "sizes": _parent_sizes(run)},
+        "evaluations": _evaluations(run),
         "pictures": [(p, Markup(p.svg)) for p in pictures],
         "timings": [(phase, s, 100 * s / longest if longest and phase not in TOTALS else 0) for phase, s in spent],
         "provenance": flat(_without_config(run.results.get("provenance") or {})),
@@ -66,6 +69,18 @@ def render(run: RunFolder, rows: list[BudgetRow], pictures: list[Picture], files
         "any_memory": any(row.memory_bytes is not None for row in rows),
     }
     return environment.get_template("report.html.j2").render(context)
+
+
+def _evaluations(run: RunFolder) -> dict[str, Any]:
+    """A row per budget and other model, a column per task and metric; empty where nothing was evaluated."""
+    if not run.evaluations:
+        return {}
+    order = {name: budget_colour(i) for i, name in enumerate(run.budget_names)}
+    first = {score.column: score for score in reversed(run.evaluations)}
+    columns = [first[column] for column in evaluation_columns(run.evaluations)]
+    versions = sorted({score.version for score in run.evaluations if score.version})
+    rows = [(order.get(model), model, found) for model, found in evaluation_rows(run.evaluations, run.budget_names)]
+    return {"columns": columns, "rows": rows, "versions": ", ".join(versions)}
 
 
 def chips(run: RunFolder, rows: list[BudgetRow]) -> list[tuple[str, str]]:

@@ -21,6 +21,8 @@ from ..runlog import RunLog
 from ..serving_conditions import byte_profile
 from ..space import DEFAULT_FFN_GROUPS, ElasticSpace, Subnet
 from .baselines import Baseline, read_baselines
+from .evaluations import FILES, Score, read_evaluations
+from .evaluations import FOLDER as EVALUATIONS
 
 CONFIG, LOGS, IMPORTANCE, RESULTS = "config.json", "logs", "importance/importance.json", "results.json"
 
@@ -35,6 +37,7 @@ class RunFolder:
         importance: the description that `rank` wrote.
         results: what `verify` or `quickstart` wrote.
         baselines: models outside the family to compare with.
+        evaluations: scores of lm-evaluation-harness.
         missing: key: what is not there; message: what that means and how to get it.
     """
 
@@ -48,6 +51,7 @@ class RunFolder:
     results: Mapping[str, Any] = field(default_factory=dict)
     missing: tuple[Problem, ...] = ()
     baselines: tuple[Baseline, ...] = ()
+    evaluations: tuple[Score, ...] = ()
 
     @property
     def title(self) -> str:
@@ -129,11 +133,11 @@ class RunFolder:
         return tuple(dict.fromkeys([*configured, *of_results, *logged, *trained]))
 
 
-def read_run(folder: Path) -> RunFolder:
-    """Read what `folder` holds.
+def read_run(folder: Path, evaluations: Path | None = None) -> RunFolder:
+    """Read what `folder` holds; `evaluations`: results of lm-evaluation-harness (default: `folder/evaluations`).
 
     Raises:
-        ProblemsError: nothing of a run is there.
+        ProblemsError: nothing of a run is there, or no results in `evaluations`.
     """
     parts = (CONFIG, LOGS, IMPORTANCE, RESULTS)
     if not any((folder / part).exists() for part in parts):
@@ -158,9 +162,14 @@ def read_run(folder: Path) -> RunFolder:
         missing.append(Problem("logs/validation.jsonl", "no held-out loss was logged; run `nemo-elastic train`"))
     baselines, wrong = read_baselines(folder)
     missing += wrong
+    scores: tuple[Score, ...] = ()
+    if evaluations or any((folder / EVALUATIONS).rglob(FILES)):
+        scores, wrong = read_evaluations(evaluations or folder / EVALUATIONS)
+        missing += wrong
     run = RunFolder(
         folder=folder,
         baselines=baselines,
+        evaluations=scores,
         values=values,
         origins=saved.get("origins") or {},
         config=config,

@@ -16,13 +16,13 @@ from .run_folder import RunFolder, read_run
 FOLDER, PAGE = "report", "report.html"
 
 
-def write_report(out: Path) -> Path:
+def write_report(out: Path, evaluations: Path | None = None) -> Path:
     """Write `out/report/` (report.html, *.png, *.csv); returns the page. The same run gives the same bytes.
 
     Raises:
-        ProblemsError: `out` holds nothing of a run.
+        ProblemsError: `out` holds nothing of a run, or `evaluations` no results of lm-evaluation-harness.
     """
-    run = read_run(out)
+    run = read_run(out, evaluations)
     rows = budget_rows(run)
     folder = out / FOLDER
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,172 @@
+"""lm-evaluation-harness in the report, from a results file as the harness wrote it; and the example that makes one."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from synthetic_run import write_run
+
+from nemo_elastic.cli.main import main
+from nemo_elastic.report import write
+from nemo_elastic.report.evaluations import columns, read_evaluations, rows
+from nemo_elastic.report.write import write_report
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLE = ROOT / "examples" / "evaluate"
+RECORDED = json.loads((ROOT / "tests" / "lm_eval_results.json").read_text())  # of `full`, by examples/evaluate/run.sh
+ACCURACY, NORMALIZED = ("continuation", "acc", "none"), ("continuation", "acc_norm", "none")
+BITS = ("heldout_text", "bits_per_byte", "none")
+
+
+def add(folder: Path, model: str, accuracy: float, time: str = "2026-11-28T10-00-00.000000", **more) -> Path:
+    """A results file as the harness lays it out: a folder named after the model's path, a file after the time."""
+    results = json.loads(json.dumps(RECORDED)) | more
+    results["config"]["model_args"] = {"pretrained": model, "dtype": "float32"}
+    results["results"]["continuation"]["acc,none"] = accuracy
+    path = folder / model.replace("/", "__") / f"results_{time}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results))
+    return path
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run without evaluations; its report draws nothing."""
+    monkeypatch.setattr(write, "figures", lambda run, rows: iter(()))
+    return write_run(tmp_path / "run", steps=25)
+
+
+def test_a_results_file_is_read_as_the_harness_wrote_it(tmp_path: Path) -> None:
+    (tmp_path / "results_2026-11-28T10-00-00.000000.json").write_text(json.dumps(RECORDED))
+    scores, problems = read_evaluations(tmp_path)
+    assert problems == []
+    assert columns(scores) == [
+        ACCURACY,
+        ("continuation", "acc_norm", "none"),
+        ("heldout_text", "bits_per_byte", "none"),
+    ]
+    accuracy, _, bits = sorted(scores, key=lambda score: score.column)
+    of_file = RECORDED["results"]
+    assert (accuracy.model, accuracy.value) == ("full", of_file["continuation"]["acc,none"])
+    assert accuracy.stderr == of_file["continuation"]["acc_stderr,none"]
+    assert (accuracy.higher_is_better, accuracy.samples, accuracy.version) == (True, 143, "0.4.13")
+    assert (bits.value, bits.stderr, bits.higher_is_better) == (
+        of_file["heldout_text"]["bits_per_byte,none"],
+        None,  # the harness wrote "N/A"
+        False,
+    )
+
+
+def test_model_arguments_as_words_name_the_model_too(tmp_path: Path) -> None:
+    words = RECORDED | {"config": RECORDED["config"] | {"model_args": "pretrained=/data/hf/large/,dtype=float32"}}
+    (tmp_path / "results_1.json").write_text(json.dumps(words))
+    assert {score.model for score in read_evaluations(tmp_path)[0]} == {"large"}
+
+
+def test_the_later_file_counts_and_other_models_follow_the_budgets(tmp_path: Path) -> None:
+    add(tmp_path, "runs/a/hf/small", 0.25, time="2026-11-28T11-00-00.000000")
+    add(tmp_path, "hf/small", 0.75, time="2026-11-28T12-00-00.000000")
+    add(tmp_path, "/data/parent", 0.5)
+    add(tmp_path, "/data/another", 0.5)
+    table = rows(read_evaluations(tmp_path)[0], ("full", "small"))
+    assert [model for model, _ in table] == ["full", "small", "another", "parent"]
+    assert table[0][1] == [None] * 3
+    assert table[1][1][0].value == 0.75
+
+
+def test_the_report_has_a_row_per_budget(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for model, accuracy in (("full", 0.9375), ("large", 0.8125), ("parent", 0.9625)):
+        add(tmp_path / "scores", f"hf/{model}", accuracy)
+    torn = add(tmp_path / "scores", "hf/small", 0.5)
+    torn.write_text(torn.read_text()[:100])
+    assert main(["report", str(run), "--evaluations", str(tmp_path / "scores"), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert any("is no results file of lm-evaluation-harness" in words for words in said["missing"])
+    with (run / "report" / "evaluations.csv").open(newline="") as file:
+        sheet = [row for row in csv.DictReader(file) if row["metric"] == "acc"]
+    assert [(row["model"], float(row["value"])) for row in sheet] == [
+        ("full", 0.9375), ("large", 0.8125), ("parent", 0.9625)
+    ]  # fmt: skip
+    section = (run / "report" / "report.html").read_text().partition('id="evaluations"')[2].partition("</section>")[0]
+    body = [line for line in section.partition("<tbody>")[2].split("<tr>")[1:]]
+    assert [name for name in ("full", "large", "small", "parent") for line in body if f">{name}</th>" in line] == [
+        "full", "large", "small", "parent"
+    ]  # fmt: skip
+    assert "0.9375" in body[0] and "0.8125" in body[1] and body[2].count("–") == 3 and "0.9625" in body[3]
+
+
+def test_evaluations_in_the_run_are_found_and_none_are_no_section(run: Path) -> None:
+    assert 'id="evaluations"' not in write_report(run).read_text()
+    assert not (run / "report" / "evaluations.csv").exists()
+    add(run / "evaluations", "hf/small", 0.625)
+    assert "0.6250" in write_report(run).read_text()
+    assert (run / "report" / "evaluations.csv").is_file()
+
+
+def test_a_folder_without_results_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    for name, words in (("empty", "holds no results_*.json"), ("absent", "is no folder with results_*.json")):
+        assert main(["report", str(run), "--evaluations", str(tmp_path / name)]) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert words in said and "--output_path" in said
+    assert not (run / "report").exists()
+
+
+@pytest.fixture(scope="module")
+def tasks() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("evaluate_tasks", EXAMPLE / "tasks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_right_choice_is_what_the_text_goes_on_with(tasks: ModuleType) -> None:
+    texts = tasks.documents(None, 40)
+    asked = tasks.questions(texts, 100)
+    assert len(texts) > 10 and len(asked) == 100 and asked == tasks.questions(texts, 100)
+    for question in asked:
+        right = question["choices"][question["answer"]]
+        assert any(question["context"] + right in text for text in texts)
+        wrong = [choice for i, choice in enumerate(question["choices"]) if i != question["answer"]]
+        assert len(wrong) == 3 and not any(question["context"] + choice in text for choice in wrong for text in texts)
+    assert {question["answer"] for question in asked} == {0, 1, 2, 3}
+
+
+def test_the_example_asks_every_child_and_reports_them(run: Path, tmp_path: Path) -> None:
+    """Stand-ins: extraction makes empty folders, the harness writes the recorded scores under the model it is given."""
+    harness = f"""#!{sys.executable}
+import json, os, sys
+given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+assert os.environ["HF_HUB_OFFLINE"] == os.environ["HF_DATASETS_OFFLINE"] == "1"
+assert given["--tasks"] == "continuation,heldout_text", given
+assert sorted(os.listdir(given["--include_path"]))[0] == "continuation.jsonl"
+results = json.load(open({str(ROOT / "tests" / "lm_eval_results.json")!r}))
+model = given["--model_args"].split(",")[0].removeprefix("pretrained=")
+results["config"]["model_args"] = given["--model_args"]
+folder = os.path.join(given["--output_path"], model.replace("/", "__"))
+os.makedirs(folder)
+json.dump(results, open(os.path.join(folder, "results_2026.json"), "w"))
+"""
+    verbs = f"""#!/usr/bin/env bash
+if [[ $1 == extract ]]; then mkdir -p {run}/hf/{{full,large,small}}; else exec {sys.executable} -m nemo_elastic "$@"; fi
+"""
+    for name, text in (("lm_eval", harness), ("nemo-elastic", verbs)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    path = os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "LM_EVAL": str(tmp_path / "lm_eval")}
+    words = ["bash", str(EXAMPLE / "run.sh"), str(run), str(tmp_path / "parent")]
+    done = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with (run / "report" / "evaluations.csv").open(newline="") as file:
+        assert [row["model"] for row in csv.DictReader(file) if row["metric"] == "acc"] == [
+            "full", "large", "small", "parent"
+        ]  # fmt: skip

@@ -71,7 +71,8 @@ def start_megatron() -> None:
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     cpu.install()
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"  # gloo would wait for the GPU in each loss
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(1234)
 

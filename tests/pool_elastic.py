@@ -132,7 +132,7 @@ def plan_and_values(arch: Architecture, layout: ParamLayout, case: Case) -> tupl
 def project(logits: Tensor, seed: int = 5) -> Tensor:
     """A scalar that depends on every logit."""
     generator = torch.Generator().manual_seed(seed)
-    return (logits * torch.randn(logits.shape, generator=generator, dtype=torch.float64).to(logits.dtype)).sum()
+    return (logits * torch.randn(logits.shape, generator=generator, dtype=torch.float64).to(logits)).sum()
 
 
 def gradients(model: Any, layout: ParamLayout) -> dict[str, Tensor]:

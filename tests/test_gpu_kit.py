@@ -102,6 +102,22 @@ def test_a_check_rehearses_on_the_cpu(name: str) -> None:
     assert all(key in line["values"] for key in check.predicted)
 
 
+ON_META = "ceilings scan_torch conv_torch kd_fused waits step_time shard_step_time unaligned_products serving phases"
+
+
+def test_no_check_mixes_devices(one_rank: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device whatever is made on the CPU and meets the model raises, as it would on a GPU."""
+    import registry
+    import torch
+
+    checks = registry.all_checks()
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("meta"))
+    monkeypatch.setattr("stage1_kernels.difference", lambda found, expected: 0.0)
+    for name in ON_META.split():
+        line = __import__("checks").report(checks[name], registry.Machine("meta", tiny=True))
+        assert line["ok"], line
+
+
 def test_a_wrong_kernel_fails_its_check() -> None:
     import registry
 

@@ -132,7 +132,7 @@ def paths_of_the_tree() -> None:
 
 
 def one_process() -> None:
-    """Megatron's state for this process alone, once; by gloo, so that no GPU is needed to rehearse."""
+    """Megatron's state for this process alone, once; by gloo where there is no GPU."""
     import torch.distributed as dist
     from elastic_step import start_megatron
 

@@ -8,7 +8,7 @@
 # --output FILE   the result file; default benchmarks/gpu/results/DATE.json on a GPU, runs/gpu/DATE.json else
 # --limit S       of every stage, in place of its own
 # --folder DIR    other stage*.py files
-# PYTHON          the interpreter (python3)
+# PYTHON          the interpreter (python3); GPU_CHECKS_COMMIT: the commit, where there is no .git
 set -u
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$here/../.." && pwd)
@@ -22,7 +22,7 @@ while (($#)); do
     --output) output=$2; shift 2 ;;
     --limit) limit=$2; shift 2 ;;
     --folder) folder=$2; shift 2 ;;
-    *) sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
+    *) sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
   esac
 done
 work=$(mktemp -d)

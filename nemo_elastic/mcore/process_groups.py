@@ -117,7 +117,7 @@ def barrier() -> None:
 
 def _waiting_group() -> dist.ProcessGroup:
     """All processes, over gloo; made by the first wait, which all of them come to."""
-    if _waits["group"] is None:
+    if _waits["group"] not in dist.distributed_c10d._world.pg_map:  # none yet, or of processes that have met anew
         _waits["group"] = dist.new_group(backend="gloo", timeout=_waits["limit"])
     return _waits["group"]
 

@@ -12,7 +12,7 @@ JOBS ?= 2
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-hf quickstart test test-slow test-sweep test-broken test-engine smoke-engine test-gpu lint \
+.PHONY: help setup setup-hf setup-gguf quickstart test test-slow test-sweep test-broken test-engine smoke-engine test-gpu lint \
 	format docs clean
 
 help:  ## show this list
@@ -24,6 +24,9 @@ setup:  ## make .venv with the exact pins of constraints.txt (about 3 minutes, t
 setup-hf:  ## make .venv-hf with the Hugging Face reference (transformers 5) that NeMo's pins exclude
 	@$(PYTHON) scripts/setup_venv.py --venv .venv-hf --constraints constraints-hf.txt --no-project
 
+setup-gguf:  ## make .venv-gguf with llama.cpp (one prebuilt wheel), in which GGUF children are checked
+	@$(PYTHON) scripts/setup_venv.py --venv .venv-gguf --constraints constraints-gguf.txt --no-project
+
 quickstart: setup  ## a real parent becomes a verified nested family on this machine (under 10 minutes)
 	@NEMO_ELASTIC_UNDER_MAKE=1 $(BIN)/nemo-elastic quickstart --out $(RUN) $(ARGS)
 
@@ -34,7 +37,7 @@ lint: setup  ## ruff: rules and format
 test: lint  ## lint and every test that takes under 20 seconds
 	@$(PYTEST) -m "not slow and not gpu" $(ARGS)
 
-test-slow: setup setup-hf  ## the tests that take over 20 seconds, Hugging Face's among them; a sample of every sweep
+test-slow: setup setup-hf setup-gguf  ## the tests that take over 20 seconds, Hugging Face's and llama.cpp's among them; a sample of every sweep
 	@$(PYTEST) -m "slow and not gpu" $(ARGS) || [ $$? -eq 5 ]  # 5: there is none
 
 test-sweep: setup  ## every case of the sweeps that test-slow draws a sample of

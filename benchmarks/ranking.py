@@ -19,12 +19,13 @@ from harness import finish, interleaved, least, parser, start
 
 from nemo_elastic.architecture import Architecture
 from nemo_elastic.config.model_fields import architecture_of
+from nemo_elastic.config.parent_files import ASSETS
 from nemo_elastic.importance.depth import DepthProgress, DepthRules, rank_by, rank_greedy
 from nemo_elastic.layout import ParamLayout
 from nemo_elastic.mcore import process_groups
 from nemo_elastic.mcore.build import build_plain_model, load_weights
 from nemo_elastic.mcore.depth import DepthAblation
-from nemo_elastic.mcore.parents import ASSETS, open_parent
+from nemo_elastic.mcore.parents import open_parent
 
 REQUIRED_RATIO = 1.8
 

@@ -25,6 +25,7 @@ import torch
 from harness import finish, parser, start
 
 from nemo_elastic.config.model_fields import architecture_of
+from nemo_elastic.config.parent_files import ASSETS
 from nemo_elastic.cost import parameters
 from nemo_elastic.data.tokenizer import BPETokenizer
 from nemo_elastic.data.tokens import load_tokens
@@ -38,7 +39,7 @@ from nemo_elastic.mcore.build import build_elastic_model, build_plain_model, loa
 from nemo_elastic.mcore.collect import WidthSettings, collect_widths
 from nemo_elastic.mcore.depth import DepthAblation, cosine_scores
 from nemo_elastic.mcore.elastic.plan import hard_plan
-from nemo_elastic.mcore.parents import ASSETS, open_parent, whole_state
+from nemo_elastic.mcore.parents import open_parent, whole_state
 from nemo_elastic.space import WIDTH_DIMS, ElasticSpace, Subnet, dim_groups
 
 FRACTIONS = (0.9, 0.75, 0.5)

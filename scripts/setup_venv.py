@@ -1,8 +1,8 @@
 """Make the virtual environment the Makefile works in, once, exactly pinned, and resumable.
 
 Four cases:
-- a plain machine: torch first and alone (`TORCH_INDEX_URL`, when set, is where it is taken from), then every other
-  pin of the constraints file with `--no-deps`, then this project, editable;
+- a plain machine: torch, where it is among the pins, first and alone (`TORCH_INDEX_URL`, when set, is where it is taken
+  from), then every other pin of the constraints file with `--no-deps`, then this project, editable;
 - an image whose `python3` already has CUDA torch, megatron.core and NeMo (the NGC image): a venv on top of these
   packages, and only what is missing of the file's [project] section is installed;
 - `--on-top-of VENV` (another venv of this project): a venv that sees all packages of VENV but those that the file of
@@ -152,7 +152,9 @@ def missing(python: Path, pins: list[str]) -> list[str]:
 
 
 def install_torch(python: Path, constraints: Path, pins: list[str], start: float) -> None:
-    torch = next(pin for pin in pins if normalized(pin) == "torch")
+    torch = next((pin for pin in pins if normalized(pin) == "torch"), None)
+    if torch is None:
+        return
     index = os.environ.get("TORCH_INDEX_URL")
     say(start, f"{torch} first and alone" + (" from TORCH_INDEX_URL" if index else ""))
     # An index of torch wheels holds its own choice of torch's dependencies: the pins follow in the next step.

@@ -107,7 +107,7 @@ class Server:
 
     def close(self) -> None:
         self.process.stdin.close()
-        self.process.wait(30)
+        self.process.wait(120)
 
 
 def helpers_of(pids: Sequence[int], seconds: float = 3.0) -> list[int]:

@@ -206,3 +206,16 @@ def test_a_shipped_file_can_be_copied_anywhere(tmp_path: Path) -> None:
     copy.write_text("base: nothing.yaml")
     with pytest.raises(ProblemsError, match=r"base: no file 'nothing\.yaml' beside it or in the shipped conf/"):
         load_config(copy)
+
+
+def test_bf16_runs_take_the_optimizer_that_can_save_them() -> None:
+    """Megatron's plain optimizer dies at the first checkpoint of a bf16 model that has fp32 parameters."""
+    train = load_config("tiny_parent.yaml", ["train.precision=bf16-mixed"]).config.train
+    assert train.distributed_optimizer and train.use_distributed_optimizer is None
+    assert not load_config("tiny_parent.yaml").config.train.distributed_optimizer
+    assert load_config("nemotron_nano_12b_v2.yaml").config.train.distributed_optimizer
+    load_config("tiny_parent.yaml", ["train.precision=32", "train.use_distributed_optimizer=false"])
+    for precision in ("bf16-mixed", "auto"):  # auto is bf16 on a GPU
+        words = [f"train.precision={precision}", "train.use_distributed_optimizer=false"]
+        with pytest.raises(ProblemsError, match=r"train\.use_distributed_optimizer: false needs train\.precision=32"):
+            load_config("tiny_parent.yaml", words)

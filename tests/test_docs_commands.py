@@ -37,6 +37,7 @@ ELSEWHERE = {
     "make test-sweep": "the test suite itself; tests/test_sweep.py",
     "make setup": "tests/test_repository.py (its parts); .ci",
     "make setup-hf": "tests/test_hf.py (where that venv is)",
+    "make setup-gguf": "tests/test_gguf.py (where that venv is)",
     "make help": "tests/test_repository.py",
     "make smoke-engine": ".ci",
     "make test-engine": "by hand: it takes longer than all other tests",

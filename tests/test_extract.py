@@ -289,7 +289,7 @@ def test_unknown_budget_and_format(nested: Path, tmp_path: Path) -> None:
     with pytest.raises(ProblemsError, match="did you mean 'small'"):
         extract(nested, "smal", tmp_path / "child")
     with pytest.raises(ProblemsError, match="--format"):
-        extract(nested, "small", tmp_path / "child", format="gguf")
+        extract(nested, "small", tmp_path / "child", format="ggml")
 
 
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from nemo_elastic.cli.main import main
 from nemo_elastic.config import load_config
+from nemo_elastic.config.parent_files import ASSETS
 from nemo_elastic.family import family_of
 from nemo_elastic.importance.store import Importance
-from nemo_elastic.mcore.parents import ASSETS
 
 SMALL = ["rank.samples=4", "rank.depth_samples=2", "rank.seq_length=32", "elastic.dims.num_layers.choices=[16,14]"]
 

@@ -36,8 +36,6 @@ def overrides(machine: Machine, precision: str, steps: int) -> list[str]:
         words += ["train.val_samples=2", "rank.micro_batch_size=2", "rank.min_layers=14"]
         words += ["elastic.dims.num_layers={choices: [16, 15, 14]}", "elastic.budgets.small=0.7"]
         words += ["router.tolerance=0.5"]
-    if precision == "bf16-mixed":  # Megatron's plain one cannot save fp32 parameters (A_log, D) beside bf16 ones
-        words += ["train.use_distributed_optimizer=true"]
     return [*words, "train.optimizer.warmup_steps=1", "train.save_every_steps=1000"]
 
 

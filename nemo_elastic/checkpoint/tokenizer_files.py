@@ -65,12 +65,17 @@ def write_tokenizer(folder: Path, source: str | Path, end: str | None = None) ->
     said = {f"{kind}_id": value for kind in KINDS if (value := _config_id(source, kind)) is not None}
     if said and not (folder / GENERATION).is_file():
         (folder / GENERATION).write_text(json.dumps({"_from_model_config": True, **said}, indent=2) + "\n")
-    data, generation = read_beside(folder, config.name), read_beside(folder, GENERATION)
-    found = {}
+    return {**special_token_ids(folder), **said, "tokens": len(ids)}
+
+
+def special_token_ids(folder: Path) -> dict[str, int | None]:
+    """`bos_token_id`, `eos_token_id` and `pad_token_id` that a tokenizer folder says; None where it says none."""
+    ids, found = token_ids(folder / TOKENIZER_FILE), {}
+    data, generation = read_beside(folder, "tokenizer_config.json"), read_beside(folder, GENERATION)
     for kind in KINDS:
         named = ids.get(token_name(data.get(kind)) or "")
-        found[f"{kind}_id"] = said.get(f"{kind}_id", id_of(generation.get(f"{kind}_id")) if named is None else named)
-    return {**found, "tokens": len(ids)}
+        found[f"{kind}_id"] = id_of(generation.get(f"{kind}_id")) if named is None else named
+    return found
 
 
 def _config_id(source: Path, kind: str) -> Any:

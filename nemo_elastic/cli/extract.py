@@ -1,4 +1,4 @@
-"""`extract`: children out of a nested checkpoint, as plain NeMo checkpoints or Hugging Face folders."""
+"""`extract`: children out of a nested checkpoint, as plain NeMo checkpoints, Hugging Face folders or GGUF files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from .console import progress_bar, quiet_libraries
 EXAMPLES = """examples:
   nemo-elastic extract runs/tiny/nested --budget small --out runs/tiny/children/small
   nemo-elastic extract runs/tiny/nested --subnet subnet.yaml
-  nemo-elastic extract runs/tiny/nested --all --format hf --out runs/tiny/hf export.dtype=bfloat16"""
+  nemo-elastic extract runs/tiny/nested --all --format hf --out runs/tiny/hf export.dtype=bfloat16
+  nemo-elastic extract runs/tiny/nested --all --format gguf --out runs/tiny/gguf --dtype float16   # for llama.cpp"""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -31,9 +32,9 @@ def add_parser(subparsers: Any) -> None:
         help="how a Hugging Face folder says sizes that differ per layer (default: export.hf_schema of the run)",
     )
     parser.add_argument("--subnet", metavar="YAML", help="children that `plan NESTED --output YAML` wrote")
-    parser.add_argument(
-        "--dtype", choices=("bfloat16", "float32"), help="cast the weights (default: export.dtype of the run)"
-    )
+    dtypes = ("bfloat16", "float32", "float16")
+    words = "cast the weights (default: export.dtype of the run; float16: gguf only)"
+    parser.add_argument("--dtype", choices=dtypes, help=words)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -16,14 +16,17 @@ EXAMPLES = """examples:
   nemo-elastic verify runs/tiny/nested                                  # all of runs/tiny/children
   nemo-elastic verify runs/tiny/nested runs/tiny/children/small
   nemo-elastic verify runs/tiny/nested --format hf --hf-python .venv-hf/bin/python   # make setup-hf
+  nemo-elastic verify runs/tiny/nested --format gguf --gguf-python .venv-gguf/bin/python   # make setup-gguf
   nemo-elastic verify --parent /models/mine --hf-python .venv-hf/bin/python      # before anything is trained
   nemo-elastic verify runs/tiny/nested --nproc 2 train.tensor_model_parallel_size=2"""
+
+HOLDS = {"nemo": "weights", "hf": "config.json", "gguf": "model.gguf"}  # what a child's folder has
 
 
 def add_parser(subparsers: Any) -> None:
     """Register the verb."""
     help = "child against nested subnet on real text: tensors, logits, loss, size, hashes"
-    flags = ("--budget", "--format", "--hf-python", "--nproc", "--json", "--verbose")
+    flags = ("--budget", "--format", "--hf-python", "--gguf-python", "--nproc", "--json", "--verbose")
     parser = verb_parser(subparsers, "verify", run, help, flags, epilog=EXAMPLES)
     words = "instead: a Hugging Face parent's held-out loss here against transformers' (data.paths=[...]: your text)"
     parser.add_argument("--parent", metavar="PARENT", help=words)
@@ -58,7 +61,8 @@ def run(arguments: argparse.Namespace) -> int:
     from ..nemo.verify import KERNELS, verify
 
     batches = heldout_batches(data_module(run_config), run_config)
-    how = {"format": arguments.format, "python": arguments.hf_python}
+    python = arguments.gguf_python if arguments.format == "gguf" else arguments.hf_python
+    how = {"format": arguments.format, "python": python}
     try:
         with progress_bar() as bar:
             checks = verify(nested, children, run_config, batches, report=bar.update, **how)
@@ -78,6 +82,8 @@ def run(arguments: argparse.Namespace) -> int:
     elif is_first_rank():
         arguments.answer.render(_table(checks))
         for check in checks:
+            if check.greedy is not None:
+                arguments.answer.write(f"{check.budget}: {check.greedy:.0%} of the prompts continued alike, greedily")
             if check.difference:
                 arguments.answer.write(f"{check.budget}: first difference: {check.difference}")
         arguments.answer.write(f"compared with {KERNELS[arguments.format]}")
@@ -119,9 +125,9 @@ def _children(nested: Path, child: list[str], budget: str | None, known: list[st
             words = f"{name!r} is no budget of this family ({', '.join(known)}); name it with --budget"
             raise ProblemsError([Problem("--budget", words)])
         return {name: Path(child[0])}
-    base, holds = nested.parent / "children", "weights" if format == "nemo" else "config.json"
-    if format == "hf" and (nested.parent / "hf").is_dir():
-        base = nested.parent / "hf"
+    base, holds = nested.parent / "children", HOLDS[format]
+    if format != "nemo" and (nested.parent / format).is_dir():
+        base = nested.parent / format
     names = [budget] if budget else [n for n in known if (base / n / holds).exists()]
     if not names:
         words = f"no children of format {format} at {base}; run `nemo-elastic extract {nested} --all --format {format}`"

@@ -85,6 +85,9 @@ def rule_problems(config: RunConfig) -> list[Problem]:
     elif config.distill.teacher_cache and not config.distill.needs_teacher:
         words = "has no use with distill.kd_weight=0 and distill.hidden_weight=0; leave it out"
         found.append(Problem("distill.teacher_cache", words))
+    if config.train.precision != "32" and config.train.use_distributed_optimizer is False:
+        words = "false needs train.precision=32: Megatron's plain optimizer cannot save bf16; leave it empty or true"
+        found.append(Problem("train.use_distributed_optimizer", words))
     found += _rate_problems(config)
     return [
         *found,

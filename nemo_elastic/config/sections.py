@@ -192,7 +192,7 @@ class TrainConfig:
     seed: int = 1234
     mode: str = "sliced"  # how a hard subnet runs: sliced (a step costs its share) or masked
     recompute_granularity: str | None = None  # full or selective
-    use_distributed_optimizer: bool = False
+    use_distributed_optimizer: bool | None = None  # shards Adam's state over data parallel; empty: with bf16-mixed
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     stages: tuple[StageConfig, ...] = ()
     log_every_steps: int = 10
@@ -203,6 +203,16 @@ class TrainConfig:
     wandb_project: str | None = None  # empty: nemo-elastic
     wait_minutes: float = 1440.0  # how long processes wait for one that sorts, nests or extracts, before they give up
     preemption: bool = True  # SIGTERM saves a checkpoint and stops after the step
+
+    @property
+    def distributed_optimizer(self) -> bool:
+        """Whether Megatron's distributed optimizer runs, also with one process.
+
+        Its plain one cannot save a bf16 model: Mamba's A_log and D and the router stay fp32 in the groups of the bf16
+        parameters, and it maps only these (`Float16OptimizerWithFloat16Params.sharded_state_dict`).
+        """
+        given = self.use_distributed_optimizer
+        return self.precision == "bf16-mixed" if given is None else given
 
 
 @dataclass(frozen=True, kw_only=True)

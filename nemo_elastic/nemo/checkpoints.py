@@ -14,9 +14,11 @@ from typing import Any
 import torch
 
 from nemo_elastic.checkpoint.extract import child_architecture, plain_model
+from nemo_elastic.checkpoint.gguf_file import GGUF_FILE, write_gguf
+from nemo_elastic.checkpoint.gguf_model import check_gguf
 from nemo_elastic.checkpoint.hf_folder import write_hf_folder
 from nemo_elastic.checkpoint.reader import LazyTensor
-from nemo_elastic.checkpoint.schemas import plain_child
+from nemo_elastic.checkpoint.schemas import PlainChild, plain_child
 from nemo_elastic.checkpoint.tokenizer_files import TOKENIZER_FILE
 from nemo_elastic.checkpoint.writer import atomic_folder, check_target
 from nemo_elastic.config.parent_files import BUILTIN, folder_of, parent_files
@@ -28,6 +30,7 @@ from nemo_elastic.data.tokenizer import DEFAULT_TOKENIZER, BPETokenizer
 from nemo_elastic.files import folder_problems
 from nemo_elastic.layout import ParamLayout
 from nemo_elastic.mcore.dist_checkpoint import TorchDistReader
+from nemo_elastic.nemo.gguf_child import gguf_child
 from nemo_elastic.nemo.nested import Nested, main_dtype, open_nested, write_nested
 from nemo_elastic.problems import Problem, ProblemsError, raise_if_any
 from nemo_elastic.space import Subnet
@@ -36,7 +39,7 @@ from nemo_elastic.special_tokens import row_problems
 __all__ = ["Nested", "describe_parent", "extract", "extract_all", "open_nested", "write_nested"]
 
 logger = logging.getLogger(__name__)
-FORMATS = ("nemo", "hf")
+FORMATS = ("nemo", "hf", "gguf")
 _EMBEDDING = "embedding.word_embeddings.weight"
 
 
@@ -149,9 +152,9 @@ def extract(
     Args:
         budget: a name in the manifest.
         out: the child's folder.
-        format: `nemo` (plain `SSMConfig`) or `hf` (NemotronH folder).
+        format: `nemo` (plain `SSMConfig`), `hf` (NemotronH folder) or `gguf` (one file for llama.cpp).
         hf_schema: how a Hugging Face folder says sizes that differ per layer (`checkpoint.schemas`).
-        dtype: cast to it; None keeps what is stored.
+        dtype: cast to it (float16: `gguf` only); None keeps what is stored.
 
     Raises:
         ProblemsError: a damaged checkpoint, unknown budget, a child the format cannot say, or an `out` in the way.
@@ -161,9 +164,13 @@ def extract(
     opened = nested if isinstance(nested, Nested) else open_nested(nested)
     check_target(out, force, opened.path)
     subnet = opened.manifest.subnet(budget)
-    if format == "nemo":
-        child_architecture(opened.layout.architecture, subnet)  # refuses what a plain config cannot say
-    child = plain_child(opened.reader, opened.layout, subnet, schema=hf_schema, dtype=dtype)
+    child = _sayable_child(opened, subnet, format, hf_schema, dtype)
+    if format == "gguf":
+        written = gguf_child(opened, subnet, child, child_card(opened, budget, subnet), dtype)
+        with atomic_folder(out, force=force, needs_bytes=sum(t.nbytes for t in written.tensors)) as folder:
+            write_gguf(folder / GGUF_FILE, written.keys, written.tensors)
+        logger.info("%s: child %s of %s, format gguf", out, budget, opened.path)
+        return Path(out)
     model = plain_model(opened.manifest.model, child.architecture)
     with atomic_folder(out, force=force, needs_bytes=sum(t.nbytes for t in child.tensors)) as folder:
         if format == "nemo":
@@ -184,6 +191,20 @@ def extract(
             )
     logger.info("%s: child %s of %s, format %s", out, budget, opened.path, format)
     return Path(out)
+
+
+def _sayable_child(
+    nested: Nested, subnet: Subnet, format: str, hf_schema: str, dtype: torch.dtype | None
+) -> PlainChild:
+    """The child as `format` says it, or ProblemsError where it cannot."""
+    if dtype == torch.float16 and format != "gguf":
+        raise ProblemsError([Problem("--dtype", "float16 is for --format gguf; give bfloat16 or float32")])
+    if format == "nemo":
+        child_architecture(nested.layout.architecture, subnet)  # refuses what a plain config cannot say
+    elif format == "gguf":
+        check_gguf(nested.manifest.model, nested.layout.architecture, subnet)
+        return plain_child(nested.reader, nested.layout, subnet, schema="per_layer_config")
+    return plain_child(nested.reader, nested.layout, subnet, schema=hf_schema, dtype=dtype)
 
 
 def _write_nemo_child(
@@ -218,11 +239,8 @@ def extract_all(
     for name, target in targets.items():
         try:
             check_target(target, how.get("force", False), opened.path)
-            if how.get("format", "nemo") == "nemo":
-                child_architecture(opened.layout.architecture, opened.manifest.subnet(name))
-            else:
-                schema = how.get("hf_schema", "uniform")
-                plain_child(opened.reader, opened.layout, opened.manifest.subnet(name), schema=schema)
+            said = how.get("format", "nemo"), how.get("hf_schema", "uniform"), how.get("dtype")
+            _sayable_child(opened, opened.manifest.subnet(name), *said)
         except ProblemsError as error:
             found += [replace(p, message=f"{p.message} (budget {name})") for p in error.problems]
     raise_if_any(found)

@@ -7,10 +7,6 @@ NeMo's pins exclude the transformers that knows NemotronH, so the reference usua
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nemo_elastic.checkpoint import hf_reference
+from nemo_elastic.nemo.other_python import python_that, run_script
 from nemo_elastic.problems import Problem, ProblemsError
 
 KEY = "--hf-python"
@@ -45,19 +42,8 @@ def hf_python(given: str | None) -> str:
     Raises:
         ProblemsError: it is no program, or no such Python.
     """
-    python = shutil.which(sys.executable if given is None else given)
-    if python is None:
-        raise ProblemsError([Problem(KEY, f"{given!r} is no program; give e.g. .venv-hf/bin/python")])
-    try:
-        asked = subprocess.run([python, "-I", "-c", KNOWS_NEMOTRON_H], env=_environment(), capture_output=True)
-        knows = asked.returncode == 0
-    except OSError:  # a file that may be executed and cannot
-        knows = False
-    if knows:
-        return python
-    words = "is not given, and this Python's is older" if given is None else f"{given!r} is no such Python"
     remedy = "it must be one whose transformers (5) knows NemotronH; `make setup-hf` makes one, .venv-hf/bin/python"
-    raise ProblemsError([Problem(KEY, f"{words}; {remedy}")])
+    return python_that(KEY, given, KNOWS_NEMOTRON_H, lacks="'s is older", remedy=remedy)
 
 
 def run_transformers(
@@ -112,12 +98,8 @@ def _ask(python: str, folders: Sequence[Path], wanted: dict[str, Any]) -> tuple[
     with tempfile.TemporaryDirectory(prefix="nemo-elastic-hf-") as place:
         request, out, answer = (Path(place) / name for name in ("request.json", "out.safetensors", "answer.json"))
         request.write_text(json.dumps({"folders": [str(f) for f in folders], **wanted}))
-        command = [python, "-I", hf_reference.__file__, *map(str, (request, out, answer))]
-        done = subprocess.run(command, env=_environment(), capture_output=True, text=True)
-        if done.returncode:
-            last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no message")
-            words = f"{python} could not run {', '.join(str(f) for f in folders)}: {last[:300]}"
-            raise ProblemsError([Problem(KEY, words)])
+        what = ", ".join(str(f) for f in folders)
+        run_script(KEY, python, hf_reference.__file__, [request, out, answer], hf_reference.OFFLINE, what)
         described: dict[str, Any] = json.loads(answer.read_text())
         tensors = load_file(out)
     for folder, said in zip(folders, described["folders"], strict=True):
@@ -127,8 +109,3 @@ def _ask(python: str, folders: Sequence[Path], wanted: dict[str, Any]) -> tuple[
             )
             raise ProblemsError([Problem(str(folder), words[:600])])
     return described, tensors
-
-
-def _environment() -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return kept | hf_reference.OFFLINE | {"OMP_NUM_THREADS": str(torch.get_num_threads())}

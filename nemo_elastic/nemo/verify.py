@@ -4,7 +4,8 @@
     logits(child) == logits(subnet) on real text,    numel(child) == cost(subnet)
 
 The nested side runs elastic modules at the run's parallel layout. The child side is the plain model that its folder
-describes, without any elastic class: a NeMo child in one process per replica, a Hugging Face child in transformers.
+describes, without any elastic class: a NeMo child in one process per replica, a Hugging Face child in transformers, a
+GGUF child in llama.cpp (`gguf_check`).
 
 Weights are judged, not kernels: both sides have Megatron's local linears and fp32 products in fp32. Transformer
 Engine's would be TF32, 3e-4 to 1e-3 from the products of a cut weight, above any tolerance that finds a wrong one.
@@ -44,6 +45,8 @@ from nemo_elastic.nemo.first_difference import (
     plain_trace,
     tensor_difference,
 )
+from nemo_elastic.nemo.gguf_check import check_children, open_gguf
+from nemo_elastic.nemo.gguf_side import gguf_python
 from nemo_elastic.nemo.hf_side import hf_python, run_transformers
 from nemo_elastic.problems import Problem, ProblemsError
 from nemo_elastic.space import Subnet
@@ -99,23 +102,31 @@ def verify(
     Args:
         children: budget -> folder of an extracted child.
         run: parallel layout of the nested side, mode.
-        batches: real (tokens, labels[, mask]). The losses of Hugging Face children are of the first two alone.
-        format: `nemo` or `hf`, of the children.
-        python: a Python whose transformers knows NemotronH, for `hf`; None: this one, if it does.
+        batches: real (tokens, labels[, mask]). The losses of Hugging Face children are of the first two alone, those of
+            GGUF children of the first row.
+        format: `nemo`, `hf` or `gguf`, of the children.
+        python: a Python whose transformers knows NemotronH, for `hf`, or that has xllamacpp, for `gguf`; None: this
+            one, if it does.
 
     Raises:
         ProblemsError: damaged files, an unknown budget, a child that is missing or of another family.
     """
     if format not in FORMATS:
         raise ProblemsError([Problem("--format", f"{format!r} must be one of {', '.join(FORMATS)}")])
-    python = hf_python(python) if format == "hf" else None
+    asked = {"hf": hf_python, "gguf": gguf_python}.get(format)
+    python = asked(python) if asked else None
     nested = open_nested(nested_folder)
     check_hashes(nested.path, nested.manifest)
-    opened = [_open(name, Path(folder), nested, format) for name, folder in children.items()]
-    report, total = report or (lambda what, done, total: None), 2 * len(opened)
+    if format == "gguf":
+        files = [open_gguf(name, Path(folder), nested) for name, folder in children.items()]
+    else:
+        opened = [_open(name, Path(folder), nested, format) for name, folder in children.items()]
+    report, total = report or (lambda what, done, total: None), 2 * len(children)
     sizes = (run.train.tensor_model_parallel_size, run.train.pipeline_model_parallel_size)
     process_groups.start(*sizes, seed=run.train.seed, wait_minutes=run.train.wait_minutes)
     model = elastic_from(nested, sequence_parallel=run.train.sequence_parallel)
+    if format == "gguf":
+        return check_children(nested, files, model, run.train.mode, batches, python, report)
     ours: dict[str, tuple[list[Tensor], float]] = {}
     for done, child in enumerate(opened):
         report("verify", done, total)

@@ -95,9 +95,8 @@ PINNED = [
 def test_every_pin_is_exact_and_single(setup_venv: ModuleType, name: str) -> None:
     pins = [pin for section in setup_venv.read_sections(ROOT / name).values() for pin in section]
     names = [setup_venv.normalized(pin) for pin in pins]
-    assert len(names) > 20
-    assert sorted(names) == sorted(set(names))
-    assert "torch" in names
+    assert names and sorted(names) == sorted(set(names))
+    assert ("torch" in names and len(names) > 20) or name == "constraints-gguf.txt"  # llama.cpp needs nothing
 
 
 @pytest.mark.parametrize("name", ["constraints-0.15.txt", "constraints-0.19.txt"])

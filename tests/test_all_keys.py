@@ -111,7 +111,14 @@ def test_keys_that_are_read_in_another_way_do_something(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("pattern", ["M" * 16, "*" * 16, "-" * 16, "M-" * 8, "M*" * 8, "*-" * 8])
 def test_a_parent_without_one_kind_of_layer_can_be_planned(pattern: str, capsys) -> None:
-    words = ["plan", "--config", "tiny_parent.yaml", "parent.path=null", f"model.hybrid_override_pattern='{pattern}'"]
+    words = [
+        "plan",
+        "--config",
+        "tiny_parent.yaml",
+        "parent.path=null",
+        f"model.hybrid_override_pattern='{pattern}'",
+        "parent.path=null",
+    ]
     assert main([*words, "elastic.budgets={full: 1.0}"]) == 0
     told = capsys.readouterr()
     assert "full" in told.out and "empty" not in told.err, told.err

@@ -12,8 +12,8 @@ JOBS ?= 2
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-hf setup-gguf quickstart test test-slow test-sweep test-broken test-engine smoke-engine test-gpu lint \
-	format docs clean
+.PHONY: help setup setup-hf setup-gguf setup-vllm quickstart test test-slow test-sweep test-broken test-engine smoke-engine \
+	test-gpu test-vllm lint format docs clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ setup-hf:  ## make .venv-hf with the Hugging Face reference (transformers 5) tha
 setup-gguf:  ## make .venv-gguf with llama.cpp (one prebuilt wheel), in which GGUF children are checked
 	@$(PYTHON) scripts/setup_venv.py --venv .venv-gguf --constraints constraints-gguf.txt --no-project
 
+setup-vllm:  ## make .venv-vllm with vLLM for CPUs (4 minutes, 3 GB), which only test-vllm needs
+	@$(PYTHON) scripts/setup_venv.py --venv .venv-vllm --constraints constraints-vllm.txt --no-project
+
 quickstart: setup  ## a real parent becomes a verified nested family on this machine (under 10 minutes)
 	@NEMO_ELASTIC_UNDER_MAKE=1 $(BIN)/nemo-elastic quickstart --out $(RUN) $(ARGS)
 
@@ -38,7 +41,7 @@ test: lint  ## lint and every test that takes under 20 seconds
 	@$(PYTEST) -m "not slow and not gpu" $(ARGS)
 
 test-slow: setup setup-hf setup-gguf  ## the tests that take over 20 seconds, Hugging Face's and llama.cpp's among them; a sample of every sweep
-	@$(PYTEST) -m "slow and not gpu" $(ARGS) || [ $$? -eq 5 ]  # 5: there is none
+	@$(PYTEST) -m "slow and not gpu and not vllm" $(ARGS) || [ $$? -eq 5 ]  # 5: there is none
 
 test-sweep: setup  ## every case of the sweeps that test-slow draws a sample of
 	@$(PYTEST) -m "sweep" --sweep all $(ARGS)
@@ -55,6 +58,9 @@ smoke-engine:  ## a few of them, for CI: the older line still works (under 3 min
 
 test-gpu: setup  ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu $(ARGS)
+
+test-vllm: setup setup-vllm  ## children in vLLM against their family (not in CI)
+	@$(BIN)/python -m pytest -m vllm tests/test_vllm.py -rP $(ARGS)
 
 format: setup  ## let ruff mend and format
 	@$(BIN)/ruff check --fix .

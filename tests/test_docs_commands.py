@@ -38,6 +38,7 @@ ELSEWHERE = {
     "make setup": "tests/test_repository.py (its parts); .ci",
     "make setup-hf": "tests/test_hf.py (where that venv is)",
     "make setup-gguf": "tests/test_gguf.py (where that venv is)",
+    "make test-vllm": "by hand: its venv takes 3 GB",
     "make help": "tests/test_repository.py",
     "make smoke-engine": ".ci",
     "make test-engine": "by hand: it takes longer than all other tests",

@@ -86,6 +86,7 @@ PINNED = [
     "constraints.txt",
     "constraints-hf.txt",
     "constraints-gguf.txt",
+    "constraints-vllm.txt",
     "constraints-0.19.txt",
     "examples/evaluate/constraints.txt",
 ]

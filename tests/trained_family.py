@@ -24,16 +24,16 @@ WEIGHTS = ("trained", "extreme")
 BUDGETS = ("full", "small")
 
 
-def manifest() -> Manifest:
+def manifest(model: dict = MODEL) -> Manifest:
     """Budgets full and small; small drops layers and cuts every width."""
-    arch = architecture_of(MODEL)
+    arch = architecture_of(model)
     dims = {"hidden_size": ElasticDim(name="hidden_size", full=arch.hidden_size, groups=1, choices=(112, 96))}
     ranking = (0, 15, 1, 14, 2, 13, 5, 3, 12, 4, 11, 6, 10, 7, 9, 8)
     space = ElasticSpace(architecture=arch, dims=dims, ffn_groups=8, depth_ranking=ranking)
     sizes = {"hidden_size": 96, "ffn_hidden_size": 256, "mamba_num_heads": 8, "num_attention_heads": 8}
     subnets = {"full": space.full_subnet(), "small": space.subnet(num_layers=13, mamba_head_dim=12, **sizes)}
     budgets = {n: Budget(name=n, kind="fraction", value=v) for n, v in (("full", 1.0), ("small", 0.5))}
-    return Manifest(model=MODEL, space=space, budgets=budgets, subnets=subnets, provenance={"seed": 0})
+    return Manifest(model=model, space=space, budgets=budgets, subnets=subnets, provenance={"seed": 0})
 
 
 def weights(kind: str) -> dict[str, torch.Tensor]:

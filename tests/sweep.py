@@ -1,4 +1,4 @@
-"""Which tests run, in which order and side by side: samples of exhaustive products, the longest first.
+"""Which tests run, and which of them in one process: samples of exhaustive products, groups that share a fixture.
 
 A case marked `sweep(n)` is one of many that prove the same thing (every layout x every kind of loss, say). `pytest`
 draws n of each test's cases by a seed and leaves the others out; `--sweep all` (`make test-sweep`) runs them all. The
@@ -18,8 +18,6 @@ import pytest
 
 # Session-wide fixtures that take long to make: tests that use one go to the same process, whatever file they are in.
 SHARED_FIXTURES = ("small_runs",)
-# Files that take minutes, in the order in which they start: the short ones then fill what is left of the other process.
-LONGEST_FIRST = ()
 
 
 def add_options(parser: pytest.Parser) -> None:
@@ -51,15 +49,13 @@ def drawn(cases: dict[str, list[str]], counts: dict[str, int], seed: str) -> set
 
 
 def arrange(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Draw the sample, group what shares a fixture, and put the longest files first."""
+    """Draw the sample, and group what shares a fixture."""
     if config.getoption("--sweep") == "sample":
         _leave_out(config, items)
     if config.pluginmanager.hasplugin("xdist"):
         for item in items:
             shared = next((name for name in SHARED_FIXTURES if name in getattr(item, "fixturenames", ())), None)
             item.add_marker(pytest.mark.xdist_group(shared or item.path.name))
-    order = {name: number for number, name in enumerate(LONGEST_FIRST)}
-    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 def _leave_out(config: pytest.Config, items: list[pytest.Item]) -> None:

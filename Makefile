@@ -9,7 +9,7 @@ LINE ?= 0.15
 ARGS ?=
 # Processes that run tests side by side; each starts up to six workers of its own for distributed tests (8 GB in all).
 JOBS ?= 2
-PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-hf setup-gguf setup-vllm quickstart test test-slow test-sweep test-broken test-engine smoke-engine \
@@ -50,11 +50,11 @@ test-broken: setup  ## every broken input of every verb, in one process: exit co
 	@$(PYTEST) tests/test_broken_inputs.py -m "not slow" --sweep all $(ARGS)
 
 test-engine:  ## the tests that touch Megatron under another line of megatron-core (LINE=0.15, or 0.19 on Python 3.12)
-	@if $(PYTHON) -c pass 2>/dev/null; then $(PYTHON) scripts/test_engine.py --line $(LINE) -n $(JOBS) --dist loadgroup $(ARGS); \
+	@if [ "$(LINE)" = 0.15 ] || $(PYTHON) -c pass 2>/dev/null; then $(PYTHON) scripts/test_engine.py --line $(LINE) -n $(JOBS) --dist loadfile $(ARGS); \
 	else echo "test-engine: there is no $(PYTHON) here: skipped"; fi
 
 smoke-engine:  ## a few of them, for CI: the older line still works (under 3 minutes)
-	@$(PYTHON) scripts/test_engine.py --smoke -n $(JOBS) --dist loadgroup $(ARGS)
+	@$(PYTHON) scripts/test_engine.py --smoke -n $(JOBS) --dist loadfile $(ARGS)
 
 test-gpu: setup  ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu $(ARGS)

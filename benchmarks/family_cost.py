@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import Seconds, finish, parser, start
-from training_runs import CONFIG, nemo_elastic, prepared, ranked
+from training_runs import CONFIG, nemo_elastic, prepared, rank_words, ranked
 
 from nemo_elastic.config import load_config
 from nemo_elastic.distill.training_cost import training_cost
@@ -98,7 +98,7 @@ def measure(out: Path, names: list[str], steps: int, repetitions: int, quick: bo
     base, subnets, found = ranked(out, quick), {}, {name: [] for name in names}
     for _ in range(repetitions):
         for name in names:
-            done = run_once(base, out / "run", words_of(name, steps, subnets))
+            done = run_once(base, out / "run", [*words_of(name, steps, subnets), *rank_words(quick)])
             subnets = subnets or done["subnets"]  # of the first run, a family
             found[name].append(done)
     runs = {}

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import ROOT, Seconds, finish, interleaved, median, parser, process, start
-from training_runs import CONFIG, nemo_elastic, prepared, ranked, watched
+from training_runs import CONFIG, nemo_elastic, prepared, rank_words, ranked, watched
 
 LIMIT_PLAN_S = 2.0
 PARENT = "nemotron_nano_12b_v2.yaml"
@@ -93,7 +93,7 @@ def first_steps(repetitions: int, quick: bool) -> dict[str, Any]:
         base, out = ranked(Path(folder), quick), Path(folder) / "run"
 
         def ours() -> dict[str, Seconds]:
-            return {"train": nemo_elastic("train", prepared(base, out), TRAIN)[0]}
+            return {"train": nemo_elastic("train", prepared(base, out), (*TRAIN, *rank_words(quick)))[0]}
 
         def plain() -> dict[str, Seconds]:
             where = Path(folder) / "plain"

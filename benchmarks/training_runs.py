@@ -72,14 +72,18 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / TICKS
 
 
+def rank_words(quick: bool) -> tuple[str, ...]:
+    """How the parent is ranked; `train` is told the same, or it refuses the scores."""
+    return QUICK_RANK if quick else ()
+
+
 def ranked(out: Path, quick: bool) -> Path:
     """Importance and the sorted parent that all runs start from."""
     base = out / "base"
     if not (base / "sorted").is_dir():
         shutil.rmtree(base, ignore_errors=True)
-        words = list(QUICK_RANK if quick else ())
-        nemo_elastic("rank", base, words)
-        nemo_elastic("sort", base, words)
+        nemo_elastic("rank", base, rank_words(quick))
+        nemo_elastic("sort", base, rank_words(quick))
     return base
 
 

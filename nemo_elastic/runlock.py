@@ -39,7 +39,7 @@ def lock_problems(out: Path) -> list[Problem]:
     except OSError:
         return []  # not ours to write in; another check says so
     try:
-        return _take(file, out)
+        return _take(file, out, fcntl.LOCK_SH)  # ranks of one run that look at the same time are in nobody's way
     finally:
         os.close(file)
 
@@ -69,9 +69,9 @@ def locked(out: Path) -> Iterator[None]:
         os.close(file)
 
 
-def _take(file: int, out: Path) -> list[Problem]:
+def _take(file: int, out: Path, kind: int = fcntl.LOCK_EX) -> list[Problem]:
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, kind | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in NONE:
             logger.warning("%s: its file system has no locks; never start two runs into it", out)

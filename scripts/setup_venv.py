@@ -192,6 +192,8 @@ def make_venv(target: Path, constraints: Path, with_project: bool, base: Path | 
         shutil.rmtree(target, ignore_errors=True)  # made in seconds, and nothing of an older line stays
     sections = read_sections(constraints)
     on_top = with_project and base is None and has_gpu_stack()
+    if base is not None:  # what the base has from below is seen here, too
+        on_top = "include-system-site-packages = true" in (base / "pyvenv.cfg").read_text()
     python = create(target, on_top)
     stamp.unlink(missing_ok=True)
     marker.touch()
@@ -235,6 +237,9 @@ def main() -> int:
     base = arguments.on_top_of and arguments.on_top_of.resolve()
     if base and not (base / ".setup-complete").exists():
         print(f"setup: {base} is no complete venv of this project; run `make setup` first", file=sys.stderr)
+        return 2
+    if base == target:
+        print(f"setup: --on-top-of {base} is the venv that is made; give another --venv", file=sys.stderr)
         return 2
     if is_complete(target, arguments.constraints, base):
         return 0

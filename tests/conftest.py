@@ -18,9 +18,8 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"sweeps: {config.getoption('--sweep')}, seed {sweep.seed_of(config)}"
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    sweep.arrange(config, items)
+    sweep.leave_out(config, items)
 
 
 @pytest.fixture(scope="session")

@@ -240,7 +240,7 @@ def _optimizer(wrapped: Any, distributed: bool) -> Any:
 
 
 def _wrapped(distributed: bool = False) -> DistributedDataParallel:
-    model, _ = build(run_config(), torch.float32, False)
+    model, _ = build(run_config(), torch.float32)
     settings = DistributedDataParallelConfig(use_distributed_optimizer=distributed, grad_reduce_in_fp32=True)
     return DistributedDataParallel(model.config, settings, model)
 

@@ -1,12 +1,9 @@
-"""Which tests run, in which order and side by side: samples of exhaustive products, the longest first.
+"""Which cases of exhaustive products run: a sample of each, drawn by the commit, or all.
 
 A case marked `sweep(n)` is one of many that prove the same thing (every layout x every kind of loss, say). `pytest`
 draws n of each test's cases by a seed and leaves the others out; `--sweep all` (`make test-sweep`) runs them all. The
 seed is the commit's hash, so that each commit runs the same cases everywhere and the next one others; the header of a
 run says it, and `--sweep-seed` gives it by hand.
-
-Under pytest-xdist (`--dist loadgroup`) the tests of a file run in one process, and so do all those that use the same
-expensive fixture: its runs or workers are then made once.
 """
 
 import random
@@ -15,11 +12,6 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-
-# Session-wide fixtures that take long to make: tests that use one go to the same process, whatever file they are in.
-SHARED_FIXTURES = ("small_runs",)
-# Files that take minutes, in the order in which they start: the short ones then fill what is left of the other process.
-LONGEST_FIRST = ()
 
 
 def add_options(parser: pytest.Parser) -> None:
@@ -50,19 +42,10 @@ def drawn(cases: dict[str, list[str]], counts: dict[str, int], seed: str) -> set
     }
 
 
-def arrange(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Draw the sample, group what shares a fixture, and put the longest files first."""
-    if config.getoption("--sweep") == "sample":
-        _leave_out(config, items)
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            shared = next((name for name in SHARED_FIXTURES if name in getattr(item, "fixturenames", ())), None)
-            item.add_marker(pytest.mark.xdist_group(shared or item.path.name))
-    order = {name: number for number, name in enumerate(LONGEST_FIRST)}
-    items.sort(key=lambda item: order.get(item.path.name, len(order)))
-
-
-def _leave_out(config: pytest.Config, items: list[pytest.Item]) -> None:
+def leave_out(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Take the cases that were not drawn out of `items`; nothing with `--sweep all`."""
+    if config.getoption("--sweep") == "all":
+        return
     cases: dict[str, list[str]] = defaultdict(list)
     counts: dict[str, int] = {}
     for item in items:

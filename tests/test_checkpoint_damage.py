@@ -115,7 +115,7 @@ def edited(nested: Path, **changes: object) -> None:
         ({"format": "zip"}, r"format: must be 'nemo_elastic\.nested'"),
         ({"subnet": {}}, "subnet: is no key of a manifest; did you mean 'subnets'"),
         ({"subnets": {}}, r"subnets\.full: is missing for this budget"),
-        ({"subnets": {"../up": {}}, "budgets": {}, "parameters": {}}, "must be a plain word"),
+        ({"subnets": {"../up": {}}, "budgets": {}, "parameters": {}}, "'../up' is no name for a budget"),
         ({"parameters": {"small": 3}}, r"parameters\.small: 3 is not what its subnet has"),
         ({"model": {**MODEL, "hidden_size": 49}}, r"hidden_size|output_layer|embedding"),
         ({"files": {"../x": {"sha256": "0", "bytes": 1}}}, "leaves the checkpoint's folder"),

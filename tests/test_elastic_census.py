@@ -15,7 +15,7 @@ from nemo_elastic.problems import ProblemsError
 @pytest.mark.parametrize("kind", ["M", "*", "-"])
 def test_a_layer_that_upstream_built_plain_is_an_error(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """As after a rename in Megatron: the elastic spec no longer reaches the layer, and the stock one is built."""
-    monkeypatch.setattr(build, "elastic_stack_spec", lambda: pool_elastic.spec_with_a_plain(kind))
+    monkeypatch.setattr(build, "elastic_stack_spec", lambda **how: pool_elastic.spec_with_a_plain(kind))
     with pytest.raises(ProblemsError) as caught:
         elastic_model(architecture("MM*-"))
     (text,) = str(caught.value).splitlines()

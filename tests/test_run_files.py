@@ -88,7 +88,7 @@ def test_a_run_folder_that_is_a_file_is_one_message(verb: str, tmp_path: Path, c
     ("words", "message"),
     [
         (["data.paths=[/nope]"], "data.paths: /nope does not exist"),
-        (["data.tokenizer=/nope.json"], "data.tokenizer=/nope.json: no such file"),
+        (["data.tokenizer=/nope.json"], "data.tokenizer: /nope.json: no such file"),
         (["distill.teacher_cache=/proc/nope"], "distill.teacher_cache: '/proc/nope' cannot be made"),
         (["--nproc", "3", "train.pipeline_model_parallel_size=2"], "needs a multiple of 2 processes, 3 started"),
         (["--nproc", "3"], "rank.samples: 64 must be a multiple of the 3 data-parallel ranks"),

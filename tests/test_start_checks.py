@@ -1,5 +1,6 @@
 """What is refused before a long verb starts: by key, in one message, with nothing written and nothing started."""
 
+import errno
 import json
 import os
 import subprocess
@@ -243,6 +244,11 @@ def stopped(tmp_path: Path) -> Path:
         (["router.frozen=true"], "router.frozen: True, but"),
         (["router.soft_fraction=0.1"], "router.soft_fraction: 0.1, but"),
         (["model.layernorm_epsilon=1.0e-6"], "model.layernorm_epsilon: 1e-06, but"),
+        (["train.stages=[{steps: 100, seq_length: 64}]"], "train.stages: say other lengths or batches of the 40 steps"),
+        (
+            ["train.stages=[{steps: 100, seq_length: 64}]", "router.frozen=true"],
+            "train.stages: say other lengths or batches of the 40 steps",
+        ),
         (["train.stages=[{steps: 60}]"], "train.stages: would lead into the router's phase 'frozen' at step 41"),
         (
             ["train.stages=[{steps: 90}]"],
@@ -288,3 +294,25 @@ def test_a_resume_is_refused_by_the_command(stopped: Path, bare, capsys) -> None
     words = ["--out", str(stopped), "--resume", *RUN, "train.precision=bf16-mixed", "train.stages=[{steps: 60}]"]
     told = refused(capsys, "train", *words)
     assert "train.precision: " in told and "train.stages: " in told and sorted(stopped.rglob("*")) == before
+
+
+def test_who_only_looks_whether_a_run_is_at_work_is_in_nobodys_way(tmp_path: Path) -> None:
+    """As ranks of one run do at the same moment."""
+    (tmp_path / ".lock").write_text("{}")
+    look = (
+        "import fcntl, sys; f = open(sys.argv[1], 'r+'); fcntl.lockf(f, fcntl.LOCK_SH); print(1, flush=True); input()"
+    )
+    command = [sys.executable, "-c", look, str(tmp_path / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "1\n"
+        assert lock_problems(tmp_path) == []
+        other.stdin.write("\n")
+
+
+def test_a_full_disk_is_one_message(monkeypatch: pytest.MonkeyPatch, bare, capsys) -> None:
+    def full(arguments: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("nemo_elastic.cli.config.run", full)
+    assert main(["config", "--config", "tiny_parent.yaml"]) == 2
+    assert "--out: No space left on device" in capsys.readouterr().err

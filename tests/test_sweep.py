@@ -56,8 +56,3 @@ def test_pytest_runs_what_was_drawn(words: list[str], count: int, tmp_path: Path
     ]
     shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout
     assert re.search(rf"\b{count} passed", shown), shown
-
-
-@pytest.mark.parametrize("name", sweep.LONGEST_FIRST)
-def test_the_long_files_are_there(name: str) -> None:
-    assert (HERE / name).is_file()

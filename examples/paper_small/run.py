@@ -159,7 +159,8 @@ class Series:
             shutil.rmtree(folder, ignore_errors=True)
             for part in ("importance", "sorted"):
                 shutil.copytree(self.prepared(run.base, seed) / part, folder / part)
-        words = [*self.common(self.weights(run.base, seed)), *words]
+        # A run says what its scores were measured with, or `train` refuses them.
+        words = [*self.common(self.weights(run.base, seed)), *BASES[run.base].words, *words]
         begin, load = time.monotonic(), os.getloadavg()[0]
         self.verb("train", folder, words, *(["--resume"] if started else []))
         few = ["--windows", "4", "--each", "1"] if self.quick else []

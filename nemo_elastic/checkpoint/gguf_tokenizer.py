@@ -48,6 +48,9 @@ def tokenizer_keys(folder: Path, rows: int) -> dict[str, Any]:
             kinds[number] = CONTROL if added[number]["special"] else USER_DEFINED
     merges = [m if isinstance(m, str) else " ".join(m) for m in data["model"]["merges"]]
     ids = special_token_ids(folder)
+    if ids["eos_token_id"] is None:  # llama.cpp would take its own default, a token of another meaning
+        words = "says no token that ends a text; set eos_token in the tokenizer_config.json beside it"
+        raise ProblemsError([Problem(str(file), words)])
     before, after = _added_by_encoding(file, ids)
     keys = {
         "model": "gpt2",

@@ -125,8 +125,12 @@ def is_first_rank() -> bool:
 
 
 def show_problems(error: ValueError, verb: str, *, everywhere: bool = False) -> None:
-    """One clear message on stderr, from the first rank (or, where nobody knows which that is, `everywhere`)."""
-    if not (everywhere or is_first_rank()):
+    """One clear message on stderr from each machine, as a folder may be missing on one of several.
+
+    The first process of a machine speaks (or, where nobody knows which that is, `everywhere`).
+    """
+    first = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
+    if not (everywhere or first):
         return
     if isinstance(error, ProblemsError):
         many = f"{len(error.problems)} problems" if len(error.problems) > 1 else "a problem"

@@ -49,7 +49,9 @@ def launch(command: Sequence[str], count: int) -> int:
             if worker.poll() is None:
                 worker.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
+    # What this process was told to ignore (SIGHUP under nohup, SIGINT of a script's `&`) its workers ignore, too.
+    heard = [number for number in PASSED_ON if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, pass_on) for number in heard}
     try:
         for rank in range(count):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "ROLE_RANK": str(rank)}

@@ -7,6 +7,7 @@ stderr too, so that stdout can be piped. Verbs import what they need when they r
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import sys
@@ -74,10 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             show_problems(error, verb=arguments.verb)
             return 2
         except OSError as error:  # a path that is too long, a full disk, a folder that is somebody else's
-            if error.filename is None:
+            if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             words = f"{error.strerror}; mend that, or give another path"
-            show_problems(ProblemsError([Problem(str(error.filename), words)]), verb=arguments.verb)
+            show_problems(ProblemsError([Problem(str(error.filename or "--out"), words)]), verb=arguments.verb)
             return 2
         except Stopped as stopped:
             show_problems(ValueError(stopped), verb=arguments.verb)

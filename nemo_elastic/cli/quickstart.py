@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     with progress_bar() as bar:
         work = Run(resolved, out, bar.update, begins=True)
         bar.say("loading Megatron and NeMo")
-        result = quickstart(work)
+        result = quickstart(work, force=arguments.force)
     if not is_first_rank():
         return 0
     from ..report.table import results_table

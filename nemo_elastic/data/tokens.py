@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import os
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -149,8 +150,10 @@ def write_arrays(paths: Sequence[Path], pieces: Iterable[Sequence[np.ndarray]], 
     """
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
-    raw = [path.with_name(f"{path.name}.{os.getpid()}.raw") for path in paths]
-    done = [path.with_name(f"{path.name}.{os.getpid()}.tmp") for path in paths]
+    # Ranks of several hosts write into one cache, and process numbers of two hosts may be the same.
+    own = uuid.uuid4().hex
+    raw = [path.with_name(f"{path.name}.{own}.raw") for path in paths]
+    done = [path.with_name(f"{path.name}.{own}.tmp") for path in paths]
     counts = [0] * len(paths)
     try:
         with ExitStack() as stack:

@@ -15,7 +15,7 @@ from ..config.load import leaves, load_values
 from ..config.sections import AUTO, PHASES, RunConfig
 from ..problems import Problem, ProblemsError
 from ..router.schedule import Timeline, resolve_recipe
-from .curriculum import stage_at, total_steps
+from .curriculum import history, stage_at, total_steps
 
 FAMILY = ("model", "elastic")  # what weights and subnets of a checkpoint mean
 KEPT = (
@@ -50,11 +50,17 @@ def changed_keys(out: Path, config: RunConfig, values: Mapping[str, Any], keys: 
 def stage_problems(out: Path, config: RunConfig, done: int) -> Iterator[Problem]:
     """Stages that would lead the router past a phase, after `done` steps of the run in `out`."""
     values = _values(out)
-    if values is None or not done or config.router.frozen or not config.train.stages:
+    if values is None or not done or not config.train.stages:
         return
     try:
         before = load_values(values)
     except ProblemsError:  # of another version, whose keys are not these
+        return
+    if history(before.train.stages, done) != history(config.train.stages, done):
+        words = f"say other lengths or batches of the {done} steps that the run in {out} has read"
+        yield Problem("train.stages", f"{words}; keep those, and change later stages")
+        return
+    if config.router.frozen:
         return
     old, new = _timeline(before), _timeline(config)
     phase = old.phase(done)

@@ -135,8 +135,7 @@ def run_problems(out: Path, *, force: bool, resume: bool = False, remedy: str = 
 
 
 def clear_run(out: Path) -> None:
-    """Remove what a run wrote in `out`, and nothing else. Only the first rank does."""
-    if os.environ.get("RANK", "0") == "0":
-        for part in (out / name for name in RUN_PARTS):
-            shutil.rmtree(part, ignore_errors=True)
-            part.unlink(missing_ok=True)
+    """Remove what a run wrote in `out`, and nothing else."""
+    for part in (out / name for name in RUN_PARTS):
+        shutil.rmtree(part, ignore_errors=True)
+        part.unlink(missing_ok=True)

@@ -79,7 +79,8 @@ def own_gpu() -> torch.device | None:
     if not torch.cuda.is_available():
         return None
     number, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    if number >= count > 1:
+    last = int(os.environ.get("LOCAL_WORLD_SIZE", number + 1)) - 1
+    if max(number, last) >= count > 1:  # all of a machine refuse, also those that would find a GPU
         words = f"{number} is the process' number on this machine, which shows {count} GPUs; start at most {count} here"
         raise ProblemsError([Problem("LOCAL_RANK", words)])
     device = torch.device("cuda", number if count > 1 else 0)
@@ -126,16 +127,22 @@ def on_first_rank(act: Callable[[], Any]) -> Any:
     """What `act` returns on the first rank, on all of them; the other ranks wait.
 
     Raises:
-        ProblemsError: what `act` raised there, on all ranks.
+        ProblemsError: what `act` raised there, on all ranks; an OSError or ValueError goes on as it is on the first
+            rank, and in words on the others.
     """
     answer: list[Any] = [None, None]
+    failure: OSError | ValueError | None = None
     if rank() == 0:
         try:
             answer[0] = act()
-        except ProblemsError as error:
-            answer[1] = error.problems
+        except (OSError, ValueError) as error:
+            failure = error
+            problems = error.problems if isinstance(error, ProblemsError) else None
+            answer[1] = problems or [Problem("the first process", f"{type(error).__name__}: {error}")]
     if world_size() > 1:
         dist.broadcast_object_list(answer, src=0, group=_waiting_group())
+    if failure is not None:
+        raise failure
     raise_if_any(answer[1] or ())
     return answer[0]
 

@@ -81,6 +81,8 @@ def train(
     check_train(run.resolved, run.out, started_processes(), resume=resume, force=force)
     run.start()
     with one_run(run.out):
+        if force:
+            run.clear()
         run.write_config()
         importance = run.importance(resume=resume)
         sorted_folder = run.sort(importance)

@@ -28,7 +28,7 @@ from nemo_elastic.importance.store import Importance
 from nemo_elastic.mcore import process_groups
 from nemo_elastic.mcore.automatic import settled_run
 from nemo_elastic.mcore.build import build_elastic_model, load_weights
-from nemo_elastic.mcore.checks import is_ranked
+from nemo_elastic.mcore.checks import clear_run, is_ranked
 from nemo_elastic.mcore.dist_checkpoint import TorchDistReader
 from nemo_elastic.mcore.elastic.plan import hard_plan
 from nemo_elastic.mcore.evaluate import heldout_loss
@@ -80,6 +80,10 @@ class Run:
             wait_minutes=settings.wait_minutes,
         )
 
+    def clear(self) -> None:
+        """Remove what an earlier run left here; to be called with its lock held, when this one can start."""
+        process_groups.on_first_rank(lambda: clear_run(self.out))
+
     def write_config(self) -> None:
         """`OUT/config.json`: every value and its origin."""
         if process_groups.rank() == 0:
@@ -94,7 +98,7 @@ class Run:
 
     def importance(self, *, resume: bool = False) -> Importance:
         """Measured importance, from disk when it is there."""
-        if is_ranked(self.out):
+        if process_groups.on_first_rank(lambda: is_ranked(self.out)):  # others may still see what was removed
             return stored_importance(self.resolved, self.out)
         return rank_run(
             self.config,
@@ -253,10 +257,12 @@ def with_subnets_of(config: RunConfig, subnets: Mapping[str, Any]) -> RunConfig:
     return replace(config, elastic=replace(config.elastic, subnets={**searched, **config.elastic.subnets}))
 
 
-def quickstart(run: Run) -> dict[str, Any]:
-    """All of the above, once."""
+def quickstart(run: Run, *, force: bool = False) -> dict[str, Any]:
+    """All of the above, once; `force`: in place of what an earlier run left there."""
     run.start()
     with one_run(run.out):
+        if force:
+            run.clear()
         run.write_config()
         importance = run.timed("rank", run.importance)
         sorted_folder = run.timed("sort", lambda: run.sort(importance))

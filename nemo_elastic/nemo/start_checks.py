@@ -22,7 +22,7 @@ from nemo_elastic.family import family_of, parallel_problems
 from nemo_elastic.files import folder_problems
 from nemo_elastic.importance.belongs import foreign_scores
 from nemo_elastic.importance.store import Importance
-from nemo_elastic.mcore.checks import HOW_TO_GO_ON, check_inputs, check_processes, clear_run, is_ranked, run_problems
+from nemo_elastic.mcore.checks import HOW_TO_GO_ON, check_inputs, check_processes, is_ranked, run_problems
 from nemo_elastic.mcore.parents import open_parent, weights_digest
 from nemo_elastic.nemo.checkpoints import check_text
 from nemo_elastic.problems import Problem, ProblemsError, raise_if_any
@@ -66,13 +66,13 @@ def check_train(
     force: bool = False,
     remedy: str = HOW_TO_GO_ON,
 ) -> None:
-    """Whether `train` (or `quickstart`) can run; with `force`, what an earlier run left in `out` is removed then.
+    """Whether `train` (or `quickstart`) can run; with `force`, whatever an earlier run left in `out`.
 
     Args:
         remedy: what can be done about an `out` in use, in the words of the command the user gave.
 
     Raises:
-        ProblemsError: all that is wrong, at once; nothing was removed.
+        ProblemsError: all that is wrong, at once.
     """
     config, again = resolved.config, is_ranked(out) and not force
     raise_if_any(
@@ -86,8 +86,6 @@ def check_train(
             lambda: _kept(resolved, out) if resume else None,
         )
     )
-    if force:
-        clear_run(out)
 
 
 def collected(*checks: Check) -> list[Problem]:

@@ -125,7 +125,8 @@ def verify(
     report, total = report or (lambda what, done, total: None), 2 * len(children)
     sizes = (run.train.tensor_model_parallel_size, run.train.pipeline_model_parallel_size)
     process_groups.start(*sizes, seed=run.train.seed, wait_minutes=run.train.wait_minutes)
-    model = elastic_from(nested, sequence_parallel=run.train.sequence_parallel)
+    # Greedy choice for llama.cpp's comparison runs prompts of every length, which sequence parallelism cannot split.
+    model = elastic_from(nested, sequence_parallel=run.train.sequence_parallel and format != "gguf")
     if format == "gguf":
         return check_children(nested, files, model, run.train.mode, batches, python, report)
     ours: dict[str, tuple[list[Tensor], float]] = {}

@@ -120,7 +120,7 @@ def main() -> int:
     if python is None:
         return 1
     files = files_of(arguments.line, arguments.smoke, commit())
-    marks = "not slow and not gpu" if arguments.smoke else "not gpu"
+    marks = "not slow and not gpu" if arguments.smoke else "not gpu and not vllm"
     print(f"test-engine: megatron-core {arguments.line}, {len(files)} files", flush=True)
     other = str(ROOT / ".venv" / "bin" / "python") if LINES[arguments.line].on_top_of_venv else ""
     environment = os.environ | {"NEMO_ELASTIC_OTHER_LINE": other, "PYTHONPATH": str(ROOT)}

@@ -97,7 +97,7 @@ def norm_config(**changes: object) -> SimpleNamespace:
     return SimpleNamespace(**settings | changes)
 
 
-def test_norm_is_torchs_with_the_epsilon_of_the_config() -> None:
+def test_norm_is_torchs_with_the_epsilon_of_the_config(one_rank: None) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(5, 2, 32, generator=generator) * 0.1  # small, so that epsilon matters
     norm = RMSNorm(norm_config(params_dtype=torch.float32), 32)
@@ -108,7 +108,7 @@ def test_norm_is_torchs_with_the_epsilon_of_the_config() -> None:
     assert RMSNorm(norm_config(), 32, eps=1e-6).eps == 1e-6
 
 
-def test_norm_of_bf16_is_computed_in_fp32() -> None:
+def test_norm_of_bf16_is_computed_in_fp32(one_rank: None) -> None:
     x = torch.randn(3, 2, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
     y = RMSNorm(norm_config(params_dtype=torch.bfloat16), 64)(x)
     assert y.dtype is torch.bfloat16

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -38,12 +39,20 @@ def on_meta_device() -> Iterator[None]:
     """The shims' CPU is `meta`, and autocast, which does not know that device, does nothing."""
     autocast, before = torch.autocast, (cpu.CPU, nemo_cpu.CPU)
     cpu.install()
+    forget_buffers()
     cpu.CPU = nemo_cpu.CPU = META
     torch.autocast = lambda *args, **kwargs: contextlib.nullcontext()
     try:
         yield
     finally:
         (cpu.CPU, nemo_cpu.CPU), torch.autocast = before, autocast
+        forget_buffers()
+
+
+def forget_buffers() -> None:
+    """What Megatron gathers sequences into, kept by name and dtype alone: the next test's must be on its own device."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.get_global_memory_buffer().buffer.clear()
 
 
 def backward(loss: torch.Tensor) -> None:

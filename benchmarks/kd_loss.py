@@ -16,8 +16,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
-import socket
 import sys
 import tempfile
 from collections.abc import Callable
@@ -134,13 +132,13 @@ def candidates(args: argparse.Namespace, tp: int, rank: int, device: torch.devic
     return {"plain": plain, "ours": ours}
 
 
-def worker(rank: int, tp: int, port: int, args: argparse.Namespace, out: str) -> None:
+def worker(rank: int, tp: int, args: argparse.Namespace, out: str) -> None:
     """One rank: measures every candidate in turn, rank 0 writes the largest over the ranks."""
     torch.set_num_threads(1)
     device = torch.device(args.device, rank) if args.device == "cuda" else torch.device("cpu")
     if tp > 1:
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        dist.init_process_group("nccl" if args.device == "cuda" else "gloo", rank=rank, world_size=tp)
+        backend, meeting = "nccl" if args.device == "cuda" else "gloo", f"file://{Path(out).with_name('meeting')}"
+        dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=tp)
         from megatron.core import parallel_state
 
         parallel_state.initialize_model_parallel(tp)
@@ -173,12 +171,9 @@ def worker(rank: int, tp: int, port: int, args: argparse.Namespace, out: str) ->
 
 def case(args: argparse.Namespace, tp: int) -> dict:
     """Ratios to the plain formula at one tensor-parallel size."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "measured.json"
-        mp.spawn(worker, (tp, port, args, str(out)), nprocs=tp)
+        mp.spawn(worker, (tp, args, str(out)), nprocs=tp)
         measured = json.loads(out.read_text())
     found = {"tp": tp}
     for prefix, part, name in (

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import sweep
 from small_run import Server
-from worker_pool import WorkerPool, find_free_port, open_pool
+from worker_pool import WorkerPool, open_pool
 
 import nemo_elastic.mcore  # noqa: F401, before any test imports Megatron: see `mcore.login_node`
 
@@ -61,9 +61,3 @@ def small_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server.run(server.folder / "whole", "train.loggers=[tensorboard]")
     yield server
     server.close()
-
-
-@pytest.fixture
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    return find_free_port()

@@ -180,14 +180,14 @@ def callbacks(poison: dict[str, Any] | None, signal_at: int | None) -> list[Any]
     return ([Poison()] if poison else []) + ([Terminate()] if signal_at else [])
 
 
-def _child(message: dict[str, Any], rank: int, port: int) -> int:
+def _child(message: dict[str, Any], rank: int, meeting: dict[str, str]) -> int:
     os.setsid()  # a group of its own, as launchers make it
     log = os.open(message["log"], os.O_WRONLY | os.O_CREAT | (os.O_APPEND if rank else os.O_TRUNC), 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.environ.update(
+        meeting,
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(message["size"]), LOCAL_WORLD_SIZE=str(message["size"]),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
     )  # fmt: skip
     os.environ.update(message.get("environment", {}))
     from nemo_elastic.cli.main import main
@@ -221,24 +221,26 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     import torch
-    from worker_pool import find_free_port
+    from worker_pool import open_store
 
     torch.set_num_threads(1)
     import nemo_elastic.nemo.api  # noqa: F401  what takes the time, once
 
     print(json.dumps("ready"), file=answers, flush=True)
+    stores = []
     for line in sys.stdin:
         message = json.loads(line)
         if "wait" in message:
             print(json.dumps(_wait(message["wait"], message["timeout"])), file=answers, flush=True)
             continue
-        pids, port = [], find_free_port()
+        pids, (store, meeting) = [], open_store()
+        stores.append(store)  # those who meet there may outlive the next message
         for rank in range(message["size"]):
             pid = os.fork()
             if not pid:
                 code = 70
                 try:
-                    code = _child(message, rank, port)
+                    code = _child(message, rank, meeting)
                 except BaseException:
                     import traceback
 

@@ -7,14 +7,16 @@ random tracker is reseeded always. A case that raises on any rank fails the test
 that hangs is killed after `timeout` seconds (the start does not count). In both cases the processes are replaced: a
 rank that failed may have left the others in the middle of a collective.
 
+Between uses the processes are stopped (SIGSTOP): gloo's threads poll, and would take a fifth of the machine from the
+tests that follow. They end with the process that started them.
+
 `function` must be importable (module level of a test file or of a `pool_*.py` file); results travel by pickle.
 """
 
-import contextlib
 import importlib
 import os
 import pickle
-import socket
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -32,18 +34,28 @@ class RankFailed(AssertionError):
     """A function raised on a rank of the pool, or did not come back."""
 
 
-def find_free_port() -> int:
-    with contextlib.closing(socket.socket()) as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
+def open_store() -> tuple[Any, dict[str, str]]:
+    """A store that is open before those who meet there start (a port that is free now may be taken then).
+
+    Returns:
+        The store, to be kept as long as they meet there, and the environment in which they find it.
+    """
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    found = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    return store, {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)} | found
 
 
-def _serve(connection: Connection, rank: int, world: int, port: int, path: Sequence[str]) -> None:
+def _serve(
+    connection: Connection, rank: int, world: int, meeting: dict[str, str], path: Sequence[str], parent: int
+) -> None:
     """A worker: sets itself up once, then answers (module, name, layout, arguments) until told to stop."""
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world), OMP_NUM_THREADS="1"
-    )
+    os.environ.update(meeting, RANK=str(rank), WORLD_SIZE=str(world), OMP_NUM_THREADS="1")
     sys.path[:] = path
+    from nemo_elastic.orphans import end_with_parent
+
+    end_with_parent(parent)
     import torch
     import torch.distributed as dist
 
@@ -86,6 +98,7 @@ class WorkerPool:
     def __init__(self, size: int) -> None:
         self.size = size
         self._workers: list[tuple[Any, Connection]] = []
+        self._store: Any = None
 
     def run(
         self,
@@ -110,9 +123,12 @@ class WorkerPool:
             if not self._workers:
                 self._start()
                 self._collect(START_TIMEOUT)
+            self._signal(signal.SIGCONT)
             for _, connection in self._workers:
                 connection.send(message)
-            return self._collect(timeout)
+            results = self._collect(timeout)
+            self._signal(signal.SIGSTOP)
+            return results
         except BaseException:
             self.kill()
             raise
@@ -136,12 +152,19 @@ class WorkerPool:
                 results[rank] = pickle.loads(result)
         return results
 
+    def _signal(self, number: signal.Signals) -> None:
+        for process, _ in self._workers:
+            os.kill(process.pid, number)
+
     def _start(self) -> None:
-        context, port = get_context("spawn"), find_free_port()
+        context = get_context("spawn")
+        self._store, meeting = open_store()
         path = [str(Path(__file__).parent), *sys.path]
         for rank in range(self.size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, self.size, port, path), daemon=True)
+            process = context.Process(
+                target=_serve, args=(theirs, rank, self.size, meeting, path, os.getpid()), daemon=True
+            )
             process.start()
             theirs.close()
             self._workers.append((process, ours))
@@ -153,6 +176,7 @@ class WorkerPool:
             process.join()
             connection.close()
         self._workers.clear()
+        self._store = None
 
 
 def open_pool(size: int) -> Iterator[WorkerPool]:

@@ -4,8 +4,6 @@ NCCL refuses two ranks on a device; gloo takes CUDA tensors for the collectives 
 parallelism, no pipeline: those need collectives that gloo has on a CPU only.
 """
 
-import os
-import socket
 import tempfile
 from pathlib import Path
 
@@ -49,7 +47,7 @@ def results(device: torch.device, tp: int) -> dict[str, torch.Tensor]:
     return {name: value.detach().cpu() for name, value in found.items()}
 
 
-def rank(number: int, size: int, port: int, device_type: str, out: str) -> None:
+def rank(number: int, size: int, device_type: str, out: str) -> None:
     """One process of `size`; the first writes the results."""
     paths_of_the_tree()
     from megatron.core import parallel_state
@@ -62,8 +60,7 @@ def rank(number: int, size: int, port: int, device_type: str, out: str) -> None:
     device = torch.device(device_type, 0) if device_type == "cuda" else torch.device("cpu")
     if device_type == "cuda":
         torch.cuda.set_device(device)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=number, world_size=size)
+    dist.init_process_group("gloo", init_method=f"file://{out}.meeting", rank=number, world_size=size)
     parallel_state.initialize_model_parallel(size)
     model_parallel_cuda_manual_seed(1234)
     found = results(device, size)
@@ -78,11 +75,8 @@ def two_ranks(machine: Machine) -> Found:
     with tempfile.TemporaryDirectory() as folder:
         found = []
         for size in (1, 2):
-            with socket.socket() as server:
-                server.bind(("127.0.0.1", 0))
-                port = server.getsockname()[1]
             out = str(Path(folder) / f"{size}.pt")
-            mp.spawn(rank, (size, port, machine.device.type, out), nprocs=size)
+            mp.spawn(rank, (size, machine.device.type, out), nprocs=size)
             found.append(torch.load(out, weights_only=True))
     one, two = found
     logits = max(difference(two[mode], one[mode]) for mode in ("masked", "sliced"))

@@ -11,7 +11,6 @@ their own with a limit of their own.
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -48,10 +47,13 @@ def start(
     if wait_minutes is not None and timedelta(minutes=wait_minutes) != _waits["limit"]:
         _waits.update(group=None, limit=timedelta(minutes=wait_minutes))
     if not dist.is_initialized():
+        store = None
         if "RANK" not in os.environ:
-            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()), RANK="0", WORLD_SIZE="1")
+            store = dist.TCPStore("127.0.0.1", 0, 1, True)  # port 0: one that nobody else can take meanwhile
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port), RANK="0", WORLD_SIZE="1")
         device = own_gpu()  # before the first collective: NCCL takes the current device, which is the first one
-        dist.init_process_group("gloo" if device is None else "nccl", device_id=device)
+        alone = {} if store is None else {"store": store, "rank": 0, "world_size": 1}
+        dist.init_process_group("gloo" if device is None else "nccl", device_id=device, **alone)
     wanted = (tensor_model_parallel_size, pipeline_model_parallel_size)
     world = dist.get_world_size()
     if world % (wanted[0] * wanted[1]):
@@ -155,9 +157,3 @@ def is_started() -> bool:
 def is_last_stage() -> bool:
     """Whether this rank computes losses."""
     return parallel_state.is_pipeline_last_stage()
-
-
-def _free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]

@@ -46,7 +46,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_results_file_is_read_as_the_harness_wrote_it(tmp_path: Path) -> None:
     (tmp_path / "results_2026-11-28T10-00-00.000000.json").write_text(json.dumps(RECORDED))
-    scores, problems = read_evaluations(tmp_path)
+    scores, problems = read_evaluations(tmp_path, tmp_path / "run")
     assert problems == []
     assert columns(scores) == [
         ACCURACY,
@@ -55,7 +55,8 @@ def test_a_results_file_is_read_as_the_harness_wrote_it(tmp_path: Path) -> None:
     ]
     accuracy, _, bits = sorted(scores, key=lambda score: score.column)
     of_file = RECORDED["results"]
-    assert (accuracy.model, accuracy.value) == ("full", of_file["continuation"]["acc,none"])
+    assert (accuracy.model, accuracy.child) == ("runs/mine/hf/full", None)
+    assert accuracy.value == of_file["continuation"]["acc,none"]
     assert accuracy.stderr == of_file["continuation"]["acc_stderr,none"]
     assert (accuracy.higher_is_better, accuracy.samples, accuracy.version) == (True, 143, "0.4.13")
     assert (bits.value, bits.stderr, bits.higher_is_better) == (
@@ -66,40 +67,92 @@ def test_a_results_file_is_read_as_the_harness_wrote_it(tmp_path: Path) -> None:
 
 
 def test_model_arguments_as_words_name_the_model_too(tmp_path: Path) -> None:
-    words = RECORDED | {"config": RECORDED["config"] | {"model_args": "pretrained=/data/hf/large/,dtype=float32"}}
-    (tmp_path / "results_1.json").write_text(json.dumps(words))
-    assert {score.model for score in read_evaluations(tmp_path)[0]} == {"large"}
+    for number, more in enumerate(("", ",peft=/data/adapter")):
+        words = {"model_args": f"pretrained={tmp_path}/hf/large/,dtype=float32{more}"}
+        changed = RECORDED | {"config": RECORDED["config"] | words}
+        (tmp_path / f"results_{number}.json").write_text(json.dumps(changed))
+    assert {(score.model, score.child) for score in read_evaluations(tmp_path, tmp_path)[0]} == {
+        (f"{tmp_path}/hf/large", "large"),
+        (f"{tmp_path}/hf/large with peft=/data/adapter", None),  # no child of ours any more
+    }
 
 
-def test_the_later_file_counts_and_other_models_follow_the_budgets(tmp_path: Path) -> None:
-    add(tmp_path, "runs/a/hf/small", 0.25, time="2026-11-28T11-00-00.000000")
-    add(tmp_path, "hf/small", 0.75, time="2026-11-28T12-00-00.000000")
-    add(tmp_path, "/data/parent", 0.5)
-    add(tmp_path, "/data/another", 0.5)
-    table = rows(read_evaluations(tmp_path)[0], ("full", "small"))
-    assert [model for model, _ in table] == ["full", "small", "another", "parent"]
-    assert table[0][1] == [None] * 3
-    assert table[1][1][0].value == 0.75
+def accuracies(folder: Path, run: Path) -> list[tuple[str | None, str, float | None]]:
+    """(budget, model, accuracy) of every row."""
+    found = rows(read_evaluations(folder, run)[0], ("full", "small"))
+    return [(row.budget, row.model, row.scores[0].value if row.scores[0] else None) for row in found]
+
+
+def test_a_rival_of_the_same_name_does_not_take_the_row_of_a_child(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    mine, scores = Path("runs/a"), tmp_path / "scores"
+    rivals = ("runs/b/hf/small", "/data/runs/a/hf/small", "runs/a/other/small", "hf/small", "small", "full")
+    for i, model in enumerate(rivals):
+        add(scores, model, i / 16, time=f"2026-11-28T13-00-0{i}.000000")  # later than the run's own
+    assert accuracies(scores, mine)[:2] == [("full", "full", None), ("small", "small", None)]
+    add(scores, "runs/a/hf/small", 0.75, time="2026-11-28T12-00-00.000000")
+    assert accuracies(scores, mine) == [
+        ("full", "full", None),
+        ("small", "small", 0.75),
+        *sorted((None, model, i / 16) for i, model in enumerate(rivals)),
+    ]
+
+
+def test_the_later_file_about_a_child_counts_however_its_path_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    mine = tmp_path / "runs" / "a"
+    ways = (
+        "runs/a/hf/small",
+        f"{mine}/hf/small/",
+        "./runs/../runs/a/hf/small",
+        "runs/a/children/small",
+        "link/hf/small",
+    )
+    mine.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(mine)
+    for i, model in enumerate(ways):
+        add(tmp_path / "scores", model, i / 16, time=f"2026-11-28T12-00-0{i}.000000")
+        assert accuracies(tmp_path / "scores", mine)[1:] == [("small", "small", i / 16)]
+
+
+def test_a_relative_path_in_the_runs_own_evaluations_is_from_any_folder_above_the_child(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = tmp_path / "runs" / "a"
+    for i, model in enumerate(("runs/a/hf/small", "a/hf/small", "hf/small")):
+        add(mine / "evaluations", model, i / 16, time=f"2026-11-28T12-00-0{i}.000000")
+        assert accuracies(mine / "evaluations", mine)[1:] == [("small", "small", i / 16)]
+    add(mine / "evaluations", "small", 0.5)
+    add(mine / "evaluations", "b/hf/small", 0.625)
+    assert accuracies(mine / "evaluations", mine)[2:] == [(None, "b/hf/small", 0.625), (None, "small", 0.5)]
+    (tmp_path / "hf" / "small").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)  # where another `hf/small` lies
+    assert (None, "hf/small", 2 / 16) in accuracies(mine / "evaluations", mine)
 
 
 def test_the_report_has_a_row_per_budget(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for model, accuracy in (("full", 0.9375), ("large", 0.8125), ("parent", 0.9625)):
-        add(tmp_path / "scores", f"hf/{model}", accuracy)
-    torn = add(tmp_path / "scores", "hf/small", 0.5)
+    for model, accuracy in ((run / "hf" / "full", 0.9375), (run / "hf" / "large", 0.8125), ("/data/parent", 0.9625)):
+        add(tmp_path / "scores", str(model), accuracy)
+    torn = add(tmp_path / "scores", f"{run}/hf/small", 0.5)
     torn.write_text(torn.read_text()[:100])
     assert main(["report", str(run), "--evaluations", str(tmp_path / "scores"), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert any("is no results file of lm-evaluation-harness" in words for words in said["missing"])
     with (run / "report" / "evaluations.csv").open(newline="") as file:
         sheet = [row for row in csv.DictReader(file) if row["metric"] == "acc"]
-    assert [(row["model"], float(row["value"])) for row in sheet] == [
-        ("full", 0.9375), ("large", 0.8125), ("parent", 0.9625)
-    ]  # fmt: skip
+    assert [(row["budget"], row["model"], float(row["value"])) for row in sheet] == [
+        ("full", f"{run}/hf/full", 0.9375),
+        ("large", f"{run}/hf/large", 0.8125),
+        ("", "/data/parent", 0.9625),
+    ]
     section = (run / "report" / "report.html").read_text().partition('id="evaluations"')[2].partition("</section>")[0]
     body = [line for line in section.partition("<tbody>")[2].split("<tr>")[1:]]
-    assert [name for name in ("full", "large", "small", "parent") for line in body if f">{name}</th>" in line] == [
-        "full", "large", "small", "parent"
-    ]  # fmt: skip
+    names = ["full", "large", "small", "/data/parent"]
+    assert [name for name in names for line in body if f">{name}</th>" in line] == names
     assert "0.9375" in body[0] and "0.8125" in body[1] and body[2].count("–") == 3 and "0.9625" in body[3]
 
 
@@ -167,6 +220,7 @@ if [[ $1 == extract ]]; then mkdir -p {run}/hf/{{full,large,small}}; else exec {
     done = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     with (run / "report" / "evaluations.csv").open(newline="") as file:
-        assert [row["model"] for row in csv.DictReader(file) if row["metric"] == "acc"] == [
-            "full", "large", "small", "parent"
-        ]  # fmt: skip
+        assert [(row["budget"], row["model"]) for row in csv.DictReader(file) if row["metric"] == "acc"] == [
+            *((name, f"{run}/hf/{name}") for name in ("full", "large", "small")),
+            ("", str(tmp_path / "parent")),
+        ]

@@ -116,10 +116,10 @@ def _children(run: RunFolder, rows: list[BudgetRow]) -> Sheet:
 
 
 def _evaluations(run: RunFolder) -> Sheet:
-    names = ("model", "task", "metric", "filter", "value", "stderr", "higher_is_better", "samples", "shots", "version")
+    names = ("task", "metric", "filter", "value", "stderr", "higher_is_better", "samples", "shots", "version", "file")
     found = evaluation_rows(run.evaluations, run.budget_names)
-    body = [tuple(getattr(s, name) for name in (*names, "file")) for _, scores in found for s in scores if s]
-    return Sheet("evaluations", (*names, "file"), tuple(body))
+    body = [(row.budget, s.model, *(getattr(s, name) for name in names)) for row in found for s in row.scores if s]
+    return Sheet("evaluations", ("budget", "model", *names), tuple(body))
 
 
 def _timings(run: RunFolder) -> Sheet:

@@ -79,7 +79,8 @@ def _evaluations(run: RunFolder) -> dict[str, Any]:
     first = {score.column: score for score in reversed(run.evaluations)}
     columns = [first[column] for column in evaluation_columns(run.evaluations)]
     versions = sorted({score.version for score in run.evaluations if score.version})
-    rows = [(order.get(model), model, found) for model, found in evaluation_rows(run.evaluations, run.budget_names)]
+    found = evaluation_rows(run.evaluations, run.budget_names)
+    rows = [(order[row.budget] if row.budget else None, row.model, row.scores) for row in found]
     return {"columns": columns, "rows": rows, "versions": ", ".join(versions)}
 
 

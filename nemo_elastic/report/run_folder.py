@@ -164,7 +164,7 @@ def read_run(folder: Path, evaluations: Path | None = None) -> RunFolder:
     missing += wrong
     scores: tuple[Score, ...] = ()
     if evaluations or any((folder / EVALUATIONS).rglob(FILES)):
-        scores, wrong = read_evaluations(evaluations or folder / EVALUATIONS)
+        scores, wrong = read_evaluations(evaluations or folder / EVALUATIONS, folder)
         missing += wrong
     run = RunFolder(
         folder=folder,

@@ -15,16 +15,18 @@ from checkpoint_family import TOKENIZER, random_weights
 from checkpoint_family import manifest as small_manifest
 from trained_family import MODEL, WEIGHTS, manifest, text, weights
 
-from nemo_elastic.checkpoint.gguf_file import GGUF_FILE, GgufFile, first_difference
+from nemo_elastic.checkpoint.gguf_file import GGUF_FILE, GgufFile, first_difference, write_gguf
 from nemo_elastic.checkpoint.gguf_model import check_gguf
 from nemo_elastic.checkpoint.gguf_tokenizer import PRE_TOKENIZERS, tokenizer_keys
 from nemo_elastic.checkpoint.manifest import Manifest
+from nemo_elastic.checkpoint.reader import LazyTensor
 from nemo_elastic.checkpoint.tokenizer_files import write_tokenizer
 from nemo_elastic.cli.main import main
 from nemo_elastic.config import load_config
 from nemo_elastic.config.load import plain
+from nemo_elastic.nemo import gguf_check
 from nemo_elastic.nemo.checkpoints import extract, extract_all, open_nested, write_nested
-from nemo_elastic.nemo.gguf_check import open_gguf
+from nemo_elastic.nemo.gguf_check import check_children, open_gguf
 from nemo_elastic.nemo.gguf_side import run_llama_cpp
 from nemo_elastic.problems import ProblemsError
 from nemo_elastic.serving import ElasticFamily
@@ -122,6 +124,37 @@ def test_what_is_not_the_childs_is_named(nested: Path, tmp_path: Path) -> None:
         differences()
 
 
+def test_a_file_that_differs_is_named_before_llama_cpp_is_asked(nested: Path, tmp_path: Path) -> None:
+    """What llama.cpp might not even load, or would read and we never wrote; there is no llama.cpp here."""
+    opened = open_nested(nested)
+    folder = extract(nested, "small", tmp_path / "small", format="gguf")
+    expected = open_gguf("small", folder, opened).expected
+    keys, tensors, last = expected.keys, expected.tensors, expected.tensors[-1]
+    half = LazyTensor(last.name, torch.float16, last.shape, lambda: last.read().half())
+    flat = LazyTensor(last.name, last.dtype, (last.shape[0] * last.shape[1],), lambda: last.read().flatten())
+    more = LazyTensor("rope_freqs.weight", torch.float32, (4,), lambda: torch.ones(4))
+    blocks, template = "nemotron_h.block_count", "tokenizer.chat_template"
+    assert template not in keys and last.name == "output.weight"
+    without = {key: value for key, value in keys.items() if key != blocks}
+    for changed, kept, words in (
+        (keys, tensors[:-1], "output.weight is missing"),
+        (keys, [*tensors[:-1], half], f"output.weight is F16 {list(last.shape)}, wanted F32 {list(last.shape)}"),
+        (keys, [*tensors[:-1], flat], f"output.weight is F32 [65536], wanted F32 {list(last.shape)}"),
+        (keys, [*tensors, more], "rope_freqs.weight is no tensor of this child"),
+        (without, tensors, f"key {blocks} is missing, the nested subnet has 6"),
+        ({**keys, blocks: 6.0}, tensors, f"key {blocks} is of type FLOAT32, wanted UINT32"),
+        ({**keys, blocks: 7}, tensors, f"key {blocks} is 7, the nested subnet has 6"),
+        ({**keys, template: "{{ x }}"}, tensors, f"key {template} is '{{{{ x }}}}', which no child is written with"),
+    ):
+        write_gguf(folder / GGUF_FILE, changed, kept)
+        child = open_gguf("small", folder, opened)
+        batches = [(torch.arange(64).view(4, 16), torch.arange(64).view(4, 16))]
+        (check,) = check_children(opened, [child], None, "sliced", batches, "/no/such/python", lambda *_: None)
+        assert not check.ok and check.difference == words and check.greedy is None
+    write_gguf(folder / GGUF_FILE, keys, tensors)
+    assert list(first_difference(GgufFile(folder / GGUF_FILE), keys, tensors)) == []
+
+
 def test_children_that_llama_cpp_cannot_say_are_refused(nested: Path, tmp_path: Path) -> None:
     found = small_manifest()
     varied = found.space.subnet(mamba_num_heads=[8, 12, 4])
@@ -175,6 +208,7 @@ def test_tokenizer_travels_in_the_file(tmp_path: Path) -> None:
     ("change", "rows", "words"),
     [
         ({"model": {"type": "Unigram", "vocab": [["a", 0.0]]}}, 2048, "its model is Unigram"),
+        ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}, 2048, "it has no merges"),
         ({"pre_tokenizer": {"type": "Whitespace"}}, 2048, "none of those known here"),
         ({"pre_tokenizer": {**BYTES, "add_prefix_space": True, "use_regex": True}}, 2048, "none of those known here"),
         ({"normalizer": {"type": "NFC"}}, 2048, "it has a normalizer, NFC"),
@@ -254,10 +288,25 @@ def test_llama_cpp_cuts_text_as_the_tokenizer_does(tmp_path: Path) -> None:
 @pytest.mark.slow
 @needs_llama
 @pytest.mark.usefixtures("one_rank")
-def test_verb_verifies_and_notices(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_verb_verifies_and_notices(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chat parent: the likeliest token is often the end of a turn, at which llama.cpp would stop, and which is not
+    the tokenizer's end."""
     run = load_config("tiny_parent.yaml", ["train.val_samples=4"]).config
     family = replace(manifest(), provenance={"config": plain(run)})
-    on_disk = write_nested(tmp_path / "nested", weights("trained"), family, tokenizer=TOKENIZER)
+    turns = tmp_path / "tokenizer.json"
+    turns.write_text(TOKENIZER.read_text().replace("<pad>", "<|im_end|>"))
+    chat, often = weights("trained"), int(text().mode().values)
+    chat["output_layer.weight"][1] = 1.05 * chat["output_layer.weight"][often]  # 1 is the turn's end
+    on_disk = write_nested(tmp_path / "nested", chat, family, tokenizer=turns)
+    fed: list[list[int]] = []
+
+    def spy(*arguments, **how):
+        fed.extend(how["continued"])
+        return run_llama_cpp(*arguments, **how)
+
+    monkeypatch.setattr(gguf_check, "run_llama_cpp", spy)
     assert main(["extract", str(on_disk), "--all", "--format", "gguf", "--out", str(tmp_path / "gguf")]) == 0
     verify = ["verify", str(on_disk), "--format", "gguf", "--gguf-python", str(GGUF_PYTHON)]
     capsys.readouterr()
@@ -267,6 +316,7 @@ def test_verb_verifies_and_notices(tmp_path: Path, capsys: pytest.CaptureFixture
     for check in children:
         assert check["ok"] and check["format"] == "gguf" and check["greedy"] == 1.0
         assert check["max_abs"] < 1e-4 and check["top1_agreement"] == 1.0
+    assert len(fed) == 3 * len(children) and sum(1 in row[16:-1] for row in fed) > len(children)
     file = tmp_path / "gguf" / "small" / GGUF_FILE
     norm = {t.name: t for t in gguf.GGUFReader(file).tensors}["output_norm.weight"]
     data = bytearray(file.read_bytes())
@@ -276,6 +326,7 @@ def test_verb_verifies_and_notices(tmp_path: Path, capsys: pytest.CaptureFixture
     assert main([*verify, "--budget", "small"]) == 1
     out = capsys.readouterr().out
     assert "DIFFERS" in out and "small: first difference: output_norm.weight: 96 of 96 values differ" in out
+    assert len(fed) == 3 * len(children)  # and llama.cpp was not asked
 
 
 def test_verb_wants_a_python_that_has_llama_cpp(nested: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -27,6 +27,9 @@ class Comparison:
         return asdict(self)
 
 
+NOTHING = Comparison(*[math.nan] * 4)  # of a child that could not be run
+
+
 def compare_logits(left: Tensor, right: Tensor) -> Comparison:
     """Compare in fp64."""
     a, b = left.double(), right.double()

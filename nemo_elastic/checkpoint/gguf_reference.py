@@ -2,12 +2,13 @@
 
     PYTHON gguf_reference.py REQUEST.json OUT.f32 ANSWER.json
 
-REQUEST: `files`, `vocab`, `row` (tokens), `ends` (positions in it), `texts`, `prompts` (lists of tokens), `new_tokens`,
-`threads`. Per file, OUT has fp32 log-probabilities of the whole vocabulary: behind the first E tokens of the row for
-every E of `ends`, taken through the cache one after the other, and once more behind the last E, by one prefill. ANSWER:
-per file, the tokens of each text, and the tokens that greedy choice continues each prompt by (fewer than `new_tokens`
-where the end token was chosen). Cache fp32, no flash attention, CPU only. It imports xllamacpp, nothing else; the
-server in it listens on a port of this machine meanwhile, and nothing is looked up anywhere.
+REQUEST: `files`, `vocab`, `row` (tokens), `ends` (positions in it), `texts`, `continued` (lists of tokens), `prompt`
+(tokens that each of them begins with), `threads`. Per file, OUT has fp32 log-probabilities of the whole vocabulary:
+behind the first E tokens of the row for every E of `ends`, taken through the cache one after the other, and once more
+behind the last E, by one prefill. ANSWER: per file, the tokens of each text, and for each list of `continued` the
+likeliest token behind its prompt, and behind every longer beginning, through the cache. Nothing is left to llama.cpp's
+own stopping. Cache fp32, no flash attention, CPU only. It imports xllamacpp, nothing else; the server in it listens on
+a port of this machine meanwhile, and nothing is looked up anywhere.
 """
 
 import json
@@ -24,7 +25,7 @@ def main(request: str, out: str, answer: str) -> None:
 
     with open(request) as file:
         wanted = json.load(file)
-    room = max(map(len, [wanted["row"], *wanted["prompts"]])) + wanted["new_tokens"] + 1
+    room = max(map(len, [wanted["row"], *wanted["continued"]])) + 1
     files = []
     with open(out, "wb") as values:
         for path in wanted["files"]:
@@ -33,12 +34,18 @@ def main(request: str, out: str, answer: str) -> None:
             # log-probabilities are those before that, and before any other sampling.
             plain = _post(server, "/tokenize", {"content": "a"})["tokens"][0]
             for end in wanted["ends"]:
-                _log_probabilities(server, wanted["row"][:end], wanted["vocab"], plain, cached=True).tofile(values)
+                _whole(server, wanted["row"][:end], wanted["vocab"], plain, cached=True).tofile(values)
             last = wanted["row"][: wanted["ends"][-1]]
-            _log_probabilities(server, last, wanted["vocab"], plain, cached=False).tofile(values)
-            continued = [_continued(server, prompt, wanted["new_tokens"]) for prompt in wanted["prompts"]]
+            _whole(server, last, wanted["vocab"], plain, cached=False).tofile(values)
+            chosen = [
+                [
+                    _likeliest(server, row[:end], 1, plain, cached=True)[0]["id"]
+                    for end in range(wanted["prompt"], len(row))
+                ]
+                for row in wanted["continued"]
+            ]
             texts = [_post(server, "/tokenize", {"content": text})["tokens"] for text in wanted["texts"]]
-            files.append({"texts": texts, "continued": continued})
+            files.append({"texts": texts, "chosen": chosen})
             del server
     with open(answer, "w") as file:
         json.dump({"xllamacpp": xllamacpp.__version__, "files": files}, file)
@@ -58,20 +65,19 @@ def _server(xllamacpp: Any, path: str, room: int, threads: int) -> Any:
     return xllamacpp.Server(params)
 
 
-def _log_probabilities(server: Any, tokens: list[int], vocab: int, plain: int, *, cached: bool) -> Any:
-    options = {"n_predict": 1, "n_probs": vocab, "cache_prompt": cached, "logit_bias": [[plain, 1000.0]]}
+def _likeliest(server: Any, tokens: list[int], count: int, plain: int, *, cached: bool) -> Any:
+    options = {"n_predict": 1, "n_probs": count, "cache_prompt": cached, "logit_bias": [[plain, 1000.0]]}
     found = server.handle_completions({"prompt": tokens, "temperature": 0.0, **options})
     if "choices" not in found:
         raise RuntimeError(json.dumps(found)[:300])
+    return found["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+
+
+def _whole(server: Any, tokens: list[int], vocab: int, plain: int, *, cached: bool) -> Any:
     row = array("f", [float("nan")]) * vocab
-    for entry in found["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
+    for entry in _likeliest(server, tokens, vocab, plain, cached=cached):
         row[entry["id"]] = entry["logprob"]
     return row
-
-
-def _continued(server: Any, prompt: list[int], new_tokens: int) -> list[int]:
-    options = {"n_predict": new_tokens, "cache_prompt": False, "temperature": 0.0, "return_tokens": True}
-    return _post(server, "/completion", {"prompt": prompt, **options})["tokens"]
 
 
 def _post(server: Any, path: str, body: dict[str, Any]) -> Any:

@@ -77,6 +77,8 @@ def _pre_tokenizer(file: Path, data: dict[str, Any]) -> str:
         found.append(
             f"its model is {model.get('type')}" + (" with byte_fallback" if model.get("byte_fallback") else "")
         )
+    if not model.get("merges"):
+        found.append("it has no merges")
     if data.get("normalizer"):
         found.append(f"it has a normalizer, {data['normalizer'].get('type')}")
     steps = _steps(data.get("pre_tokenizer"))

@@ -1,21 +1,25 @@
 """`verify --format gguf`: every GGUF child against the nested subnet it was read from, run by llama.cpp.
 
-keys(file), tensors(file) == those of the subnet, bit by bit (cast to the file's dtype)
+keys(file), tensors(file) == those of the subnet, bit by bit (cast to the file's dtype); only such a file is run
 log-probabilities(llama.cpp) == log-probabilities(subnet)      token by token through the cache, and at once
-tokens(llama.cpp, text) == tokens(tokenizer.json, text),   greedy(llama.cpp, prompt) == greedy(subnet, prompt)
+tokens(llama.cpp, text) == tokens(tokenizer.json, text)
+argmax(llama.cpp | prompt, t_1 .. t_k) == t_k+1 where t = greedy(subnet, prompt), for every k
+
+The last line is greedy continuation, with one difference: llama.cpp is fed every token, so that the ones at which it
+would stop (the tokenizer's end, and whatever it takes for the end of a chat's turn) are compared like any other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nemo_elastic.checkpoint.comparison import LOGIT_TOLERANCE, ChildCheck, compare_logits
+from nemo_elastic.checkpoint.comparison import LOGIT_TOLERANCE, NOTHING, ChildCheck, compare_logits
 from nemo_elastic.checkpoint.gguf_file import GGUF_FILE, GgufFile, first_difference
 from nemo_elastic.checkpoint.gguf_model import FILE_TYPES, check_gguf, context_length
 from nemo_elastic.checkpoint.schemas import plain_child
@@ -93,54 +97,55 @@ def check_children(
     checks = []
     for done, child in enumerate(children):
         report("verify", done, len(children))
-        plan = hard_plan(model.layout, child.subnet, mode)
-        logits = whole_logits(model, tokens, plan)[0]
-        greedy, steps = _greedy(model, prompts, plan)
+        check = process_groups.on_first_rank(lambda child=child: _by_its_file(nested, child))
+        if check.difference is None:
+            plan = hard_plan(model.layout, child.subnet, mode)
+            logits = whole_logits(model, tokens, plan)[0]
+            rows_fed, steps = _greedy(model, prompts, plan)
 
-        def run(child: OpenedGguf = child) -> GgufSide:
-            how = {"texts": texts, "prompts": prompts.tolist(), "new_tokens": NEW_TOKENS}
-            return run_llama_cpp(python, [child.file.path], vocab, tokens[0].tolist(), ends, **how)[0]
+            def run(child: OpenedGguf = child, fed: Tensor = rows_fed) -> GgufSide:
+                how = {"texts": texts, "continued": fed.tolist(), "prompt": prompts.shape[1]}
+                return run_llama_cpp(python, [child.file.path], vocab, tokens[0].tolist(), ends, **how)[0]
 
-        side = process_groups.on_first_rank(run)
-        difference = next(first_difference(child.file, child.expected.keys, child.expected.tensors), None)
-        if difference is None and side.texts != wanted_tokens:
-            difference = "tokenizer: llama.cpp cuts the text into other tokens than tokenizer.json"
-        end = child.expected.keys.get("tokenizer.ggml.eos_token_id")
-        equal = _share_equal(side.continued, greedy, steps, end, LOGIT_TOLERANCE[child.dtype])
-        labels = batches[0][1][0]
-        checks.append(_check(nested, child, logits, side, ends, labels, difference, equal))
+            side = process_groups.on_first_rank(run)
+            check = _with_figures(check, logits, side, ends, batches[0][1][0])
+            if side.texts != wanted_tokens:
+                words = "tokenizer: llama.cpp cuts the text into other tokens than tokenizer.json"
+                check = replace(check, difference=words)
+            check = replace(check, greedy=_share_equal(side.chosen, steps, LOGIT_TOLERANCE[child.dtype]))
+        checks.append(check)
     report("verify", len(children), len(children))
     return checks
 
 
-def _check(
-    nested: Nested,
-    child: OpenedGguf,
-    logits: Tensor,
-    side: GgufSide,
-    ends: list[int],
-    labels: Tensor,
-    difference: str | None,
-    greedy: float,
-) -> ChildCheck:
+def _by_its_file(nested: Nested, child: OpenedGguf) -> ChildCheck:
+    """What the file alone says; llama.cpp may not even load one that differs."""
+    larger = [n for n, s in nested.manifest.subnets.items() if n != child.name and child.subnet.is_nested_in(s)]
+    return ChildCheck(
+        budget=child.name,
+        comparison=NOTHING,
+        loss_nested=float("nan"),
+        loss_child=float("nan"),
+        parameters=parameters(nested.layout, child.subnet),
+        numel=child.file.numel(),
+        nested_in=tuple(larger),
+        dtype=child.dtype,
+        difference=next(first_difference(child.file, child.expected.keys, child.expected.tensors), None),
+        format="gguf",
+    )
+
+
+def _with_figures(check: ChildCheck, logits: Tensor, side: GgufSide, ends: list[int], labels: Tensor) -> ChildCheck:
     at = torch.tensor(ends) - 1
     ours = logits.double().log_softmax(-1)[at]
     theirs = torch.cat([side.log_probabilities, side.at_once.unsqueeze(0)]).double()
     theirs = theirs.log_softmax(-1)  # the server adds up exponentials in fp32, one after the other
     labels = labels[at].unsqueeze(1)
-    larger = [n for n, s in nested.manifest.subnets.items() if n != child.name and child.subnet.is_nested_in(s)]
-    return ChildCheck(
-        budget=child.name,
+    return replace(
+        check,
         comparison=compare_logits(torch.cat([ours, ours[-1:]]), theirs),
         loss_nested=float(-ours.gather(1, labels).mean()),
         loss_child=float(-theirs[:-1].gather(1, labels).mean()),
-        parameters=parameters(nested.layout, child.subnet),
-        numel=child.file.numel(),
-        nested_in=tuple(larger),
-        dtype=child.dtype,
-        difference=difference,
-        format="gguf",
-        greedy=greedy,
     )
 
 
@@ -156,25 +161,16 @@ def _texts(nested: Nested, rows: Tensor) -> tuple[list[str], list[list[int]]]:
 
 
 def _greedy(model: Any, prompts: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-    """What the subnet continues prompts `[b, s]` by, `[b, n]`, and the logits it chose from, `[b, n, v]`."""
+    """Prompts `[b, s]` with what the subnet continues them by `[b, s+n]`; the logits that it chose from `[b, n, v]`."""
     tokens, steps = prompts, []
     for _ in range(NEW_TOKENS):
         steps.append(whole_logits(model, tokens, plan)[:, -1])
         tokens = torch.cat([tokens, steps[-1].argmax(-1, keepdim=True)], dim=1)
-    return tokens[:, prompts.shape[1] :], torch.stack(steps, dim=1)
+    return tokens, torch.stack(steps, dim=1)
 
 
-def _share_equal(
-    theirs: Sequence[Sequence[int]], ours: Tensor, steps: Tensor, end: int | None, tolerance: float
-) -> float:
-    """Share of the prompts that both continue alike, up to the end token, or to two tokens that tie within rounding."""
-    alike = 0
-    for got, wanted, logits in zip(theirs, ours.tolist(), steps, strict=True):
-        wanted = wanted[: wanted.index(end) + 1] if end in wanted else wanted
-        place = next((i for i, (a, b) in enumerate(zip(got, wanted, strict=False)) if a != b), None)
-        if place is None:
-            alike += len(got) >= len(wanted) - (end in wanted)  # the end token itself may be left out
-        else:
-            gap = float(logits[place, wanted[place]] - logits[place, got[place]])
-            alike += gap <= tolerance * float(logits[place].abs().max())
-    return alike / len(theirs)
+def _share_equal(chosen: Sequence[Sequence[int]], steps: Tensor, tolerance: float) -> float:
+    """Share of the prompts at whose every step both choose alike, or one of two tokens that tie within rounding."""
+    theirs = torch.tensor(chosen).unsqueeze(-1)
+    behind = steps.amax(-1) - steps.gather(-1, theirs).squeeze(-1)
+    return float((behind <= tolerance * steps.abs().amax(-1)).all(1).double().mean())

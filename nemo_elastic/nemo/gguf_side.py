@@ -26,13 +26,13 @@ class GgufSide:
         log_probabilities: `[ends, v]`, token by token through the cache.
         at_once: `[v]`, behind the last of these by one prefill.
         texts: the tokens of each text.
-        continued: what each prompt is continued by.
+        chosen: the likeliest token behind each prompt, and behind each token of its continuation but the last.
     """
 
     log_probabilities: Tensor
     at_once: Tensor
     texts: list[list[int]]
-    continued: list[list[int]]
+    chosen: list[list[int]]
 
 
 def gguf_python(given: str | None) -> str:
@@ -53,8 +53,8 @@ def run_llama_cpp(
     ends: Sequence[int],
     *,
     texts: Sequence[str] = (),
-    prompts: Sequence[Sequence[int]] = (),
-    new_tokens: int = 1,
+    continued: Sequence[Sequence[int]] = (),
+    prompt: int = 1,
 ) -> list[GgufSide]:
     """Run every file (see `checkpoint.gguf_reference` for the arguments).
 
@@ -67,8 +67,8 @@ def run_llama_cpp(
         "row": list(row),
         "ends": list(ends),
         "texts": list(texts),
-        "prompts": [list(prompt) for prompt in prompts],
-        "new_tokens": new_tokens,
+        "continued": [list(row) for row in continued],
+        "prompt": prompt,
         "threads": torch.get_num_threads(),
     }
     with tempfile.TemporaryDirectory(prefix="nemo-elastic-gguf-") as place:
@@ -78,4 +78,4 @@ def run_llama_cpp(
         run_script(KEY, python, gguf_reference.__file__, [request, out, answer], {}, what)
         said = json.loads(answer.read_text())["files"]
         values = torch.frombuffer(bytearray(out.read_bytes()), dtype=torch.float32).view(len(files), -1, vocab)
-    return [GgufSide(v[:-1], v[-1], s["texts"], s["continued"]) for v, s in zip(values, said, strict=True)]
+    return [GgufSide(v[:-1], v[-1], s["texts"], s["chosen"]) for v, s in zip(values, said, strict=True)]

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemo_elastic.checkpoint.comparison import ChildCheck, Comparison, compare_logits
+from nemo_elastic.checkpoint.comparison import NOTHING, ChildCheck, Comparison, compare_logits
 from nemo_elastic.checkpoint.extract import child_architecture, plain_model
 from nemo_elastic.checkpoint.huggingface import HuggingFaceReader
 from nemo_elastic.checkpoint.manifest import check_hashes
@@ -53,7 +53,6 @@ from nemo_elastic.space import Subnet
 
 logger = logging.getLogger(__name__)
 LOGIT_BATCHES = 2
-NOTHING = Comparison(*[float("nan")] * 4)  # of a child that could not be read
 # What computed the two sides, said in the output.
 KERNELS = {
     "nemo": "Megatron's local linears and fp32 products on both sides",

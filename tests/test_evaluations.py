@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import importlib.util
 import json
+import lzma
 import os
 import subprocess
 import sys
@@ -193,6 +195,51 @@ def test_the_right_choice_is_what_the_text_goes_on_with(tasks: ModuleType) -> No
     assert {question["answer"] for question in asked} == {0, 1, 2, 3}
 
 
+def test_text_is_read_as_a_run_reads_it(tasks: ModuleType, tmp_path: Path) -> None:
+    wanted = [f"document {i} says\n" * 200 for i in range(5)]
+    records = "".join(json.dumps({"text": text}) + "\n" for text in ("short", *wanted[:3]))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(records.encode()))
+    (tmp_path / "b.txt").write_text(wanted[3] * 5)  # longer than what is taken of one
+    (tmp_path / "c.txt.xz").write_bytes(lzma.compress(wanted[4].encode()))
+    (tmp_path / "notes.md").write_text("no text of a run\n" * 200)
+    assert tasks.documents(tmp_path, 40) == [text[:8000] for text in (*wanted[:3], wanted[3] * 5, wanted[4])]
+    assert tasks.documents(tmp_path / "b.txt", 40) == [(wanted[3] * 5)[:8000]]
+    assert tasks.documents(tmp_path, 2) == wanted[:2]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        (None, b"", "does not exist"),
+        ("a.md", b"text\n" * 1000, "must end in .txt, .jsonl or .parquet"),
+        (
+            "a.txt",
+            "Gr\u00f6\u00dfe\n".encode("latin-1") * 1000,
+            "a.txt line 1 has the byte 0xf6 where UTF-8 cannot have it",
+        ),
+        ("a.jsonl", b'{"messages": []}\n', 'a.jsonl line 1 is not an object with "text"'),
+        ("a.txt.gz", gzip.compress(b"line\n" * 1000)[:-9], "is damaged or cut off"),
+        ("a.txt", b"line\n" * 1000, "of 1 documents that are longer than 1,800 characters, 1 have lines"),
+        (
+            "a.jsonl",
+            b'{"text": "' + b"word " * 1000 + b'"}\n' + b"",
+            "1 documents that are longer than 1,800 characters, 0",
+        ),
+    ],
+)
+def test_text_that_will_not_do_is_one_error(
+    tasks: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str | None, content: bytes, words: str
+) -> None:
+    file = tmp_path / (name or "absent.txt")
+    if name:
+        file.write_bytes(content)
+    with pytest.raises(SystemExit) as stopped:
+        tasks.main(["--out", str(tmp_path / "tasks"), "--text", str(file)])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and words in said and said.startswith("tasks.py: --text: ")
+    assert said.count("\n") == 1 and not (tmp_path / "tasks").exists()
+
+
 def test_the_example_asks_every_child_and_reports_them(run: Path, tmp_path: Path) -> None:
     """Stand-ins: extraction makes empty folders, the harness writes the recorded scores under the model it is given."""
     harness = f"""#!{sys.executable}
@@ -211,6 +258,8 @@ json.dump(results, open(os.path.join(folder, "results_2026.json"), "w"))
     verbs = f"""#!/usr/bin/env bash
 if [[ $1 == extract ]]; then mkdir -p {run}/hf/{{full,large,small}}; else exec {sys.executable} -m nemo_elastic "$@"; fi
 """
+    (run / "nested" / "elastic").mkdir(parents=True)
+    (run / "nested" / "elastic" / "manifest.json").touch()
     for name, text in (("lm_eval", harness), ("nemo-elastic", verbs)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)

@@ -5,7 +5,9 @@ comes next; the three wrong ones begin lines of other documents.
 
     python examples/evaluate/tasks.py --out FOLDER [--text FOLDER_OR_FILE] [--documents N] [--questions N]
 
-Without `--text` it is the standard library's held-out files, which no run trains on. Writes FOLDER/*.jsonl and *.yaml.
+Without `--text` it is the standard library's held-out files, which no run trains on. `--text` takes what `data.paths`
+takes: `.txt` (a file is a document), `.jsonl` and `.parquet` with a `text` in every record, packed or not. Writes
+FOLDER/*.jsonl and *.yaml.
 """
 
 from __future__ import annotations
@@ -13,14 +15,18 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import yaml
 
 from nemo_elastic.data.corpus import load_corpus_list, read_documents, usable_files
 from nemo_elastic.data.entries import text_files
+from nemo_elastic.data.records import blocks, texts
+from nemo_elastic.data.text_files import kind_of
 
+LONGEST = 8000  # characters that are taken of a document
 CONTEXT, CONTINUATION = 480, 120  # characters, up to the end of a line
 CHOICES, SEED = 4, 0
 COMMON = {"dataset_path": "json", "test_split": "test", "metadata": {"version": 1}}
@@ -43,15 +49,30 @@ TASKS = {
 
 
 def documents(text: Path | None, count: int) -> list[str]:
-    """The first `count` documents that are long enough to ask about."""
+    """The first `count` documents that are long enough to ask about.
+
+    Raises:
+        ValueError: no text, damaged text, or too little; it names the file, and mostly the line.
+    """
     if text is None:
-        found: Iterable[str] = read_documents(usable_files(load_corpus_list()), "heldout")
+        found = read_documents(usable_files(load_corpus_list()), "heldout")
     else:
-        found = (path.read_text(encoding="utf-8", errors="replace") for path in text_files(text))
-    long = [document[:8000] for document in found if len(document) > 3 * (CONTEXT + CONTINUATION)]
-    if len(long) < CHOICES:
-        raise SystemExit(f"{len(long)} documents are long enough to ask about; {CHOICES} are needed at least")
-    return long[:count]
+        found = (document for file in text_files(text) for document in of_file(file))
+    long = (document[:LONGEST] for document in found if len(document) > 3 * (CONTEXT + CONTINUATION))
+    return list(islice(long, count))
+
+
+def of_file(file: Path) -> Iterator[str]:
+    """The documents of a file; of a `.txt` the one that it is, as much of it as is taken."""
+    if kind_of(file) != ".txt":
+        yield from texts(file)
+        return
+    document = ""
+    for block in blocks(file):
+        document += block
+        if len(document) >= LONGEST:
+            break
+    yield document
 
 
 def pieces(document: str) -> list[tuple[str, str]]:
@@ -65,10 +86,19 @@ def pieces(document: str) -> list[tuple[str, str]]:
     return found
 
 
-def questions(texts: list[str], count: int) -> list[dict]:
-    """`count` questions, or as many as the texts give, spread over them."""
+def questions(documents: list[str], count: int) -> list[dict]:
+    """`count` questions, or as many as the documents give, spread over them.
+
+    Raises:
+        ValueError: too few documents to take wrong choices from.
+    """
     draw = random.Random(SEED)
-    of_text = [pieces(text) for text in texts]
+    of_text = [pieces(document) for document in documents]
+    if (usable := sum(map(bool, of_text))) < CHOICES:
+        words = (
+            f"of {len(documents)} documents that are longer than {3 * (CONTEXT + CONTINUATION):,} characters, {usable}"
+        )
+        raise ValueError(f"{words} have lines to cut at; {CHOICES} are needed at least")
     asked = [(i, piece) for i, found in enumerate(of_text) for piece in found]
     draw.shuffle(asked)
     made = []
@@ -80,10 +110,10 @@ def questions(texts: list[str], count: int) -> list[dict]:
     return made
 
 
-def write_tasks(out: Path, texts: list[str], asked: list[dict]) -> None:
+def write_tasks(out: Path, documents: list[str], asked: list[dict]) -> None:
     """The data as JSON lines, and a task file beside each."""
     out.mkdir(parents=True, exist_ok=True)
-    rows = {"heldout_text": [{"text": text} for text in texts], "continuation": asked}
+    rows = {"heldout_text": [{"text": document} for document in documents], "continuation": asked}
     for name, task in TASKS.items():
         data = (out / f"{name}.jsonl").resolve()
         data.write_text("".join(json.dumps(row) + "\n" for row in rows[name]), encoding="utf-8")
@@ -91,17 +121,22 @@ def write_tasks(out: Path, texts: list[str], asked: list[dict]) -> None:
         (out / f"{name}.yaml").write_text(yaml.safe_dump(whole, sort_keys=False), encoding="utf-8")
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--text", type=Path)
     parser.add_argument("--documents", type=int, default=40)
     parser.add_argument("--questions", type=int, default=200)
-    given = parser.parse_args()
-    texts = documents(given.text, given.documents)
-    asked = questions(texts, given.questions)
-    write_tasks(given.out, texts, asked)
-    print(f"{given.out}: {len(texts)} documents, {len(asked)} questions")
+    given = parser.parse_args(arguments)
+    if given.documents < CHOICES or given.questions < 1:
+        parser.error(f"--documents must be {CHOICES} at least, --questions 1")
+    try:
+        found = documents(given.text, given.documents)
+        asked = questions(found, given.questions)
+        write_tasks(given.out, found, asked)
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"tasks.py: {'--text: ' if given.text else ''}{error}\n")
+    print(f"{given.out}: {len(found)} documents, {len(asked)} questions")
 
 
 if __name__ == "__main__":

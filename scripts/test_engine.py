@@ -3,12 +3,13 @@
     python3 scripts/test_engine.py [--line 0.15] [--smoke] [pytest arguments]
 
 - 0.15, the older line that is supported: a venv on top of `.venv` that differs in the pins of constraints-0.15.txt.
-  Every test file that comes to `mcore/`, directly or through a module beside it, quick and slow (a quickstart is among
-  the slow ones); and children that go from one line to the other (tests/test_other_line.py).
+  Every test file that comes to Megatron, directly or through a module or a script that it names, quick and slow (a
+  quickstart is among the slow ones); and children that go from one line to the other (tests/test_other_line.py).
 - 0.19, a look ahead: a venv of its own without NeMo, which has no version for this line, and with Python 3.12, which
   the line asks for. The tests of `mcore/elastic` and of the door, `mcore/versions.py`.
 
-`--smoke` is what CI runs: of the quick tests a few files that are always the same, and two drawn by the commit.
+`--smoke` is what CI runs: children that go from one line to the other, and of the quick tests a few files that are
+always the same and two drawn by the commit.
 """
 
 from __future__ import annotations
@@ -16,21 +17,29 @@ from __future__ import annotations
 import argparse
 import ast
 import os
-import random
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ROOT / "tests"
-# What a test file, or a module beside it, has in it when it comes to Megatron.
+sys.path.append(str(TESTS))
+
+import sweep  # noqa: E402  beside the tests: which cases a commit draws
+
+# Where the modules and scripts lie that tests import or start.
+FOLDERS = ("tests", "benchmarks", "benchmarks/gpu", "examples/*", "scripts")
+# What a file that comes to Megatron has in it: Megatron, one of the four parts of this package that may import it
+# (tests/test_import_rules.py holds all others to that), the command line in a process of its own, or NeMo's.
 TOUCHES = re.compile(
-    r"nemo_elastic\.(mcore|nemo|serving)|\bmegatron\b|\bpool[24]\b|one_rank|small_runs|quickstart|nemo_run"
+    r"\bmegatron\b|\bnemo_elastic(\.| import )(mcore|nemo|serving|cli)\b|[\"']nemo[_-]elastic[\"']|\bnemo_run\b"
 )
 ELASTIC = ("test_versions", "test_elastic_census", "test_elastic_modes", "test_elastic_parallel", "test_layer_specs")
-ALWAYS = ("test_versions", "test_elastic_census", "test_optimizer", "test_layer_specs")
+ALWAYS = ("test_other_line", "test_versions", "test_elastic_census", "test_optimizer", "test_layer_specs")
 DRAWN = ("test_attention", "test_checkpoint_dist", "test_depth", "test_elastic_modes", "test_nemo_trainer", "test_ssd")
 
 
@@ -49,44 +58,53 @@ LINES = {
 }
 
 
+@cache
+def fixtures() -> re.Pattern[str]:
+    """The names of the fixtures of all tests (tests/conftest.py), each of which comes to Megatron."""
+    tree = ast.parse((TESTS / "conftest.py").read_text())
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    names = [f.name for f in functions if any("fixture" in ast.unparse(d) for d in f.decorator_list)]
+    return re.compile(rf"\b({'|'.join(names)})\b")
+
+
+def named_in(path: Path) -> Iterator[str]:
+    """Names of modules that a file imports, by a statement or a function, and of the scripts that it names."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield (node.module or "").split(".")[0]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.endswith(".py"):
+            yield Path(node.value).stem
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("__import__", "import_module")):
+            yield from (a.value.split(".")[0] for a in node.args if isinstance(getattr(a, "value", None), str))
+
+
+@cache
+def leads_to(path: Path) -> list[Path]:
+    """The modules and scripts of `FOLDERS` that a file names."""
+    return sorted(found for name in set(named_in(path)) for f in FOLDERS for found in ROOT.glob(f"{f}/{name}.py"))
+
+
 def touches_megatron(path: Path, seen: set[Path] | None = None) -> bool:
-    """Whether a test module, or one beside it that it imports, comes to Megatron."""
+    """Whether a test file, or a module or script of `FOLDERS` that it leads to, comes to Megatron."""
     seen = set() if seen is None else seen
     seen.add(path)
     text = path.read_text()
-    if TOUCHES.search(text):
+    if TOUCHES.search(text) or fixtures().search(text):
         return True
-    imported = {
-        name.split(".")[0]
-        for node in ast.walk(ast.parse(text))
-        for name in (
-            [alias.name for alias in node.names]
-            if isinstance(node, ast.Import)
-            else [node.module or ""]
-            if isinstance(node, ast.ImportFrom)
-            else []
-        )
-    }
-    beside = [TESTS / f"{name}.py" for name in sorted(imported)]
-    return any(touches_megatron(other, seen) for other in beside if other.exists() and other not in seen)
+    return any(touches_megatron(other, seen) for other in leads_to(path) if other not in seen)
 
 
 def files_of(line: str, smoke: bool, seed: str) -> list[str]:
     """The test files of a line, as pytest is given them."""
     if smoke:
-        names = [*ALWAYS, *random.Random(seed).sample(DRAWN, 2)]
+        names = [*ALWAYS, *sorted(sweep.drawn({"smoke": list(DRAWN)}, {"smoke": 2}, seed))]
     elif line == "0.19":
         names = list(ELASTIC)
     else:
         names = [path.stem for path in sorted(TESTS.glob("test_*.py")) if touches_megatron(path)]
     return [f"tests/{name}.py" for name in names]
-
-
-def commit() -> str:
-    """Hash of HEAD, which draws the smoke's files; 0 where there is no repository."""
-    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return done.stdout.strip() or "0"
 
 
 def set_up(line: str) -> Path | None:
@@ -101,6 +119,12 @@ def set_up(line: str) -> Path | None:
         if subprocess.run(command).returncode:
             return None
     return target / "bin" / "python"
+
+
+def environment_of(line: str) -> dict[str, str]:
+    """Variables of the tests: where the package is, and the Python of the line that it is compared with, or none."""
+    other = str(ROOT / ".venv" / "bin" / "python") if LINES[line].on_top_of_venv else ""
+    return {"NEMO_ELASTIC_OTHER_LINE": other, "PYTHONPATH": str(ROOT)}
 
 
 def main() -> int:
@@ -119,12 +143,11 @@ def main() -> int:
     python = set_up(arguments.line)
     if python is None:
         return 1
-    files = files_of(arguments.line, arguments.smoke, commit())
+    files = files_of(arguments.line, arguments.smoke, sweep.commit())
     marks = "not slow and not gpu" if arguments.smoke else "not gpu and not vllm"
     print(f"test-engine: megatron-core {arguments.line}, {len(files)} files", flush=True)
-    other = str(ROOT / ".venv" / "bin" / "python") if LINES[arguments.line].on_top_of_venv else ""
-    environment = os.environ | {"NEMO_ELASTIC_OTHER_LINE": other, "PYTHONPATH": str(ROOT)}
-    return subprocess.run([python, "-m", "pytest", "-m", marks, *files, *rest], cwd=ROOT, env=environment).returncode
+    command = [python, "-m", "pytest", "-m", marks, *files, *rest]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | environment_of(arguments.line)).returncode
 
 
 if __name__ == "__main__":

@@ -4,10 +4,11 @@
     pids = server.start(out, "key=value", resume=True, poison={"step": 3, "layer": 5})
     server.wait(pids) -> exit codes (negative: the signal)
 
-Every run goes through the command line's `main`, as a user's does.
+Every run goes through the command line's `main`, as a user's does. `python` may be of another line of Megatron-core.
 """
 
 import contextlib
+import importlib
 import json
 import os
 import shutil
@@ -61,13 +62,13 @@ def write_run(folder: Path, steps: int = 16) -> Path:
 class Server:
     """The forking process; see the module."""
 
-    def __init__(self, folder: Path, steps: int = 16) -> None:
+    def __init__(self, folder: Path, steps: int = 16, python: str = sys.executable) -> None:
         self.folder, self.config = folder, write_run(folder, steps)
         root = Path(__file__).resolve().parent
         path = os.pathsep.join(map(str, (root.parent, root)))
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
         self.process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            [python, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
         assert self._answer() == "ready"
 
@@ -85,6 +86,13 @@ class Server:
         """Start a run of `size` processes; its log is `out.log`."""
         words = ["train", "--config", str(self.config), "--out", str(out), *overrides, *(["--resume"] * resume)]
         return self._ask(start=words, log=f"{out}.log", size=size, **more)
+
+    def call(self, *words: object, log: Path, module: str = "nemo_elastic.cli.main") -> str:
+        """What `main` of a module says, called with `words` in a process of its own that ends well."""
+        codes = self.wait(self._ask(start=list(map(str, words)), log=str(log), size=1, module=module))
+        text = log.read_text()
+        assert codes == [0], text[-6000:]
+        return text
 
     def wait(self, pids: Sequence[int], timeout: float = 240.0) -> list[int]:
         """Exit codes, in order; processes that outlive `timeout` are killed and the call fails."""
@@ -190,7 +198,7 @@ def _child(message: dict[str, Any], rank: int, meeting: dict[str, str]) -> int:
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(message["size"]), LOCAL_WORLD_SIZE=str(message["size"]),
     )  # fmt: skip
     os.environ.update(message.get("environment", {}))
-    from nemo_elastic.cli.main import main
+    main = importlib.import_module(message.get("module", "nemo_elastic.cli.main")).main
     from nemo_elastic.nemo import train
 
     stock, more = train.build_trainer, callbacks(message.get("poison"), message.get("signal_at"))

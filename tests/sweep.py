@@ -6,12 +6,16 @@ seed is the commit's hash, so that each commit runs the same cases everywhere an
 run says it, and `--sweep-seed` gives it by hand.
 """
 
+from __future__ import annotations
+
 import random
 import subprocess
 from collections import defaultdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pytest
+if TYPE_CHECKING:  # scripts/test_engine.py draws too, before there is a pytest
+    import pytest
 
 
 def add_options(parser: pytest.Parser) -> None:
@@ -22,10 +26,13 @@ def add_options(parser: pytest.Parser) -> None:
 
 
 def seed_of(config: pytest.Config) -> str:
-    """The given seed, else HEAD's hash, else 0 where there is no repository."""
+    """The given seed, else the commit's hash."""
     given = config.getoption("--sweep-seed")
-    if given is not None:
-        return given
+    return commit() if given is None else given
+
+
+def commit() -> str:
+    """HEAD's hash, 0 where there is no repository or no git."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,16 +1,24 @@
 """The optimizer's groups on the installed line of megatron-core: rates and weight decay of router and network."""
 
+import inspect
+import re
 import types
 
 import pool_family
 import pytest
+import torch
 from nemo.lightning import io
 from torch import nn
 
 from nemo_elastic.mcore import versions
-from nemo_elastic.nemo.optimizer import OptimizerModule, apply_multipliers
+from nemo_elastic.nemo.optimizer import OptimizerModule, apply_multipliers, gather_in_the_schedule
 from nemo_elastic.nemo.train import decays_not, is_router
 from nemo_elastic.nemo.trainer import build_optimizer
+from nemo_elastic.problems import ProblemsError
+
+NEW_LINE = pytest.mark.skipif(
+    not hasattr(versions.optimizers, "ParamKey"), reason="the installed line has no config_overrides"
+)
 
 
 @pytest.mark.usefixtures("one_rank")
@@ -51,7 +59,7 @@ def test_the_old_line_is_told_in_its_own_names(monkeypatch: pytest.MonkeyPatch) 
     assert found == (decays_not, is_router, 10.0)
 
 
-@pytest.mark.skipif(not hasattr(versions.optimizers, "ParamKey"), reason="the installed line has no config_overrides")
+@NEW_LINE
 @pytest.mark.parametrize(
     ("name", "shape", "expected"),
     [
@@ -61,8 +69,6 @@ def test_the_old_line_is_told_in_its_own_names(monkeypatch: pytest.MonkeyPatch) 
     ],
 )
 def test_the_new_line_is_told_by_overrides(name: str, shape: tuple[int, ...], expected: dict[str, float]) -> None:
-    import torch
-
     config = versions.OptimizerConfig(optimizer="adam", lr=1e-3, weight_decay=0.01)
     overrides = versions._overrides(config, decays_not, is_router, 10.0)
     parameter, found = nn.Parameter(torch.zeros(shape)), {}
@@ -73,6 +79,51 @@ def test_the_new_line_is_told_by_overrides(name: str, shape: tuple[int, ...], ex
     standard = versions._overrides(config, None, None, 1.0)
     decay = [o for key, o in standard.items() if key.matches(parameter, name)]
     assert decay == ([{"wd_mult": 0.0}] if len(shape) == 1 else [])
+
+
+@NEW_LINE
+def test_no_setting_of_single_groups_is_unknown_here() -> None:
+    """What Megatron's own groups are made of; a new one is handed on or refused before it is added."""
+    source = inspect.getsource(versions.optimizers.get_standard_config_overrides)
+    assert set(re.findall(r"config\.(\w+)", source)) == {"apply_wd_to_qk_layernorm", "decoupled_lr", "decoupled_min_lr"}
+
+
+@NEW_LINE
+def test_weight_decay_of_the_norms_of_q_and_k_is_handed_on() -> None:
+    config = versions.OptimizerConfig(lr=1e-3, apply_wd_to_qk_layernorm=True)
+    ((key, override),) = versions._overrides(config, None, None, 1.0).items()
+    vector = nn.Parameter(torch.zeros(3))
+    assert override == {"wd_mult": 0.0}
+    assert key.matches(vector, "norm.weight") and not key.matches(vector, "self_attention.q_layernorm.weight")
+    with pytest.raises(ProblemsError, match=r"apply_wd_to_qk_layernorm: True and no_weight_decay_cond both say"):
+        versions.build_optimizer(config, [], no_weight_decay_cond=decays_not)
+
+
+def test_a_rate_that_only_megatrons_scheduler_reads_is_refused() -> None:
+    """Under NeMo's schedulers the embeddings would be trained at `lr`, silently, on every line."""
+    config = versions.OptimizerConfig(lr=1e-3, decoupled_lr=2e-4, decoupled_min_lr=0.0)
+    with pytest.raises(ProblemsError) as caught:
+        versions.build_optimizer(config, [])
+    first, second = str(caught.value).splitlines()
+    assert first.startswith("optimizer.config.decoupled_lr: 0.0002 is read by") and "scale_lr_cond" in first
+    assert second.startswith("optimizer.config.decoupled_min_lr: 0.0 is read by")
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize(("overlap", "align"), [(True, True), (True, False), (False, True)])
+def test_parameters_are_gathered_by_the_schedule_where_both_settings_ask(
+    chunks: int, overlap: bool, align: bool
+) -> None:
+    """One function for a stage in one piece, a list of them for an interleaved one, as Megatron's schedules take it."""
+    pieces = [types.SimpleNamespace(config=types.SimpleNamespace(), start_param_sync=object()) for _ in range(chunks)]
+
+    class Model(list):
+        ddp_config = versions.DistributedDataParallelConfig(overlap_param_gather=overlap, align_param_gather=align)
+
+    gather_in_the_schedule(Model(pieces))
+    starts = [piece.start_param_sync for piece in pieces]
+    wanted = {"param_sync_func": starts if chunks > 1 else starts[0]} if overlap and align else {}
+    assert [vars(piece.config) for piece in pieces] == [wanted] * chunks
 
 
 def test_a_context_holds_the_module_and_gives_it_back(tmp_path) -> None:

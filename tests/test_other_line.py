@@ -1,6 +1,7 @@
 """A family trained and saved under one line of megatron-core goes on under another, in both directions.
 
-Run by `make test-engine`, which names the Python of the other line (`NEMO_ELASTIC_OTHER_LINE`); skipped elsewhere.
+Run by `make test-engine` and `make smoke-engine`, which name the Python of the other line (`NEMO_ELASTIC_OTHER_LINE`);
+skipped elsewhere. Each line has one process that imports NeMo and forks (small_run.Server).
 """
 
 import json
@@ -8,74 +9,69 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from small_run import write_run
+from small_run import Server
 
 from nemo_elastic.mcore.dist_checkpoint import TorchDistReader
 
 OTHER = os.environ.get("NEMO_ELASTIC_OTHER_LINE", "")
-TESTS = Path(__file__).parent
 VERSION = "import megatron.core; print(megatron.core.__version__)"
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not OTHER, reason="only with a second line: make test-engine")]
-
-
-def run(python: str, *words: str) -> str:
-    """What a command says on stdout; its stderr where it fails."""
-    path = os.pathsep.join(map(str, (TESTS.parent, TESTS)))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = subprocess.run(
-        [python, "-W", "ignore", *words], capture_output=True, text=True, env=environment, timeout=900
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
-
-
-def nemo_elastic(python: str, *words: object) -> str:
-    return run(python, "-m", "nemo_elastic", *map(str, words))
+pytestmark = pytest.mark.skipif(not OTHER, reason="only with a second line: make test-engine, make smoke-engine")
 
 
 @dataclass(frozen=True)
 class Family:
-    """A small run of one line, its nested checkpoint and a child, and the Pythons of that line and of the other."""
+    """A small run of one line, its nested checkpoint and a child, and the servers of that line and of the other."""
 
-    made_by: str
-    other: str
-    config: Path
+    made_by: Server
+    other: Server
     run: Path
     child: Path
 
 
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Server]]:
+    """A server of the line under test, and one of the other."""
+    found = [subprocess.check_output([python, "-W", "ignore", "-c", VERSION]) for python in (sys.executable, OTHER)]
+    assert found[0] != found[1]
+    servers = [Server(tmp_path_factory.mktemp("line"), python=python) for python in (sys.executable, OTHER)]
+    for server in servers:  # a NeMo child has one size for all layers
+        server.config.write_text(server.config.read_text().replace(", per_layer: true", ""))
+    yield servers
+    for server in servers:
+        server.close()
+
+
 @pytest.fixture(scope="module", params=["old to new", "new to old"])
-def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
-    made_by, other = (sys.executable, OTHER) if request.param == "old to new" else (OTHER, sys.executable)
-    assert run(made_by, "-c", VERSION) != run(other, "-c", VERSION)
-    folder = tmp_path_factory.mktemp("made")
-    config, out, child = write_run(folder), folder / "run", folder / "run" / "children" / "small"
-    config.write_text(config.read_text().replace(", per_layer: true", ""))  # a NeMo child has one size for all layers
-    nemo_elastic(made_by, "train", "--config", config, "--out", out)
-    nemo_elastic(made_by, "extract", out / "nested", "--budget", "small", "--out", child)
-    return Family(made_by, other, config, out, child)
+def family(request: pytest.FixtureRequest, lines: list[Server]) -> Family:
+    made_by, other = lines if request.param == "old to new" else reversed(lines)
+    run = made_by.folder / "run"
+    child = run / "children" / "small"
+    made_by.call("train", "--config", made_by.config, "--out", run, log=made_by.folder / "train.log")
+    made_by.call("extract", run / "nested", "--budget", "small", "--out", child, log=made_by.folder / "extract.log")
+    return Family(made_by, other, run, child)
 
 
-def test_a_child_verifies_under_the_other_line(family: Family) -> None:
-    result = json.loads(nemo_elastic(family.other, "verify", "--json", family.run / "nested", family.child))
-    assert result["verified"] is True
+def test_a_child_verifies_under_the_other_line(family: Family, tmp_path: Path) -> None:
+    text = family.other.call("verify", "--json", family.run / "nested", family.child, log=tmp_path / "log")
+    assert '"verified": true' in text
 
 
 def test_a_child_trains_on_under_the_other_line(family: Family, tmp_path: Path) -> None:
     """From the very weights, to the same losses as under the line that made it."""
     found = []
-    for name, python in (("own", family.made_by), ("other", family.other)):
+    for name, line in (("own", family.made_by), ("other", family.other)):
         (tmp_path / name).mkdir()
-        run(python, str(TESTS / "train_child.py"), str(family.child), str(tmp_path / name))
+        line.call(family.child, tmp_path / name, log=tmp_path / f"{name}.log", module="train_child")
         found.append(json.loads((tmp_path / name / "result.json").read_text()))
     own, other = found
     assert other["restored"] == own["restored"]
-    assert other["losses"] == pytest.approx(own["losses"], rel=1e-5)
+    assert len(own["losses"]) == 2 and other["losses"] == pytest.approx(own["losses"], rel=1e-5)
 
 
 def test_a_run_is_resumed_under_the_other_line(family: Family, tmp_path: Path) -> None:
@@ -84,7 +80,8 @@ def test_a_run_is_resumed_under_the_other_line(family: Family, tmp_path: Path) -
     shutil.copytree(family.run, again)
     shutil.rmtree(again / "nested")
     shutil.rmtree(again / "checkpoints" / "step=15")
-    nemo_elastic(family.other, "train", "--config", family.config, "--out", again, "--resume")
+    config = family.made_by.config
+    family.other.call("train", "--config", config, "--out", again, "--resume", log=tmp_path / "resume.log")
     ends = [TorchDistReader(out / "checkpoints" / "step=15") for out in (family.run, again)]
     with ends[0] as whole, ends[1] as resumed:
         assert set(whole.names()) == set(resumed.names()) and set(whole.other_keys()) == set(resumed.other_keys())

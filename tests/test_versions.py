@@ -140,7 +140,7 @@ def test_a_new_class_goes_before_the_wrapper_of_its_old_name(monkeypatch: pytest
 
     def import_module(name: str) -> object:
         if name not in modules:
-            raise ModuleNotFoundError(name)
+            raise ModuleNotFoundError(name, name=name.rpartition(".")[0])  # as when its package is not there
         return modules[name]
 
     monkeypatch.setattr(versions.importlib, "import_module", import_module)
@@ -151,6 +151,24 @@ def test_a_new_class_goes_before_the_wrapper_of_its_old_name(monkeypatch: pytest
     modules.clear()
     with pytest.raises(ImportError, match=r"neither models\.hybrid\.hybrid_model\.HybridModel nor models\.mamba"):
         versions.first_of(*places)
+
+
+@pytest.mark.parametrize(
+    ("body", "cause"),
+    [
+        ("import a_package_that_nobody_has", "No module named 'a_package_that_nobody_has'"),
+        ("from os import a_name_that_it_has_not", "cannot import name 'a_name_that_it_has_not'"),
+        ("raise AttributeError('of its own')", "of its own"),
+    ],
+)
+def test_a_module_that_is_there_and_fails_says_why(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, body: str, cause: str
+) -> None:
+    """It is not passed over for the next place, whose absence would then be the message."""
+    (tmp_path / "broken_line.py").write_text(body)
+    monkeypatch.setattr(versions.megatron.core, "__path__", [*versions.megatron.core.__path__, str(tmp_path)])
+    with pytest.raises((ImportError, AttributeError), match=cause):
+        versions.first_of(("broken_line", "HybridModel"), ("models.mamba", "MambaModel"))
 
 
 def test_an_mlp_is_given_the_group_that_it_takes() -> None:

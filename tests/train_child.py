@@ -8,6 +8,7 @@ and its tokenizer are what NeMo's own `io.load_context` builds from the child's 
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -37,7 +38,8 @@ class Record(pl.Callback):
         self.found.setdefault("losses", []).append(float(trainer.callback_metrics["reduced_train_loss"]))
 
 
-def main(child: str, out: str) -> None:
+def main(words: Sequence[str]) -> int:
+    child, out = words
     torch.set_num_threads(1)
     cpu.install()
     model = io.load_context(Path(child) / "context", subpath="model")
@@ -52,7 +54,8 @@ def main(child: str, out: str) -> None:
     trainer = build_trainer(Path(out), max_steps=2, restore_from=child, callbacks=[record], **batch)
     trainer.fit(model, RandomTokenModule(model.config.seq_length, **batch))
     (Path(out) / "result.json").write_text(json.dumps(record.found))
+    return 0
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

@@ -8,11 +8,15 @@ that hangs is killed after `timeout` seconds (the start does not count). In both
 rank that failed may have left the others in the middle of a collective.
 
 Between uses the processes are stopped (SIGSTOP): gloo's threads poll, and would take a fifth of the machine from the
-tests that follow. They end with the process that started them.
+tests that follow. A stopped process hears SIGKILL and nothing else, so it is ended by that alone: by `kill`, at the
+exit of the process that started it (before multiprocessing's own end, which terminates and then waits), and by the
+kernel where that process was killed. Each leads a session of its own: a stopped process makes the kernel hang up on its
+whole process group when that group's shell ends, and Ctrl-C is for the one that is at work.
 
 `function` must be importable (module level of a test file or of a `pool_*.py` file); results travel by pickle.
 """
 
+import atexit
 import importlib
 import os
 import pickle
@@ -51,6 +55,7 @@ def _serve(
     connection: Connection, rank: int, world: int, meeting: dict[str, str], path: Sequence[str], parent: int
 ) -> None:
     """A worker: sets itself up once, then answers (module, name, layout, arguments) until told to stop."""
+    os.setsid()
     os.environ.update(meeting, RANK=str(rank), WORLD_SIZE=str(world), OMP_NUM_THREADS="1")
     sys.path[:] = path
     from nemo_elastic.orphans import end_with_parent
@@ -114,7 +119,8 @@ class WorkerPool:
         Sequence parallelism is a matter of the model's config: it is passed on, as a keyword, to the function.
 
         Raises:
-            RankFailed: with rank and traceback of the first rank that failed, or the ranks that did not answer.
+            RankFailed: with rank and traceback of the first rank that failed, or the ranks that did not answer, or that
+                have died since the last use.
         """
         if self.size % (tp * pp):
             raise ValueError(f"tp={tp} x pp={pp} does not divide the pool's {self.size} processes")
@@ -124,8 +130,11 @@ class WorkerPool:
                 self._start()
                 self._collect(START_TIMEOUT)
             self._signal(signal.SIGCONT)
-            for _, connection in self._workers:
-                connection.send(message)
+            for rank, (_, connection) in enumerate(self._workers):
+                try:
+                    connection.send(message)
+                except ConnectionError as error:
+                    raise RankFailed(f"rank {rank} died") from error
             results = self._collect(timeout)
             self._signal(signal.SIGSTOP)
             return results
@@ -145,7 +154,7 @@ class WorkerPool:
                 rank = waiting.pop(connection)
                 try:
                     done, result = connection.recv()
-                except EOFError as error:
+                except (EOFError, ConnectionError) as error:
                     raise RankFailed(f"rank {rank} died") from error
                 if not done:
                     raise RankFailed(f"rank {rank} of {self.size}:\n{result}")
@@ -153,10 +162,13 @@ class WorkerPool:
         return results
 
     def _signal(self, number: signal.Signals) -> None:
-        for process, _ in self._workers:
+        for rank, (process, _) in enumerate(self._workers):
+            if not process.is_alive():  # its number may be another process's by now
+                raise RankFailed(f"rank {rank} died")
             os.kill(process.pid, number)
 
     def _start(self) -> None:
+        atexit.register(self.kill)
         context = get_context("spawn")
         self._store, meeting = open_store()
         path = [str(Path(__file__).parent), *sys.path]
@@ -177,6 +189,7 @@ class WorkerPool:
             connection.close()
         self._workers.clear()
         self._store = None
+        atexit.unregister(self.kill)
 
 
 def open_pool(size: int) -> Iterator[WorkerPool]:

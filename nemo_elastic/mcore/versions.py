@@ -37,6 +37,8 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import nn
 
+from ..problems import Problem, ProblemsError
+
 __all__ = [
     "AttnBackend",
     "DistributedDataParallelConfig",
@@ -70,13 +72,18 @@ def first_of(*places: tuple[str, str]) -> Any:
     """The first (module, name) that this line has; 0.18 keeps some old names as wrappers, so newer places go first.
 
     Raises:
-        ImportError: none is there.
+        ImportError: none is there; or one is, and cannot be imported for a reason of its own, which is the error's.
     """
     for module, name in places:
+        place = f"megatron.core.{module}"
         try:
-            return getattr(importlib.import_module(f"megatron.core.{module}"), name)
-        except (ModuleNotFoundError, AttributeError):
+            found = importlib.import_module(place)
+        except ModuleNotFoundError as error:
+            if not f"{place}.".startswith(f"{error.name}."):
+                raise  # the module is there: what it imports is not
             continue
+        if hasattr(found, name):
+            return getattr(found, name)
     names = " nor ".join(f"{module}.{name}" for module, name in places)
     raise ImportError(f"megatron-core {installed()} has neither {names}; install megatron-core=={TESTED[-1]}")
 
@@ -157,7 +164,11 @@ def build_optimizer(
         scale_lr_cond: (name, parameter) -> whether its group has `lr_mult`; None: no parameter.
 
     Groups carry `wd_mult` and `lr_mult`, by which a checkpoint finds them again, and are not yet multiplied by them.
+
+    Raises:
+        ProblemsError: from `refuse_unread_settings`.
     """
+    refuse_unread_settings(config, no_weight_decay_cond)
     conditions = {
         "no_weight_decay_cond": no_weight_decay_cond,
         "scale_lr_cond": scale_lr_cond,
@@ -168,6 +179,32 @@ def build_optimizer(
     return optimizers.get_megatron_optimizer(
         config, list(modules), use_gloo_process_groups=use_gloo_process_groups, **conditions
     )
+
+
+def refuse_unread_settings(config: OptimizerConfig, no_weight_decay_cond: ParameterCondition | None) -> None:
+    """Settings of single groups in `config` that no line would follow here.
+
+    `decoupled_lr` and `decoupled_min_lr` become a group's `max_lr` and `min_lr`, which only Megatron's own scheduler
+    reads: under NeMo's the embeddings would be trained at `lr`. `apply_wd_to_qk_layernorm` (since 0.16) is one choice
+    of the parameters without weight decay, and a condition is another.
+
+    Raises:
+        ProblemsError: naming each such setting.
+    """
+    found = [
+        Problem(
+            f"optimizer.config.{name}",
+            f"{value} is read by Megatron's scheduler only, and NeMo's are used here; give the embeddings' rate by "
+            "scale_lr_cond and lr_mult, as a multiple of lr",
+        )
+        for name in ("decoupled_lr", "decoupled_min_lr")
+        if (value := getattr(config, name, None)) is not None
+    ]
+    if no_weight_decay_cond is not None and getattr(config, "apply_wd_to_qk_layernorm", False):
+        words = "True and no_weight_decay_cond both say which parameters have weight decay; take one of them"
+        found.append(Problem("optimizer.config.apply_wd_to_qk_layernorm", words))
+    if found:
+        raise ProblemsError(found)
 
 
 def _overrides(

@@ -46,6 +46,7 @@ class OptimizerModule(nl.MegatronOptimizerModule):
 
         Raises:
             ValueError: `model` is not what `nl.MegatronStrategy` wraps a model in.
+            ProblemsError: the configuration has a setting that nothing would follow.
         """
         if not isinstance(model, MegatronParallel):
             raise ValueError(f"{type(model).__name__} has no optimizer of Megatron: it must be a MegatronParallel")
@@ -59,7 +60,20 @@ class OptimizerModule(nl.MegatronOptimizerModule):
         )
         for group in optimizer.param_groups:
             apply_multipliers(group)
+        gather_in_the_schedule(model)
         return [NamedGroupsOptimizer(optimizer)]
+
+
+def gather_in_the_schedule(model: MegatronParallel) -> None:
+    """Let the pipeline's schedule start the gathering of parameters where both of DDP's settings ask for it.
+
+    Without a function to call it would start none ahead of time, and `align_param_gather` would be without effect.
+    """
+    ddp = model.ddp_config
+    if getattr(ddp, "overlap_param_gather", False) and getattr(ddp, "align_param_gather", False):
+        starts = [chunk.start_param_sync for chunk in model]
+        for chunk in model:
+            chunk.config.param_sync_func = starts if len(starts) > 1 else starts[0]
 
 
 def apply_multipliers(group: dict[str, Any]) -> None:

@@ -34,7 +34,7 @@ LONGEST_LIST = 8
 def default_multiples(architecture: Architecture) -> dict[str, int]:
     """What ratios of a dim round to where `elastic.multiple_of` says nothing, before the dim's groups are asked."""
     large = architecture.hidden_size >= LARGE_HIDDEN_SIZE
-    widest = gcd(architecture.mamba_num_groups, architecture.num_query_groups, architecture.vocab_size)
+    widest = gcd(architecture.mamba_num_groups, architecture.num_query_groups)
     return {
         "hidden_size": 64 if large else BF16_MULTIPLE,
         "ffn_hidden_size": 64 if large else BF16_MULTIPLE,
@@ -94,6 +94,15 @@ def convolution_notes(space: ElasticSpace, tp_size: int) -> list[str]:
     words = f"causal-conv1d wants multiples of {CONVOLUTION_MULTIPLE} channels x+B+C on {rank}, not"
     listed = _listed({"": [_described(width, sizes) for width, sizes in wrong]}).strip()
     return [f"{words} {listed}; choose other sizes before you train on a GPU"]
+
+
+def padding_notes(architecture: Architecture, tp_size: int) -> list[str]:
+    """That the vocabulary gets rows of zeros, where tensor parallelism does not divide it."""
+    rows = -(-architecture.vocab_size // tp_size) * tp_size
+    if rows == architecture.vocab_size:
+        return []
+    words = f"model.vocab_size={architecture.vocab_size} is padded to {rows} rows in training"
+    return [f"at TP {tp_size}, {words}; losses, the nested checkpoint and children have none of the padding"]
 
 
 def _widths(space: ElasticSpace, tp_size: int, axis: str) -> Iterator[tuple[int, dict[str, int]]]:

@@ -21,7 +21,7 @@ UNSUPPORTED_KINDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """Sizes of a plain hybrid Mamba-attention model. `vocab_size` is the padded one that the tensors have.
+    """Sizes of a plain hybrid Mamba-attention model. `vocab_size` is the rows that whole tensors have.
 
     Raises:
         ProblemsError: with every illegal value, keyed `model.<field>`.

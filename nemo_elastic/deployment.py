@@ -1,6 +1,6 @@
 """Where a model of given sizes may run: tensor and pipeline sizes, FP8, formats. For the parent and for every child.
 
-    TP  divides mamba_num_groups, num_query_groups and the padded vocabulary (then every shard holds whole groups)
+    TP  divides mamba_num_groups and num_query_groups (then every shard holds whole groups); the vocabulary is padded
     PP  divides the number of layers
     FP8 needs (2 D + 2 G N + m) % 16 == 0 per Mamba layer, and hidden and FFN sizes in multiples of 16
 
@@ -22,7 +22,7 @@ LARGEST = 16
 def deployment(layout: ParamLayout, subnet: Subnet) -> dict[str, Any]:
     """Legal parallel sizes (up to 16), whether FP8 linears fit, and what a stock Hugging Face config can say."""
     arch = layout.architecture
-    groups = (arch.mamba_num_groups, arch.num_query_groups, arch.vocab_size)
+    groups = (arch.mamba_num_groups, arch.num_query_groups)
     return {
         "tensor_parallel": [n for n in range(1, LARGEST + 1) if all(g % n == 0 for g in groups)],
         "pipeline_parallel": [n for n in range(1, LARGEST + 1) if subnet.num_layers % n == 0],

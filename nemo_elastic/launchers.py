@@ -5,14 +5,36 @@ makes a process believe that it is one of many, and wait for the others, or be s
 other launchers set (Slurm's, NODE_RANK) is never read.
 """
 
+import os
 from collections.abc import Mapping
 
-from .problems import Problem
+from .problems import Problem, ProblemsError
 
 RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 MEETING = ("MASTER_ADDR", "MASTER_PORT")  # may be there alone: a job script's own
 # Launchers that start many processes without torchrun's variables: (number of tasks, number of this one).
 OTHERS = {"srun": ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"), "mpirun": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")}
+
+
+def started_processes() -> int:
+    """Processes that torchrun started, on all machines; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def data_parallel_size(processes: int, tensor_model_parallel_size: int, pipeline_model_parallel_size: int) -> int:
+    """Replicas of the model that so many processes run.
+
+    Raises:
+        ProblemsError: they do not fill the layout.
+    """
+    needed = tensor_model_parallel_size * pipeline_model_parallel_size
+    if processes < 1:
+        raise ProblemsError([Problem("--nproc", f"{processes} must be at least 1")])
+    if processes % needed:
+        layout = f"tensor_model_parallel_size={tensor_model_parallel_size} x pipeline_model_parallel_size="
+        words = f"{layout}{pipeline_model_parallel_size} needs a multiple of {needed} processes, {processes} started; "
+        raise ProblemsError([Problem("train", words + "use torchrun --nproc-per-node or --nproc")])
+    return processes // needed
 
 
 def launcher_problems(environment: Mapping[str, str]) -> list[Problem]:

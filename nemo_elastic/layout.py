@@ -6,7 +6,8 @@ A `Factor` is `groups` groups of `count` units (plus `fixed` units at the end of
 in the package knows where z, x, B, C and dt lie. A name that no row matches is an error, never a pass-through.
 
 Tensor parallelism splits an axis by whole groups: a factor with `tp=True` holds `groups / tp_size` groups on a rank,
-so a rank's shard is described by the same table (`ParamLayout(..., tp_size=n)`). No torch here.
+so a rank's shard is described by the same table (`ParamLayout(..., tp_size=n)`). The vocabulary alone need not be a
+multiple: it is padded to the next one, as Megatron does, and the padding is `mcore.padded_vocabulary`'s. No torch here.
 """
 
 import re
@@ -23,7 +24,10 @@ from .space import DEFAULT_FFN_GROUPS, Subnet, layer_sizes
 
 @dataclass(frozen=True)
 class Factor:
-    """`groups` x (`count` elastic units + `fixed` units always kept). `dim=None`: nothing of it is ever cut."""
+    """`groups` x (`count` elastic units + `fixed` units always kept). `dim=None`: nothing of it is ever cut.
+
+    `padding`: how many of the groups, the last ones, are zeros that whole tensors do not have.
+    """
 
     dim: str | None
     groups: int
@@ -31,6 +35,7 @@ class Factor:
     fixed: int = 0
     tp: bool = False
     ranks: int = 1
+    padding: int = 0
 
     @property
     def local_groups(self) -> int:
@@ -145,7 +150,6 @@ class ParamLayout:
             "elastic.ffn_groups": self.ffn_groups,
             "model.mamba_num_groups": arch.mamba_num_groups,
             "model.num_query_groups": arch.num_query_groups,
-            "model.vocab_size (padded)": arch.vocab_size,
         }
         size = gcd(*whole.values())
         near = ", ".join(str(n) for n in range(1, min(size, 64) + 1) if size % n == 0)
@@ -157,8 +161,23 @@ class ParamLayout:
         if bad:
             raise ProblemsError(bad)
 
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding over all ranks: the vocabulary, up to the next multiple of `tp_size`."""
+        return -(-self.architecture.vocab_size // self.tp_size) * self.tp_size
+
+    def vocab_padding(self, rank: int) -> int:
+        """How many of a rank's rows, the last ones, stand for no token."""
+        rows = self.padded_vocab_size // self.tp_size
+        return min(rows, max(0, (rank + 1) * rows - self.architecture.vocab_size))
+
     def _factor(self, dim: str | None, groups: int, count: int, *, fixed: int = 0, tp: bool = False) -> Factor:
         return Factor(dim, groups, count, fixed, tp, self.tp_size if tp else 1)
+
+    def _vocabulary(self) -> Factor:
+        rows = self.padded_vocab_size
+        padding = rows - self.architecture.vocab_size
+        return Factor(None, rows, 1, tp=True, ranks=self.tp_size, padding=padding)
 
     @cached_property
     def axes(self) -> dict[str, Axis]:
@@ -175,7 +194,7 @@ class ParamLayout:
         b, c, dt = Segment("B", (state,)), Segment("C", (state,)), Segment("dt", (heads,))
         return {
             "hidden": (Segment("hidden", (factor("hidden_size", 1, a.hidden_size),)),),
-            "vocab": (Segment("vocab", (factor(None, a.vocab_size, 1, tp=True),)),),
+            "vocab": (Segment("vocab", (self._vocabulary(),)),),
             "ffn": (
                 Segment(
                     "ffn", (factor("ffn_hidden_size", self.ffn_groups, a.ffn_hidden_size // self.ffn_groups, tp=True),)

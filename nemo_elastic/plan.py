@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from .alignment import alignment_notes, convolution_notes
+from .alignment import alignment_notes, convolution_notes, padding_notes
 from .budget_cost import BudgetCost
 from .config.sections import RunConfig
 from .cost import flops, memory, parameters, parameters_by_kind
@@ -53,7 +53,11 @@ def plan(run: RunConfig, depth_ranking: tuple[int, ...] | None = None) -> dict[s
         except ProblemsError as error:
             found += error.problems
     tp = run.train.tensor_model_parallel_size
-    aligned = [*alignment_notes(family.space, tp), *convolution_notes(family.space, tp)]
+    aligned = [
+        *alignment_notes(family.space, tp),
+        *convolution_notes(family.space, tp),
+        *padding_notes(family.architecture, tp),
+    ]
     return described_plan(run.name, family, serving, budgets) | {
         "notes": [*family.notes, *_notes(family), *aligned, *misses(budgets, run.router.tolerance)],
         "problems": [{"key": p.key, "message": p.message} for p in dict.fromkeys(found)],

@@ -4,7 +4,8 @@ The lock is POSIX's (fcntl), because it is the one that holds where run folders 
 process ends however that ends, NFS carries it between hosts (v4 itself, v3 by lockd, and flock is made of it there),
 and a server drops it when a client is gone for its lease. A file that merely exists, or says a process id, would
 outlive a dead run or mean nothing on another host. Children that a run forks do not inherit it, so a helper that hangs
-keeps nothing. What is written in the file is only for the message.
+keeps nothing. What is written in the file is only for the message, and the file goes with the lock: after it is taken,
+its name must still be that of the file that was opened, else another one is opened.
 
 Where a file system has no locks (Lustre mounted without `flock`), a warning says that nothing watches over the folder.
 """
@@ -17,7 +18,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .problems import Problem, ProblemsError, raise_if_any
@@ -46,7 +47,7 @@ def lock_problems(out: Path) -> list[Problem]:
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Hold the lock of `out` for a block; the folder is made.
+    """Hold the lock of `out` for a block. The folder is made, and goes again where nothing is in it at the end.
 
     Raises:
         ProblemsError: another process has it; host and process are named.
@@ -55,17 +56,45 @@ def locked(out: Path) -> Iterator[None]:
     if path in _mine:  # a verb that calls another
         yield
         return
-    out.mkdir(parents=True, exist_ok=True)
-    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    made = _make(out)
+    file = -1
     try:
-        raise_if_any(_take(file, out))
+        file = _open_and_take(path, out)
         about = {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         os.ftruncate(file, 0)
         os.pwrite(file, json.dumps(about).encode(), 0)
         _mine.add(path)
         yield
     finally:
-        _mine.discard(path)
+        if path in _mine:
+            _mine.discard(path)
+            path.unlink(missing_ok=True)  # while the lock is held: who opened it before finds that it is gone
+        if file >= 0:
+            os.close(file)
+        for folder in made:
+            with suppress(OSError):  # something is in it
+                folder.rmdir()
+
+
+def _make(out: Path) -> list[Path]:
+    """Make `out`; the folders that were not there, innermost first."""
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    out.mkdir(parents=True, exist_ok=True)
+    return made
+
+
+def _open_and_take(path: Path, out: Path) -> int:
+    """The open file of a lock that was taken and still has its name."""
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            raise_if_any(_take(file, out))
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file), path.stat()):
+                    return file
+        except BaseException:
+            os.close(file)
+            raise
         os.close(file)
 
 

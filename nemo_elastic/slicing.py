@@ -180,20 +180,32 @@ def _factor_order(factor: Factor, orders: Mapping[str, Tensor]) -> Tensor:
 
 
 def shard(tensor: Tensor, spec: ParamSpec, rank: int) -> Tensor:
-    """A tensor-parallel rank's part of a whole parameter; `spec` is the row of the shard's table (`tp_size` > 1)."""
+    """A tensor-parallel rank's part of a whole parameter; `spec` is the row of the shard's table (`tp_size` > 1).
+
+    Padding of the vocabulary comes as zeros.
+    """
     for number, axis in enumerate(spec.axes):
         index = _shard_index(axis, rank)
         if index is not None:
-            tensor = tensor.index_select(number, index.to(tensor.device))
+            held = index[index < tensor.shape[number]]
+            part = tensor.index_select(number, held.to(tensor.device))
+            tensor = part if len(held) == len(index) else _padded(part, number, len(index) - len(held))
     return tensor
 
 
+def _padded(tensor: Tensor, number: int, more: int) -> Tensor:
+    shape = list(tensor.shape)
+    shape[number] = more
+    return torch.cat([tensor, tensor.new_zeros(shape)], dim=number)
+
+
 def unshard(shards: list[Tensor], spec: ParamSpec) -> Tensor:
-    """The whole parameter from all ranks' parts, in rank order."""
+    """The whole parameter from all ranks' parts, in rank order; padding of the vocabulary is cut."""
     for number, axis in enumerate(spec.axes):
         if _shard_index(axis, 0) is not None:
-            order = torch.cat([_shard_index(axis, rank) for rank in range(len(shards))])
-            return torch.cat(shards, dim=number).index_select(number, torch.argsort(order).to(shards[0].device))
+            order = torch.argsort(torch.cat([_shard_index(axis, rank) for rank in range(len(shards))]))
+            order = order[: len(order) - sum(f.padding for s in axis for f in s.factors)]
+            return torch.cat(shards, dim=number).index_select(number, order.to(shards[0].device))
     return shards[0]
 
 

@@ -50,7 +50,7 @@ A configuration is YAML under the keys below; every key is a dotted override on 
 here, the files named under `base:` (beside the file, else of the shipped `conf/`), the file itself, the command line.
 `nemo-elastic config` shows which one set each value. An unknown key is an error that names the nearest known one.
 """
-MODEL_WORDS = """NeMo `SSMConfig` field names verbatim, and `vocab_size` (padded). Required: {required}.
+MODEL_WORDS = """NeMo `SSMConfig` field names verbatim, and `vocab_size` (rows of the embedding). Required: {required}.
 Everything else has SSMConfig's default; `nemo-elastic config` shows what was set.
 """
 

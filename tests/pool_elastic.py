@@ -235,12 +235,12 @@ def summed_over_stages(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def evaluate_case(sp: bool) -> dict[str, Any]:
+def evaluate_case(sp: bool, vocab_size: int = 64) -> dict[str, Any]:
     """Held-out loss and logits of the whole model and of a subnet, on three batches (an odd number for DP2)."""
     from nemo_elastic.mcore.evaluate import heldout_loss, whole_logits
     from nemo_elastic.space import ElasticSpace
 
-    arch = architecture()
+    arch = architecture(vocab_size=vocab_size)
     space = ElasticSpace(architecture=arch, ffn_groups=FFN_GROUPS)
     model = build_elastic_model(arch, ffn_groups=FFN_GROUPS, sequence_parallel=sp)
     load_weights(model, random_weights(arch, torch.float32), arch, ffn_groups=FFN_GROUPS)

@@ -43,10 +43,11 @@ DIMS = {
 }
 
 
-def run_config(*, tied: bool = False, **distill: Any) -> RunConfig:
+def run_config(*, tied: bool = False, vocab_size: int = 64, **distill: Any) -> RunConfig:
+    sizes = SMALL | {"vocab_size": vocab_size}
     return load_values(
         {
-            "model": SMALL | {"hybrid_override_pattern": PATTERN, "share_embeddings_and_output_weights": tied},
+            "model": sizes | {"hybrid_override_pattern": PATTERN, "share_embeddings_and_output_weights": tied},
             "elastic": {
                 "ffn_groups": FFN_GROUPS,
                 "dims": DIMS,
@@ -74,7 +75,7 @@ def build(
         teacher.config,
         elastic_stack_spec(),
         layout=layout,
-        vocab_size=arch.vocab_size,
+        vocab_size=layout.padded_vocab_size,
         max_sequence_length=64,
         **layer_pattern(arch.hybrid_override_pattern),
         position_embedding_type="none",
@@ -99,6 +100,7 @@ def train_steps(
     dtype: torch.dtype = torch.float64,
     sp: bool = False,
     tied: bool = False,
+    vocab_size: int = 64,
     distill: dict[str, Any] | None = None,
     half: int | None = None,
     cache: str | None = None,
@@ -112,7 +114,7 @@ def train_steps(
         cache: folder of the teacher's states, filled first where it is not whole.
         optimize: take Adam steps in between (else the weights stay).
     """
-    run = run_config(tied=tied, **(distill or {}))
+    run = run_config(tied=tied, vocab_size=vocab_size, **(distill or {}))
     model, planner = build(run, dtype, sequence_parallel=sp, variable_seq_lengths=True,
                            moe_token_dispatcher_type="alltoall", pipeline_dtype=dtype, **more)  # fmt: skip
     config = model.config

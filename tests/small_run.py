@@ -45,25 +45,25 @@ train:
 """
 
 
-def write_run(folder: Path, steps: int = 16) -> Path:
-    """A random parent, a text and a configuration."""
+def write_run(folder: Path, steps: int = 16, **model: Any) -> Path:
+    """A random parent, a text and a configuration; `model`: other fields than `checkpoint_family`'s."""
     from checkpoint_family import MODEL, TOKENIZER, random_weights
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(random_weights(), folder / "parent.safetensors")
+    sizes = MODEL | {"seq_length": 32} | model
+    save_file(random_weights(sizes), folder / "parent.safetensors")
     (folder / "text.txt").write_text("".join(f"line {i} says {i * i % 97} and {i**3 % 89}\n" for i in range(6000)))
-    model = json.dumps(MODEL | {"seq_length": 32})
     config = folder / "run.yaml"
-    config.write_text(CONFIG.format(folder=folder, tokenizer=TOKENIZER, model=model, steps=steps))
+    config.write_text(CONFIG.format(folder=folder, tokenizer=TOKENIZER, model=json.dumps(sizes), steps=steps))
     return config
 
 
 class Server:
     """The forking process; see the module."""
 
-    def __init__(self, folder: Path, steps: int = 16, python: str = sys.executable) -> None:
-        self.folder, self.config = folder, write_run(folder, steps)
+    def __init__(self, folder: Path, steps: int = 16, python: str = sys.executable, **model: Any) -> None:
+        self.folder, self.config = folder, write_run(folder, steps, **model)
         root = Path(__file__).resolve().parent
         path = os.pathsep.join(map(str, (root.parent, root)))
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}

@@ -47,10 +47,10 @@ def never_started(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def tree(folder: Path) -> dict[str, tuple[int, int]]:
-    """Every file with size and time, and every folder, but for the cache of tokens and the lock of a run folder."""
+    """Every file with size and time, and every folder, but for the cache of tokens."""
     found = {}
     for path in sorted(folder.rglob("*")):
-        if "cache" not in path.relative_to(folder).parts and path.name != ".lock":
+        if "cache" not in path.relative_to(folder).parts:
             state = path.lstat()
             found[str(path.relative_to(folder))] = (state.st_size, state.st_mtime_ns) if path.is_file() else (0, 0)
     return found

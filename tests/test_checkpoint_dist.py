@@ -13,11 +13,14 @@ from worker_pool import WorkerPool
 
 from nemo_elastic.checkpoint.reader import MemoryReader, check_against_layout, lazy_tensors
 from nemo_elastic.config.model_fields import architecture_of
+from nemo_elastic.config.sections import ParentConfig
 from nemo_elastic.layout import ParamLayout
 from nemo_elastic.mcore.dist_checkpoint import TorchDistReader
 from nemo_elastic.mcore.dist_save import write_torch_dist
 from nemo_elastic.mcore.held_checkpoint import refuse_hostile
+from nemo_elastic.mcore.parents import open_parent
 from nemo_elastic.mcore.preflight import read_metadata
+from nemo_elastic.problems import ProblemsError
 from nemo_elastic.slicing import unshard
 
 LAYOUT = ParamLayout(architecture_of(MODEL))
@@ -132,3 +135,18 @@ def test_nemo_training_keys_that_are_no_weights_are_kept_apart(tmp_path: Path) -
     assert set(reader.names()) == set(LAYOUT.table)
     assert reader.other_keys() == [extra.name]
     assert torch.equal(reader.read_key(extra.name), torch.ones(3, 2))
+
+
+def test_a_tied_parent_with_another_output_layer(written: Path, tmp_path: Path) -> None:
+    """Said, and refused unless told which one counts; the same matrix twice is no contradiction."""
+    tied = ParamLayout(architecture_of({**MODEL, "share_embeddings_and_output_weights": True}))
+    with pytest.raises(ProblemsError, match=r"output_layer\.weight is not embedding\..*; say which one counts"):
+        open_parent(str(written), tied)
+    reader = open_parent(ParentConfig(path=str(written), output_weights="embedding"), tied)
+    assert set(reader.names()) == set(tied.table)
+    untied = open_parent(ParentConfig(path=str(written), output_weights="lm_head"), LAYOUT)
+    assert same_bytes(untied.read("output_layer.weight"), random_weights(seed=3)["output_layer.weight"])
+    weights = random_weights(seed=3)
+    weights["output_layer.weight"] = weights["embedding.word_embeddings.weight"].clone()
+    write_torch_dist(tmp_path / "weights", lazy_tensors(MemoryReader(weights)), LAYOUT)
+    assert "output_layer.weight" not in open_parent(str(tmp_path), tied).names()

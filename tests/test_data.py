@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 import platform
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from nemo_elastic.data.corpus import (
 )
 from nemo_elastic.data.text_files import find_text_files
 from nemo_elastic.data.tokenizer import BPETokenizer, train_bpe
-from nemo_elastic.data.tokens import load_tokens, tokenize, user_documents
+from nemo_elastic.data.tokens import identity_of, load_tokens, tokenize, user_documents
 from nemo_elastic.data.windows import Windows
 
 SOURCES = {"a.py": "import os\n", "b/c.py": "x = 1\n" * 40, "heapq.py": "def push(heap): ...\n"}
@@ -164,6 +165,24 @@ def test_cache_is_keyed_by_content(bpe: BPETokenizer, tmp_path: Path) -> None:
     text.write_text("gamma delta\n" * 2000)
     changed = load_tokens("train", bpe, paths=[text], cache_dir=cache)
     assert len(list(cache.iterdir())) == 2 and not np.array_equal(first, changed)
+
+
+def test_bytes_are_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By real path, size and time; what was written a moment ago may be written again at the same time."""
+    file, link, cache, hashed = tmp_path / "a.txt", tmp_path / "b.txt", tmp_path / "cache", []
+    stock = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda *words: hashed.append(words) or stock(*words))
+    file.write_text("one")
+    link.symlink_to(file)
+    new = identity_of(file, cache)
+    assert identity_of(file, cache) == new and len(hashed) == 2 and not cache.exists()
+    os.utime(file, (1, 1))
+    assert [identity_of(f, cache) for f in (file, link, file)] == [new] * 3 and len(hashed) == 3
+    file.write_text("two")
+    os.utime(file, (2, 2))
+    assert identity_of(link, cache) != new and len(hashed) == 4
+    next(cache.iterdir()).write_text("{")
+    assert identity_of(file, cache) != new and len(hashed) == 5
 
 
 def test_every_document_is_in_one_split(tmp_path: Path) -> None:

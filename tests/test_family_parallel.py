@@ -138,6 +138,27 @@ def test_a_layout_changes_nothing(request: pytest.FixtureRequest, one_rank: None
     assert_same(pool.run(pool_family.train_steps, **LAYOUTS[name], **KINDS[kind]), reference(kind))
 
 
+# No tensor-parallel size above 1 divides 61 rows: 62 at TP 2, 64 at TP 4.
+ODD: dict[str, dict[str, Any]] = {
+    "untied": {},
+    "tied": {"tied": True},
+    "logits": {"distill": {"fuse_output_layer": False, "loss": "reverse_kl", "ce_weight": 0.3}},
+    "top_k": {"distill": {"loss": "topk_kl", "top_k": 61, "temperature": 2.0}},
+}
+PADDED = [("tp2_sp", "untied"), ("tp4", "tied"), ("tp2", "logits"), ("tp4_sp", "top_k"), ("tp2_pp2_sp", "tied")]
+
+
+@pytest.mark.parametrize(("name", "kind"), PADDED)
+def test_a_vocabulary_that_tp_does_not_divide_is_padded_and_nothing_changes(
+    request: pytest.FixtureRequest, one_rank: None, name: str, kind: str
+) -> None:
+    settings = ODD[kind] | {"vocab_size": 61}
+    if f"odd {kind}" not in _references:
+        _references[f"odd {kind}"] = pool_family.train_steps(**settings)
+    pool: WorkerPool = request.getfixturevalue(f"pool{SIZES[name]}")
+    assert_same(pool.run(pool_family.train_steps, **LAYOUTS[name], **settings), _references[f"odd {kind}"])
+
+
 # Megatron clips fp32 gradients only, and Adam divides by their size: rounding grows with every step.
 ALL_STEPS = {"steps": (0, 1, 2, 3, 4, 5), "optimize": True, "dtype": torch.float32}
 
@@ -152,6 +173,16 @@ def test_six_steps_of_adam_end_alike(request: pytest.FixtureRequest, one_rank: N
         _references["adam"] = pool_family.train_steps(**ALL_STEPS)
     expected, pool = _references["adam"], request.getfixturevalue(f"pool{SIZES[name]}")
     for rank in pool.run(pool_family.train_steps, **LAYOUTS[name], **ALL_STEPS):
+        assert_same_run(rank, expected, 1e-3)
+
+
+@pytest.mark.slow
+def test_six_steps_of_adam_with_a_padded_vocabulary_end_alike(pool4: WorkerPool, one_rank: None) -> None:
+    settings = ALL_STEPS | {"vocab_size": 61, "tied": True}
+    expected = pool_family.train_steps(**settings)
+    for rank in pool4.run(pool_family.train_steps, **LAYOUTS["tp2_pp2_sp"], **settings):
+        for ours, theirs in zip(rank["steps"], expected["steps"], strict=True):
+            assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-4, abs=1e-5)
         assert_same_run(rank, expected, 1e-3)
 
 

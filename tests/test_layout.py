@@ -64,11 +64,21 @@ def test_names_of_wrappers_and_fused_norms_are_resolved() -> None:
 
 
 def test_tensor_parallelism_that_splits_a_group_is_refused() -> None:
-    """All four axes in one error."""
+    """All three axes in one error; the vocabulary is padded."""
     with pytest.raises(ProblemsError) as caught:
         ParamLayout(architecture(), ffn_groups=FFN_GROUPS, tp_size=3)
-    assert len(caught.value.problems) == 4
+    assert len(caught.value.problems) == 3
     assert all("3 must divide" in p.message for p in caught.value.problems)
+
+
+@pytest.mark.parametrize(("vocab_size", "tp", "rows", "padding"), [
+    (64, 4, 64, [0, 0, 0, 0]), (61, 2, 62, [0, 1]), (61, 4, 64, [0, 0, 0, 3]), (5, 4, 8, [0, 0, 1, 2]),
+])  # fmt: skip
+def test_a_vocabulary_is_padded_to_the_next_multiple(vocab_size: int, tp: int, rows: int, padding: list[int]) -> None:
+    layout = ParamLayout(architecture(vocab_size=vocab_size), ffn_groups=FFN_GROUPS, tp_size=tp)
+    assert layout.padded_vocab_size == rows
+    assert [layout.vocab_padding(rank) for rank in range(tp)] == padding
+    assert layout.table["output_layer.weight"].shape({})[0] == rows // tp
 
 
 @pytest.mark.parametrize("tp", [2, 4])

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -59,6 +60,34 @@ def test_resumed_run_reads_on_and_its_checkpoint_carries_the_tokenizer(tmp_path:
     carried = json.loads((tmp_path / "whole" / "tokenizer.json").read_text())
     assert carried["ids"] == BPETokenizer().encode("def f(x): return 12")
     assert Path(carried["file"]).is_relative_to(tmp_path / "whole")
+
+
+def test_a_checkpoint_does_not_go_on_with_another_text(tmp_path: Path) -> None:
+    from nemo_elastic.nemo.data import TextDataModule
+    from nemo_elastic.nemo.tokenizer import load_tokenizer
+
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"line {i} says {i * i % 97} and {i**3 % 89}\n" for i in range(3000)))
+    blend = blend_of(tmp_path, text)
+
+    def module(**change: object) -> TextDataModule:
+        settings = {"seq_length": 32, "blend": blend, "seed": 3, "cache_dir": str(tmp_path / "cache")}
+        made = TextDataModule(load_tokenizer(), **(settings | change))
+        made.trainer = SimpleNamespace(global_step=2)
+        return made
+
+    data = module()
+    data.data_sampler.init_global_step = 0
+    state = data.state_dict()
+    module().load_state_dict(state)
+    for change, told in (
+        ({"blend": blend[:2]}, r"data\.blend=.* differs from the checkpoint's"),
+        ({"blend": [*blend[:2], blend[2] | {"weight": 21}]}, r"data\.blend=.* differs from the checkpoint's"),
+        ({"seed": 4}, r"train\.seed=4 differs from the checkpoint's 3"),
+        ({"seq_length": 64}, r"train\.stages differs from the checkpoint's in its first 2 steps"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            module(**change).load_state_dict(state)
 
 
 def test_data_parallel_ranks_share_out_the_same_global_batch() -> None:

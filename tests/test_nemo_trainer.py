@@ -1,11 +1,13 @@
-"""From numbers to NeMo's objects: one padded vocabulary in every layout, and errors in the user's own keys."""
+"""From numbers to NeMo's objects: one vocabulary in every layout, and errors in the user's own keys."""
 
 import dataclasses
 import os
 
+import lightning.pytorch as pl
 import plain_training
 import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from nemo.collections import llm
 from small_parent import FFN_GROUPS, SMALL, architecture
 
@@ -20,12 +22,19 @@ MODEL = plain_training.TINY_PARENT
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
-def test_the_padded_vocabulary_is_the_same_in_every_layout(tp: int) -> None:
+def test_the_vocabulary_is_the_same_in_every_layout(tp: int) -> None:
     config = plain_config.plain_model_config(MODEL, tensor_model_parallel_size=tp)
     assert plain_config.check_vocabulary(config, 2000) == 2048
     assert plain_config.check_vocabulary(config, 2048) == 2048
     with pytest.raises(ValueError, match=r"2049 tokens, more than model\.vocab_size=2048"):
         plain_config.check_vocabulary(config, 2049)
+
+
+@pytest.mark.parametrize(("tp", "rows"), [(1, 2045), (2, 2046), (4, 2048)])
+def test_tp_adds_no_more_rows_than_divide_it(tp: int, rows: int) -> None:
+    config = plain_config.plain_model_config(MODEL | {"vocab_size": 2045}, tensor_model_parallel_size=tp)
+    for tokens in (1000, 2045):
+        assert plain_config.check_vocabulary(config, tokens) == rows
 
 
 def test_config_holds_the_users_fields_and_what_a_cpu_needs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +78,6 @@ def test_with_transformer_engine_all_models_of_a_process_leave_attention_to_it(
     [
         (MODEL | {"hiden_size": 3}, r"model\.hiden_size is not a field of SSMConfig; hidden_size\?"),
         (MODEL | {"activation_func": "tanh"}, r"model\.activation_func='tanh' must be one of squared_relu"),
-        (MODEL | {"vocab_size": 2047}, r"model\.vocab_size=2047 must be a multiple of .*parallel_size=2"),
     ],
 )
 def test_config_errors_name_the_users_keys(model: dict[str, object], message: str) -> None:
@@ -87,7 +95,9 @@ def test_the_known_fields_are_those_of_the_installed_nemo() -> None:
 
 def test_layout_is_checked_against_the_processes_that_were_started() -> None:
     assert trainer.check_layout(8, 2, 2, global_batch_size=8, micro_batch_size=2) == 2
-    with pytest.raises(ValueError, match=r"multiple of 4 processes, 6 started; start with torchrun --nproc-per-node 4"):
+    with pytest.raises(
+        ValueError, match=r"multiple of 4 processes, 6 started; use torchrun --nproc-per-node or --nproc"
+    ):
         trainer.check_layout(6, 2, 2, global_batch_size=8, micro_batch_size=2)
     with pytest.raises(ValueError, match=r"train\.global_batch_size=6 must be a multiple of .*=2 x 2 data-parallel"):
         trainer.check_layout(2, 1, 1, global_batch_size=6, micro_batch_size=2)
@@ -96,10 +106,30 @@ def test_layout_is_checked_against_the_processes_that_were_started() -> None:
 def test_started_processes_are_those_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    assert trainer.started_processes() == (1, 1)
-    monkeypatch.setenv("WORLD_SIZE", "16")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert trainer.started_processes() == (2, 8)
+    assert trainer.lightning_layout()[:2] == (1, 1)
+    for name, value in {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8", "RANK": "11", "LOCAL_RANK": "3"}.items():
+        monkeypatch.setenv(name, value)
+    assert trainer.lightning_layout()[:2] == (2, 8)
+
+
+@pytest.mark.parametrize(("visible", "nodes", "devices", "device"), [(8, 2, 8, 3), (1, 16, 1, 0)])
+def test_lightning_takes_the_gpu_that_a_process_sees(
+    monkeypatch: pytest.MonkeyPatch, visible: int, nodes: int, devices: int, device: int
+) -> None:
+    """All of a machine's, or by CUDA_VISIBLE_DEVICES one of them each. The counts are made up: no GPU is here."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr("lightning.fabric.accelerators.cuda.num_cuda_devices", lambda: visible)
+    torchrun = {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8", "RANK": "11", "LOCAL_RANK": "3", "GROUP_RANK": "1"}
+    for name, value in torchrun.items():
+        monkeypatch.setenv(name, value)
+    *counts, environment = trainer.lightning_layout()
+    assert counts == [nodes, devices]
+    made = pl.Trainer(
+        accelerator="gpu", devices=devices, num_nodes=nodes, strategy=DDPStrategy(), plugins=[environment], logger=False
+    )
+    assert made.strategy.root_device == torch.device("cuda", device)
+    assert (made.world_size, made.global_rank) == (16, 11)
 
 
 def test_cosine_needs_its_end_and_the_distributed_optimizer_is_for_gpus() -> None:

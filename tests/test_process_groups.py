@@ -45,6 +45,26 @@ def test_the_only_gpu_that_a_process_sees_is_its_own(pool2: WorkerPool) -> None:
         assert seen[0] == ("set", torch.device("cuda", 0))
 
 
+@pytest.mark.parametrize("environment", [{}, {"RANK": "0", "WORLD_SIZE": "1"}], ids=["bare", "left_over"])
+def test_one_process_needs_nobodys_address(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def init(backend: str, **keywords: Any) -> None:
+        seen.append(keywords)
+        raise InterruptedError
+
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # and back again afterwards
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(dist, "init_process_group", init)
+    with pytest.raises(InterruptedError):
+        process_groups.start()
+    assert (seen[0]["rank"], seen[0]["world_size"]) == (0, 1) and isinstance(seen[0]["store"], dist.TCPStore)
+
+
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)

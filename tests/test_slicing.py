@@ -222,6 +222,17 @@ def test_shards(name: str, tp: int) -> None:
             assert torch.equal(take(shards[rank], part, sizes), shard(child, child_part, rank))
 
 
+@pytest.mark.parametrize(("vocab_size", "tp"), [(61, 2), (61, 4), (5, 4)])
+def test_padding_is_zeros_at_the_end_and_is_cut_again(vocab_size: int, tp: int) -> None:
+    layout = ParamLayout(architecture("M*-", vocab_size=vocab_size), ffn_groups=FFN_GROUPS, tp_size=tp)
+    part, whole = layout.table["output_layer.weight"], torch.randn(vocab_size, A["hidden_size"])
+    shards = [shard(whole, part, rank) for rank in range(tp)]
+    assert all(tuple(s.shape) == part.shape({}) for s in shards)
+    assert torch.equal(torch.cat(shards)[:vocab_size], whole)
+    assert not torch.cat(shards)[vocab_size:].any()
+    assert torch.equal(unshard(shards, part), whole)
+
+
 def test_shards_are_megatrons_own() -> None:
     """A rank has its part of EACH of z, x, B, C and dt, not a contiguous block of the rows."""
     name = "decoder.layers.0.mixer.in_proj.weight"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from nemo_elastic import runlock
 from nemo_elastic.cli.main import main
 from nemo_elastic.config import load_config
 from nemo_elastic.launchers import launcher_problems
@@ -241,6 +242,8 @@ def stopped(tmp_path: Path) -> Path:
         (["elastic.ffn_groups=4"], "elastic.ffn_groups: 4, but"),
         (["train.precision=bf16-mixed"], "train.precision: 'bf16-mixed', but the run in"),
         (["train.seed=7"], "train.seed: 7, but"),
+        (["data.blend=[{path: other.jsonl}]"], "data.blend.0.path: 'other.jsonl', but"),
+        (["data.chat.layout=packed"], "data.chat.layout: 'packed', but"),
         (["router.frozen=true"], "router.frozen: True, but"),
         (["router.soft_fraction=0.1"], "router.soft_fraction: 0.1, but"),
         (["model.layernorm_epsilon=1.0e-6"], "model.layernorm_epsilon: 1e-06, but"),
@@ -307,6 +310,40 @@ def test_who_only_looks_whether_a_run_is_at_work_is_in_nobodys_way(tmp_path: Pat
         assert other.stdout.readline() == "1\n"
         assert lock_problems(tmp_path) == []
         other.stdin.write("\n")
+
+
+def test_a_lock_goes_with_its_block_and_takes_what_it_made(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="refused"), locked(tmp_path / "new" / "run"):
+        assert (tmp_path / "new" / "run" / ".lock").is_file()
+        raise ValueError("refused")
+    assert list(tmp_path.iterdir()) == []
+    with locked(tmp_path / "run"):
+        (tmp_path / "run" / "written").touch()
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["written"]
+
+
+def test_a_lock_whose_file_went_away_meanwhile_is_taken_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opened while another holds it, locked when that one is gone: a file without a name guards nothing."""
+    hold = (
+        "import sys; from pathlib import Path; from nemo_elastic.runlock import locked\n"
+        "with locked(Path(sys.argv[1])): print(1, flush=True); input()"
+    )
+    command, take, seen = [sys.executable, "-c", hold, str(tmp_path)], runlock._take, []
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "1\n"
+
+        def late(file: int, out: Path, *kind: int) -> list:
+            if not seen:
+                other.communicate("\n", timeout=60)
+            seen.append(os.fstat(file).st_nlink)
+            return take(file, out, *kind)
+
+        monkeypatch.setattr(runlock, "_take", late)
+        with locked(tmp_path):
+            assert seen == [0, 1] and (tmp_path / ".lock").is_file()
+            second = subprocess.run(command, input="\n", capture_output=True, text=True)
+            assert second.returncode and f"is being written by process {os.getpid()} on" in second.stderr
+    assert not (tmp_path / ".lock").exists()
 
 
 def test_a_full_disk_is_one_message(monkeypatch: pytest.MonkeyPatch, bare, capsys) -> None:

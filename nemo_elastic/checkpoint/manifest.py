@@ -36,7 +36,7 @@ class Manifest:
     """A nested family.
 
     Args:
-        model: the parent's `model` section (`SSMConfig` field names; `vocab_size` is the padded one).
+        model: the parent's `model` section (`SSMConfig` field names; `vocab_size` is the rows of the embedding).
         space: every legal subnet; its `depth_ranking` is the measured one.
         budgets, subnets: by budget name; `subnets[name]` is the child that `extract --budget name` reads out.
         rankings: what else `rank` found and how (free form, JSON).

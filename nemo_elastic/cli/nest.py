@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     work = Run(resolved, out)
     raise_if_any(changed_keys(out, resolved.config, resolved.values, FAMILY))
-    with locked(out) if out.is_dir() else nullcontext():
+    with locked(out):
         nested = work.nest(Path(given[0]) if given else None, force=arguments.force)
     if arguments.json:
         arguments.answer.json({"nested": str(nested)})

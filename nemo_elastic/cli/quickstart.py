@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
     folders(arguments)
     resolved = configuration(arguments, default="tiny_parent.yaml")
     out = run_folder(arguments, "quickstart") if arguments.out else free_folder(USUAL, arguments.force)
-    from ..mcore.checks import started_processes
+    from ..launchers import started_processes
     from ..nemo.start_checks import check_train
 
     processes = started_processes() if arguments.nproc is None else arguments.nproc

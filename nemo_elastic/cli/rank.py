@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     resolved = configuration(arguments)
     out = run_folder(arguments, resolved.config.name)
     quiet_libraries(arguments.verbose)
-    from ..mcore.checks import started_processes
+    from ..launchers import started_processes
     from ..nemo.start_checks import check_rank
 
     check_rank(resolved, out, started_processes() if arguments.nproc is None else arguments.nproc)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +54,7 @@ def sort_run(resolved: Any, out: Path, *, force: bool = False) -> Path:
         raise ProblemsError([Problem(str(out), words)])
     cpu.install()
     parent, layout = resolved.config.parent, family_of(resolved.config).layout
-    with locked(out) if out.is_dir() else nullcontext():
+    with locked(out):
         importance = stored_importance(resolved, out)
         return write_sorted(
             out / FOLDER, open_parent(parent, layout), layout, importance, source=parent.path, force=force

@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
     resolved = configuration(arguments)
     out = run_folder(arguments, resolved.config.name)
     quiet_libraries(arguments.verbose)
-    from ..mcore.checks import started_processes
+    from ..launchers import started_processes
     from ..nemo.start_checks import check_train
 
     processes = started_processes() if arguments.nproc is None else arguments.nproc

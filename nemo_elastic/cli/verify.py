@@ -53,7 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ProblemsError([Problem(nested, "its manifest holds no run configuration; it was not made by `train`")])
     run_config = load_config(None, overrides(arguments), base=_with_own_tokenizer(stored, Path(nested))).config
     children = _children(Path(nested), child, arguments.budget, list(manifest.subnets), arguments.format)
-    from ..mcore.checks import check_processes, started_processes
+    from ..launchers import started_processes
+    from ..mcore.checks import check_processes
 
     processes = started_processes() if arguments.nproc is None else arguments.nproc
     check_processes(run_config, processes, trains=False)

@@ -61,7 +61,7 @@ def load_conversations(
     """
     template = template_for(tokenizer, chat)
     form = template.identity if template else [chat.start, chat.end]
-    key = json.dumps([_VERSION, split, tokenizer.sha256, [identity_of(f) for f in files], form])
+    key = json.dumps([_VERSION, split, tokenizer.sha256, [identity_of(f, cache_dir) for f in files], form])
     stem = f"chat-{split}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     folder = Path(cache_dir) if cache_dir else default_cache_dir()
     parts = [folder / f"{stem}-{name}.npy" for name in ("ids", "mask", "ends")]

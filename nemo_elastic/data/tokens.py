@@ -14,9 +14,10 @@ import hashlib
 import json
 import logging
 import os
+import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,12 +27,14 @@ from nemo_elastic.data.corpus import DEFAULT_LIST, SPLITS, load_corpus_list, rea
 from nemo_elastic.data.records import blocks, texts
 from nemo_elastic.data.text_files import find_text_files, kind_and_packing, kind_of
 from nemo_elastic.data.tokenizer import BPETokenizer
+from nemo_elastic.files import read_json, write_json
 
 logger = logging.getLogger(__name__)
 
 HELDOUT_EVERY = 33  # of a user's documents, every 33rd block of text is held out: 3 %
 _TOGETHER = 1 << 22  # characters that are tokenized at once
 _VERSION = 1  # part of every cache's name: raise it when the same input should give other tokens
+SETTLED_NS = 5_000_000_000  # a file this long untouched keeps its time's meaning, also on file systems of whole seconds
 T = TypeVar("T")
 
 
@@ -90,7 +93,7 @@ def load_tokens(
         raise ValueError(f"split={split!r} is not one of {', '.join(SPLITS)}")
     if paths:
         files = find_text_files(paths)
-        identity: list[object] = [identity_of(f) for f in files]
+        identity: list[object] = [identity_of(f, cache_dir) for f in files]
         documents = user_documents(files, split)
     else:
         listed = usable_files(load_corpus_list(Path(corpus_list)))
@@ -112,10 +115,27 @@ def load_tokens(
     return np.load(cache, mmap_mode="r")
 
 
-def identity_of(file: Path) -> list[object]:
-    """What a file's tokens depend on: how it is read, and its bytes."""
+def identity_of(file: Path, cache_dir: str | Path | None = None) -> list[object]:
+    """What a file's tokens depend on: how it is read, and its bytes.
+
+    Bytes are hashed once: the cache notes a file's hash by its real path, size and time. A file that was written in the
+    last seconds is not noted, as it may be written again within the same tick of its clock.
+    """
+    real, state = os.path.realpath(file), file.stat()
+    seen = {"path": real, "size": state.st_size, "mtime_ns": state.st_mtime_ns}
+    name = hashlib.sha256(os.fsencode(real)).hexdigest()[:16]
+    note = (Path(cache_dir) if cache_dir else default_cache_dir()) / f"hash-{name}.json"
+    with suppress(OSError, ValueError, KeyError, AttributeError):
+        noted = read_json(note)
+        if {key: noted.get(key) for key in seen} == seen:
+            return [kind_and_packing(file), str(noted["sha256"])]
     with file.open("rb") as content:
-        return [kind_and_packing(file), hashlib.file_digest(content, "sha256").hexdigest()]
+        digest = hashlib.file_digest(content, "sha256").hexdigest()
+    if time.time_ns() - state.st_mtime_ns > SETTLED_NS:
+        with suppress(OSError):  # a cache that cannot be written is said elsewhere
+            note.parent.mkdir(parents=True, exist_ok=True)
+            write_json(note, seen | {"sha256": digest})
+    return [kind_and_packing(file), digest]
 
 
 def user_documents(files: Iterable[Path], split: str) -> Iterator[str]:

@@ -29,6 +29,7 @@ def fused_kd_loss(
     mask: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
     reduce_hidden_gradient: bool = True,
+    padding: int = 0,
 ) -> KDLoss:
     """`kd_loss` of the two output layers' logits.
 
@@ -39,6 +40,7 @@ def fused_kd_loss(
         labels, mask, group: as in `kd_loss`.
         reduce_hidden_gradient: sum the hidden states' gradient over `group`, as a column-parallel layer does. False
             under sequence parallelism, where the gather before this loss reduces and scatters it.
+        padding: rows at the end of this rank's weights that stand for no token: no probability, no gradient.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -63,6 +65,7 @@ def fused_kd_loss(
         config,
         group,
         reduce_hidden_gradient,
+        padding,
     )
     return KDLoss(total, kd, ce, weights.sum())
 
@@ -80,19 +83,24 @@ def _check_teacher(hidden: Tensor, weight: Tensor, tokens: torch.Size, vocabular
         raise ValueError(f"vocabularies differ: student {vocabulary}, teacher {weight.shape[0]}")
 
 
-def _logits(hidden: Tensor, weight: Tensor, into: Tensor) -> Tensor:
+def _logits(hidden: Tensor, weight: Tensor, into: Tensor, padding: int) -> Tensor:
     """`hidden weight^T` in fp32; the product itself is in the weights' dtype, as the output layer's is."""
     if weight.dtype == into.dtype:
-        return torch.mm(hidden, weight.t(), out=into)
-    return into.copy_(torch.mm(hidden.to(weight.dtype), weight.t()))
+        torch.mm(hidden, weight.t(), out=into)
+    else:
+        into.copy_(torch.mm(hidden.to(weight.dtype), weight.t()))
+    if padding:
+        into[:, into.shape[1] - padding :] = NO_TOKEN
+    return into
 
 
+NO_TOKEN = -1e30  # logit of a padded row; finite, so that a student's and a teacher's differ by 0
 CPU_CHUNK_ELEMENTS = 1 << 22  # three fp32 buffers of 16 MB
 
 
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, teacher_hidden, teacher_weight, labels, weights, config, group, reduce):
+    def forward(ctx, hidden, weight, teacher_hidden, teacher_weight, labels, weights, config, group, reduce, padding):
         count, vocabulary = hidden.shape[0], weight.shape[0]
         length = min(count, fused_chunk_length(config, vocabulary, hidden.device))
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
@@ -104,8 +112,8 @@ class _FusedLoss(torch.autograd.Function):
         for begin in range(0, count, length):
             rows = slice(begin, min(begin + length, count))
             student, scratch, *others = (b[: rows.stop - begin] for b in buffers)
-            _logits(hidden[rows], weight, student)
-            teacher = _logits(teacher_hidden[rows], teacher_weight, others[0]) if others else None
+            _logits(hidden[rows], weight, student, padding)
+            teacher = _logits(teacher_hidden[rows], teacher_weight, others[0], padding) if others else None
             own_labels = None if labels is None else labels[rows]
             kd_rows, ce_rows = chunk_loss(student, teacher, own_labels, weights[rows], config, group, scratch)
             # `student` now holds the logits' gradient
@@ -133,7 +141,7 @@ class _FusedLoss(torch.autograd.Function):
             raise RuntimeError("the fused distillation loss frees its gradients in the backward: it cannot run twice")
         ctx.ran, gradients, ctx.gradients = True, ctx.gradients, None
         scaled = [None if g is None else g.mul_(grad_total.to(g.dtype)) for g in gradients]
-        return (*scaled, *(None,) * 7)
+        return (*scaled, *(None,) * 8)
 
 
 def _accumulate(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:

@@ -21,6 +21,7 @@ from ..space import DEFAULT_FFN_GROUPS
 from .elastic.model import ElasticMambaModel
 from .elastic.spec import elastic_stack_spec
 from .layer_specs import attention_backend, hybrid_stack_spec, local_stack_spec
+from .padded_vocabulary import PaddedModel
 from .versions import HybridModel, layer_pattern, parameter_name, squared_relu
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -89,7 +90,7 @@ def build_plain_model(
     local: bool = False,
     **more: Any,
 ) -> HybridModel:
-    """The stock Megatron model of this rank (no elastic class in it).
+    """The stock Megatron model of this rank (no elastic class in it), its padded vocabulary masked where it has one.
 
     Args:
         local: Megatron's own linears even where Transformer Engine is installed.
@@ -97,7 +98,13 @@ def build_plain_model(
     """
     config = config or transformer_config(model, **more)
     spec = local_stack_spec() if local else hybrid_stack_spec()
-    return HybridModel(config, spec, **_model_arguments(sizes_of(model)))
+    architecture, size = sizes_of(model), config.tensor_model_parallel_size
+    if architecture.vocab_size % size == 0:
+        return HybridModel(config, spec, vocab_size=architecture.vocab_size, **_model_arguments(architecture))
+    layout = ParamLayout(architecture, ffn_groups=size, tp_size=size)  # its vocabulary alone is asked for
+    return PaddedModel(
+        config, spec, layout=layout, vocab_size=layout.padded_vocab_size, **_model_arguments(architecture)
+    )
 
 
 def build_elastic_model(
@@ -112,12 +119,13 @@ def build_elastic_model(
     config, architecture = config or transformer_config(model, **more), sizes_of(model)
     layout = ParamLayout(architecture, ffn_groups=ffn_groups, tp_size=config.tensor_model_parallel_size)
     spec = elastic_stack_spec(local=local)
-    return ElasticMambaModel(config, spec, layout=layout, **_model_arguments(architecture))
+    return ElasticMambaModel(
+        config, spec, layout=layout, vocab_size=layout.padded_vocab_size, **_model_arguments(architecture)
+    )
 
 
 def _model_arguments(architecture: Architecture) -> dict[str, Any]:
     return {
-        "vocab_size": architecture.vocab_size,
         "max_sequence_length": 1 << 20,
         **layer_pattern(architecture.hybrid_override_pattern),
         "pre_process": parallel_state.is_pipeline_first_stage(),

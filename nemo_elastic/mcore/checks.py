@@ -13,6 +13,7 @@ from ..alignment import convolution_notes
 from ..config.sections import RunConfig
 from ..family import family_of
 from ..files import folder_problems
+from ..launchers import data_parallel_size
 from ..plan import plan
 from ..problems import Problem, ProblemsError, raise_if_any
 from .cpu import has_mamba_kernels
@@ -68,11 +69,6 @@ def kernel_problems(config: RunConfig) -> list[Problem]:
     return [Problem("elastic.dims", note) for note in notes]
 
 
-def started_processes() -> int:
-    """Processes that torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
 def check_processes(config: RunConfig, processes: int, *, ranks: bool = False, trains: bool = True) -> None:
     """Whether so many processes can be dealt to the layout, and the samples to its replicas.
 
@@ -85,15 +81,9 @@ def check_processes(config: RunConfig, processes: int, *, ranks: bool = False, t
     """
     settings = config.train
     tp, pp = settings.tensor_model_parallel_size, settings.pipeline_model_parallel_size
-    if processes < 1:
-        raise ProblemsError([Problem("--nproc", f"{processes} must be at least 1")])
-    if processes % (tp * pp):
-        words = f"tensor_model_parallel_size={tp} x pipeline_model_parallel_size={pp} needs a multiple of {tp * pp} "
-        words += f"processes, {processes} started; use torchrun --nproc-per-node or --nproc"
-        raise ProblemsError([Problem("train", words)])
+    replicas, found = data_parallel_size(processes, tp, pp), []
     if trains and not settings.stages:
         raise ProblemsError([NO_STAGES])
-    replicas, found = processes // (tp * pp), []
     for i, stage in enumerate(settings.stages if trains else ()):
         micro = stage.micro_batch_size or settings.micro_batch_size
         if stage.global_batch_size % (micro * replicas):

@@ -204,9 +204,9 @@ class DepthAblation:
         weight = self.stack.output_weight().detach()
         weight = weight if weight.dtype == torch.float64 else weight.float()
         if centred:
-            total = weight.sum(0)
+            total = torch.cat([weight.sum(0), weight.new_tensor([len(weight)])])  # ranks may differ by padding
             dist.all_reduce(total, group=self.groups.tp)
-            weight = weight - total / (len(weight) * self.groups.tp.size())
+            weight = weight - total[:-1] / total[-1]
         gram = weight.t() @ weight
         dist.all_reduce(gram, group=self.groups.tp)
         return gram

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .build import unwrapped
 from .elastic.plan import Plan
+from .padded_vocabulary import real_vocab_size
 
 
 @torch.no_grad()
@@ -103,7 +104,7 @@ def whole_logits(model: nn.Module, tokens: Tensor, plan: Plan | None = None) -> 
         out = model(ids, positions, None, **keywords)
 
         def keep(logits: Tensor):
-            found.append(_over_vocabulary(logits).float().cpu())
+            found.append(_over_vocabulary(logits, core).float().cpu())
             return logits.float().sum(), {}
 
         return out, keep
@@ -126,10 +127,10 @@ def whole_logits(model: nn.Module, tokens: Tensor, plan: Plan | None = None) -> 
     return payload[0]
 
 
-def _over_vocabulary(logits: Tensor) -> Tensor:
+def _over_vocabulary(logits: Tensor, core: nn.Module) -> Tensor:
     size = parallel_state.get_tensor_model_parallel_world_size()
     if size == 1:
         return logits
     shards = [torch.empty_like(logits) for _ in range(size)]
     dist.all_gather(shards, logits.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
-    return torch.cat(shards, dim=-1)
+    return torch.cat(shards, dim=-1)[..., : real_vocab_size(core)]

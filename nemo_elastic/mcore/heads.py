@@ -24,6 +24,7 @@ from ..distill.losses import KDLoss, kd_loss
 from .elastic.linear import taken_view
 from .elastic.model import ElasticMambaModel
 from .elastic.plan import Plan
+from .padded_vocabulary import masked, padding_of
 from .parallel import tensor_parallel_group
 
 
@@ -36,17 +37,19 @@ class Head:
         weight: `[v/tp, k]`.
         kept: channels that the lane keeps, or a weight per channel (soft).
         gathered: sequence parallelism gathered `hidden`: its gradient is reduced there.
+        padding: how many of the rows of `weight`, the last ones, stand for no token.
     """
 
     hidden: Tensor
     weight: Tensor
     kept: int | Tensor
     gathered: bool
+    padding: int = 0
 
     def logits(self) -> Tensor:
         """`[s, b, v/tp]`."""
         x = self.hidden if self.gathered else copy_to_tensor_model_parallel_region(self.hidden)
-        return F.linear(x, self.weight)
+        return masked(F.linear(x, self.weight), self.padding)
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ def cached_head(model: nn.Module, hidden: Tensor) -> Head:
         weight,
         model.config.hidden_size,
         bool(model.config.sequence_parallel),
+        padding_of(model),
     )
 
 
@@ -99,7 +103,7 @@ def _head(model: nn.Module, hidden: Tensor, weight: Tensor, kept: int | Tensor) 
     gathered = bool(model.config.sequence_parallel)
     if gathered:
         hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
-    return Head(hidden, weight, kept, gathered)
+    return Head(hidden, weight, kept, gathered, padding_of(model))
 
 
 def head_loss(student: Head, teacher: Head | None, config: DistillConfig, *, labels: Tensor, mask: Tensor) -> KDLoss:
@@ -120,6 +124,7 @@ def head_loss(student: Head, teacher: Head | None, config: DistillConfig, *, lab
             mask=mask,
             group=group,
             reduce_hidden_gradient=not student.gathered,
+            padding=student.padding,
         )
     else:
         logits = None if teacher is None else teacher.logits()

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..architecture import Architecture
 from ..checkpoint.reader import LazyTensor, SafetensorsReader, TensorReader, check_against_layout, lazy_tensors
+from ..checkpoint.tied import tied_reader
 from ..checkpoint.writer import atomic_folder, tensor_bytes, write_safetensors, write_safetensors_file
 from ..config.parent_files import folder_of, is_hugging_face, read_json
 from ..config.sections import ParentConfig
@@ -64,15 +65,18 @@ def weights_digest(reader: TensorReader, layout: ParamLayout) -> str:
 
 
 def _reader(folder: Path, architecture: Architecture, output_weights: str | None) -> TensorReader:
-    if (folder / "weights").is_dir() or (folder / ".metadata").is_file():
-        from .dist_checkpoint import TorchDistReader
-
-        return TorchDistReader(folder)
     if (folder / "config.json").is_file() and is_hugging_face(read_json(folder / "config.json")):
         from ..checkpoint.huggingface import HuggingFaceReader
 
         return HuggingFaceReader(folder, architecture, output_weights)
-    return SafetensorsReader(folder)
+    reader: TensorReader
+    if (folder / "weights").is_dir() or (folder / ".metadata").is_file():
+        from .dist_checkpoint import TorchDistReader
+
+        reader = TorchDistReader(folder)
+    else:
+        reader = SafetensorsReader(folder)
+    return tied_reader(reader, folder, output_weights) if architecture.share_embeddings_and_output_weights else reader
 
 
 @dataclass(frozen=True)

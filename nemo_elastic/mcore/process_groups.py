@@ -21,6 +21,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from ..config.sections import TrainConfig
+from ..launchers import data_parallel_size, started_processes
 from ..problems import Problem, ProblemsError, raise_if_any
 from . import cpu
 
@@ -40,27 +41,21 @@ def start(
         wait_minutes: limit of `barrier` and `on_first_rank`; None: as it is.
 
     Raises:
-        ProblemsError: more processes on this machine than GPUs.
-        ValueError: when the started processes do not fill the layout.
+        ProblemsError: more processes on this machine than GPUs, or processes that do not fill the layout.
     """
     cpu.install()
     if wait_minutes is not None and timedelta(minutes=wait_minutes) != _waits["limit"]:
         _waits.update(group=None, limit=timedelta(minutes=wait_minutes))
     if not dist.is_initialized():
         store = None
-        if "RANK" not in os.environ:
+        if started_processes() == 1:  # whoever says so, and whether it says where to meet
             store = dist.TCPStore("127.0.0.1", 0, 1, True)  # port 0: one that nobody else can take meanwhile
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port), RANK="0", WORLD_SIZE="1")
         device = own_gpu()  # before the first collective: NCCL takes the current device, which is the first one
         alone = {} if store is None else {"store": store, "rank": 0, "world_size": 1}
         dist.init_process_group("gloo" if device is None else "nccl", device_id=device, **alone)
     wanted = (tensor_model_parallel_size, pipeline_model_parallel_size)
-    world = dist.get_world_size()
-    if world % (wanted[0] * wanted[1]):
-        raise ValueError(
-            f"train.tensor_model_parallel_size={wanted[0]} x train.pipeline_model_parallel_size={wanted[1]} needs a "
-            f"multiple of {wanted[0] * wanted[1]} processes, {world} started; use torchrun --nproc-per-node or --nproc"
-        )
+    data_parallel_size(dist.get_world_size(), *wanted)
     if parallel_state.model_parallel_is_initialized():
         tp = parallel_state.get_tensor_model_parallel_world_size()
         pp = parallel_state.get_pipeline_model_parallel_world_size()

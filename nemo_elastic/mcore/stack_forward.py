@@ -15,6 +15,8 @@ from megatron.core import parallel_state
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
+from .padded_vocabulary import padding_of
+
 SENDS_IN_FLIGHT = 8
 
 
@@ -100,10 +102,10 @@ class StackForward:
         return self.final_norm(hidden)
 
     def output_weight(self) -> Tensor:
-        """This rank's rows `[v/tp, h]` of the output layer; last stage only."""
-        if self.model.share_embeddings_and_output_weights:
-            return self.model.shared_embedding_or_output_weight()
-        return self.model.output_layer.weight
+        """This rank's rows `[v/tp, h]` of the output layer, but for padding; last stage only."""
+        tied = self.model.share_embeddings_and_output_weights
+        weight = self.model.shared_embedding_or_output_weight() if tied else self.model.output_layer.weight
+        return weight[: len(weight) - padding_of(self.model)]
 
     def send(self, hidden: Tensor) -> None:
         """Hand `hidden` to the next stage; returns before it has arrived."""

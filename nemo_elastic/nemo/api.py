@@ -14,7 +14,7 @@ from pathlib import Path
 
 from nemo_elastic.config import Resolved, load_config
 from nemo_elastic.importance.store import Importance
-from nemo_elastic.mcore.checks import is_ranked, started_processes
+from nemo_elastic.launchers import started_processes
 from nemo_elastic.mcore.one_run import one_run
 from nemo_elastic.nemo.pipeline import Progress, Run, quickstart
 from nemo_elastic.nemo.start_checks import check_rank, check_train
@@ -58,8 +58,7 @@ def rank(
         ProblemsError: anything wrong with configuration, layout or parent.
     """
     run = resolved_run(config, out, overrides, progress)
-    if not is_ranked(run.out):
-        check_rank(run.resolved, run.out, started_processes())
+    check_rank(run.resolved, run.out, started_processes(), once=True)
     return run.importance(resume=resume)
 
 

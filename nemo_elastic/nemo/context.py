@@ -47,8 +47,9 @@ def vocab_divisor(vocab_size: int, tokenizer_vocab_size: int | None) -> int:
         return -(-tokens // step) * step == vocab_size
 
     candidates = [d for d in (128, 64, 32, 16, 8, 4, 2, 1) if holds(d)]
-    best = max(candidates, key=lambda d: sum(holds(d * tp) for tp in (1, 2, 4, 8)), default=vocab_size)
-    return best
+    if not candidates:  # an odd vocabulary: little is added at other TP
+        return next(d for d in range(1, vocab_size + 1) if holds(d))
+    return max(candidates, key=lambda d: sum(holds(d * tp) for tp in (1, 2, 4, 8)))
 
 
 def write_context(

@@ -20,6 +20,7 @@ import torch
 
 from nemo_elastic.checkpoint.comparison import ChildCheck
 from nemo_elastic.checkpoint.manifest import Manifest
+from nemo_elastic.checkpoint.unpadded import UnpaddedReader
 from nemo_elastic.config.load import Resolved, leaves, plain
 from nemo_elastic.config.sections import RunConfig
 from nemo_elastic.family import family_of
@@ -150,11 +151,13 @@ class Run:
 
     def resume_point(self) -> Path | None:
         """The last whole training checkpoint, None when there is none yet; what a kill left unfinished is removed."""
-        if process_groups.rank() == 0:
+
+        def look() -> Path | None:
             remove_unfinished(self.out)
-        process_groups.barrier()
-        found = whole_checkpoints(self.out)
-        return found[-1] if found else None
+            found = whole_checkpoints(self.out)
+            return found[-1] if found else None
+
+        return process_groups.on_first_rank(look)
 
     def nest(self, checkpoint: Path | None = None, *, force: bool = False) -> Path:
         """The nested checkpoint, from a training checkpoint (default: the last one). Only the first rank works.
@@ -163,7 +166,7 @@ class Run:
             ProblemsError: no such checkpoint, or the run's log does not know its children.
         """
         folder, parent = self.out / "nested", sorted_parent(self.out / "sorted")
-        checkpoint = checkpoint or latest_checkpoint(self.out)
+        checkpoint = checkpoint or process_groups.on_first_rank(lambda: latest_checkpoint(self.out))
         if process_groups.rank() == 0:
             family = family_of(self.config, parent.depth_ranking)
             record = self._record_of(checkpoint)
@@ -172,7 +175,7 @@ class Run:
                 router = {k.removeprefix(ROUTER_PREFIX): k for k in reader.other_keys() if k.startswith(ROUTER_PREFIX)}
                 write_nested(
                     folder,
-                    reader,
+                    UnpaddedReader(reader, family.layout, checkpoint),
                     Manifest(
                         model=dict(self.config.model),
                         space=family.space,

@@ -1,10 +1,11 @@
 """From the user's `model` fields to NeMo's configuration of a plain hybrid model.
 
-The vocabulary of a model has one padded size, `model.vocab_size`, in every layout. NeMo pads the tokenizer's to
+The vocabulary of a model has one size, `model.vocab_size`, in every layout, but for what TP adds to divide it
+(`mcore.padded_vocabulary`). NeMo pads the tokenizer's to
 
     ceil(v / (d TP)) d TP,    d = make_vocab_size_divisible_by
 
-so d is set to `vocab_size / TP`: a checkpoint of a differently padded model would load without an error, and wrongly.
+so d is set to `ceil(vocab_size / TP)`, which gives those rows whatever the tokenizer has.
 """
 
 from __future__ import annotations
@@ -57,17 +58,12 @@ def plain_model_config(
         more: further fields, stronger than `model` and than what a CPU needs.
 
     Raises:
-        ValueError: for a field that `config_class` does not have, an unknown activation, a vocabulary that TP does
-            not divide, and whatever Megatron itself refuses.
+        ValueError: for a field that `config_class` does not have, an unknown activation, and whatever Megatron itself
+            refuses.
     """
     cpu.install()
     given = dict(model)
     vocab_size = given.pop("vocab_size")
-    if vocab_size % tensor_model_parallel_size:
-        raise ValueError(
-            f"model.vocab_size={vocab_size} must be a multiple of "
-            f"train.tensor_model_parallel_size={tensor_model_parallel_size}"
-        )
     activation = given.get("activation_func", "squared_relu")
     if isinstance(activation, str) and activation not in ACTIVATIONS:
         raise ValueError(f"model.activation_func={activation!r} must be one of {', '.join(ACTIVATIONS)}")
@@ -76,7 +72,7 @@ def plain_model_config(
     settings: dict[str, Any] = {
         "num_layers": len(given["hybrid_override_pattern"]),
         "is_hybrid_model": True,
-        "make_vocab_size_divisible_by": vocab_size // tensor_model_parallel_size,
+        "make_vocab_size_divisible_by": -(-vocab_size // tensor_model_parallel_size),
         "tensor_model_parallel_size": tensor_model_parallel_size,
         "pipeline_model_parallel_size": pipeline_model_parallel_size,
         "sequence_parallel": sequence_parallel and tensor_model_parallel_size > 1,
@@ -104,7 +100,7 @@ def _refuse_unknown(settings: Mapping[str, Any], config_class: type) -> None:
 
 
 def check_vocabulary(config: llm.SSMConfig, tokenizer_vocab_size: int) -> int:
-    """The padded vocabulary that NeMo will build for `config`, which is `model.vocab_size` in every layout.
+    """The padded vocabulary that NeMo will build for `config`: `model.vocab_size` and what TP adds to divide it.
 
     Raises:
         ValueError: when the tokenizer has more tokens than the model has rows.

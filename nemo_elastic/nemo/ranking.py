@@ -47,15 +47,15 @@ def rank_run(config: RunConfig, out: Path, *, resume: bool = False, report: Repo
     config = settled(config)
     family, train = family_of(config), config.train
     raise_if_any(parallel_problems(family.architecture, train, family.space.ffn_groups))
-    check_text(config, trains=False)
-    reader = open_parent(config.parent, family.layout)
-    sample, text = calibration(config)
     process_groups.start(
         train.tensor_model_parallel_size,
         train.pipeline_model_parallel_size,
         seed=train.seed,
         wait_minutes=train.wait_minutes,
     )
+    process_groups.on_first_rank(lambda: check_text(config, trains=False))
+    reader = open_parent(config.parent, family.layout)
+    sample, text = calibration(config)
     model = build_plain_model(config.model, **precision(train))
     load_weights(model, reader, family.architecture, ffn_groups=family.space.ffn_groups)
     process_groups.barrier()  # ranks read a large parent at their own pace

@@ -4,7 +4,8 @@
     train     the same, curriculum and budgets, stored scores, what a resume must keep
 
 The checks themselves lie beside what they look at; here they are called in order, and their problems joined. No model,
-no Megatron and no NeMo is loaded. Under torchrun every process runs all of them and comes to the same answer.
+no Megatron and no NeMo is loaded. Under torchrun the first process looks at what all of them share (parent, text, OUT),
+each at its own machine's folders, and all come to the same answer (`mcore.meeting`).
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from nemo_elastic.files import folder_problems
 from nemo_elastic.importance.belongs import foreign_scores
 from nemo_elastic.importance.store import Importance
 from nemo_elastic.mcore.checks import HOW_TO_GO_ON, check_inputs, check_processes, is_ranked, run_problems
+from nemo_elastic.mcore.meeting import raise_together
 from nemo_elastic.mcore.parents import open_parent, weights_digest
-from nemo_elastic.nemo.checkpoints import check_text
+from nemo_elastic.nemo.checkpoints import check_text, text_tokenizer
 from nemo_elastic.problems import Problem, ProblemsError, raise_if_any
 from nemo_elastic.runlock import lock_problems
 from nemo_elastic.training_checkpoints import steps_done, whole_checkpoints
@@ -34,8 +36,8 @@ BOTH = "goes on with the run that --force would remove; leave one of the two out
 Check = Callable[[], Iterable[Problem] | None]
 
 
-def check_rank(resolved: Resolved, out: Path, processes: int) -> None:
-    """Whether `rank` can run.
+def check_rank(resolved: Resolved, out: Path, processes: int, *, once: bool = False) -> None:
+    """Whether `rank` can run; with `once`, nothing is looked at where it has run.
 
     Raises:
         ProblemsError: all that is wrong, at once.
@@ -47,13 +49,16 @@ def check_rank(resolved: Resolved, out: Path, processes: int) -> None:
         raise_if_any(parallel_problems(family.architecture, config.train, family.space.ffn_groups))
         open_parent(config.parent, family.layout)
 
-    raise_if_any(
-        collected(
-            parent,
-            lambda: check_processes(config, processes, ranks=True, trains=False),
-            *_surroundings(config, out, trains=False),
-            lambda: _not_trained(out),
-        )
+    checks = (
+        parent,
+        lambda: check_processes(config, processes, ranks=True, trains=False),
+        *_surroundings(config, out, trains=False),
+        lambda: _not_trained(out),
+    )
+    raise_together(
+        lambda: [] if once and is_ranked(out) else collected(*checks),
+        lambda: collected(*_of_this_machine(config, out)),
+        wait_minutes=config.train.wait_minutes,
     )
 
 
@@ -74,9 +79,11 @@ def check_train(
     Raises:
         ProblemsError: all that is wrong, at once.
     """
-    config, again = resolved.config, is_ranked(out) and not force
-    raise_if_any(
-        collected(
+    config = resolved.config
+
+    def shared() -> list[Problem]:
+        again = is_ranked(out) and not force
+        return collected(
             lambda: check_inputs(config),
             lambda: check_processes(config, processes, ranks=not again),
             *_surroundings(config, out),
@@ -85,7 +92,9 @@ def check_train(
             lambda: _stored(resolved, out) if again else None,
             lambda: _kept(resolved, out) if resume else None,
         )
-    )
+
+    own = _of_this_machine(config, out)
+    raise_together(shared, lambda: collected(*own), wait_minutes=config.train.wait_minutes)
 
 
 def collected(*checks: Check) -> list[Problem]:
@@ -108,14 +117,18 @@ def collected(*checks: Check) -> list[Problem]:
     return list(dict.fromkeys(found))
 
 
-def _surroundings(config: RunConfig, out: Path, *, trains: bool = True) -> tuple[Check, ...]:
-    """Text and the folders that are written in."""
+def _of_this_machine(config: RunConfig, out: Path) -> tuple[Check, ...]:
+    """Folders that are written in, as this process finds them."""
     return (
         lambda: folder_problems("--out", out),
-        lambda: _text(config, trains=trains),
+        lambda: folder_problems("data.cache_dir", config.data.cache_dir or default_cache_dir()),
         lambda: _temporary(config),
-        lambda: lock_problems(out),
     )
+
+
+def _surroundings(config: RunConfig, out: Path, *, trains: bool = True) -> tuple[Check, ...]:
+    """Text, and whether somebody else is at work."""
+    return (lambda: _text(config, trains=trains), lambda: lock_problems(out))
 
 
 def _text(config: RunConfig, *, trains: bool) -> list[Problem] | None:
@@ -145,7 +158,8 @@ def _stored(resolved: Resolved, out: Path) -> list[Problem]:
     provenance = Importance.load(out / "importance", family.architecture).provenance
     moved = provenance.get("source", {}).get("parent") != config.parent.path
     digest = weights_digest(open_parent(config.parent, family.layout), family.layout) if moved else None
-    return foreign_scores(provenance, config, family, given=resolved.origins, digest=digest)
+    tokenizer = text_tokenizer(config).sha256
+    return foreign_scores(provenance, config, family, given=resolved.origins, digest=digest, tokenizer=tokenizer)
 
 
 def _kept(resolved: Resolved, out: Path) -> list[Problem]:

@@ -16,10 +16,11 @@ from nemo_elastic.config.sections import RunConfig
 from nemo_elastic.data.blend import spread
 from nemo_elastic.distill.curriculum import total_steps
 from nemo_elastic.family import Family, family_of, parallel_problems
+from nemo_elastic.launchers import started_processes
 from nemo_elastic.layout import ParamLayout
 from nemo_elastic.mcore import process_groups
 from nemo_elastic.mcore.automatic import settled
-from nemo_elastic.mcore.checks import check_processes, started_processes
+from nemo_elastic.mcore.checks import check_processes
 from nemo_elastic.mcore.elastic.model import refuse_overlap
 from nemo_elastic.mcore.held_checkpoint import HeldCheckpoint
 from nemo_elastic.mcore.parents import sorted_parent
@@ -154,13 +155,14 @@ def train(
         finish(trainer.loggers)
         process_groups.barrier()  # the first rank takes the mark of an unfinished checkpoint away last
     callback.catch_up(trainer, model)
+    last = process_groups.on_first_rank(lambda: latest_checkpoint(out))
     if trainer.global_step < steps:
-        saved = f"after step {trainer.global_step} of {steps} and saved {latest_checkpoint(out)}"
+        saved = f"after step {trainer.global_step} of {steps} and saved {last}"
         raise Stopped(f"stopped {saved}; go on with --resume")
     return Trained(
         family=family,
         subnets=planner.current_subnets(callback.model.policy, steps - 1),
-        checkpoint=latest_checkpoint(out),
+        checkpoint=last,
         heldout_losses=callback.last_losses,
         tokens=callback.tokens,
     )

@@ -19,6 +19,7 @@ from nemo.lightning.pytorch.optim import CosineAnnealingScheduler
 from nemo.lightning.pytorch.optim.base import LRSchedulerModule
 from nemo.lightning.pytorch.strategies.utils import RestoreConfig
 
+from nemo_elastic.launchers import data_parallel_size, started_processes
 from nemo_elastic.mcore import checkpoint_writer
 from nemo_elastic.mcore.held_checkpoint import HeldCheckpoint
 from nemo_elastic.mcore.versions import DistributedDataParallelConfig, OptimizerConfig
@@ -86,10 +87,27 @@ class OneProcess(LightningEnvironment):
         return 0
 
 
-def started_processes() -> tuple[int, int]:
-    """(nodes, processes per node) that torchrun started; (1, 1) without it."""
-    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return world // local, local
+class OneGpuEach(TorchElasticEnvironment):
+    """torchrun's processes that see one GPU each (by CUDA_VISIBLE_DEVICES): to each of them it is the first.
+
+    Lightning takes the GPU with the process' number on its machine, so here every process is a machine of its own.
+    """
+
+    def local_rank(self) -> int:
+        return 0
+
+    def node_rank(self) -> int:
+        return self.global_rank()
+
+
+def lightning_layout() -> tuple[int, int, LightningEnvironment | TorchElasticEnvironment]:
+    """(nodes, devices a node, environment) of the processes that torchrun started, as Lightning counts them."""
+    if "LOCAL_RANK" not in os.environ:
+        return 1, 1, OneProcess()
+    world, local = started_processes(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if local > 1 and torch.cuda.is_available() and torch.cuda.device_count() == 1:
+        return world, 1, OneGpuEach()
+    return world // local, local, TorchElasticEnvironment()
 
 
 def check_layout(
@@ -104,14 +122,7 @@ def check_layout(
     Raises:
         ValueError: when the processes do not fill it, or the global batch is not whole micro-batches on every rank.
     """
-    model_parallel = tensor_model_parallel_size * pipeline_model_parallel_size
-    if processes % model_parallel:
-        raise ValueError(
-            f"train.tensor_model_parallel_size={tensor_model_parallel_size} x train.pipeline_model_parallel_size="
-            f"{pipeline_model_parallel_size} needs a multiple of {model_parallel} processes, {processes} started; "
-            f"start with torchrun --nproc-per-node {model_parallel}"
-        )
-    data_parallel = processes // model_parallel
+    data_parallel = data_parallel_size(processes, tensor_model_parallel_size, pipeline_model_parallel_size)
     if global_batch_size % (micro_batch_size * data_parallel):
         raise ValueError(
             f"train.global_batch_size={global_batch_size} must be a multiple of train.micro_batch_size="
@@ -160,7 +171,7 @@ def build_trainer(
     checkpoint_writer.install()
     # NeMo's telemetry raises at the first save unless it was configured for a known cluster.
     CallbackGroup.get_instance()._callbacks.clear()
-    num_nodes, devices = started_processes()
+    num_nodes, devices, environment = lightning_layout()
     check_layout(
         num_nodes * devices,
         tensor_model_parallel_size,
@@ -198,7 +209,7 @@ def build_trainer(
             nl.MegatronMixedPrecision(
                 precision=precision, params_dtype=dtype, pipeline_dtype=dtype, autocast_enabled=False
             ),
-            TorchElasticEnvironment() if "LOCAL_RANK" in os.environ else OneProcess(),
+            environment,
         ],
         max_steps=max_steps,
         callbacks=list(callbacks),

@@ -8,7 +8,7 @@ from torch import Tensor
 from ...deployment import low_precision_problems
 from ...layout import ParamLayout
 from ...problems import raise_if_any
-from ..versions import HybridModel
+from ..padded_vocabulary import PaddedModel, masked
 from .census import refuse_plain_layers
 from .embedding import embed
 from .linear import column_parallel
@@ -33,12 +33,12 @@ def refuse_overlap(ddp_config: Any) -> None:
         )
 
 
-class ElasticMambaModel(HybridModel):
+class ElasticMambaModel(PaddedModel):
     """Megatron's hybrid model at the parent's size whose forward takes a `Plan`.
 
     Args:
         layout: the parameter table of a tensor-parallel shard (`ParamLayout(..., tp_size=TP)`).
-        others: those of Megatron's model, its spec `elastic_stack_spec()`.
+        others: those of Megatron's model, its spec `elastic_stack_spec()`, its `vocab_size` the padded one.
 
     Raises:
         ValueError: for a model with position embeddings.
@@ -48,7 +48,7 @@ class ElasticMambaModel(HybridModel):
 
     def __init__(self, config: TransformerConfig, *args: Any, layout: ParamLayout, **kwargs: Any) -> None:
         raise_if_any(low_precision_problems(vars(config)))
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, layout=layout, **kwargs)
         if self.position_embedding_type != "none":
             raise ValueError(
                 f"model.position_embedding_type={self.position_embedding_type!r} is not supported by elastic models; "
@@ -101,8 +101,8 @@ class ElasticMambaModel(HybridModel):
         """`[s, b, k]` -> `[s, b, v/tp]`."""
         tied = self.output_weight() if self.share_embeddings_and_output_weights else None
         if elastic is None or elastic.mode == "masked":
-            return self.output_layer(x, weight=tied)[0]
-        return column_parallel(
+            return masked(self.output_layer(x, weight=tied)[0], self.vocab_padding)
+        logits = column_parallel(
             self.output_layer,
             x,
             self.layout.output_spec,
@@ -111,3 +111,4 @@ class ElasticMambaModel(HybridModel):
             tp_group=self.pg_collection.tp,
             weight=tied,
         )
+        return masked(logits, self.vocab_padding)

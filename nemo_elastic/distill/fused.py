@@ -80,11 +80,27 @@ def _check_teacher(hidden: Tensor, weight: Tensor, tokens: torch.Size, vocabular
         raise ValueError(f"vocabularies differ: student {vocabulary}, teacher {weight.shape[0]}")
 
 
-def _logits(hidden: Tensor, weight: Tensor, into: Tensor) -> Tensor:
-    """`hidden weight^T` in fp32; the product itself is in the weights' dtype, as the output layer's is."""
-    if weight.dtype == into.dtype:
-        return torch.mm(hidden, weight.t(), out=into)
-    return into.copy_(torch.mm(hidden.to(weight.dtype), weight.t()))
+def _product(left: Tensor, right: Tensor, into: Tensor, *, add: bool = False) -> None:
+    """`into = left right` (`add`: added to it), in fp32; what goes in is in the dtype of `right`, as in the layers.
+
+    16-bit factors lie in tensor cores that sum in fp32. Where torch hands that sum out (CUDA, since 2.8) it goes
+    straight to `into`; elsewhere it is rounded to 16 bits on the way and copied.
+    """
+    left = left.to(right.dtype)
+    if right.dtype == into.dtype:
+        torch.addmm(into, left, right, out=into) if add else torch.mm(left, right, out=into)
+    elif _has_wide_products(right):
+        wide = {"out_dtype": into.dtype, "out": into}
+        torch.addmm(into, left, right, **wide) if add else torch.mm(left, right, **wide)
+    else:
+        product = torch.mm(left, right)
+        into.add_(product) if add else into.copy_(product)
+
+
+def _has_wide_products(factor: Tensor) -> bool:
+    """Whether torch multiplies such factors with an fp32 result; on a CPU it does not."""
+    small = factor.dtype in (torch.bfloat16, torch.float16)
+    return small and factor.device.type != "cpu" and "dtype_out" in torch.ops.aten.addmm.overloads()
 
 
 CPU_CHUNK_ELEMENTS = 1 << 22  # three fp32 buffers of 16 MB
@@ -104,15 +120,18 @@ class _FusedLoss(torch.autograd.Function):
         for begin in range(0, count, length):
             rows = slice(begin, min(begin + length, count))
             student, scratch, *others = (b[: rows.stop - begin] for b in buffers)
-            _logits(hidden[rows], weight, student)
-            teacher = _logits(teacher_hidden[rows], teacher_weight, others[0]) if others else None
+            _product(hidden[rows], weight.t(), student)
+            teacher = others[0] if others else None
+            if teacher is not None:
+                _product(teacher_hidden[rows], teacher_weight.t(), teacher)
             own_labels = None if labels is None else labels[rows]
             kd_rows, ce_rows = chunk_loss(student, teacher, own_labels, weights[rows], config, group, scratch)
             # `student` now holds the logits' gradient
+            gradient = student.to(weight.dtype) if weight.dtype == hidden.dtype else student  # rounded once for both
             if wants_hidden:
-                grad_hidden[rows] = torch.mm(student.to(weight.dtype), weight).float()
+                _product(gradient, weight, grad_hidden[rows])
             if wants_weight:
-                _accumulate(grad_weight, student, hidden[rows])
+                _product(gradient.t(), hidden[rows], grad_weight, add=True)
             kd += (kd_rows * weights[rows]).sum(dtype=torch.float64)
             ce += (ce_rows * weights[rows]).sum(dtype=torch.float64)
         if wants_hidden and reduce:
@@ -134,14 +153,6 @@ class _FusedLoss(torch.autograd.Function):
         ctx.ran, gradients, ctx.gradients = True, ctx.gradients, None
         scaled = [None if g is None else g.mul_(grad_total.to(g.dtype)) for g in gradients]
         return (*scaled, *(None,) * 7)
-
-
-def _accumulate(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
-    """`total += gradient^T hidden` in fp32."""
-    if hidden.dtype == torch.float32:
-        total.addmm_(gradient.t(), hidden)
-    else:
-        total += torch.mm(gradient.to(hidden.dtype).t(), hidden)
 
 
 def fused_chunk_length(config: DistillConfig, vocabulary: int, device: torch.device) -> int:

@@ -267,5 +267,6 @@ def test_serving(compact: bool) -> None:
             served.switch(name, compact=compact)
             served.logits(ids())
             served.generate(ids(2, 5), 3)
+            served.generate(ids(2, 5), 3, step=served.decode_step(2, room=8))
 
     assert traced(act) == set()

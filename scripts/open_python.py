@@ -60,8 +60,12 @@ def main() -> int:
     for path, mode in changed.items():
         path.chmod(mode)
     print(f"{sys.executable}: {len(changed)} paths opened")
-    asked = subprocess.run([sys.executable, "-c", "import encodings"], user=NOBODY, group=NOBODY, extra_groups=[])
-    return asked.returncode
+    command = [sys.executable, "-c", "import encodings"]
+    try:
+        return subprocess.run(command, user=NOBODY, group=NOBODY, extra_groups=[], cwd="/").returncode
+    except PermissionError as error:
+        print(f"a user without rights still cannot start it: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

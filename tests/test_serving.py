@@ -196,7 +196,7 @@ def test_what_is_recorded_starts_afresh_and_writes_to_one_place(monkeypatch: pyt
     assert torch.equal(
         served.generate(TOKENS[:, :5], 12, step=step, **drawn), plain.generate(TOKENS[:, :5], 12, **drawn)
     )
-    with pytest.raises(ValueError, match="room for 16 tokens"):
+    with pytest.raises(ValueError, match="room for 17 tokens, the one given has it for 16"):
         served.generate(TOKENS[:, :5], 13, step=step)
     with pytest.raises(ValueError, match="must be at least 1"):
         served.decode_step(0, room=3)

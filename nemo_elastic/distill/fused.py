@@ -98,9 +98,9 @@ def _product(left: Tensor, right: Tensor, into: Tensor, *, add: bool = False) ->
 
 
 def _has_wide_products(factor: Tensor) -> bool:
-    """Whether torch multiplies such factors with an fp32 result; on a CPU it does not."""
-    small = factor.dtype in (torch.bfloat16, torch.float16)
-    return small and factor.device.type != "cpu" and "dtype_out" in torch.ops.aten.addmm.overloads()
+    """Whether torch multiplies such factors with an fp32 result: CUDA's do (and `meta`, where this is tested)."""
+    small, there = factor.dtype in (torch.bfloat16, torch.float16), factor.device.type in ("cuda", "meta")
+    return small and there and "dtype_out" in torch.ops.aten.addmm.overloads()
 
 
 CPU_CHUNK_ELEMENTS = 1 << 22  # three fp32 buffers of 16 MB

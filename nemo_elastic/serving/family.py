@@ -168,6 +168,8 @@ class ElasticFamily:
             raise ValueError(f"the prompt has shape {tuple(tokens.shape)}; it must be [batch, tokens], not empty")
         if max_new_tokens < 1 or temperature < 0 or (top_k is not None and top_k < 1):
             raise ValueError("max_new_tokens and top_k must be at least 1, temperature at least 0")
+        if step is not None and (needed := tokens.shape[1] + max_new_tokens - 1) > step.room:
+            raise ValueError(f"this needs a step with room for {needed} tokens, the one given has it for {step.room}")
         generator = torch.Generator().manual_seed(seed)
         cache = self.new_cache(tokens.shape[0], room=tokens.shape[1] + max_new_tokens)
         ended = torch.zeros(tokens.shape[0], dtype=torch.bool, device=self.device)

@@ -4,6 +4,10 @@
 ARG NEMO_IMAGE=nvcr.io/nvidia/nemo:26.02
 FROM ${NEMO_IMAGE}
 
+# The image's interpreter may lie where only root may go.
+COPY scripts/open_python.py /tmp/open_python.py
+RUN python3 /tmp/open_python.py
+
 ARG USER_ID=10001
 RUN useradd --create-home --uid ${USER_ID} elastic \
     && install --directory --owner=elastic --group=elastic /opt/nemo_elastic

@@ -1,10 +1,13 @@
 """Whole training steps of a small family (students, router, teacher) in the worker pool or the test's own process."""
 
+import math
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -22,11 +25,13 @@ from nemo_elastic.mcore.build import build_plain_model, load_weights, named_glob
 from nemo_elastic.mcore.elastic.spec import elastic_stack_spec
 from nemo_elastic.mcore.evaluate import heldout_loss
 from nemo_elastic.mcore.family_model import FamilyModel
+from nemo_elastic.mcore.gradients import gradient_norms, hand_norm
 from nemo_elastic.mcore.parallel import broadcast_from_last_stage, data_parallel_rank_and_size, stage_ends
 from nemo_elastic.mcore.planner import Planner
 from nemo_elastic.mcore.teacher_cache import TeacherCache
 from nemo_elastic.mcore.versions import build_optimizer, layer_pattern
 from nemo_elastic.nemo.elastic_model import ElasticLossReduction
+from nemo_elastic.nemo.guard import FiniteGuard
 from nemo_elastic.nemo.optimizer import apply_multipliers
 from nemo_elastic.nemo.train import decays_not, is_router
 from nemo_elastic.router.model import Router
@@ -141,6 +146,10 @@ def train_steps(
             record["gradients"] = _gradients(model, planner.layout)
             record["router"] = {n: p.main_grad.clone() for n, p in model.policy.named_parameters()}
         if optimizer is not None:
+            optimizer.prepare_grads()
+            measured, own = optimizer.get_grad_norm(), math.hypot(*gradient_norms(wrapped, optimizer).tolist())
+            assert math.isclose(own, measured, rel_tol=1e-5), (own, measured)
+            hand_norm(optimizer, own)
             record["grad_norm"] = float(optimizer.step()[1])
         planner.end_step(state)
         found["steps"].append(record)
@@ -245,6 +254,29 @@ def _wrapped(distributed: bool = False) -> DistributedDataParallel:
     model, _ = build(run_config(), torch.float32)
     settings = DistributedDataParallelConfig(use_distributed_optimizer=distributed, grad_reduce_in_fp32=True)
     return DistributedDataParallel(model.config, settings, model)
+
+
+def guarded_step(distributed: bool) -> dict[str, Any]:
+    """A step behind the guard, on random gradients: its norm, Megatron's own, and how often Megatron measured."""
+    from megatron.core.optimizer import optimizer as upstream
+
+    wrapped, calls = _wrapped(distributed), []
+    optimizer, generator = _optimizer(wrapped, distributed), torch.Generator().manual_seed(0)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.main_grad.copy_(torch.randn(parameter.shape, generator=generator))
+    optimizer.prepare_grads()
+    found: dict[str, Any] = {"megatron": optimizer.get_grad_norm(), "steps": []}
+    guard, measure = FiniteGuard(), upstream.get_grad_norm_fp32
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(upstream, "get_grad_norm_fp32", lambda *a, **k: calls.append(1) or measure(*a, **k))
+        for guarded in (True, False):
+            if guarded:
+                module, own = SimpleNamespace(module=wrapped), SimpleNamespace(mcore_optimizer=optimizer)
+                guard.on_before_optimizer_step(SimpleNamespace(global_step=0), module, own)
+            found["steps"].append((float(optimizer.step()[1]), len(calls)))
+    found["parts"] = tuple(guard.norms)
+    return found
 
 
 def parameter_dimensions() -> dict[str, int]:

@@ -97,12 +97,14 @@ def test_a_plan_is_run_on_the_device(one_rank: None, mode: str, recompute: str, 
     assert traced(act) == set()
 
 
-def run_step(model: Any, planner: Any, distill: DistillConfig, step: int, length: int = 16) -> None:
-    """A step of one micro-batch a budget, as `ElasticCallback` and the loss reduction run it."""
+def run_step(
+    model: Any, planner: Any, distill: DistillConfig, step: int, length: int = 16, *, only: str | None = None
+) -> None:
+    """A step of one micro-batch a budget (or `only` one's), as `ElasticCallback` and the loss reduction run it."""
     names = tuple(b.name for b in planner.family.budgets)
     reduction = ElasticLossReduction(distill, names, planner.loss)
     state = planner.begin_step(model.policy, step)
-    for index, name in enumerate(names):
+    for index, name in enumerate(names if only is None else [only]):
         shares = planner.budgets_of({n: float(n == name) + 0.01 for n in names}, step, index, distill.budgets_per_batch)
         planned = planner.micro_batch(model.policy, state, shares, index)
         tokens, mask = ids(2, length), torch.ones(2, length, device=META)
@@ -112,13 +114,13 @@ def run_step(model: Any, planner: Any, distill: DistillConfig, step: int, length
     planner.end_step(state)
 
 
-def step_events(step: int, distill: dict[str, Any], **more: Any) -> set[Event]:
+def step_events(step: int, distill: dict[str, Any], *, only: str | None = None, **more: Any) -> set[Event]:
     """Of the second of two equal steps (the first makes what is made once); 0 warm-up, 1 soft, 3 hard, 5 frozen."""
     run = pool_family.run_config(**distill)
     with on_meta_device(), DeviceTrace():
-        model, planner = pool_family.build(run, torch.float32, **more)
-        run_step(model, planner, run.distill, step)
-    return traced(lambda: run_step(model, planner, run.distill, step))
+        model, planner = pool_family.build(run, torch.float32, load=False, **more)
+        run_step(model, planner, run.distill, step, only=only)
+    return traced(lambda: run_step(model, planner, run.distill, step, only=only))
 
 
 LOSSES: dict[str, dict[str, Any]] = {
@@ -134,7 +136,7 @@ LOSSES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("loss", list(LOSSES))
 def test_a_distillation_loss_is_on_the_device(one_rank: None, loss: str) -> None:
-    assert step_events(5, LOSSES[loss]) == set()  # in the frozen phase, where nothing else is to be seen
+    assert step_events(5, LOSSES[loss], only="small") == set()  # the frozen phase, where nothing else is to be seen
 
 
 ROUTER = {0: set(), 1: CHOICES | DRAWN, 3: CHOICES | DRAWN | PICKED, 5: set()}
@@ -161,7 +163,7 @@ def test_a_step_of_the_12b(one_rank: None) -> None:
         model, planner = pool_family.build(run, torch.bfloat16, tuple(range(62)), load=False)
         assert sum(p.numel() for p in model.teacher.parameters()) == 12_310_001_152
         assert not [name for name, t in tensors_of(model).items() if not t.is_meta]
-    events = traced(lambda: run_step(model, planner, run.distill, 3, length=256))
+    events = traced(lambda: run_step(model, planner, run.distill, 3, length=256, only=planner.learned[-1]))
     made_once = {("router/selection.py:_made_once", "copy"), ("router/selection.py:_kept_layers", "cpu")}
     assert events - made_once == ROUTER[3]
 
@@ -267,5 +269,6 @@ def test_serving(compact: bool) -> None:
             served.switch(name, compact=compact)
             served.logits(ids())
             served.generate(ids(2, 5), 3)
+            served.generate(ids(2, 5), 3, step=served.decode_step(2, room=8))
 
     assert traced(act) == set()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_elastic.config.sections import DistillConfig
 from nemo_elastic.distill.fused import fused_kd_loss
@@ -114,3 +115,43 @@ def test_a_prefix_view_of_the_parents_head_gets_its_gradient():
     fused_kd_loss(sh, parent[:, :NARROW], th, tw, DistillConfig()).total.backward()
     assert parent.grad[:, NARROW:].abs().max() == 0
     assert parent.grad[:, :NARROW].abs().min(dim=1).values.gt(0).all()
+
+
+class Calls(TorchDispatchMode):
+    """Names of the operations that ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_on_a_gpu_products_of_16_bits_write_their_fp32_sums(dtype):
+    """On the meta device, which has these products as CUDA has; no result is rounded and copied."""
+    config = DistillConfig(chunk_tokens=8)
+    given = [t.to("meta", dtype) for t in tensors()[:4]]
+    for leaf in given[:2]:
+        leaf.requires_grad_()
+    with Calls() as calls:
+        fused_kd_loss(*given, config).total.backward()
+    products = {name: calls.names.count(name) for name in calls.names if "mm." in name and "bmm" not in name}
+    wide = "dtype_out" if dtype is torch.bfloat16 else "out"
+    chunks = -(-TOKENS // 8)
+    assert products == {f"aten.mm.{wide}": 3 * chunks, f"aten.addmm.{wide}": chunks}
+    assert [leaf.grad.dtype for leaf in given[:2]] == [dtype] * 2
+
+
+def test_16_bit_heads_on_a_cpu_equal_those_of_fp32_up_to_their_rounding():
+    sh, sw, th, tw, _, _ = (t.bfloat16() if t.is_floating_point() else t for t in tensors())
+    found = []
+    for cast in (torch.bfloat16, torch.float32):
+        hidden, weight = (t.to(cast, copy=True).requires_grad_() for t in (sh, sw))
+        total = fused_kd_loss(hidden, weight, th.to(cast), tw.to(cast), DistillConfig(chunk_tokens=8)).total
+        total.backward()
+        found.append([t.float() for t in (total, hidden.grad, weight.grad)])
+    for rounded, exact in zip(*found, strict=True):
+        assert (rounded - exact).norm() < 2e-2 * exact.norm()

@@ -90,7 +90,7 @@ def test_a_stage_that_hangs_is_cut_and_the_rest_reports(tmp_path: Path) -> None:
     assert found["run"]["device"] == "cpu" and found["run"]["tiny"] and found["run"]["commit"] != "unknown"
 
 
-@pytest.mark.parametrize("name", ["ceilings", "scan_torch", "conv_cuda", "kd_fused"])
+@pytest.mark.parametrize("name", ["ceilings", "scan_torch", "conv_cuda", "kd_fused", "decode_step"])
 def test_a_check_rehearses_on_the_cpu(name: str) -> None:
     import checks
     import registry
@@ -98,11 +98,13 @@ def test_a_check_rehearses_on_the_cpu(name: str) -> None:
     check = registry.all_checks()[name]
     line = checks.report(check, registry.Machine("cpu", tiny=True))
     assert line["ok"], line
-    assert line["stand_in"] is check.needs_kernels
+    assert line["stand_in"] is (check.needs_kernels or name == "decode_step")
     assert all(key in line["values"] for key in check.predicted)
 
 
-ON_META = "ceilings scan_torch conv_torch kd_fused waits step_time shard_step_time unaligned_products serving phases"
+ON_META = """
+ceilings scan_torch conv_torch kd_fused waits step_time shard_step_time unaligned_products serving decode_step phases
+"""
 
 
 def test_no_check_mixes_devices(one_rank: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +114,8 @@ def test_no_check_mixes_devices(one_rank: None, monkeypatch: pytest.MonkeyPatch)
 
     checks = registry.all_checks()
     monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("meta"))
-    monkeypatch.setattr("stage1_kernels.difference", lambda found, expected: 0.0)
+    for module in ("stage1_kernels", "stage7_serving"):
+        monkeypatch.setattr(f"{module}.difference", lambda found, expected: 0.0)
     for name in ON_META.split():
         line = __import__("checks").report(checks[name], registry.Machine("meta", tiny=True))
         assert line["ok"], line
@@ -131,6 +134,36 @@ def test_a_wrong_kernel_fails_its_check() -> None:
 
     with pytest.raises(AssertionError, match="differs by"):
         stage.convolutions(registry.Machine("cpu", tiny=True), without_bias)
+
+
+def test_a_stack_that_computes_something_else_fails_its_check(one_rank: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stage 8 with a stack in Transformer Engine's place: the local one passes, one of other weights does not."""
+    import pool_elastic
+    import registry
+
+    registry.all_checks()
+    import stage8_te as stage
+
+    machine, build = registry.Machine("cpu", tiny=True), pool_elastic.elastic_model
+    found = stage.te_against_local(machine)
+    assert found.stand_in and set(found.values.values()) == {0.0}
+
+    def another(arch: Any, dtype: Any, *, local: bool) -> Any:
+        return build(arch, dtype, seed=0 if local else 1)
+
+    monkeypatch.setattr(pool_elastic, "elastic_model", another)
+    with pytest.raises(AssertionError, match="float32 full logits"):
+        stage.te_against_local(machine)
+
+
+def test_a_gpu_without_transformer_engine_says_so_at_once() -> None:
+    import registry
+
+    checks = [check for check in registry.all_checks().values() if check.stage == 8]
+    for check in checks:
+        found = check.run(registry.Machine("cuda"))
+        assert found.stand_in and found.values == {"transformer_engine": "not there"}, check.name
+    assert len(checks) == 4
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The optimizer's groups on the installed line of megatron-core: rates and weight decay of router and network."""
 
 import inspect
+import math
 import re
 import types
 
@@ -36,6 +37,16 @@ def test_the_router_has_its_own_rate_and_no_weight_decay(distributed: bool) -> N
     assert not found
     marks = {(group["pre_lr_mult"], group["pre_wd_mult"]) for group in groups}
     assert marks == {(1.0, 1.0), (1.0, 0.0), (10.0, 0.0)}, "a checkpoint finds the groups again by these"
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("distributed", [False, True])
+def test_gradients_are_read_once_a_step(distributed: bool) -> None:
+    """Megatron clips by what the guard measured; a step that nobody guards measures again."""
+    found = pool_family.guarded_step(distributed)
+    (guarded, measured), (_, then) = found["steps"]
+    assert guarded == pytest.approx(found["megatron"], rel=1e-6) and guarded == math.hypot(*found["parts"])
+    assert (measured, then) == (0, 1) and min(found["parts"]) > 1.0
 
 
 def test_multipliers_are_applied_once_and_renamed_as_nemo_does() -> None:

@@ -22,12 +22,16 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 TARGETS = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
 
 
-@pytest.fixture(scope="module")
-def setup_venv() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("setup_venv", ROOT / "scripts" / "setup_venv.py")
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def setup_venv() -> ModuleType:
+    return script("setup_venv")
 
 
 def test_licence_is_apache_2() -> None:
@@ -143,3 +147,36 @@ def test_setup_keys_on_the_pins(setup_venv: ModuleType, tmp_path: Path) -> None:
     assert setup_venv.fingerprint(pins) == before
     pins.write_text("numpy==1.26.3\n")
     assert setup_venv.fingerprint(pins) != before
+
+
+def test_an_interpreter_under_root_is_opened_to_every_user_and_nothing_else_is(tmp_path: Path) -> None:
+    """As in images whose Python lies under /root: folders above may be entered, and what the interpreter needs read."""
+    made = {"bin/python3": 0o700, "lib/module.py": 0o600, "lib/deep/data.so": 0o750, "lib/helper": 0o4750}
+    made |= {"lib/fine.py": 0o644, "../secret": 0o600}
+    python = tmp_path / "root" / "python"
+    for name, mode in made.items():
+        (python / name).parent.mkdir(parents=True, exist_ok=True)
+        (python / name).write_text("")
+        (python / name).chmod(mode)
+    for folder in (python / "lib" / "deep", python / "lib", python / "bin", python, python.parent):
+        folder.chmod(0o700)
+    for path, mode in script("open_python").lacking([python / "bin" / "python3"], [python / "lib"]).items():
+        if path.is_relative_to(tmp_path / "root"):
+            path.chmod(mode)
+    modes = {str(p.relative_to(tmp_path)): oct(p.stat().st_mode & 0o7777) for p in tmp_path.rglob("*")}
+    assert modes == {
+        "root": "0o701",
+        "root/secret": "0o600",
+        "root/python": "0o701",
+        "root/python/bin": "0o701",
+        "root/python/bin/python3": "0o705",
+        "root/python/lib": "0o705",
+        "root/python/lib/module.py": "0o604",
+        "root/python/lib/fine.py": "0o644",
+        "root/python/lib/helper": "0o4750",
+        "root/python/lib/deep": "0o705",
+        "root/python/lib/deep/data.so": "0o755",
+    }
+    lines = (ROOT / "Dockerfile").read_text().splitlines()
+    (opened,) = [i for i, line in enumerate(lines) if line.startswith("RUN") and "open_python.py" in line]
+    assert opened < next(i for i, line in enumerate(lines) if line.startswith("USER"))

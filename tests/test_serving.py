@@ -1,17 +1,20 @@
 """A family served from one nested checkpoint.
 
 logits(budget, by views) == logits(elastic model, sliced) == logits(extracted plain child)     1e-5 relative, fp32
-logits through caches, in any pieces == logits at once                                         1e-12 relative, fp64
+logits through caches, in any pieces, or by a step of fixed shapes == logits at once           1e-12 relative, fp64
 """
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from checkpoint_family import MODEL, TOKENIZER, manifest, random_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from nemo_elastic.checkpoint.extract import child_architecture, child_tensors
 from nemo_elastic.checkpoint.manifest import Manifest
@@ -19,7 +22,7 @@ from nemo_elastic.checkpoint.reader import MemoryReader
 from nemo_elastic.layout import ParamLayout
 from nemo_elastic.nemo.nested import write_nested
 from nemo_elastic.problems import ProblemsError
-from nemo_elastic.serving import ElasticFamily
+from nemo_elastic.serving import ElasticFamily, decode
 from nemo_elastic.serving.linear import linear
 from nemo_elastic.serving.sampling import next_tokens
 from nemo_elastic.slicing import take
@@ -104,6 +107,99 @@ def test_caches_change_nothing(name: str, pieces: list[int]) -> None:
     assert cache.length == 23 and relative(found, whole) < 1e-12
     last = served.logits(TOKENS, last_only=True)
     assert last.shape == (2, 1, 2048) and relative(last, whole[:, -1:]) < 1e-12
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_of_fixed_shapes_is_decoding(name: str) -> None:
+    """Twice from one step: what an earlier generation left, NaN too, is forgotten."""
+    served = family()
+    served.switch(name)
+    whole, step = served.logits(TOKENS), served.decode_step(2, room=23)
+    for start in (9, 3):
+        cache = served.new_cache(2, room=start)
+        served.logits(TOKENS[:, :start], cache)
+        step.begin(cache)
+        found = torch.cat([step(TOKENS[:, i : i + 1]) for i in range(start, 23)], dim=1)
+        assert relative(found, whole[:, start:]) < 1e-12
+        with torch.inference_mode():
+            for tensor in memory(step):
+                tensor.fill_(torch.nan)
+    with pytest.raises(ValueError, match="room for 23 tokens, and all of it is taken"):
+        step(TOKENS[:, :1])
+    for other in (served.new_cache(3), served.new_cache(2)):
+        other.length = 23 + (other.batch == 2)
+        with pytest.raises(ValueError, match=r"the step is of budget .* 2 rows and 23 tokens"):
+            step.begin(other)
+
+
+def memory(step: decode.DecodeStep) -> list[torch.Tensor]:
+    """What a step remembers, but for where it stands."""
+    caches = [vars(cache) for cache in step._layers if cache is not None]
+    return [tensor for cache in caches for name, tensor in cache.items() if name != "position"]
+
+
+class Calls(TorchDispatchMode):
+    """Every operation with its arguments; of a tensor its shape, and where it lies if it is one of `kept`."""
+
+    def __init__(self, kept: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.kept, self.seen = {t.data_ptr() for t in kept}, []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        def tensor(t: torch.Tensor) -> tuple:
+            return tuple(t.shape), t.stride(), t.data_ptr() if t.data_ptr() in self.kept else None
+
+        self.seen.append((str(func), tree_map_only(torch.Tensor, tensor, (args, kwargs or {}))))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_step_is_the_same_calls_on_the_same_memory(name: str) -> None:
+    """What can be recorded once and played ever after; with a cache that grows it is not so."""
+    served = family()
+    served.switch(name, compact=True)
+    cache, step = served.new_cache(2, room=23), served.decode_step(2, room=23)
+    served.logits(TOKENS[:, :4], cache)
+    step.begin(cache)
+    fixed, growing = [], []
+    for number in range(4, 7):
+        token = TOKENS[:, number : number + 1]
+        for seen, act in ((fixed, lambda t: step(t)), (growing, lambda t: served.logits(t, cache))):
+            with Calls([*memory(step), *served._network.tensors()]) as calls:
+                act(token)
+            seen.append(calls.seen)
+    assert fixed[0] == fixed[1] == fixed[2] and len(fixed[0]) > 50
+    assert growing[0] != growing[1]
+
+
+def test_what_is_recorded_starts_afresh_and_writes_to_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the recorder of a GPU replaced by runs that leave traces, as those in front of a recording do."""
+    results: list[torch.Tensor] = []
+
+    def recorded(run: Any, rewind: Any) -> Any:
+        for _ in range(decode.WARM_UPS):
+            rewind()
+            run()
+        results.append(run().clone())
+        return lambda: results[0].copy_(run())
+
+    monkeypatch.setattr(decode, "recorded", recorded)
+    monkeypatch.setattr(decode, "records", lambda device: True)
+    served, plain = family(), family()
+    served.switch("small")
+    plain.switch("small")
+    step = served.decode_step(2, room=16)
+    for prompt in (TOKENS[:, :5], TOKENS[:, 5:8]):
+        assert torch.equal(served.generate(prompt, 12, step=step), plain.generate(prompt, 12))
+    assert step(TOKENS[:, :1]) is results[0] if step.length < 16 else step.length == 16
+    drawn = {"temperature": 1.5, "top_k": 9, "seed": 3}
+    assert torch.equal(
+        served.generate(TOKENS[:, :5], 12, step=step, **drawn), plain.generate(TOKENS[:, :5], 12, **drawn)
+    )
+    with pytest.raises(ValueError, match="room for 17 tokens, the one given has it for 16"):
+        served.generate(TOKENS[:, :5], 13, step=step)
+    with pytest.raises(ValueError, match="must be at least 1"):
+        served.decode_step(0, room=3)
 
 
 @pytest.mark.parametrize("name", NAMES)

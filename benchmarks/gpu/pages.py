@@ -40,9 +40,9 @@ python benchmarks/gpu/pages.py                       # this page and README's ta
 
 The kit is for a machine with Python 3.12, torch 2.11.0 for CUDA 13.0, transformers and pytest: it brings
 Megatron-core and NeMo, mamba-ssm's Triton kernels and causal-conv1d, compiled for sm_90, fp32 and bf16, width 4.
-Transformer Engine is not in it yet: stage 8 needs a machine that has it. On any other machine `run.sh` takes what is
-installed. A stage has a time limit and none stops the others; `MAMBA_DETERMINISTIC=1` is set, which takes one
-autotune configuration a kernel instead of the best.
+Transformer Engine is not in it: there stage 8 says so, and runs on a machine that has it, such as an NGC container. On
+any other machine `run.sh` takes what is installed. A stage has a time limit and none stops the others;
+`MAMBA_DETERMINISTIC=1` is set, which takes one autotune configuration a kernel instead of the best.
 """
 ROWS: tuple[
     tuple[str, str, Mapping[str, str], str], ...

@@ -30,7 +30,7 @@ STAGES = {
     4: ("two processes on the device: TP 2 is TP 1", 60),
     5: ("time of a step at 12B widths", 90),
     6: ("output layer and distillation loss", 60),
-    7: ("serving: switch, prefill, decode", 60),
+    7: ("serving: switch, prefill, decode", 75),
     8: ("Transformer Engine", 90),
     9: ("phases, compiled and eager, where a step's time goes", 60),
 }

@@ -84,14 +84,34 @@ def _check_teacher(hidden: Tensor, weight: Tensor, tokens: torch.Size, vocabular
 
 
 def _logits(hidden: Tensor, weight: Tensor, into: Tensor, padding: int) -> Tensor:
-    """`hidden weight^T` in fp32; the product itself is in the weights' dtype, as the output layer's is."""
-    if weight.dtype == into.dtype:
-        torch.mm(hidden, weight.t(), out=into)
-    else:
-        into.copy_(torch.mm(hidden.to(weight.dtype), weight.t()))
+    """`hidden weight^T` in fp32; what goes in is in the weights' dtype, as the output layer's is."""
+    _product(hidden, weight.t(), into)
     if padding:
         into[:, into.shape[1] - padding :] = NO_TOKEN
     return into
+
+
+def _product(left: Tensor, right: Tensor, into: Tensor, *, add: bool = False) -> None:
+    """`into = left right` (`add`: added to it), in fp32; what goes in is in the dtype of `right`, as in the layers.
+
+    16-bit factors lie in tensor cores that sum in fp32. Where torch hands that sum out (CUDA, since 2.8) it goes
+    straight to `into`; elsewhere it is rounded to 16 bits on the way and copied.
+    """
+    left = left.to(right.dtype)
+    if right.dtype == into.dtype:
+        torch.addmm(into, left, right, out=into) if add else torch.mm(left, right, out=into)
+    elif _has_wide_products(right):
+        wide = {"out_dtype": into.dtype, "out": into}
+        torch.addmm(into, left, right, **wide) if add else torch.mm(left, right, **wide)
+    else:
+        product = torch.mm(left, right)
+        into.add_(product) if add else into.copy_(product)
+
+
+def _has_wide_products(factor: Tensor) -> bool:
+    """Whether torch multiplies such factors with an fp32 result: CUDA's do (and `meta`, where this is tested)."""
+    small, there = factor.dtype in (torch.bfloat16, torch.float16), factor.device.type in ("cuda", "meta")
+    return small and there and "dtype_out" in torch.ops.aten.addmm.overloads()
 
 
 NO_TOKEN = -1e30  # logit of a padded row; finite, so that a student's and a teacher's differ by 0
@@ -117,10 +137,11 @@ class _FusedLoss(torch.autograd.Function):
             own_labels = None if labels is None else labels[rows]
             kd_rows, ce_rows = chunk_loss(student, teacher, own_labels, weights[rows], config, group, scratch)
             # `student` now holds the logits' gradient
+            gradient = student.to(weight.dtype) if weight.dtype == hidden.dtype else student  # rounded once for both
             if wants_hidden:
-                grad_hidden[rows] = torch.mm(student.to(weight.dtype), weight).float()
+                _product(gradient, weight, grad_hidden[rows])
             if wants_weight:
-                _accumulate(grad_weight, student, hidden[rows])
+                _product(gradient.t(), hidden[rows], grad_weight, add=True)
             kd += (kd_rows * weights[rows]).sum(dtype=torch.float64)
             ce += (ce_rows * weights[rows]).sum(dtype=torch.float64)
         if wants_hidden and reduce:
@@ -142,14 +163,6 @@ class _FusedLoss(torch.autograd.Function):
         ctx.ran, gradients, ctx.gradients = True, ctx.gradients, None
         scaled = [None if g is None else g.mul_(grad_total.to(g.dtype)) for g in gradients]
         return (*scaled, *(None,) * 8)
-
-
-def _accumulate(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
-    """`total += gradient^T hidden` in fp32."""
-    if hidden.dtype == torch.float32:
-        total.addmm_(gradient.t(), hidden)
-    else:
-        total += torch.mm(gradient.to(hidden.dtype).t(), hidden)
 
 
 def fused_chunk_length(config: DistillConfig, vocabulary: int, device: torch.device) -> int:

@@ -2,7 +2,8 @@
 
     norm of everything = sqrt(model^2 + router^2) = the norm that Megatron clips by
 
-Under the distributed optimizer a rank's reduced gradients are those of its own shard only, so that part is read.
+Megatron takes that norm from here (`hand_norm`): gradients are read once a step. Under the distributed optimizer a
+rank's reduced gradients are those of its own shard only, so that part is read.
 """
 
 from __future__ import annotations
@@ -40,6 +41,22 @@ def gradient_norms(model: nn.Module, optimizer: Any) -> Tensor:
     squares = torch.stack([_sum_of_squares(grads, device) for grads in found.values()])
     torch.distributed.all_reduce(squares, group=parts[0].get_grad_stats_parallel_group())
     return squares.sqrt()
+
+
+def hand_norm(optimizer: Any, norm: float) -> None:
+    """Megatron's next step clips by `norm` (of everything) instead of reading all gradients and waiting once more.
+
+    Its chained optimizer, which is what it makes of any groups, asks itself for the norm once a step: here is the
+    answer, for one question. Any other optimizer measures for itself.
+    """
+    if not hasattr(optimizer, "chained_optimizers"):
+        return
+
+    def answer() -> float:
+        del optimizer.get_grad_norm
+        return norm
+
+    optimizer.get_grad_norm = answer
 
 
 def _sum_of_squares(grads: list[Tensor], device: torch.device) -> Tensor:

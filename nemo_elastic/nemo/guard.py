@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 import torch
 
 from nemo_elastic.mcore.build import unwrapped
-from nemo_elastic.mcore.gradients import gradient_norms, last_bad_gradient
+from nemo_elastic.mcore.gradients import gradient_norms, hand_norm, last_bad_gradient
 from nemo_elastic.mcore.not_finite import first_bad_output
 from nemo_elastic.mcore.parallel import data_parallel_rank_and_size
 from nemo_elastic.problems import Problem, ProblemsError
@@ -51,7 +51,7 @@ class FiniteGuard(pl.Callback):
         self.loss = float(reduced["loss"] if isinstance(reduced, dict) else reduced)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
-        """Gradients are complete and nothing has been changed by them.
+        """Gradients are complete and nothing has been changed by them. The optimizer clips by what is measured here.
 
         Raises:
             ProblemsError: on every rank, with step, budget and layer.
@@ -62,6 +62,7 @@ class FiniteGuard(pl.Callback):
         *self.norms, all_fine = torch.cat([norms, fine[None]]).tolist()  # the one wait
         if not all_fine:
             raise ProblemsError([Problem(f"step {trainer.global_step + 1}", self._words(pl_module))])
+        hand_norm(optimizer.mcore_optimizer, math.hypot(*self.norms))
 
     def _words(self, pl_module: pl.LightningModule) -> str:
         rank, size = data_parallel_rank_and_size()

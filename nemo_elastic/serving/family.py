@@ -23,18 +23,9 @@ from ..layout import ParamLayout
 from ..nemo.nested import open_nested
 from ..problems import Problem, ProblemsError, did_you_mean, raise_if_any
 from ..space import Subnet
-from .layers import LayerCache
+from .decode import Cache, DecodeStep
 from .network import ACTIVATIONS, Network
 from .sampling import next_tokens
-
-
-@dataclass
-class Cache:
-    """What one generation remembers; it belongs to the budget that made it. `length` tokens were seen."""
-
-    budget: str
-    layers: list[LayerCache]
-    length: int = 0
 
 
 @dataclass(eq=False)
@@ -114,7 +105,17 @@ class ElasticFamily:
     def new_cache(self, batch: int = 1, *, room: int = 0) -> Cache:
         """An empty cache of the active budget for `batch` rows, with `room` for so many tokens (then it grows)."""
         with torch.inference_mode():
-            return Cache(self.active, self._network.new_caches(batch, room))
+            return Cache(self.active, batch, self._network.new_caches(batch, room))
+
+    def decode_step(self, batch: int = 1, *, room: int) -> DecodeStep:
+        """A step of the active budget for `batch` rows of at most `room` tokens; on a GPU a CUDA graph.
+
+        Raises:
+            ValueError: no rows, or no room.
+        """
+        if batch < 1 or room < 1:
+            raise ValueError(f"batch={batch} and room={room} must be at least 1")
+        return DecodeStep(self._network, self.active, batch, room)
 
     @torch.inference_mode()
     def logits(self, tokens: Tensor, cache: Cache | None = None, *, last_only: bool = False) -> Tensor:
@@ -145,6 +146,7 @@ class ElasticFamily:
         top_k: int | None = None,
         seed: int = 0,
         stop: int | None = None,
+        step: DecodeStep | None = None,
     ) -> Tensor:
         """Continue prompts of one length.
 
@@ -152,12 +154,13 @@ class ElasticFamily:
             prompt: tokens `[b, s]`, or one row of them.
             temperature: 0: the likeliest token.
             stop: a row that has it is filled up with it; all rows there: the end.
+            step: of this budget, for these rows and at least all tokens but the last; decode by it.
 
         Returns:
             the new tokens `[b, n]`, n at most `max_new_tokens`.
 
         Raises:
-            ValueError: an empty prompt, or settings that mean nothing.
+            ValueError: an empty prompt, settings that mean nothing, or a step that does not fit.
         """
         tokens = torch.as_tensor(prompt, dtype=torch.int64)
         tokens = (tokens.unsqueeze(0) if tokens.dim() == 1 else tokens).to(self.device)
@@ -165,12 +168,19 @@ class ElasticFamily:
             raise ValueError(f"the prompt has shape {tuple(tokens.shape)}; it must be [batch, tokens], not empty")
         if max_new_tokens < 1 or temperature < 0 or (top_k is not None and top_k < 1):
             raise ValueError("max_new_tokens and top_k must be at least 1, temperature at least 0")
+        if step is not None and (needed := tokens.shape[1] + max_new_tokens - 1) > step.room:
+            raise ValueError(f"this needs a step with room for {needed} tokens, the one given has it for {step.room}")
         generator = torch.Generator().manual_seed(seed)
         cache = self.new_cache(tokens.shape[0], room=tokens.shape[1] + max_new_tokens)
         ended = torch.zeros(tokens.shape[0], dtype=torch.bool, device=self.device)
         found: list[Tensor] = []
-        for _ in range(max_new_tokens):
-            logits = self.logits(tokens, cache, last_only=True)[:, 0]
+        for number in range(max_new_tokens):
+            if number == 0 or step is None:
+                logits = self.logits(tokens, cache, last_only=True)[:, 0]
+            else:
+                logits = step(tokens)[:, 0]
+            if number == 0 and step is not None:
+                step.begin(cache)
             new = next_tokens(logits, temperature, top_k, generator)
             if stop is not None:
                 new = torch.where(ended, stop, new)

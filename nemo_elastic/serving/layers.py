@@ -33,6 +33,11 @@ class MambaCache:
     conv: Tensor
     state: Tensor
 
+    def take(self, other: MambaCache) -> None:
+        """Remember what `other` does, in place."""
+        self.conv.copy_(other.conv)
+        self.state.copy_(other.state)
+
 
 @dataclass
 class AttentionCache:
@@ -45,22 +50,54 @@ class AttentionCache:
     values: Tensor
     length: int = 0
 
-    def extended(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Take in `[b, g, s, d]`; returns all that is there."""
-        end = self.length + keys.shape[2]
+    def extended(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Take in `[b, g, s, d]`; returns all that is there, and which of it the new tokens see, `[s, all]`.
+
+        No mask: a single token sees all, and of what came first every token sees what is before it.
+        """
+        past, new = self.length, keys.shape[2]
+        end = past + new
         if end > self.keys.shape[2]:
             room = max(end, 2 * self.keys.shape[2])
             self.keys, self.values = (_grown(t, self.length, room) for t in (self.keys, self.values))
-        self.keys[:, :, self.length : end] = keys
-        self.values[:, :, self.length : end] = values
+        self.keys[:, :, past:end] = keys
+        self.values[:, :, past:end] = values
         self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        mask = None
+        if past and new > 1:
+            mask = torch.ones(new, end, dtype=torch.bool, device=keys.device).tril(past)
+        return self.keys[:, :, :end], self.values[:, :, :end], mask
 
 
 def _grown(old: Tensor, length: int, room: int) -> Tensor:
     new = old.new_empty(*old.shape[:2], room, old.shape[3])
     new[:, :, :length] = old[:, :, :length]
     return new
+
+
+@dataclass(frozen=True)
+class FixedAttentionCache:
+    """The same in memory that never changes its size, `[b, g, room, d]`; `position` `[1]`, on the device, were seen.
+
+    Whoever runs a step moves `position` on. What lies behind it must be finite: it is masked, not left out.
+    """
+
+    keys: Tensor
+    values: Tensor
+    position: Tensor
+
+    def extended(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Take in one token `[b, g, 1, d]`; returns all memory, and which of it that token sees, `[1, room]`."""
+        self.keys.index_copy_(2, self.position, keys)
+        self.values.index_copy_(2, self.position, values)
+        seen = torch.arange(self.keys.shape[2], device=self.keys.device) <= self.position
+        return self.keys, self.values, seen.unsqueeze(0)
+
+    def take(self, other: AttentionCache) -> None:
+        """Remember what `other` does, in place."""
+        for mine, given in ((self.keys, other.keys), (self.values, other.values)):
+            mine.zero_()
+            mine[:, :, : other.length] = given[:, :, : other.length]
 
 
 @dataclass(frozen=True)
@@ -81,8 +118,8 @@ class Mamba:
     groups: int
     state_dim: int
 
-    def cache(self, batch: int, room: int = 0) -> MambaCache:
-        """An empty one, changed in place from then on; its size does not depend on `room`."""
+    def cache(self, batch: int, room: int = 0, position: Tensor | None = None) -> MambaCache:
+        """An empty one, changed in place from then on; its size depends on neither `room` nor `position`."""
         width, kernel = self.conv_weight.shape[0], self.conv_weight.shape[-1]
         heads = self.a.shape[0]
         return MambaCache(
@@ -131,27 +168,26 @@ class Attention:
     channels: int
     scale: float | None
 
-    def cache(self, batch: int, room: int = 0) -> AttentionCache:
-        """An empty one with room for so many tokens."""
-        empty = self.norm.new_empty(batch, self.groups, room, self.channels)
-        return AttentionCache(empty, empty.clone())
+    def cache(self, batch: int, room: int = 0, position: Tensor | None = None) -> AttentionCache | FixedAttentionCache:
+        """An empty one with room for so many tokens; with the `position` of a step, one that never grows."""
+        keys, values = (self.norm.new_zeros(batch, self.groups, room, self.channels) for _ in range(2))
+        return AttentionCache(keys, values) if position is None else FixedAttentionCache(keys, values, position)
 
-    def __call__(self, x: Tensor, cache: AttentionCache | None) -> Tensor:
+    def __call__(self, x: Tensor, cache: AttentionCache | FixedAttentionCache | None) -> Tensor:
         """`[b, s, k]` -> `[b, s, k]`."""
         packed = self.qkv(rms_norm(x, self.norm, self.eps))
         grid = packed.unflatten(-1, (self.groups, -1, self.channels)).transpose(1, 2)  # [b, g, s, r + 2, d]
-        q = grid[..., :-2, :].transpose(2, 3).flatten(1, 2)  # [b, g r, s, d]
-        k, v = grid[..., -2, :], grid[..., -1, :]
-        new = k.shape[2]
+        q, k, v, mask = grid[..., :-2, :], grid[..., -2, :], grid[..., -1, :], None
         if cache is not None:
-            k, v = cache.extended(k, v)
-        past = k.shape[2] - new
+            k, v, mask = cache.extended(k, v)
+        if x.shape[1] == 1:  # its r query heads stand where tokens would, so that a group's keys are read once
+            y = F.scaled_dot_product_attention(q.squeeze(2), k, v, attn_mask=mask, scale=self.scale)  # [b, g, r, d]
+            return x + self.proj(y.flatten(1).unsqueeze(1))
+        q = q.transpose(2, 3).flatten(1, 2)  # [b, g r, s, d]
         k, v = ungrouped(q, k, v)
-        mask = None
-        if past and new > 1:
-            mask = torch.ones(new, k.shape[2], dtype=torch.bool, device=x.device).tril(past)
+        grouped = q.shape[1] != k.shape[1]
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=not past, scale=self.scale, enable_gqa=q.shape[1] != k.shape[1]
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=grouped
         )
         return x + self.proj(y.transpose(1, 2).flatten(2))
 
@@ -166,7 +202,7 @@ class MLP:
     down: Linear
     activation: Callable[[Tensor], Tensor]
 
-    def cache(self, batch: int, room: int = 0) -> None:
+    def cache(self, batch: int, room: int = 0, position: Tensor | None = None) -> None:
         """Nothing."""
         return None
 
@@ -176,7 +212,7 @@ class MLP:
 
 
 Layer = Mamba | Attention | MLP
-LayerCache = MambaCache | AttentionCache | None
+LayerCache = MambaCache | AttentionCache | FixedAttentionCache | None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

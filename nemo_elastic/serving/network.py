@@ -59,9 +59,9 @@ class Network:
             self.output = self._matrix("output_layer.weight", outer)
         self.layers: list[Layer] = [self._layer(i) for i in subnet.layers]
 
-    def new_caches(self, batch: int, room: int = 0) -> list[LayerCache]:
-        """Empty ones for every layer, with room for so many tokens."""
-        return [layer.cache(batch, room) for layer in self.layers]
+    def new_caches(self, batch: int, room: int = 0, position: Tensor | None = None) -> list[LayerCache]:
+        """Empty ones for every layer, with room for so many tokens; with the `position` of a step, that never grow."""
+        return [layer.cache(batch, room, position) for layer in self.layers]
 
     def logits(self, tokens: Tensor, caches: list[LayerCache] | None = None, *, last_only: bool = False) -> Tensor:
         """Tokens `[b, s]` -> `[b, s, v]` (`[b, 1, v]` with `last_only`); `caches` are brought up to date."""

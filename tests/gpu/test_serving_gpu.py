@@ -33,3 +33,18 @@ def test_gpu_is_cpu(name: str, compact: bool) -> None:
     assert torch.equal(there.generate(tokens, 8).cpu(), here.generate(tokens, 8))
     drawn = {"temperature": 0.8, "top_k": 50, "seed": 3}
     assert torch.equal(there.generate(tokens, 8, **drawn).cpu(), here.generate(tokens, 8, **drawn))
+
+
+@pytest.mark.parametrize("name", ["full", "small"])
+def test_a_recorded_step_is_decoding(name: str) -> None:
+    tokens = torch.randint(0, MODEL["vocab_size"], (2, 23), generator=torch.Generator().manual_seed(1)).cuda()
+    served = family("cuda")
+    served.switch(name)
+    whole, step = served.logits(tokens), served.decode_step(2, room=23)
+    for start in (9, 3):
+        cache = served.new_cache(2)
+        served.logits(tokens[:, :start], cache)
+        step.begin(cache)
+        found = torch.cat([step(tokens[:, i : i + 1]).clone() for i in range(start, 23)], dim=1)
+        assert (found - whole[:, start:]).abs().max() < 1e-10 * whole.abs().max()
+    assert torch.equal(served.generate(tokens[:, :9], 8, step=step), served.generate(tokens[:, :9], 8))

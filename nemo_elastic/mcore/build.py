@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from ..architecture import Architecture
 from ..config.model_fields import architecture_of, arithmetic_of
+from ..kinds import sizes
 from ..layout import ParamLayout
 from ..slicing import shard, unshard
 from ..space import DEFAULT_FFN_GROUPS
 from .elastic.model import ElasticMambaModel
 from .elastic.spec import elastic_stack_spec
+from .kind_modules import megatron_pattern
 from .layer_specs import attention_backend, hybrid_stack_spec, local_stack_spec
 from .versions import HybridModel, layer_pattern, parameter_name, squared_relu
 
@@ -42,14 +44,7 @@ def transformer_config(model: Architecture | Mapping[str, Any], **more: Any) -> 
     settings: dict[str, Any] = {
         "num_layers": architecture.num_layers,
         "hidden_size": architecture.hidden_size,
-        "ffn_hidden_size": architecture.ffn_hidden_size,
-        "num_attention_heads": architecture.num_attention_heads,
-        "num_query_groups": architecture.num_query_groups,
-        "kv_channels": architecture.kv_channels,
-        "mamba_num_heads": architecture.mamba_num_heads,
-        "mamba_head_dim": architecture.mamba_head_dim,
-        "mamba_num_groups": architecture.mamba_num_groups,
-        "mamba_state_dim": architecture.mamba_state_dim,
+        **{size.name: getattr(architecture, size.name) for size in sizes() if not size.fixed},
         "is_hybrid_model": True,
         "normalization": "RMSNorm",
         **arithmetic(model),
@@ -96,8 +91,10 @@ def build_plain_model(
         model, config, more: as of `transformer_config`.
     """
     config = config or transformer_config(model, **more)
-    spec = local_stack_spec() if local else hybrid_stack_spec()
-    return HybridModel(config, spec, **_model_arguments(sizes_of(model)))
+    architecture = sizes_of(model)
+    pattern = architecture.hybrid_override_pattern
+    spec = local_stack_spec(pattern) if local else hybrid_stack_spec(pattern=pattern)
+    return HybridModel(config, spec, **_model_arguments(architecture))
 
 
 def build_elastic_model(
@@ -111,7 +108,7 @@ def build_elastic_model(
     """The elastic model of this rank; its parameters have the plain model's names and shapes. `local`: as above."""
     config, architecture = config or transformer_config(model, **more), sizes_of(model)
     layout = ParamLayout(architecture, ffn_groups=ffn_groups, tp_size=config.tensor_model_parallel_size)
-    spec = elastic_stack_spec(local=local)
+    spec = elastic_stack_spec(pattern=architecture.hybrid_override_pattern, local=local)
     return ElasticMambaModel(config, spec, layout=layout, **_model_arguments(architecture))
 
 
@@ -119,7 +116,7 @@ def _model_arguments(architecture: Architecture) -> dict[str, Any]:
     return {
         "vocab_size": architecture.vocab_size,
         "max_sequence_length": 1 << 20,
-        **layer_pattern(architecture.hybrid_override_pattern),
+        **layer_pattern(megatron_pattern(architecture.hybrid_override_pattern)),
         "pre_process": parallel_state.is_pipeline_first_stage(),
         "post_process": parallel_state.is_pipeline_last_stage(),
         "share_embeddings_and_output_weights": architecture.share_embeddings_and_output_weights,

@@ -13,20 +13,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from math import gcd, lcm
 
-from .architecture import ATTENTION, MAMBA, MLP, Architecture
+from .architecture import Architecture
+from .kinds import dims, kind_of, kinds, kinds_by_dim
 from .layout import ParamLayout
 from .problems import ProblemsError
-from .space import ElasticSpace, resolve_choices
+from .space import HIDDEN, ElasticSpace, resolve_choices
 
 BF16_MULTIPLE, FP8_MULTIPLE, CONVOLUTION_MULTIPLE = 8, 16, 8
 LARGE_HIDDEN_SIZE = 1024  # parents from here on are rounded to what large GEMM tiles like
 AXES = {  # axis of a linear -> (how it is called, kind of its layers; None: every layer)
     "hidden": ("hidden channels", None),
-    "ffn": ("neurons", MLP),
-    "z+x+B+C+dt": ("in_proj rows z+x+B+C+dt", MAMBA),
-    "x": ("out_proj columns", MAMBA),
-    "qkv": ("qkv rows", ATTENTION),
-    "q": ("proj columns", ATTENTION),
+    **{axis: (what, kind.letter) for kind in kinds_by_dim() for axis, what in kind.aligned.items()},
 }
 LONGEST_LIST = 8
 
@@ -34,13 +31,9 @@ LONGEST_LIST = 8
 def default_multiples(architecture: Architecture) -> dict[str, int]:
     """What ratios of a dim round to where `elastic.multiple_of` says nothing, before the dim's groups are asked."""
     large = architecture.hidden_size >= LARGE_HIDDEN_SIZE
-    widest = gcd(architecture.mamba_num_groups, architecture.num_query_groups)
-    return {
-        "hidden_size": 64 if large else BF16_MULTIPLE,
-        "ffn_hidden_size": 64 if large else BF16_MULTIPLE,
-        "mamba_num_heads": BF16_MULTIPLE * (widest if large else 1),
-        "mamba_head_dim": BF16_MULTIPLE,
-    }
+    split = (getattr(architecture, name) for kind in kinds() for name in kind.split_by)
+    widest = gcd(*split)
+    return {HIDDEN: 64 if large else BF16_MULTIPLE, **{dim.name: dim.multiple(large, widest) for dim in dims()}}
 
 
 def rounding_step(
@@ -85,9 +78,9 @@ def convolution_notes(space: ElasticSpace, tp_size: int) -> list[str]:
 
     (Its other rule, a width of 2 to 4, always holds: Megatron's is 4.) Only a GPU has that kernel.
     """
-    if MAMBA not in space.architecture.hybrid_override_pattern:
-        return []
-    wrong = [(w, sizes) for w, sizes in _widths(space, tp_size, "x+B+C") if w % CONVOLUTION_MULTIPLE]
+    present = map(kind_of, dict.fromkeys(space.architecture.hybrid_override_pattern))
+    axes = [kind.conv_axis for kind in present if kind.conv_axis]
+    wrong = [(w, sizes) for axis in axes for w, sizes in _widths(space, tp_size, axis) if w % CONVOLUTION_MULTIPLE]
     if not wrong:
         return []
     rank = f"a rank of TP {tp_size}" if tp_size > 1 else "a GPU"
@@ -112,9 +105,9 @@ def _widths(space: ElasticSpace, tp_size: int, axis: str) -> Iterator[tuple[int,
     except ProblemsError:
         return
     segments = layout.axes[axis]
-    dims = list(dict.fromkeys(f.dim for s in segments for f in s.factors if f.dim))
-    for sizes in product(*(space.dims[name].choices for name in dims)):
-        named = dict(zip(dims, sizes, strict=True))
+    cut = list(dict.fromkeys(f.dim for s in segments for f in s.factors if f.dim))
+    for sizes in product(*(space.dims[name].choices for name in cut)):
+        named = dict(zip(cut, sizes, strict=True))
         width = sum(segment.length(named) for segment in segments)
         yield width, {n: v for n, v in named.items() if len(space.dims[n].choices) > 1} or named
 

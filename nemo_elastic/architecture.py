@@ -1,14 +1,15 @@
 """The numbers that decide every tensor's size in a plain hybrid model; a parent and a uniform child are both one.
 
-Field names are those of Megatron's `TransformerConfig` and NeMo's `SSMConfig`. No torch here.
+Field names are those of Megatron's `TransformerConfig` and NeMo's `SSMConfig`; what one kind of layer has of them is
+said by the kind (`kinds`). No torch here.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, make_dataclass
 
+from .kinds import kinds, sizes
 from .problems import Problem, raise_if_any
 
-MAMBA, ATTENTION, MLP = "M", "*", "-"
-KIND_NAMES = {MAMBA: "mamba", ATTENTION: "attention", MLP: "mlp"}
+KIND_NAMES = {kind.letter: kind.name for kind in kinds()}
 UNSUPPORTED_KINDS = {
     "E": "mixture of experts",
     "G": "gated delta net",
@@ -17,29 +18,33 @@ UNSUPPORTED_KINDS = {
     "/": "multi-token-prediction boundary",
     "|": "pipeline stage boundary",
 }
+_OfKinds = make_dataclass(
+    "_OfKinds",
+    [
+        ("hybrid_override_pattern", str),
+        ("hidden_size", int),
+        *((s.name, int) if s.default is None else (s.name, int, field(default=s.default)) for s in sizes()),
+    ],
+    frozen=True,
+    kw_only=True,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Architecture:
+class Architecture(_OfKinds):
     """Sizes of a plain hybrid Mamba-attention model. `vocab_size` is the rows that whole tensors have.
+
+    Attributes:
+        hybrid_override_pattern: the letter of each layer's kind.
+        hidden_size: channels of the residual stream.
+        others: an integer for every size of every kind (`kinds.Size`), such as `ffn_hidden_size`.
 
     Raises:
         ProblemsError: with every illegal value, keyed `model.<field>`.
     """
 
-    hybrid_override_pattern: str
-    hidden_size: int
-    ffn_hidden_size: int
-    num_attention_heads: int
-    num_query_groups: int
-    kv_channels: int
-    mamba_num_heads: int
-    mamba_head_dim: int
-    mamba_num_groups: int
-    mamba_state_dim: int
     vocab_size: int
     share_embeddings_and_output_weights: bool = False
-    mamba_conv_kernel: int = 4
 
     def __post_init__(self) -> None:
         raise_if_any(self._problems())
@@ -47,11 +52,6 @@ class Architecture:
     @property
     def num_layers(self) -> int:
         return len(self.hybrid_override_pattern)
-
-    @property
-    def mamba_inner_size(self) -> int:
-        """d_inner: heads x head channels."""
-        return self.mamba_num_heads * self.mamba_head_dim
 
     def layers_of(self, kind: str) -> tuple[int, ...]:
         """Global indices of the layers of one kind, ascending."""
@@ -66,7 +66,7 @@ class Architecture:
         found += pattern_problems(self.hybrid_override_pattern)
         if found:
             return found
-        for whole, groups in (("num_attention_heads", "num_query_groups"), ("mamba_num_heads", "mamba_num_groups")):
+        for whole, groups in (pair for kind in reversed(kinds()) for pair in kind.multiples_of):
             n, g = getattr(self, whole), getattr(self, groups)
             if n % g:
                 found.append(Problem(f"model.{whole}", f"{n} must be a multiple of {groups}={g}"))
@@ -77,8 +77,9 @@ def pattern_problems(pattern: str) -> list[Problem]:
     """Every letter of a `hybrid_override_pattern` that cannot be elastic here, by its layer number."""
     key = "model.hybrid_override_pattern"
     if not isinstance(pattern, str) or not pattern:
-        return [Problem(key, f"{pattern!r} must be a non-empty string of M, * and -")]
-    found = []
+        *first, last = KIND_NAMES
+        return [Problem(key, f"{pattern!r} must be a non-empty string of {', '.join(first)} and {last}")]
+    found, known = [], ", ".join(f"{kind.letter} ({kind.words})" for kind in kinds())
     for layer, letter in enumerate(pattern):
         if letter in KIND_NAMES:
             continue
@@ -86,5 +87,5 @@ def pattern_problems(pattern: str) -> list[Problem]:
             what = f"{UNSUPPORTED_KINDS[letter]} ({letter!r}) is not supported yet"
         else:
             what = f"{letter!r} is no layer kind"
-        found.append(Problem(key, f"layer {layer} of {len(pattern)}: {what}; supported: M (Mamba), *, -"))
+        found.append(Problem(key, f"layer {layer} of {len(pattern)}: {what}; supported: {known}"))
     return found

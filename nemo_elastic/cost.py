@@ -9,9 +9,12 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
-from .architecture import ATTENTION, KIND_NAMES, MAMBA, MLP, Architecture
+from .architecture import KIND_NAMES, Architecture
+from .kinds import kind_of
 from .layout import ParamLayout
 from .space import Subnet
+
+CACHES = ("kv_cache", "ssm_state", "conv_state")  # what a layer may keep between tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,22 +94,15 @@ def parameters_by_kind(layout: ParamLayout, subnet: Subnet) -> dict[str, int]:
 def layer_state_elements(
     arch: Architecture, kind: str, sizes: Mapping[str, Any], sequence_length: int
 ) -> dict[str, Any]:
-    """Cached elements of one layer for one sequence: `kv_cache`, `ssm_state`, `conv_state` (one kernel of columns)."""
-    none = {"kv_cache": 0, "ssm_state": 0, "conv_state": 0}
-    if kind == ATTENTION:
-        return {**none, "kv_cache": 2 * arch.num_query_groups * arch.kv_channels * sequence_length}
-    if kind == MAMBA:
-        inner = sizes.get("mamba_num_heads", arch.mamba_num_heads) * sizes.get("mamba_head_dim", arch.mamba_head_dim)
-        channels = inner + 2 * arch.mamba_num_groups * arch.mamba_state_dim
-        return {**none, "ssm_state": inner * arch.mamba_state_dim, "conv_state": channels * arch.mamba_conv_kernel}
-    return none
+    """Cached elements of one layer for one sequence, for each of `CACHES`."""
+    return dict.fromkeys(CACHES, 0) | kind_of(kind).caches(arch, sizes, sequence_length)
 
 
 def memory(
     layout: ParamLayout, subnet: Subnet, *, batch_size: int, sequence_length: int, profile: ByteProfile
 ) -> Memory:
     """Bytes to serve a child at a batch and length: weights, KV cache, SSM and convolution state."""
-    arch, sums = layout.architecture, {"kv_cache": 0, "ssm_state": 0, "conv_state": 0}
+    arch, sums = layout.architecture, dict.fromkeys(CACHES, 0)
     for layer in subnet.layers:
         kind = arch.hybrid_override_pattern[layer]
         for term, n in layer_state_elements(arch, kind, layout.sizes(subnet, layer), sequence_length).items():
@@ -124,23 +120,10 @@ def layer_flops(
 ) -> Any:
     """Forward FLOPs of one layer for one sequence: 2 per multiply-add of its matrix products, and nothing else.
 
-    Elementwise work, norms and the convolution (4 taps) are left out. Attention counts the whole score matrix, not
-    its causal half, as kernels that do not skip blocks compute it. The scan works in chunks of Q = `chunk_size` steps
-    (the last one filled up): per step and chunk C B^T per group (Q G N), the decayed scores times x (Q D), the
-    chunk's state (D N) and what the carried state adds (D N).
+    Elementwise work, norms and the convolution (4 taps) are left out; what is counted is said by the kind. A scan
+    works in chunks of `chunk_size` steps.
     """
-    arch, s = layout.architecture, sequence_length
-    h = sizes.get("hidden_size", arch.hidden_size)
-    if kind == MLP:
-        return 2 * s * 2 * h * sizes.get("ffn_hidden_size", arch.ffn_hidden_size)
-    if kind == ATTENTION:
-        q, d, kv = sizes.get("num_attention_heads", arch.num_attention_heads), arch.kv_channels, arch.num_query_groups
-        return 2 * s * h * ((q + 2 * kv) * d + q * d) + 2 * 2 * s * s * q * d
-    m, p = sizes.get("mamba_num_heads", arch.mamba_num_heads), sizes.get("mamba_head_dim", arch.mamba_head_dim)
-    groups, n, inner, chunk = arch.mamba_num_groups, arch.mamba_state_dim, m * p, min(chunk_size, s)
-    projections = 2 * s * h * (2 * inner + 2 * groups * n + m) + 2 * s * h * inner
-    steps = -(-s // chunk) * chunk
-    return projections + 2 * steps * chunk * (groups * n + inner) + 2 * 2 * steps * inner * n
+    return kind_of(kind).flops(layout.architecture, sizes, sequence_length, chunk_size)
 
 
 def flops(layout: ParamLayout, subnet: Subnet, *, sequence_length: int, chunk_size: int = 128) -> int:

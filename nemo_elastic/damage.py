@@ -16,7 +16,7 @@ from .architecture import Architecture
 from .choices import Selection, choice_shapes, is_row_per_layer, kept_by_depth, layers_of_dim
 from .importance_file import DESCRIPTION, TENSORS, read_description
 from .problems import Problem, ProblemsError
-from .space import DEPTH, KIND_OF_DIM, ElasticSpace
+from .space import DEALT_DIMS, DEPTH, KIND_OF_DIM, ElasticSpace
 
 FOLDER = "importance"
 HIDDEN = "hidden_size"
@@ -116,7 +116,7 @@ class Damage:
             words = f"has no scores of {name}, which elastic.dims lets vary; rank again"
             raise ProblemsError([Problem("--ranking", words)])
         dim, by_layer = self.space.dims[name], scores.widths[name]
-        groups = 1 if name == "ffn_hidden_size" else dim.groups  # neurons are ranked as a whole, then dealt
+        groups = 1 if name in DEALT_DIMS else dim.groups  # such units are ranked as a whole, then dealt
         if name == HIDDEN:  # one order for the whole net: the sum over norms
             summed = [sum(column) for column in zip(*by_layer.values(), strict=True)]
             by_layer = dict.fromkeys(range(self.space.architecture.num_layers), summed)

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from .alignment import FP8_MULTIPLE
-from .architecture import MAMBA, MLP, Architecture
+from .architecture import Architecture
+from .kinds import dims, kind_of, kinds
 from .layout import ParamLayout
 from .problems import Problem
 from .space import PER_LAYER_DIMS, Subnet
@@ -22,7 +23,7 @@ LARGEST = 16
 def deployment(layout: ParamLayout, subnet: Subnet) -> dict[str, Any]:
     """Legal parallel sizes (up to 16), whether FP8 linears fit, and what a stock Hugging Face config can say."""
     arch = layout.architecture
-    groups = (arch.mamba_num_groups, arch.num_query_groups)
+    groups = tuple(getattr(arch, name) for kind in kinds() for name in kind.split_by)
     return {
         "tensor_parallel": [n for n in range(1, LARGEST + 1) if all(g % n == 0 for g in groups)],
         "pipeline_parallel": [n for n in range(1, LARGEST + 1) if subnet.num_layers % n == 0],
@@ -43,13 +44,11 @@ def fp8_problems(layout: ParamLayout, subnet: Subnet, key: str) -> list[Problem]
     if subnet.hidden_size % FP8_MULTIPLE:
         found[f"hidden_size {subnet.hidden_size}"] = None
     for layer in subnet.layers:
-        kind, sizes = arch.hybrid_override_pattern[layer], layout.sizes(subnet, layer)
-        if kind == MLP and sizes["ffn_hidden_size"] % FP8_MULTIPLE:
-            found[f"ffn_hidden_size {sizes['ffn_hidden_size']}"] = None
-        if kind == MAMBA:
-            rows = sum(s.length(sizes) for s in layout.axes["z+x+B+C+dt"])
-            if rows % FP8_MULTIPLE:
-                found[f"in_proj rows 2D + 2GN + m = {rows} (mamba_num_heads {sizes['mamba_num_heads']})"] = None
+        sizes = layout.sizes(subnet, layer)
+        for axis, words in kind_of(arch.hybrid_override_pattern[layer]).fp8.items():
+            width = sum(segment.length(sizes) for segment in layout.axes[axis])
+            if width % FP8_MULTIPLE:
+                found[words.format(width=width, **sizes)] = None
     return [Problem(key, f"{what} must be a multiple of {FP8_MULTIPLE} for FP8") for what in found]
 
 
@@ -58,6 +57,7 @@ def hugging_face_note(architecture: Architecture, subnet: Subnet) -> str:
     ragged = [name for name in PER_LAYER_DIMS if not subnet.is_uniform(name)]
     if not ragged:
         return "loads as NemotronH"
-    if ragged == ["ffn_hidden_size"]:
-        return "per-layer ffn_hidden_size: padded to uniform without loss, or a list for newer readers"
-    return f"per-layer {', '.join(n for n in ragged if n != 'ffn_hidden_size')}: no stock schema can say it"
+    listed = [dim.name for dim in dims() if "list" in dim.schemas and dim.name in ragged]
+    if ragged == listed:
+        return f"per-layer {', '.join(listed)}: padded to uniform without loss, or a list for newer readers"
+    return f"per-layer {', '.join(n for n in ragged if n not in listed)}: no stock schema can say it"

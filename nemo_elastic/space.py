@@ -7,36 +7,27 @@ always a subset of a larger one. Depth keeps the first n layers of a ranking. No
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from numbers import Integral
 from typing import Any
 
-from .architecture import ATTENTION, MAMBA, MLP, Architecture
+from .architecture import Architecture
+from .kinds import dims as dims_of_kinds
+from .kinds import kind_of_dim
 from .problems import Problem, ProblemsError, did_you_mean, nearest_multiples, raise_if_any
 
-WIDTH_DIMS = ("hidden_size", "ffn_hidden_size", "mamba_num_heads", "mamba_head_dim", "num_attention_heads")
-DEPTH = "num_layers"
+HIDDEN, DEPTH = "hidden_size", "num_layers"
+WIDTH_DIMS = (HIDDEN, *(dim.name for dim in dims_of_kinds()))
 DIMS = (*WIDTH_DIMS, DEPTH)
-KIND_OF_DIM = {
-    "ffn_hidden_size": MLP,
-    "mamba_num_heads": MAMBA,
-    "mamba_head_dim": MAMBA,
-    "num_attention_heads": ATTENTION,
-}
-PER_LAYER_DIMS = ("ffn_hidden_size", "mamba_num_heads", "num_attention_heads")
+KIND_OF_DIM = {dim.name: kind_of_dim(dim.name).letter for dim in dims_of_kinds()}  # dim -> letter of its layers
+PER_LAYER_DIMS = tuple(dim.name for dim in dims_of_kinds() if dim.per_layer)
+DEALT_DIMS = tuple(dim.name for dim in dims_of_kinds() if dim.dealt)  # ranked over the layer, then dealt to groups
 DEFAULT_FFN_GROUPS = 8
 
 
 def dim_groups(architecture: Architecture, ffn_groups: int = DEFAULT_FFN_GROUPS) -> dict[str, int]:
     """Number of groups whose first units a child keeps, per dim. A size must be a multiple of it."""
-    return {
-        "hidden_size": 1,
-        "ffn_hidden_size": ffn_groups,
-        "mamba_num_heads": architecture.mamba_num_groups,
-        "mamba_head_dim": 1,  # the same channels in every head: the heads are the groups of the product axis
-        "num_attention_heads": architecture.num_query_groups,
-        DEPTH: 1,
-    }
+    return {HIDDEN: 1, **{dim.name: dim.groups(architecture, ffn_groups) for dim in dims_of_kinds()}, DEPTH: 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,19 +58,22 @@ class ElasticDim:
         object.__setattr__(self, "choices", tuple(sorted({*self.choices, self.full}, reverse=True)))
 
 
+_Widths = make_dataclass(
+    "_Widths",
+    [(HIDDEN, int), *((dim.name, tuple[int, ...] if dim.per_layer else int) for dim in dims_of_kinds())],
+    frozen=True,
+)
+
+
 @dataclass(frozen=True)
-class Subnet:
+class Subnet(_Widths):
     """One child: a size per width dim and the kept layers of the parent (global indices, ascending).
 
-    A dim of one layer kind maps to a tuple with one size per parent layer OF THAT KIND, in parent order (dropped layers
-    have an entry too, so that a subnet means the same whatever is dropped); the other two are ints.
+    A field for each of `WIDTH_DIMS`. One of `PER_LAYER_DIMS` is a tuple with one size per parent layer OF ITS KIND, in
+    parent order (dropped layers have an entry too, so that a subnet means the same whatever is dropped); the others are
+    ints.
     """
 
-    hidden_size: int
-    mamba_head_dim: int
-    ffn_hidden_size: tuple[int, ...]
-    mamba_num_heads: tuple[int, ...]
-    num_attention_heads: tuple[int, ...]
     layers: tuple[int, ...]
 
     @property
@@ -264,7 +258,7 @@ def layer_sizes(architecture: Architecture, subnet: Subnet, layer: int) -> dict[
     """Sizes that rule one PARENT layer of a subnet: dim name -> kept units."""
     kind = architecture.hybrid_override_pattern[layer]
     position = architecture.hybrid_override_pattern[:layer].count(kind)
-    sizes = {"hidden_size": subnet.hidden_size}
+    sizes = {HIDDEN: subnet.hidden_size}
     for name, of_kind in KIND_OF_DIM.items():
         if of_kind == kind:
             row = _row(subnet, name)

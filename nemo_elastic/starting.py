@@ -13,15 +13,11 @@ from .config.load import load_values
 from .config.parent_files import folder_of, parent_files
 from .cost import parameters
 from .family import Family, family_of
+from .kinds import dims
 from .problems import Problem, ProblemsError
+from .space import HIDDEN, KIND_OF_DIM
 
-RATIOS: dict[str, tuple[float, ...]] = {
-    "hidden_size": (1.0, 0.875, 0.75),
-    "ffn_hidden_size": (1.0, 0.75, 0.5),
-    "mamba_num_heads": (1.0, 0.75, 0.5),
-    "num_attention_heads": (1.0, 0.75, 0.5),
-}
-MADE_OF = {"ffn_hidden_size": "-", "mamba_num_heads": "M", "num_attention_heads": "*"}  # a letter of the pattern
+RATIOS: dict[str, tuple[float, ...]] = {HIDDEN: (1.0, 0.875, 0.75), **{dim.name: dim.ratios for dim in dims()}}
 SHALLOWEST, DEPTHS = 0.75, 4  # of the layers; how many smaller depths to offer
 LONGEST = 8192  # tokens of a training sample
 
@@ -77,14 +73,16 @@ def starting_configuration(path: str) -> str:
 
 def _family(path: str, model: Mapping[str, Any]) -> Family:
     pattern = str(model.get("hybrid_override_pattern"))
-    dims: dict[str, Any] = {
-        name: {"choices": list(ratios)} for name, ratios in RATIOS.items() if MADE_OF.get(name, pattern[:1]) in pattern
+    chosen: dict[str, Any] = {
+        name: {"choices": list(ratios)}
+        for name, ratios in RATIOS.items()
+        if ratios and KIND_OF_DIM.get(name, pattern[:1]) in pattern
     }
     layers = len(pattern)
     lowest = -int(-layers * SHALLOWEST // 1)
     step = max(1, -int(-(layers - lowest) // DEPTHS))
-    dims["num_layers"] = {"choices": [layers, *range(layers - step, lowest - 1, -step)]}
-    return family_of(load_values({"parent": {"path": path}, "model": dict(model), "elastic": {"dims": dims}}))
+    chosen["num_layers"] = {"choices": [layers, *range(layers - step, lowest - 1, -step)]}
+    return family_of(load_values({"parent": {"path": path}, "model": dict(model), "elastic": {"dims": chosen}}))
 
 
 def _budgets(smallest: float) -> tuple[float, float]:

@@ -13,7 +13,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from small_parent import FFN_GROUPS, architecture, random_subnet, space_of
 from torch import Tensor
 
-from nemo_elastic.architecture import ATTENTION, MAMBA, MLP, Architecture
+from nemo_elastic.architecture import Architecture
 from nemo_elastic.layout import ParamLayout
 from nemo_elastic.mcore.build import (
     build_elastic_model,
@@ -25,6 +25,7 @@ from nemo_elastic.mcore.build import (
 from nemo_elastic.mcore.elastic.model import ElasticMambaModel
 from nemo_elastic.mcore.elastic.plan import Plan, hard_plan, soft_plan
 from nemo_elastic.mcore.elastic.spec import elastic_stack_spec
+from nemo_elastic.mcore.kind_modules import SLOTS
 from nemo_elastic.mcore.layer_specs import local_stack_spec
 from nemo_elastic.mcore.parallel import stage_ends
 from nemo_elastic.mcore.versions import layer_pattern
@@ -69,7 +70,7 @@ def elastic_model(arch: Architecture, dtype: torch.dtype = torch.float32, seed: 
 def spec_with_a_plain(kind: str) -> ModuleSpec:
     """The elastic stack whose layers of one kind are Megatron's own, as if a new name upstream had missed ours."""
     spec, plain = elastic_stack_spec(), local_stack_spec()
-    field = {MAMBA: "mamba_layer", ATTENTION: "attention_layer", MLP: "mlp_layer"}[kind]
+    field, _ = SLOTS[kind]
     setattr(spec.submodules, field, getattr(plain.submodules, field))
     return spec
 

@@ -103,7 +103,7 @@ def rank_rows(arch: Architecture, name: str, tensor: torch.Tensor) -> torch.Tens
     """This rank's part of a whole parameter, written independently of the table: segment by segment."""
     tp = parallel_state.get_tensor_model_parallel_world_size()
     rank = parallel_state.get_tensor_model_parallel_rank()
-    inner, state = arch.mamba_inner_size, arch.mamba_num_groups * arch.mamba_state_dim
+    inner, state = arch.mamba_num_heads * arch.mamba_head_dim, arch.mamba_num_groups * arch.mamba_state_dim
     if "in_proj" in name:
         parts = tensor.split([inner, inner, state, state, arch.mamba_num_heads])
         return torch.cat([p.chunk(tp)[rank] for p in parts])

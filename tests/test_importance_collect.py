@@ -113,7 +113,7 @@ def test_a_contribution_is_the_norm_of_what_reaches_the_residual_stream(one_rank
     def importance(per_token):  # [s, b] -> scalar
         return per_token.mean(0).square().sum().sqrt()
 
-    p, inner = TINY.mamba_head_dim, TINY.mamba_inner_size
+    p, inner = TINY.mamba_head_dim, TINY.mamba_num_heads * TINY.mamba_head_dim
     heads = [(y[..., i : i + p] @ weight[:, i : i + p].t()).norm(dim=-1) for i in range(0, inner, p)]
     expected = torch.stack([importance(h) for h in heads])
     torch.testing.assert_close(scores["mamba_num_heads"][0], expected, rtol=1e-5, atol=1e-7)

@@ -55,7 +55,7 @@ def test_four_processes_rank_the_same_samples(pool4, importance, layout, sp):
 def test_planted_units_are_ranked_last(one_rank):
     """Units whose weights were scaled down on purpose end at the back of their group, in every dim."""
     tensors, weak = whole_tensors(TINY), 1e-3
-    inner, p, d = TINY.mamba_inner_size, TINY.mamba_head_dim, TINY.kv_channels
+    inner, p, d = TINY.mamba_num_heads * TINY.mamba_head_dim, TINY.mamba_head_dim, TINY.kv_channels
     for name in tensors:
         if "norm.weight" in name and "mixer" not in name:
             tensors[name][[5, 17]] *= weak  # hidden channels

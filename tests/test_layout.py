@@ -4,7 +4,8 @@ import pytest
 import torch
 from small_parent import FFN_GROUPS, PATTERN, architecture, child_architecture
 
-from nemo_elastic.layout import FUSED_NORM_NAMES, ParamLayout, fused_name
+from nemo_elastic.kinds import kind_of
+from nemo_elastic.layout import ParamLayout, fused_name
 from nemo_elastic.mcore.build import build_elastic_model, build_plain_model
 from nemo_elastic.problems import ProblemsError
 from nemo_elastic.space import ElasticSpace
@@ -57,7 +58,7 @@ def test_names_of_wrappers_and_fused_norms_are_resolved() -> None:
     layout = ParamLayout(architecture(), ffn_groups=FFN_GROUPS)
     assert layout.canonical_name("module.module.decoder.layers.3.self_attention.linear_proj.weight").startswith("dec")
     for layer, kind in enumerate(PATTERN):
-        own, fused = (f"decoder.layers.{layer}.{n}" for n in FUSED_NORM_NAMES[kind])
+        own, fused = (f"decoder.layers.{layer}.{n}" for n in kind_of(kind).norm)
         assert layout.canonical_name(fused) == own
         assert fused_name(own, kind) == fused
     assert fused_name("decoder.layers.0.mixer.D", "M") == "decoder.layers.0.mixer.D"

@@ -51,7 +51,7 @@ def test_unsupported_layers_are_named_by_number(letter: str) -> None:
     messages = [p.message for p in caught.value.problems]
     assert len(messages) == 2 and all(p.key == "model.hybrid_override_pattern" for p in caught.value.problems)
     assert messages[0].startswith("layer 2 of 6") and messages[1].startswith("layer 5 of 6")
-    assert "not supported yet" in messages[0] and "M (Mamba), *, -" in messages[0]
+    assert "not supported yet" in messages[0] and "M (Mamba), * (attention), - (MLP)" in messages[0]
 
 
 def test_an_unknown_letter_is_no_layer_kind() -> None:

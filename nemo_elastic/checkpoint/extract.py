@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from ..architecture import KIND_NAMES, Architecture
+from ..kinds import sizes as sizes_of_kinds
 from ..layout import ParamLayout, ParamSpec
 from ..problems import Problem, raise_if_any
 from ..slicing import take
-from ..space import KIND_OF_DIM, PER_LAYER_DIMS, Subnet, layer_sizes
+from ..space import KIND_OF_DIM, PER_LAYER_DIMS, WIDTH_DIMS, Subnet, layer_sizes
 from .reader import LazyTensor, TensorReader
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
@@ -71,7 +72,7 @@ def child_architecture(architecture: Architecture, subnet: Subnet) -> Architectu
         )
         for name, sizes in per_layer_dims(architecture, subnet).items()
     )
-    sizes: dict[str, Any] = {"hidden_size": subnet.hidden_size, "mamba_head_dim": subnet.mamba_head_dim}
+    sizes: dict[str, Any] = {n: getattr(subnet, n) for n in WIDTH_DIMS if n not in PER_LAYER_DIMS}
     for layer in subnet.layers:
         sizes |= layer_sizes(architecture, subnet, layer)
     return replace(architecture, hybrid_override_pattern=child_pattern(architecture, subnet), **sizes)
@@ -89,8 +90,9 @@ def child_layout(layout: ParamLayout, subnet: Subnet) -> ParamLayout:
 
 def plain_model(model: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
     """The parent's model section with the sizes of `architecture`: pattern and kv_channels explicit, no num_layers."""
-    sizes = {name: value for name, value in vars(architecture).items() if name != "mamba_conv_kernel"}
-    return {**{n: v for n, v in model.items() if n != "num_layers"}, **sizes}
+    fixed = {size.name for size in sizes_of_kinds() if size.fixed}
+    own = {name: value for name, value in vars(architecture).items() if name not in fixed}
+    return {**{n: v for n, v in model.items() if n != "num_layers"}, **own}
 
 
 def _named(sizes: tuple[int, ...]) -> str:

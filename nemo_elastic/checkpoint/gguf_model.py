@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..architecture import ATTENTION, KIND_NAMES, MAMBA, MLP, Architecture
+from ..architecture import Architecture
 from ..config.parent_hf import EPSILON
+from ..kinds import dims, kind_of, kind_of_dim, kinds
+from ..kinds.kind import Kind, PerLayer
 from ..layout import ParamLayout
 from ..problems import Problem, ProblemsError, raise_if_any
 from ..space import Subnet, layer_sizes
@@ -31,46 +33,8 @@ OUTER_NAMES = {
     "backbone.norm_f.weight": "output_norm.weight",
     "lm_head.weight": "output.weight",
 }
-# By kind of layer: NemotronH's name -> llama.cpp's.
-LAYER_NAMES = {
-    MAMBA: {
-        "norm.weight": "attn_norm.weight",
-        "mixer.in_proj.weight": "ssm_in.weight",
-        "mixer.conv1d.weight": "ssm_conv1d.weight",
-        "mixer.conv1d.bias": "ssm_conv1d.bias",
-        "mixer.dt_bias": "ssm_dt.bias",
-        "mixer.A_log": "ssm_a",
-        "mixer.D": "ssm_d",
-        "mixer.norm.weight": "ssm_norm.weight",
-        "mixer.out_proj.weight": "ssm_out.weight",
-    },
-    ATTENTION: {
-        "norm.weight": "attn_norm.weight",
-        "mixer.q_proj.weight": "attn_q.weight",
-        "mixer.k_proj.weight": "attn_k.weight",
-        "mixer.v_proj.weight": "attn_v.weight",
-        "mixer.o_proj.weight": "attn_output.weight",
-    },
-    MLP: {
-        "norm.weight": "attn_norm.weight",
-        "mixer.up_proj.weight": "ffn_up.weight",
-        "mixer.down_proj.weight": "ffn_down.weight",
-    },
-}
-MATRICES = frozenset(
-    [
-        "token_embd.weight",
-        "output.weight",
-        "ssm_in.weight",
-        "ssm_out.weight",
-        "attn_q.weight",
-        "attn_k.weight",
-        "attn_v.weight",
-        "attn_output.weight",
-        "ffn_up.weight",
-        "ffn_down.weight",
-    ]
-)
+OUTER_MATRICES = frozenset(["token_embd.weight", "output.weight"])
+Change = Callable[[Tensor], Tensor]
 
 
 def check_gguf(model: Mapping[str, Any], architecture: Architecture, subnet: Subnet) -> None:
@@ -86,13 +50,17 @@ def check_gguf(model: Mapping[str, Any], architecture: Architecture, subnet: Sub
     activation = model.get("activation_func", "squared_relu")
     if activation != "squared_relu":
         found.append(Problem("model.activation_func", f"{activation!r} cannot be said in {READER}: only squared_relu"))
-    heads = per_layer_dims(architecture, subnet).get("mamba_num_heads")
-    if heads:
-        words = (
-            f"this child has {', '.join(map(str, heads))} in its {KIND_NAMES[MAMBA]} layers; {READER} has one number "
-        )
-        words += "for all (ssm.time_step_rank) and cannot say that; train with per_layer: false, or give --format hf "
-        found.append(Problem("elastic.dims.mamba_num_heads.per_layer", words + "--hf-schema per_layer_config"))
+    varied = per_layer_dims(architecture, subnet)
+    for dim in (dim for dim in dims() if dim.gguf_key and dim.name in varied):
+        sizes, kind = ", ".join(map(str, varied[dim.name])), kind_of_dim(dim.name).name
+        words = f"this child has {sizes} in its {kind} layers; {READER} has one number for all ({dim.gguf_key}) and "
+        words += "cannot say that; train with per_layer: false, or give --format hf --hf-schema per_layer_config"
+        found.append(Problem(f"elastic.dims.{dim.name}.per_layer", words))
+    found += [
+        Problem("model.hybrid_override_pattern", f"{kind.letter!r} ({kind.words}) cannot be said in {READER}")
+        for kind in kinds()
+        if kind.gguf is None and kind.huggingface is not None and kind.letter in architecture.hybrid_override_pattern
+    ]
     raise_if_any(found)
 
 
@@ -105,33 +73,33 @@ def gguf_keys(
         architecture: the parent's; `subnet` is cut from it.
         child: the child's own, with the largest of sizes that differ.
     """
-    ffn, heads, groups = [], [], []
-    for layer in subnet.layers:
-        kind, sizes = architecture.hybrid_override_pattern[layer], layer_sizes(architecture, subnet, layer)
-        ffn.append(sizes["ffn_hidden_size"] if kind == MLP else 0)
-        groups.append(child.num_query_groups if kind == ATTENTION else 0)
-        # Never 0: llama.cpp divides by the first layer's, whatever its kind.
-        heads.append(sizes["num_attention_heads"] if kind == ATTENTION else child.num_attention_heads)
+    said = [kind for kind in reversed(kinds()) if kind.gguf]
+    per_layer: dict[str, int | list[int]] = {}
+    for kind in said:
+        for entry in kind.gguf.per_layer:
+            row = [_of_layer(kind, entry, architecture, subnet, layer, child) for layer in subnet.layers]
+            per_layer[entry.key] = row if entry.list_always or len(set(row)) > 1 else row[0]
+    one = {key: value for kind in said for key, value in kind.gguf.keys(child).items()}
     keys = {
         "vocab_size": child.vocab_size,
         "context_length": context_length(model),
         "embedding_length": child.hidden_size,
         "block_count": child.num_layers,
-        "feed_forward_length": ffn,
-        "attention.head_count": heads if len(set(heads)) > 1 else heads[0],
-        "attention.head_count_kv": groups,
-        "attention.key_length": child.kv_channels,
-        "attention.value_length": child.kv_channels,
-        "attention.layer_norm_rms_epsilon": EPSILON,
+        **per_layer,
+        "attention.layer_norm_rms_epsilon": EPSILON,  # of every norm, whatever the key is called
         "attention.layer_norm_epsilon": EPSILON,
-        "ssm.conv_kernel": child.mamba_conv_kernel,
-        "ssm.inner_size": child.mamba_num_heads * child.mamba_head_dim,
-        "ssm.state_size": child.mamba_state_dim,
-        "ssm.time_step_rank": child.mamba_num_heads,
-        "ssm.group_count": child.mamba_num_groups,
+        **one,
         "rope.scaling.finetuned": False,
     }
     return {f"{ARCHITECTURE}.{name}": value for name, value in keys.items()}
+
+
+def _of_layer(
+    kind: Kind, entry: PerLayer, architecture: Architecture, subnet: Subnet, layer: int, child: Architecture
+) -> int:
+    if architecture.hybrid_override_pattern[layer] == kind.letter:
+        return layer_sizes(architecture, subnet, layer).get(entry.size, getattr(child, entry.size))
+    return getattr(child, entry.size) if entry.elsewhere else 0
 
 
 def context_length(model: Mapping[str, Any]) -> int:
@@ -148,37 +116,33 @@ def gguf_tensors(tensors: Sequence[LazyTensor], layout: ParamLayout, dtype: torc
     arch = layout.architecture
     for tensor in hf_tensors(list(tensors), layout):
         if tensor.name in OUTER_NAMES:
-            name, last = OUTER_NAMES[tensor.name], OUTER_NAMES[tensor.name]
+            name, last, said = OUTER_NAMES[tensor.name], OUTER_NAMES[tensor.name], None
         else:
             layer, suffix = tensor.name.removeprefix("backbone.layers.").split(".", 1)
-            last = LAYER_NAMES[arch.hybrid_override_pattern[int(layer)]][suffix]
+            said = kind_of(arch.hybrid_override_pattern[int(layer)]).gguf
+            last = said.names[suffix]
             name = f"blk.{layer}.{last}"
-        kept = dtype if last in MATRICES else torch.float32
-        yield LazyTensor(name, kept, _shape(last, tensor.shape, arch), _Change(tensor, name, last, kept, arch))
+        kept = dtype if last in (OUTER_MATRICES if said is None else said.matrices) else torch.float32
+        shape = tensor.shape if said is None else said.shape(last, tensor.shape, arch)
+        change = None if said is None else said.values.get(last)
+        yield LazyTensor(name, kept, shape, _Change(tensor, name, shape, kept, change))
 
 
 class _Change:
     """Reads a tensor, and gives it llama.cpp's values, shape and dtype."""
 
-    def __init__(self, tensor: LazyTensor, name: str, last: str, dtype: torch.dtype, arch: Architecture) -> None:
+    def __init__(
+        self, tensor: LazyTensor, name: str, shape: tuple[int, ...], dtype: torch.dtype, change: Change | None
+    ) -> None:
         self._read: Callable[[], Tensor] = tensor.read
-        self._name, self._last, self._dtype = name, last, dtype
-        self._shape = _shape(last, tensor.shape, arch)
+        self._name, self._shape, self._dtype, self._change = name, shape, dtype, change
 
     def __call__(self) -> Tensor:
         value = self._read()
-        if self._last == "ssm_a":
-            value = -value.float().exp()
+        if self._change is not None:
+            value = self._change(value)
         cast = value.to(self._dtype).reshape(self._shape).contiguous()
         if self._dtype == torch.float16 and not torch.isfinite(cast).all():
             words = f"has values beyond 65,504 ({float(value.abs().max()):.3g}), which float16 cannot say"
             raise ProblemsError([Problem("--dtype", f"{self._name} {words}; give bfloat16 or float32")])
         return cast
-
-
-def _shape(last: str, shape: tuple[int, ...], arch: Architecture) -> tuple[int, ...]:
-    if last in ("ssm_a", "ssm_d"):
-        return (*shape, 1)
-    if last == "ssm_norm.weight":
-        return (arch.mamba_num_groups, shape[0] // arch.mamba_num_groups)
-    return (shape[0], shape[2]) if last == "ssm_conv1d.weight" else shape

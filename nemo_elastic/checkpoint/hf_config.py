@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 
-from ..architecture import ATTENTION, MAMBA, MLP
 from ..config.model_fields import architecture_of
 from ..config.parent_hf import ACTIVATIONS, EPSILON, HINTS, NO_STEP_ABOVE, NO_STEP_BELOW, SIZES
+from ..kinds import kind_of, kinds
 from ..problems import Problem, raise_if_any
 
-BLOCK_TYPES = {MAMBA: "linear_attention", ATTENTION: "full_attention", MLP: "mlp"}
 # model section -> config.json, where the value is the same.
 CONFIG_FIELDS = {
     **{ours: names[0] for ours, names in SIZES.items()},
@@ -81,7 +80,7 @@ def hf_config(model: Mapping[str, Any], dtype: torch.dtype, token_ids: Mapping[s
         "dtype": str(dtype).removeprefix("torch."),
         "torch_dtype": str(dtype).removeprefix("torch."),
         "hybrid_override_pattern": arch.hybrid_override_pattern,
-        "layers_block_type": [BLOCK_TYPES[kind] for kind in arch.hybrid_override_pattern],
+        "layers_block_type": [kind_of(letter).huggingface.blocks[0] for letter in arch.hybrid_override_pattern],
         "num_hidden_layers": arch.num_layers,
         **FIXED,
         **{theirs: values[ours] for ours, theirs in CONFIG_FIELDS.items() if values.get(ours) is not None},
@@ -98,6 +97,12 @@ def only_problems(model: Mapping[str, Any], reader: str) -> list[Problem]:
         Problem(f"model.{name}", f"{model[name]!r} cannot be said in {reader}, which has {value!r}")
         for name, value in ONLY.items()
         if model.get(name, value) != value
+    ]
+    pattern = model.get("hybrid_override_pattern", "")
+    found += [
+        Problem("model.hybrid_override_pattern", f"{kind.letter!r} ({kind.words}) cannot be said in {reader}")
+        for kind in kinds()
+        if kind.huggingface is None and kind.letter in pattern
     ]
     return found + _epsilon_problems("model.layernorm_epsilon", model.get("layernorm_epsilon", EPSILON))
 

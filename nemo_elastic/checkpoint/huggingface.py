@@ -1,10 +1,10 @@
 """Hugging Face's NemotronH: names of tensors in both directions, and a reader of its folders, without `transformers`.
 
-Names come from one table per kind of layer; all tensors are the same bytes on both sides except attention's fused
-rows, which per query group are `[Q .. Q, K, V]` in Megatron and three tensors in Hugging Face.
+Names come from the layer kinds; all tensors are the same bytes on both sides except fused rows (`kinds.Packed`):
+attention's are per query group `[Q .. Q, K, V]` in Megatron and three tensors in Hugging Face.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..architecture import ATTENTION, MAMBA, MLP, Architecture
+from ..architecture import Architecture
 from ..config.model_fields import architecture_of
 from ..config.parent_files import read_json
 from ..config.parent_hf import model_from_hf
+from ..kinds import kind_of
+from ..kinds.kind import Packed
 from ..layout import ParamLayout
 from ..problems import Problem, ProblemsError, raise_if_any
 from .reader import LazyTensor, SafetensorsReader, TensorReader
@@ -27,64 +29,49 @@ OUTER_NAMES = {
     "decoder.final_norm.weight": "backbone.norm_f.weight",
     "output_layer.weight": HEAD,
 }
-LAYER_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
-    MAMBA: {
-        "norm.weight": ("norm.weight",),
-        "mixer.in_proj.weight": ("mixer.in_proj.weight",),
-        "mixer.conv1d.weight": ("mixer.conv1d.weight",),
-        "mixer.conv1d.bias": ("mixer.conv1d.bias",),
-        "mixer.dt_bias": ("mixer.dt_bias",),
-        "mixer.A_log": ("mixer.A_log",),
-        "mixer.D": ("mixer.D",),
-        "mixer.norm.weight": ("mixer.norm.weight",),
-        "mixer.out_proj.weight": ("mixer.out_proj.weight",),
-    },
-    ATTENTION: {
-        "input_layernorm.weight": ("norm.weight",),
-        "self_attention.linear_qkv.weight": ("mixer.q_proj.weight", "mixer.k_proj.weight", "mixer.v_proj.weight"),
-        "self_attention.linear_proj.weight": ("mixer.o_proj.weight",),
-    },
-    MLP: {
-        "pre_mlp_layernorm.weight": ("norm.weight",),
-        "mlp.linear_fc1.weight": ("mixer.up_proj.weight",),
-        "mlp.linear_fc2.weight": ("mixer.down_proj.weight",),
-    },
-}
 
 
 def hf_names(layout: ParamLayout, name: str) -> tuple[str, ...]:
-    """Names on disk of one canonical tensor (three for attention's fused rows)."""
+    """Names on disk of one canonical tensor (several for a packed one)."""
     spec = layout.table[name]
     if spec.layer is None:
         return (OUTER_NAMES[name],)
     suffix = name.split(".", 3)[3]
-    return tuple(f"backbone.layers.{spec.layer}.{new}" for new in LAYER_NAMES[spec.kind][suffix])
+    return tuple(f"backbone.layers.{spec.layer}.{new}" for new in kind_of(spec.kind).huggingface.names[suffix])
 
 
-def split_qkv(qkv: Tensor, architecture: Architecture) -> tuple[Tensor, Tensor, Tensor]:
-    """Megatron's `[groups x (Q.. + K + V) x d, h]` to `[q d, h]`, `[kv d, h]`, `[kv d, h]`; q is the tensor's own."""
-    grid = qkv.view(architecture.num_query_groups, -1, architecture.kv_channels, qkv.shape[1])
-    return tuple(part.reshape(-1, qkv.shape[1]) for part in (grid[:, :-2], grid[:, -2], grid[:, -1]))
+def packing(layout: ParamLayout, name: str) -> Packed | None:
+    """How one canonical tensor is split; None where it is stored whole."""
+    spec = layout.table[name]
+    return None if spec.layer is None else kind_of(spec.kind).huggingface.packed.get(name.split(".", 3)[3])
 
 
-def merge_qkv(q: Tensor, k: Tensor, v: Tensor, architecture: Architecture) -> Tensor:
-    """Inverse of `split_qkv`."""
-    groups, d = architecture.num_query_groups, architecture.kv_channels
-    grid = [part.reshape(groups, -1, d, q.shape[1]) for part in (q, k, v)]
-    return torch.cat(grid, dim=1).reshape(-1, q.shape[1])
+def split_packed(tensor: Tensor, packed: Packed, count: int, architecture: Architecture) -> tuple[Tensor, ...]:
+    """`[groups x (rest + 1 + 1 ..) x d, h]` to `count` tensors `[rest d, h]`, `[groups d, h]`, ..."""
+    groups, d = (getattr(architecture, size) for size in (packed.groups, packed.channels))
+    grid = tensor.view(groups, -1, d, tensor.shape[1])
+    single = range(grid.shape[1] - count + 1, grid.shape[1])
+    return tuple(part.reshape(-1, tensor.shape[1]) for part in (grid[:, : single.start], *(grid[:, i] for i in single)))
+
+
+def merge_packed(parts: Sequence[Tensor], packed: Packed, architecture: Architecture) -> Tensor:
+    """Inverse of `split_packed`."""
+    groups, d = (getattr(architecture, size) for size in (packed.groups, packed.channels))
+    width = parts[0].shape[1]
+    return torch.cat([part.reshape(groups, -1, d, width) for part in parts], dim=1).reshape(-1, width)
 
 
 def hf_tensors(tensors: list[LazyTensor], layout: ParamLayout) -> Iterator[LazyTensor]:
     """The tensors of a plain model, described by its own `layout`, under Hugging Face's names."""
     arch = layout.architecture
     for tensor in tensors:
-        names = hf_names(layout, tensor.name)
-        if len(names) == 1:
+        names, packed = hf_names(layout, tensor.name), packing(layout, tensor.name)
+        if packed is None:
             yield LazyTensor(names[0], tensor.dtype, tensor.shape, tensor.read)
             continue
-        keys = arch.num_query_groups * arch.kv_channels
-        rows = tensor.shape[0] - 2 * keys, keys, keys
-        split = _SplitOnce(tensor, arch)
+        single = getattr(arch, packed.groups) * getattr(arch, packed.channels)
+        rows = [tensor.shape[0] - (len(names) - 1) * single, *(single for _ in names[1:])]
+        split = _SplitOnce(tensor, packed, len(names), arch)
         for number, (name, count) in enumerate(zip(names, rows, strict=True)):
             yield LazyTensor(name, tensor.dtype, (count, tensor.shape[1]), lambda n=number, split=split: split.part(n))
 
@@ -92,13 +79,13 @@ def hf_tensors(tensors: list[LazyTensor], layout: ParamLayout) -> Iterator[LazyT
 class _SplitOnce:
     """Reads the fused tensor at the first part and drops it with the last."""
 
-    def __init__(self, tensor: LazyTensor, architecture: Architecture) -> None:
-        self._tensor, self._architecture = tensor, architecture
+    def __init__(self, tensor: LazyTensor, packed: Packed, count: int, architecture: Architecture) -> None:
+        self._tensor, self._packed, self._count, self._architecture = tensor, packed, count, architecture
         self._parts: tuple[Tensor, ...] | None = None
 
     def part(self, number: int) -> Tensor:
-        parts = self._parts or split_qkv(self._tensor.read(), self._architecture)
-        self._parts = None if number == 2 else parts
+        parts = self._parts or split_packed(self._tensor.read(), self._packed, self._count, self._architecture)
+        self._parts = None if number == self._count - 1 else parts
         return parts[number]
 
 
@@ -138,7 +125,7 @@ class HuggingFaceReader:
         self._raw: TensorReader = SafetensorsReader(self.folder)
         on_disk = {_with_backbone(name): name for name in self._raw.names()}
         raise_if_any(_quantized(self.folder, self._raw))
-        layout = ParamLayout(self._architecture, ffn_groups=1)
+        self._layout = layout = ParamLayout(self._architecture, ffn_groups=1)
         self._sources: dict[str, tuple[str, ...]] = {}
         for name in layout.table:
             sources = tuple(on_disk.pop(theirs, "") for theirs in hf_names(layout, name))
@@ -178,9 +165,9 @@ class HuggingFaceReader:
         return self._raw.dtype(self._sources[name][0])
 
     def read(self, name: str) -> Tensor:
-        """The tensor; q, k and v are interleaved by query group."""
-        parts = [self._raw.read(source) for source in self._sources[name]]
-        return parts[0] if len(parts) == 1 else merge_qkv(*parts, self._architecture)
+        """The tensor; parts of a packed one are interleaved by group."""
+        parts, packed = [self._raw.read(source) for source in self._sources[name]], packing(self._layout, name)
+        return parts[0] if packed is None else merge_packed(parts, packed, self._architecture)
 
 
 def _quantized(folder: Path, reader: TensorReader) -> list[Problem]:

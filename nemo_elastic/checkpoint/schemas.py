@@ -19,6 +19,8 @@ import torch
 
 from ..architecture import KIND_NAMES, Architecture
 from ..cost import parameters
+from ..kinds import dims
+from ..kinds import sizes as sizes_of_kinds
 from ..layout import ParamLayout
 from ..problems import Problem, ProblemsError, raise_if_any
 from ..slicing import scatter
@@ -27,20 +29,13 @@ from .extract import child_architecture, child_pattern, child_tensors, per_layer
 from .reader import LazyTensor, TensorReader
 
 SCHEMAS = ("uniform", "list", "per_layer_config")
-CAN_VARY = {
-    "uniform": ("ffn_hidden_size", "num_attention_heads"),
-    "list": ("ffn_hidden_size",),
-    "per_layer_config": ("ffn_hidden_size", "num_attention_heads", "mamba_num_heads"),
-}
+CAN_VARY = {schema: tuple(dim.name for dim in dims() if schema in dim.schemas) for schema in SCHEMAS}
 WHY = {
     "uniform": "padding Mamba heads with zeros would change the gated norm of the others",
     "list": "the list schema has one size per MLP layer and none for other layers",
 }
-HF_FIELDS = {
-    "ffn_hidden_size": "intermediate_size",
-    "num_attention_heads": "num_attention_heads",
-    "mamba_num_heads": "mamba_num_heads",
-}
+_VARYING = {dim.name for dim in dims() if dim.schemas}
+HF_FIELDS = {size.name: size.huggingface[0] for size in sizes_of_kinds() if size.name in _VARYING}
 
 
 @dataclass(frozen=True)
@@ -87,8 +82,8 @@ def plain_child(
         return PlainChild(largest, own, tensors, {}, 0)
     if schema != "uniform":
         return PlainChild(largest, own, tensors, _config(schema, parent, subnet, varied), 0)
-    sizes = [layer_sizes(parent, subnet, layer) for layer in subnet.layers]
-    padded = [_pad(tensor, own, sizes) for tensor in tensors]
+    kept = [layer_sizes(parent, subnet, layer) for layer in subnet.layers]
+    padded = [_pad(tensor, own, kept) for tensor in tensors]
     whole = sum(spec.numel({}) for spec in own.table.values())
     return PlainChild(largest, own, padded, {}, whole - parameters(layout, subnet))
 

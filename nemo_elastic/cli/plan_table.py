@@ -8,6 +8,8 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from ..kinds import Kind, kinds_by_dim
+
 Row = Mapping[str, Any]
 OWN_MARKS = {"proposed": " *", "parent": "", "forced": "", "frozen": ""}  # others get a column that says them
 
@@ -60,6 +62,10 @@ def _size(value: Any) -> str:
     return f"{min(value)}..{max(value)}" if value else "-"  # the parent has no layer of this kind
 
 
+def _sizes_of(kind: Kind) -> Callable[[Row], str]:
+    return lambda row: " x ".join(_size(row["subnet"][dim.name]) for dim in kind.dims)
+
+
 def _deployed(row: Row) -> str:
     """Where a child may run, and what its parameters are in."""
     found = row["deployment"]
@@ -74,9 +80,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "target": _target,
     "off": lambda b: f"{b['error']:+.1%}",
     "hidden": lambda b: _size(b["subnet"]["hidden_size"]),
-    "ffn": lambda b: _size(b["subnet"]["ffn_hidden_size"]),
-    "mamba": lambda b: f"{_size(b['subnet']['mamba_num_heads'])} x {b['subnet']['mamba_head_dim']}",
-    "q heads": lambda b: _size(b["subnet"]["num_attention_heads"]),
+    **{kind.heading: _sizes_of(kind) for kind in kinds_by_dim()},
     "layers": lambda b: str(b["subnet"]["num_layers"]),
     "parameters": lambda b: f"{b['parameters']:,}",
     "%": lambda b: f"{b['percent_of_parent']:.2f}",

@@ -10,21 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from ..architecture import Architecture, pattern_problems
+from ..kinds import sizes
 from ..problems import Problem, ProblemsError, did_you_mean
 
 _FIELDS_FILE = Path(__file__).resolve().parent.parent / "assets" / "ssm_config_fields.json"
 REQUIRED = (
     "hybrid_override_pattern",
     "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "mamba_num_heads",
-    "mamba_head_dim",
-    "mamba_num_groups",
-    "mamba_state_dim",
+    *(size.name for size in sizes() if size.required),
     "vocab_size",
 )
+# Of the kinds of layer, what a model section may leave out: kv_channels follows from others as in Megatron.
+OPTIONAL = tuple(size.name for size in sizes() if not size.required and not size.fixed)
 # What the one parameter table describes; another value would be counted, cut and exported wrongly.
 ONLY: dict[str, Any] = {
     "gated_linear_unit": False,
@@ -55,7 +52,7 @@ ARITHMETIC: dict[str, Any] = {
     "fp32_residual_connection": False,
 }
 ACTIVATIONS = ("squared_relu", "relu", "gelu", "silu")
-FUNCTION = (*REQUIRED, "kv_channels", "share_embeddings_and_output_weights", *ARITHMETIC)
+FUNCTION = (*REQUIRED, *OPTIONAL, "share_embeddings_and_output_weights", *ARITHMETIC)
 
 
 @lru_cache(maxsize=1)
@@ -119,17 +116,16 @@ def architecture_of(model: Mapping[str, Any]) -> Architecture:
     Raises:
         ProblemsError: with every illegal value.
     """
-    sizes = {name: model[name] for name in REQUIRED}
-    kv_channels = model.get("kv_channels")
-    if kv_channels is None:
+    given = {name: model[name] for name in REQUIRED}
+    given |= {name: model[name] for name in OPTIONAL if model.get(name) is not None}
+    if "kv_channels" not in given:
         hidden, heads = model["hidden_size"], model["num_attention_heads"]
         ints = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in (hidden, heads))
         if not ints or hidden % heads:
             words = f"is missing and {hidden!r} is no multiple of {heads!r} attention heads; give it"
             raise ProblemsError([Problem("model.kv_channels", words)])
-        kv_channels = hidden // heads
+        given["kv_channels"] = hidden // heads
     return Architecture(
-        **sizes,
-        kv_channels=kv_channels,
+        **given,
         share_embeddings_and_output_weights=bool(model.get("share_embeddings_and_output_weights", False)),
     )

@@ -10,29 +10,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..architecture import ATTENTION, MAMBA, MLP
+from ..kinds import kinds, sizes
 from ..problems import Problem, ProblemsError, raise_if_any
 from .model_fields import model_problems
 
+_BLOCKS = {kind.letter: kind.huggingface.blocks for kind in kinds() if kind.huggingface}
 KIND_OF_BLOCK = {
-    "linear_attention": MAMBA,
-    "full_attention": ATTENTION,
-    "mlp": MLP,
+    **{today: letter for letter, (today, *_) in _BLOCKS.items()},
     "moe": "E",
-    "mamba": MAMBA,  # older spellings of the list that transformers has written
-    "attention": ATTENTION,
+    **{older: letter for letter, (_, *rest) in _BLOCKS.items() for older in rest},
 }
 # Model field <- keys of config.json with the same value, today's first.
 SIZES: dict[str, tuple[str, ...]] = {
     "hidden_size": ("hidden_size",),
-    "ffn_hidden_size": ("intermediate_size",),
-    "num_attention_heads": ("num_attention_heads",),
-    "num_query_groups": ("num_key_value_heads",),
-    "kv_channels": ("head_dim", "attention_head_dim"),
-    "mamba_num_heads": ("mamba_num_heads",),
-    "mamba_head_dim": ("mamba_head_dim",),
-    "mamba_num_groups": ("n_groups", "mamba_n_groups"),
-    "mamba_state_dim": ("ssm_state_size",),
+    **{size.name: size.huggingface for size in sizes() if size.huggingface},
     "vocab_size": ("vocab_size",),
 }
 # What a run may use or not; none of it changes what the trained model computes.

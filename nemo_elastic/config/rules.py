@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from datetime import date
 
+from ..kinds import kinds_by_dim
 from ..problems import Problem, ProblemsError, did_you_mean
 from ..serving_conditions import byte_profile
 from ..space import DIMS, WIDTH_DIMS, name_problems
@@ -11,8 +12,7 @@ from .sections import AUTO, PHASES, RunConfig, StageConfig
 ALLOWED = {
     "parent.output_weights": (None, "embedding", "lm_head"),
     "data.chat.layout": ("padded", "packed"),
-    "rank.ffn_site": ("linear_fc2_input", "linear_fc1_output"),
-    "rank.mamba_site": ("out_proj_input", "in_proj_x", "out_proj_contribution"),
+    **{f"rank.{name}": tuple(sites) for kind in kinds_by_dim() for name, sites in kind.ranking.items()},
     "rank.aggregation": ("mean_l2", "l2_l2", "mean_mean"),
     "rank.depth": ("greedy", "one_shot", "cosine", "random"),
     "rank.depth_metric": ("centred_mse", "mse"),

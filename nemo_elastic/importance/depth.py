@@ -6,10 +6,11 @@ ranking. Ties remove the later layer. Plain Python.
 """
 
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ..architecture import ATTENTION
+from ..kinds import kinds
 from ..problems import Problem, raise_if_any
 from .ranking import depth_ranking
 
@@ -42,13 +43,15 @@ class DepthRules:
     min_attention_layers: int = 0
 
     def __post_init__(self) -> None:
-        depth, attention = len(self.pattern), self.pattern.count(ATTENTION)
+        depth = len(self.pattern)
         found = []
         if not 1 <= self.min_layers <= depth:
             found.append(Problem("rank.min_layers", f"{self.min_layers} must be between 1 and the {depth} layers"))
-        if not 0 <= self.min_attention_layers <= attention:
-            rule = f"must be between 0 and the parent's {attention} attention layers"
-            found.append(Problem("rank.min_attention_layers", f"{self.min_attention_layers} {rule}"))
+        for kind in (kind for kind in kinds() if kind.fewest):
+            wanted, there = getattr(self, kind.fewest), self.pattern.count(kind.letter)
+            if not 0 <= wanted <= there:
+                rule = f"must be between 0 and the parent's {there} {kind.words} layers"
+                found.append(Problem(f"rank.{kind.fewest}", f"{wanted} {rule}"))
         foreign = [layer for layer in self.protected_layers if not 0 <= layer < depth]
         if foreign:
             found.append(Problem("rank.protected_layers", f"{foreign} are no layers: they count from 0 to {depth - 1}"))
@@ -59,13 +62,9 @@ class DepthRules:
         left = [layer for layer in range(len(self.pattern)) if layer not in removed]
         if len(left) <= self.min_layers:
             return []
-        attention_left = sum(self.pattern[layer] == ATTENTION for layer in left)
-        keep_attention = attention_left <= self.min_attention_layers
-        return [
-            layer
-            for layer in left
-            if layer not in self.protected_layers and not (keep_attention and self.pattern[layer] == ATTENTION)
-        ]
+        count = Counter(self.pattern[layer] for layer in left)
+        keep = {kind.letter for kind in kinds() if kind.fewest and count[kind.letter] <= getattr(self, kind.fewest)}
+        return [layer for layer in left if layer not in self.protected_layers and self.pattern[layer] not in keep]
 
 
 @dataclass

@@ -1,9 +1,9 @@
 """Scores -> orders: which unit goes where, so that a child's kept units are the most important ones.
 
 `order[new] == old`, over all units of a dim with the groups flattened (what `slicing.permute` takes). Units never leave
-their group, except FFN neurons, whose groups mean nothing: they are ranked over the whole layer and DEALT, rank r to
-group `r mod G`, so that the first k / G of every group are exactly the best k. Ties keep the order they have, so that
-sorting twice changes nothing. Depth is ranked from most to least important layer.
+their group, except those whose groups mean nothing (FFN neurons): they are ranked over the whole layer and DEALT, rank
+r to group `r mod G`, so that the first k / G of every group are exactly the best k. Ties keep the order they have, so
+that sorting twice changes nothing. Depth is ranked from most to least important layer.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..layout import ParamLayout
-from ..space import KIND_OF_DIM, dim_groups
+from ..space import DEALT_DIMS, KIND_OF_DIM, dim_groups
 
 Widths = Mapping[str, Mapping[int, Tensor]]  # dim -> layer -> score per unit; hidden_size: layer L is the final norm
 Orders = dict[int | None, dict[str, Tensor]]  # layer (None: outside the stack) -> dim -> order
@@ -46,7 +46,7 @@ def width_orders(widths: Widths, layout: ParamLayout) -> Orders:
         shared["hidden_size"] = group_order(hidden_scores(widths["hidden_size"]), 1)
     orders: Orders = {None: dict(shared), **{layer: dict(shared) for layer in range(arch.num_layers)}}
     for dim in KIND_OF_DIM:
-        rank = dealt_order if dim == "ffn_hidden_size" else group_order
+        rank = dealt_order if dim in DEALT_DIMS else group_order
         for layer, scores in widths.get(dim, {}).items():
             orders[layer][dim] = rank(scores, groups[dim])
     return orders

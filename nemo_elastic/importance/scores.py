@@ -6,8 +6,8 @@ with `mean_l2` (Minitron, METHOD section 3): `sqrt(sum_b (mean_s |a|)^2)`. The t
 sequence, over samples and so over ranks: partial sums are reduced before the next part is applied. Sums over the
 sequence are taken in fp32 (fp64 stays), sums over samples in fp64.
 
-Named choices (`RankConfig`): where an activation is taken (`FFN_SITES`, `MAMBA_SITES`) and how it is aggregated
-(`AGGREGATIONS`). Torch only.
+Named choices (`RankConfig`): where an activation is taken (`Kind.ranking`) and how it is aggregated (`AGGREGATIONS`).
+Torch only.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kinds import kinds
 from ..problems import Problem, ProblemsError, did_you_mean
 
 
@@ -48,19 +49,9 @@ AGGREGATIONS: dict[str, Aggregation] = {
     ),
 }
 
-FFN_SITES = {
-    "linear_fc2_input": "the activation that enters linear_fc2 (Minitron)",
-    "linear_fc1_output": "the first linear's output, before the activation function (the paper's formula)",
-}
-MAMBA_SITES = {
-    "out_proj_input": "the gated norm's output, which enters out_proj",
-    "in_proj_x": "the x slice of in_proj's output (the paper's formula)",
-    "out_proj_contribution": "the norm of what a head, or a channel, adds to the residual through out_proj",
-}
 CHOICES: dict[str, Mapping[str, Any]] = {
     "rank.aggregation": AGGREGATIONS,
-    "rank.ffn_site": FFN_SITES,
-    "rank.mamba_site": MAMBA_SITES,
+    **{f"rank.{name}": sites for kind in kinds() for name, sites in kind.ranking.items()},
 }
 
 

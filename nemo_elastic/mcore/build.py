@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from ..architecture import Architecture
 from ..config.model_fields import architecture_of, arithmetic_of
+from ..kinds import sizes
 from ..layout import ParamLayout
 from ..slicing import shard, unshard
 from ..space import DEFAULT_FFN_GROUPS
 from .elastic.model import ElasticMambaModel
 from .elastic.spec import elastic_stack_spec
+from .kind_modules import megatron_pattern
 from .layer_specs import attention_backend, hybrid_stack_spec, local_stack_spec
 from .padded_vocabulary import PaddedModel
 from .versions import HybridModel, layer_pattern, parameter_name, squared_relu
@@ -43,14 +45,7 @@ def transformer_config(model: Architecture | Mapping[str, Any], **more: Any) -> 
     settings: dict[str, Any] = {
         "num_layers": architecture.num_layers,
         "hidden_size": architecture.hidden_size,
-        "ffn_hidden_size": architecture.ffn_hidden_size,
-        "num_attention_heads": architecture.num_attention_heads,
-        "num_query_groups": architecture.num_query_groups,
-        "kv_channels": architecture.kv_channels,
-        "mamba_num_heads": architecture.mamba_num_heads,
-        "mamba_head_dim": architecture.mamba_head_dim,
-        "mamba_num_groups": architecture.mamba_num_groups,
-        "mamba_state_dim": architecture.mamba_state_dim,
+        **{size.name: getattr(architecture, size.name) for size in sizes() if not size.fixed},
         "is_hybrid_model": True,
         "normalization": "RMSNorm",
         **arithmetic(model),
@@ -97,8 +92,9 @@ def build_plain_model(
         model, config, more: as of `transformer_config`.
     """
     config = config or transformer_config(model, **more)
-    spec = local_stack_spec() if local else hybrid_stack_spec()
     architecture, size = sizes_of(model), config.tensor_model_parallel_size
+    pattern = architecture.hybrid_override_pattern
+    spec = local_stack_spec(pattern) if local else hybrid_stack_spec(pattern=pattern)
     if architecture.vocab_size % size == 0:
         return HybridModel(config, spec, vocab_size=architecture.vocab_size, **_model_arguments(architecture))
     layout = ParamLayout(architecture, ffn_groups=size, tp_size=size)  # its vocabulary alone is asked for
@@ -118,7 +114,7 @@ def build_elastic_model(
     """The elastic model of this rank; its parameters have the plain model's names and shapes. `local`: as above."""
     config, architecture = config or transformer_config(model, **more), sizes_of(model)
     layout = ParamLayout(architecture, ffn_groups=ffn_groups, tp_size=config.tensor_model_parallel_size)
-    spec = elastic_stack_spec(local=local)
+    spec = elastic_stack_spec(pattern=architecture.hybrid_override_pattern, local=local)
     return ElasticMambaModel(
         config, spec, layout=layout, vocab_size=layout.padded_vocab_size, **_model_arguments(architecture)
     )
@@ -127,7 +123,7 @@ def build_elastic_model(
 def _model_arguments(architecture: Architecture) -> dict[str, Any]:
     return {
         "max_sequence_length": 1 << 20,
-        **layer_pattern(architecture.hybrid_override_pattern),
+        **layer_pattern(megatron_pattern(architecture.hybrid_override_pattern)),
         "pre_process": parallel_state.is_pipeline_first_stage(),
         "post_process": parallel_state.is_pipeline_last_stage(),
         "share_embeddings_and_output_weights": architecture.share_embeddings_and_output_weights,

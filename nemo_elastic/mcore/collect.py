@@ -1,9 +1,9 @@
 """Collect width scores from a plain model: observing hooks, one micro-batch at a time, at any parallel layout.
 
-Hooks sit where METHOD section 3 says (each norm's output, linear_fc2's input, ...) inside a context manager, and only
-observe. A micro-batch leaves one vector per site and layer; memory does not grow with samples. Partial sums over the
-sequence are reduced over TP under sequence parallelism, sums over samples over DP before the square root, whole
-groups are gathered over TP and layers over PP: every rank ends with the same scores.
+Hooks sit where METHOD section 3 says (each norm's output, linear_fc2's input, ...: `observe` of a kind's module) inside
+a context manager, and only observe. A micro-batch leaves one vector per site and layer; memory does not grow with
+samples. Partial sums over the sequence are reduced over TP under sequence parallelism, sums over samples over DP before
+the square root, whole groups are gathered over TP and layers over PP: every rank ends with the same scores.
 """
 
 from __future__ import annotations
@@ -18,24 +18,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..architecture import ATTENTION, MAMBA, MLP
-from ..importance.scores import (
-    AGGREGATIONS,
-    attention_head_scores,
-    channel_contribution,
-    check_choices,
-    contribution_grams,
-    head_contribution,
-    mamba_channel_scores,
-    mamba_head_scores,
-    sample_sum,
-    sequence_sum,
-)
+from ..importance.scores import AGGREGATIONS, check_choices, sample_sum, sequence_sum
+from ..kinds import kind_of
 from ..layout import ParamLayout
+from .kind_modules import module_of
 from .stack_forward import Groups, StackForward
 
 Site = tuple[str, int]  # what is observed, global layer (the final norm counts as layer L)
-HIDDEN, FFN, MAMBA_CHANNELS, MAMBA_HEADS, ATTENTION_CHANNELS = "hidden", "ffn", "mamba", "mamba_heads", "attention"
+HIDDEN = "hidden"  # of the norms; what else is observed is the kinds' own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +61,9 @@ class WidthCollector:
     def __enter__(self) -> WidthCollector:
         arch = self.layout.architecture
         for number, layer in self.stack.layers.items():
-            kind = arch.hybrid_override_pattern[number]
-            {MAMBA: self._hook_mamba, ATTENTION: self._hook_attention, MLP: self._hook_mlp}[kind](number, layer)
+            module_of(kind_of(arch.hybrid_override_pattern[number])).observe(self, number, layer)
         if self.stack.is_last:
-            self._on_output(self.stack.model.decoder.final_norm, HIDDEN, arch.num_layers)
+            self.on_output(self.stack.model.decoder.final_norm, HIDDEN, arch.num_layers)
         return self
 
     def __exit__(
@@ -144,83 +133,45 @@ class WidthCollector:
     def _units(self, whole: Mapping[Site, Tensor]) -> dict[str, dict[int, Tensor]]:
         """Per-channel scores of this stage's layers -> scores per elastic unit."""
         arch, dims = self.layout.architecture, {}
-
-        def put(dim: str, layer: int, scores: Tensor) -> None:
-            dims.setdefault(dim, {})[layer] = scores
-
+        by_layer: dict[int, dict[str, Tensor]] = {}
         for (what, layer), scores in whole.items():
-            if what == HIDDEN:
-                put("hidden_size", layer, scores)
-            elif what == FFN:
-                put("ffn_hidden_size", layer, scores)
-            elif what == ATTENTION_CHANNELS:
-                put("num_attention_heads", layer, attention_head_scores(scores.view(arch.num_attention_heads, -1)))
-            elif what == MAMBA_CHANNELS:
-                pairs = scores.view(arch.mamba_num_heads, -1)
-                put("mamba_head_dim", layer, mamba_channel_scores(pairs))
-                if (MAMBA_HEADS, layer) not in whole:
-                    top = self.settings.top_channels or arch.mamba_head_dim
-                    put("mamba_num_heads", layer, mamba_head_scores(pairs, top))
-            else:
-                put("mamba_num_heads", layer, scores)
+            by_layer.setdefault(layer, {})[what] = scores
+        for layer, sites in by_layer.items():
+            dims.setdefault("hidden_size", {})[layer] = sites.pop(HIDDEN)
+            if layer < arch.num_layers:
+                kind = kind_of(arch.hybrid_override_pattern[layer])
+                for dim, scores in module_of(kind).unit_scores(sites, arch, self.settings).items():
+                    dims.setdefault(dim, {})[layer] = scores
         return dims
 
-    def _see(self, what: str, layer: int, activation: Tensor) -> None:
+    def see(self, what: str, layer: int, activation: Tensor) -> None:
+        """Add up an activation `[s, b, n]` of a layer under a name of its own."""
         self._seen[(what, layer)] = sequence_sum(activation.detach(), self.aggregation)
 
-    def _on_output(self, module: nn.Module, what: str, layer: int) -> None:
+    def on_output(
+        self, module: nn.Module, what: str, layer: int, *, part: Callable[[Tensor], Tensor] = lambda y: y
+    ) -> None:
+        """See (a part of) what a module puts out."""
+
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            self._see(what, layer, output[0] if isinstance(output, tuple) else output)
+            self.see(what, layer, part(output[0] if isinstance(output, tuple) else output))
 
         self._handles.append(module.register_forward_hook(hook))
 
-    def _on_input(self, module: nn.Module, see: Callable[[Tensor], None]) -> None:
+    def on_input(self, module: nn.Module, see: Callable[[Tensor], None]) -> None:
+        """Call `see` with what enters a module."""
+
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             see(args[0] if args else next(iter(kwargs.values())))
 
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
-    def _hook_norm(self, layer: int, norm: nn.Module, linear: nn.Module) -> None:
-        """The layer's norm, a module of its own or fused into the linear behind it."""
+    def watch_norm(self, layer: int, norm: nn.Module, linear: nn.Module) -> None:
+        """See the layer's norm, a module of its own or fused into the linear behind it."""
         if getattr(linear, "layer_norm_weight", None) is None:
-            self._on_output(norm, HIDDEN, layer)
+            self.on_output(norm, HIDDEN, layer)
         else:
-            self._on_input(linear, lambda x: self._see(HIDDEN, layer, fused_norm_output(linear, x, self.stack.config)))
-
-    def _hook_mlp(self, number: int, layer: nn.Module) -> None:
-        mlp = layer.mlp
-        self._hook_norm(number, layer.pre_mlp_layernorm, mlp.linear_fc1)
-        if self.settings.ffn_site == "linear_fc1_output":
-            self._on_output(mlp.linear_fc1, FFN, number)
-        else:
-            self._on_input(mlp.linear_fc2, lambda a: self._see(FFN, number, a))
-
-    def _hook_attention(self, number: int, layer: nn.Module) -> None:
-        attention = layer.self_attention
-        self._hook_norm(number, layer.input_layernorm, attention.linear_qkv)
-        self._on_input(attention.linear_proj, lambda a: self._see(ATTENTION_CHANNELS, number, a))
-
-    def _hook_mamba(self, number: int, layer: nn.Module) -> None:
-        mixer = layer.mixer
-        self._hook_norm(number, layer.norm, mixer.in_proj)
-        if self.settings.mamba_site == "out_proj_input":
-            self._on_input(mixer.out_proj, lambda y: self._see(MAMBA_CHANNELS, number, y))
-        elif self.settings.mamba_site == "out_proj_contribution":
-            grams = contribution_grams(mixer.out_proj.weight, mixer.nheads_local_tp)
-
-            def see(y: Tensor) -> None:
-                self._see(MAMBA_CHANNELS, number, channel_contribution(y, grams))
-                self._see(MAMBA_HEADS, number, head_contribution(y, grams))
-
-            self._on_input(mixer.out_proj, see)
-        else:
-            z, x = self.local.axes["z+x+B+C+dt"][:2]
-            start, length = z.length({}), x.length({})
-
-            def hook(module: nn.Module, args: Any, output: Any) -> None:
-                self._see(MAMBA_CHANNELS, number, output[0].narrow(-1, start, length))
-
-            self._handles.append(mixer.in_proj.register_forward_hook(hook))
+            self.on_input(linear, lambda x: self.see(HIDDEN, layer, fused_norm_output(linear, x, self.stack.config)))
 
 
 def fused_norm_output(linear: nn.Module, x: Tensor, config: Any) -> Tensor:

@@ -19,17 +19,13 @@ import torch
 from torch import Tensor
 
 from nemo_elastic.checkpoint.held_files import HeldFolder
-from nemo_elastic.layout import FUSED_NORM_NAMES
+from nemo_elastic.kinds import kinds
 from nemo_elastic.mcore.preflight import Chunk, RefusedPickle, StoredTensor, read_metadata
 from nemo_elastic.mcore.tensor_record import read_record
 from nemo_elastic.problems import Problem, ProblemsError
 
-PARTS = {
-    "mixer.in_proj.weight": ("z", "x", "B", "C", "dt"),
-    "mixer.conv1d.weight": ("x", "B", "C"),
-    "mixer.conv1d.bias": ("x", "B", "C"),
-}
-_UNFUSED = {fused: own for own, fused in FUSED_NORM_NAMES.values()}
+PARTS = {row: tuple(kind.rows[row][0].split("+")) for kind in kinds() for row in kind.stored_in_parts}
+_UNFUSED = {fused: own for own, fused in (kind.norm for kind in kinds())}
 _PREFIX = re.compile(r"^(module\.|model\.)*(?=embedding\.|decoder\.|output_layer\.)")
 _LAYER = re.compile(r"^(decoder\.layers\.\d+\.)(.+)$")
 

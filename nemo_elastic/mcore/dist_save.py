@@ -30,21 +30,16 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from nemo_elastic.architecture import ATTENTION, MAMBA, MLP
 from nemo_elastic.checkpoint.reader import LazyTensor
 from nemo_elastic.checkpoint.writer import SHARD_BYTES, HashingFile, read_ahead
+from nemo_elastic.kinds import kind_of
 from nemo_elastic.layout import ParamLayout, fused_name
 from nemo_elastic.mcore.dist_checkpoint import PARTS
 from nemo_elastic.mcore.preflight import COMMON_FILE, CONFIG_FILE, METADATA_FILE
 
 PREFIX = "module."
-# Modules with a Transformer Engine state of their own, per kind of layer. Those of attention's core and the final
-# norm depend on the version of Transformer Engine; a load that does not ask for them ignores them.
-EXTRA_STATES = {
-    MAMBA: ("mixer.in_proj", "mixer.out_proj"),
-    ATTENTION: ("self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.core_attention"),
-    MLP: ("mlp.linear_fc1", "mlp.linear_fc2"),
-}
+# Modules outside the layers with a Transformer Engine state of their own. Those of attention's core and the final norm
+# depend on the version of Transformer Engine; a load that does not ask for them ignores them.
 OUTER_EXTRA_STATES = ("decoder.final_norm", "output_layer")
 CONFIG = {
     "sharded_backend": "torch_dist",
@@ -82,7 +77,7 @@ def extra_state_keys(layout: ParamLayout) -> list[str]:
     keys = [
         f"decoder.layers.{layer}.{module}"
         for layer, kind in enumerate(layout.architecture.hybrid_override_pattern)
-        for module in EXTRA_STATES[kind]
+        for module in kind_of(kind).extra_states
     ]
     return [f"{PREFIX}{key}._extra_state/shard_0_1" for key in (*keys, *OUTER_EXTRA_STATES)]
 

@@ -1,9 +1,10 @@
 """Layer specs of the plain (not elastic) hybrid stack, with and without Transformer Engine.
 
 `hybrid_stack_spec()` is what `SSMConfig.mamba_stack_spec` takes. With Transformer Engine on a GPU it is megatron-core's
-own; otherwise the same stack from Megatron's local column and row parallel linears with the norm of `norm.py` in front.
+own; otherwise the same stack from Megatron's local column and row parallel linears with the norm of `norm.py` in front,
+each layer as the module of its kind has it (`kind_modules`).
 Transformer Engine fuses that norm into the linear behind it, so its weight has another name in a checkpoint; the key
-maps below make a local stack write and read exactly the names that stock NeMo writes
+maps of the layers (`norm_keys`) make a local stack write and read exactly the names that stock NeMo writes
 (`mixer.in_proj.layer_norm_weight`, ...).
 
 In both cases the mixer is `Mixer`: Megatron's, with its gated norm marked as split over tensor-parallel ranks, which
@@ -17,25 +18,15 @@ import importlib.util
 from dataclasses import replace
 
 import torch
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
-from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
-from megatron.core.ssm.mlp_layer import MLPLayer
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnBackend, AttnMaskType
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.ssm.mamba_mixer import MambaMixer
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from nemo_elastic.mcore.attention import CausalAttention
+from nemo_elastic.kinds import Kind
+from nemo_elastic.mcore.kind_modules import SLOTS, megatron_pattern, module_of, stack_submodules
 from nemo_elastic.mcore.norm import RMSNorm
 from nemo_elastic.mcore.versions import HybridStack, StackSubmodules, transformer_engine_spec
-
-MAMBA_KEYS = {"norm.": "mixer.in_proj.layer_norm_"}
-ATTENTION_KEYS = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
-MLP_KEYS = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
 
 
 class Mixer(MambaMixer):
@@ -80,59 +71,37 @@ def attention_backend() -> AttnBackend:
     return AttnBackend.auto if have_transformer_engine() else AttnBackend.local
 
 
-def local_stack_spec() -> ModuleSpec:
-    """The hybrid stack from Megatron's local linears and attention, and our norm."""
-    mamba = MambaLayerSubmodules(
-        norm=RMSNorm,
-        mixer=ModuleSpec(
-            module=Mixer, submodules=MambaMixerSubmodules(in_proj=ColumnParallelLinear, out_proj=RowParallelLinear)
-        ),
-        mamba_bda=get_bias_dropout_add,
-        sharded_state_dict_keys_map=dict(MAMBA_KEYS),
-    )
-    attention = TransformerLayerSubmodules(
-        input_layernorm=RMSNorm,
-        self_attention=ModuleSpec(
-            module=SelfAttention,
-            params={"attn_mask_type": AttnMaskType.causal},
-            submodules=SelfAttentionSubmodules(
-                linear_qkv=ColumnParallelLinear, core_attention=CausalAttention, linear_proj=RowParallelLinear
-            ),
-        ),
-        self_attn_bda=get_bias_dropout_add,
-        sharded_state_dict_keys_map=dict(ATTENTION_KEYS),
-    )
-    mlp = TransformerLayerSubmodules(
-        pre_mlp_layernorm=RMSNorm,
-        mlp=ModuleSpec(
-            module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-        ),
-        mlp_bda=get_bias_dropout_add,
-        sharded_state_dict_keys_map=dict(MLP_KEYS),
-    )
-    return ModuleSpec(
-        module=LocalStack,
-        submodules=StackSubmodules(
-            mamba_layer=ModuleSpec(module=MambaLayer, submodules=mamba),
-            attention_layer=ModuleSpec(module=TransformerLayer, submodules=attention),
-            mlp_layer=ModuleSpec(module=MLPLayer, submodules=mlp),
-        ),
-    )
+def local_stack_spec(pattern: str = "") -> ModuleSpec:
+    """The hybrid stack from Megatron's local linears and attention, and our norm.
+
+    Args:
+        pattern: needed where it has kinds that Megatron has no letter for.
+    """
+    return ModuleSpec(module=LocalStack, submodules=stack_submodules(_plain_layer, pattern))
 
 
-def transformer_engine_stack_spec() -> ModuleSpec:
-    """megatron-core's own spec of the hybrid stack (fused norm + linear), with our `Mixer`."""
+def _plain_layer(kind: Kind) -> ModuleSpec:
+    return module_of(kind).plain_layer()
+
+
+def transformer_engine_stack_spec(pattern: str = "") -> ModuleSpec:
+    """megatron-core's own spec of the hybrid stack (fused norm + linear), with our `Mixer`; `pattern` as above."""
     spec = transformer_engine_spec()
     stack = spec.submodules
     layer = stack.mamba_layer.submodules
     marked = replace(layer, mixer=replace(layer.mixer, module=Mixer))
-    return replace(spec, submodules=replace(stack, mamba_layer=replace(stack.mamba_layer, submodules=marked)))
+    stack = replace(stack, mamba_layer=replace(stack.mamba_layer, submodules=marked))
+    if megatron_pattern(pattern) != pattern:
+        ours = stack_submodules(_plain_layer, pattern, others=stack)
+        stack = replace(stack, **{field: getattr(ours, field) for field, _ in SLOTS.values()})
+    return replace(spec, submodules=stack)
 
 
-def hybrid_stack_spec(config: TransformerConfig | None = None) -> ModuleSpec:
-    """The spec of a plain hybrid Mamba-attention-MLP stack that fits this machine.
+def hybrid_stack_spec(config: TransformerConfig | None = None, pattern: str = "") -> ModuleSpec:
+    """The spec of a plain hybrid stack that fits this machine.
 
     Args:
         config: unused by the choice today; accepted because Megatron and NeMo call spec factories with or without it.
+        pattern: needed where it has kinds that Megatron has no letter for.
     """
-    return transformer_engine_stack_spec() if have_transformer_engine() else local_stack_spec()
+    return transformer_engine_stack_spec(pattern) if have_transformer_engine() else local_stack_spec(pattern)

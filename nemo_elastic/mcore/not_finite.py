@@ -15,12 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..kinds import kinds
 from .build import unwrapped
 from .elastic.plan import Plan
 from .evaluate import run_forward
 from .versions import pattern_of
-
-WORDS = {"M": "Mamba", "*": "attention", "-": "MLP"}
 
 
 @dataclass(frozen=True, order=True)
@@ -101,10 +100,12 @@ def _watched(core: nn.Module) -> Iterator[list[tuple[int, str, tuple[str, ...]]]
 def _places(core: nn.Module) -> Iterator[tuple[int, str, nn.Module]]:
     if core.pre_process:
         yield -1, "embedding", core.embedding
+    table = getattr(core, "layout", None)
+    pattern = pattern_of(core) if table is None else table.architecture.hybrid_override_pattern
+    words = {kind.letter: f" ({kind.words})" for kind in kinds()}
     for layer in core.decoder.layers:
         index = layer.layer_number - 1
-        kind = WORDS.get(pattern_of(core)[index : index + 1], "")
-        yield index, f"layer {index}" + (f" ({kind})" if kind else ""), layer
+        yield index, f"layer {index}{words.get(pattern[index : index + 1], '')}", layer
     if core.post_process:
         yield 1 << 30, "final norm", core.decoder.final_norm
         yield (1 << 30) + 1, "output layer", core.output_layer

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from ..architecture import KIND_NAMES, MLP, Architecture
+from ..architecture import KIND_NAMES, Architecture
 from ..choices import layers_of_dim
 from ..config.model_fields import ARITHMETIC
 from ..latency import OUTER, Grid, LatencyTable, fixed_sizes
@@ -40,7 +40,7 @@ Report = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """How a point is measured. `activation_func` is the parent's: it takes part of an MLP layer's time."""
+    """How a point is measured. `activation_func` is the parent's: it takes part of a layer's time."""
 
     batch_size: int
     sequence_length: int
@@ -114,7 +114,7 @@ def _layer(
 def _outer(
     architecture: Architecture, sizes: dict[str, int], timing: Timing, device: torch.device
 ) -> Callable[[], Any]:
-    one_layer = replace(architecture, hybrid_override_pattern=MLP, ffn_hidden_size=8, **sizes)
+    one_layer = replace(architecture, hybrid_override_pattern=architecture.hybrid_override_pattern[0], **sizes)
     model = _model(one_layer, timing).to(device, timing.dtype)
     shape = (timing.batch_size, timing.sequence_length)
     ids = torch.randint(0, architecture.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(device)

@@ -27,6 +27,7 @@ from nemo_elastic.mcore.build import build_plain_model, load_weights
 from nemo_elastic.mcore.elastic.spec import elastic_stack_spec
 from nemo_elastic.mcore.family_model import FamilyModel
 from nemo_elastic.mcore.heads import Heads, head_loss, no_hidden
+from nemo_elastic.mcore.kind_modules import megatron_pattern
 from nemo_elastic.mcore.parallel import data_parallel_group, stage_ends
 from nemo_elastic.mcore.parents import sorted_parent
 from nemo_elastic.mcore.planner import Planned
@@ -76,11 +77,11 @@ class ElasticSSMConfig(llm.SSMConfig):
         first, last = stage_ends()
         model = FamilyModel(
             self,
-            elastic_stack_spec(),
+            elastic_stack_spec(self.hybrid_override_pattern),
             layout=layout,
             vocab_size=get_vocab_size(self, tokenizer.vocab_size, self.make_vocab_size_divisible_by),
             max_sequence_length=self.seq_length,
-            **layer_pattern(self.hybrid_override_pattern),
+            **layer_pattern(megatron_pattern(self.hybrid_override_pattern)),
             position_embedding_type=self.position_embedding_type,
             share_embeddings_and_output_weights=self.share_embeddings_and_output_weights,
             pre_process=first if pre_process is None else pre_process,

@@ -24,6 +24,7 @@ from torch import nn
 
 from nemo_elastic.data.corpus import CorpusList
 from nemo_elastic.data.windows import Windows
+from nemo_elastic.kinds import kinds
 
 
 def bf16_weights(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -93,10 +94,11 @@ def save_card(
     """
     heldout_bytes, loss = corpus.bytes_of("heldout"), facts["heldout_loss"]
     bits_per_byte = loss / math.log(2) * tokens["heldout"] / heldout_bytes
+    legend = ", ".join(f"{kind.letter} {kind.words}" for kind in kinds())
     rows = {
         "sha256 of model.safetensors": f"`{sha256}`",
         "parameters": f"{facts['parameters']:,}",
-        "layers": f"`{sizes['hybrid_override_pattern']}` (M Mamba, * attention, - MLP)",
+        "layers": f"`{sizes['hybrid_override_pattern']}` ({legend})",
         "text": f"{corpus.bytes_of('train'):,} bytes, {tokens['train']:,} tokens; "
         f"held out by file: {heldout_bytes:,} bytes, {tokens['heldout']:,} tokens",
         "training": f"{facts['steps']:,} steps of {facts['global_batch_size']} x {sizes['seq_length']} tokens, "

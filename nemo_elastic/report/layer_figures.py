@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Patch, Rectangle
 
 from ..architecture import KIND_NAMES, Architecture
+from ..kinds import kind_of
 from ..space import Subnet, layer_sizes, parent_size
 from .budget_rows import BudgetRow
 from .drawing import new_figure, tip
@@ -15,7 +16,6 @@ from .palette import KIND_COLOURS, LIGHT, budget_colour
 from .run_folder import RunFolder
 
 COLUMNS = 64  # layers side by side in the map; deeper parents go on below
-KIND_WORDS = {"M": "Mamba", "*": "attention", "-": "MLP"}
 LOG_FROM = 30.0  # ratio of scores from which the axis is logarithmic
 
 
@@ -43,7 +43,7 @@ def importance(run: RunFolder, rows: list[BudgetRow]) -> Figure:
             upper.set_ylim(min(positive) / 1.8)
         upper.tick_params(bottom=False)
         kinds = [k for k in KIND_NAMES if k in pattern]
-        handles = [Patch(color=LIGHT[KIND_COLOURS[k]], label=f"{k} {KIND_WORDS[k]}") for k in kinds]
+        handles = [Patch(color=LIGHT[KIND_COLOURS[k]], label=f"{k} {kind_of(k).words}") for k in kinds]
         place = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0.2, "ncols": 3}
         upper.legend(handles=handles, labelcolor=LIGHT["muted"], fontsize=8.5, handlelength=1, **place)
         colours = {name: LIGHT[budget_colour(i)] for i, name in enumerate(run.budget_names)}

@@ -4,6 +4,8 @@ Figures are drawn in the light colours; in the page every colour is a CSS variab
 Each light value is unique: it is the key by which `drawing.py` finds the variable again.
 """
 
+from ..kinds import kinds
+
 LIGHT = {
     "paper": "#fffffe",
     "ink": "#1b1f27",
@@ -12,9 +14,7 @@ LIGHT = {
     "faint": "#eceef2",
     "good": "#15803d",
     "bad": "#c81e32",
-    "mamba": "#0f8b8d",
-    "attention": "#d9730d",
-    "mlp": "#7c63c9",
+    **{kind.name: kind.colours[0] for kind in kinds()},
     "budget-0": "#3a4252",
     "budget-1": "#2463d6",
     "budget-2": "#cf2a72",
@@ -30,9 +30,7 @@ DARK = {
     "faint": "#22262e",
     "good": "#4ade80",
     "bad": "#fb7185",
-    "mamba": "#35c2bd",
-    "attention": "#f5a04a",
-    "mlp": "#ab97f0",
+    **{kind.name: kind.colours[1] for kind in kinds()},
     "budget-0": "#c9d0dc",
     "budget-1": "#72a4ff",
     "budget-2": "#ff78ad",
@@ -40,7 +38,7 @@ DARK = {
     "budget-4": "#efc04a",
     "budget-5": "#c39bff",
 }
-KIND_COLOURS = {"M": "mamba", "*": "attention", "-": "mlp"}
+KIND_COLOURS = {kind.letter: kind.name for kind in kinds()}
 MARKERS = ("D", "o", "s", "^", "v", "P")
 BUDGETS = len(MARKERS)
 

@@ -7,15 +7,13 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from ..kinds import dims
 from .budget_rows import BudgetRow, kept_sizes, result_row
 
 TITLE = "Held-out loss (nats per token) of the nested subnet, the extracted child,\nand that child before training"
 SHORT = {
     "hidden_size": "hidden",
-    "ffn_hidden_size": "ffn",
-    "mamba_num_heads": "mamba\nheads",
-    "mamba_head_dim": "head\ndim",
-    "num_attention_heads": "attn\nheads",
+    **{dim.name: dim.short for dim in dims()},
     "num_layers": "layers",
 }
 

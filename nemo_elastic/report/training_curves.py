@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from ..kinds import dims
 from .budget_rows import KEPT, parent_loss
 from .drawing import loss_axis, new_figure, short_count, spread, tip
 from .palette import LIGHT, budget_colour, budget_marker
@@ -20,10 +21,7 @@ POINTS = 240  # most points a training curve is drawn with; each is the mean of 
 KD_RANGE = 300.0  # KD losses under the largest by more than this factor are drawn at the edge
 SIZE_WORDS = {
     "hidden_size": "hidden size",
-    "ffn_hidden_size": "FFN size",
-    "mamba_num_heads": "Mamba heads",
-    "mamba_head_dim": "Mamba head dim",
-    "num_attention_heads": "attention heads",
+    **{dim.name: dim.words for dim in dims()},
     "num_layers": "layers",
 }
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from ..kinds import kinds
 from . import layer_figures, router_figures, trade_off, training_curves, width_figures
 from .budget_rows import BudgetRow, budget_rows
 from .csv_files import sheets
@@ -44,8 +45,9 @@ def write_report(out: Path, evaluations: Path | None = None) -> Path:
 def figures(run: RunFolder, rows: list[BudgetRow]) -> Iterator[tuple[str, str, str, Callable[[], Figure]]]:
     """(file name, heading, caption, drawing) of every figure this run has data for."""
     if run.layout and any(run.subnet(row.subnet) for row in rows):
+        legend = ", ".join(f"{kind.letter} {kind.words}" for kind in kinds())
         caption = (
-            "A cell for each layer of the parent: M Mamba, * attention, - MLP. The fill is the kept share of the "
+            f"A cell for each layer of the parent: {legend}. The fill is the kept share of the "
             "layer's inner width; a struck-out cell is a layer that the child does not have."
         )
         yield "children", "Map of the family", caption, lambda: layer_figures.children(run, rows)

@@ -3,8 +3,8 @@
     minimise   sum over rows of (log pi_argmax - log pi_chosen) + shortfall price
     subject to cost(chosen) <= (1 + tolerance) target
 
-Depth, hidden_size and mamba_head_dim rule every layer at once and are enumerated, cheapest loss first, until the loss
-of these alone exceeds the best answer; what remains are independent rows with a loss and a cost per choice (a
+Depth and the dims with one value per net rule many layers at once and are enumerated, cheapest loss first, until the
+loss of these alone exceeds the best answer; what remains are independent rows with a loss and a cost per choice (a
 multiple-choice knapsack): tried exhaustively when small, else by a Lagrange multiplier and single moves. All dims
 take part, because repairing by one alone can be infeasible.
 """
@@ -19,10 +19,10 @@ from torch import Tensor
 from ..budget_cost import BudgetCost, CostTables
 from ..choices import Selection, choice_shapes, is_row_per_layer
 from ..search import raise_if_impossible
-from ..space import DEPTH
+from ..space import DEPTH, PER_LAYER_DIMS, WIDTH_DIMS
 from .selection import argmax_selection
 
-GLOBAL_DIMS = (DEPTH, "hidden_size", "mamba_head_dim")
+GLOBAL_DIMS = (DEPTH, *(name for name in WIDTH_DIMS if name not in PER_LAYER_DIMS))
 EXHAUSTIVE_ROWS = 4_000
 OUT_OF_BAND = 1e4  # more than probabilities ever cost: within the tolerance of the target wins wherever it exists
 SMALLEST_LOG = -80.0

@@ -1,8 +1,9 @@
 """Serving a nested checkpoint: the parent's memory once, any of its budgets by views into it.
 
-`family.py` is the face; `linear.py` multiplies by parts of a weight without copying them, `layers.py` are the three
-kinds of layer with their caches, `network.py` puts a budget together, `sampling.py` picks tokens. No Megatron here:
-the same function is written out once more, and the tests hold it against the elastic model and the extracted child.
+`family.py` is the face; `linear.py` multiplies by parts of a weight without copying them, `mamba.py`, `attention.py`
+and `mlp.py` are the kinds of layer with their caches (of what `parts.py` hands them), `network.py` puts a budget
+together, `sampling.py` picks tokens. No Megatron here: the same function is written out once more, and the tests hold
+it against the elastic model and the extracted child.
 """
 
 from .family import ElasticFamily

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .layers import LayerCache
 from .network import Network
 
 WARM_UPS = 2  # kernels are compiled and chosen, and libraries make their workspaces, before anything is recorded
@@ -27,7 +27,7 @@ class Cache:
 
     budget: str
     batch: int
-    layers: list[LayerCache]
+    layers: list[Any]
     length: int = 0
 
 

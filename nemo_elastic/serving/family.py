@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..checkpoint.hf_config import ONLY
 from ..cost import parameters
+from ..kinds import kinds
 from ..layout import ParamLayout
 from ..nemo.nested import open_nested
 from ..problems import Problem, ProblemsError, did_you_mean, raise_if_any
@@ -204,6 +205,12 @@ def _unsupported(model: Mapping[str, Any]) -> list[Problem]:
         Problem(f"model.{name}", f"{model[name]!r} is not implemented in serving, which has {value!r}; use NeMo")
         for name, value in wanted.items()
         if model.get(name, value) != value
+    ]
+    pattern = model.get("hybrid_override_pattern", "")
+    found += [
+        Problem("model.hybrid_override_pattern", f"{kind.letter!r} ({kind.words}) is not implemented in serving")
+        for kind in kinds()
+        if kind.serving is None and kind.letter in pattern
     ]
     activation = model.get("activation_func", "squared_relu")
     if activation not in ACTIVATIONS:

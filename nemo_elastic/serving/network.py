@@ -9,16 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..architecture import ATTENTION, MAMBA
+from ..kinds import kind_of
 from ..layout import ParamLayout, ParamSpec
 from ..slicing import take
 from ..space import Subnet
-from .layers import MLP, Attention, Layer, LayerCache, Mamba, rms_norm
 from .linear import Linear, linear
+from .parts import Layer, Parts, build_layer, rms_norm
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "squared_relu": lambda x: F.relu(x).square(),
@@ -59,11 +58,11 @@ class Network:
             self.output = self._matrix("output_layer.weight", outer)
         self.layers: list[Layer] = [self._layer(i) for i in subnet.layers]
 
-    def new_caches(self, batch: int, room: int = 0, position: Tensor | None = None) -> list[LayerCache]:
+    def new_caches(self, batch: int, room: int = 0, position: Tensor | None = None) -> list[Any]:
         """Empty ones for every layer, with room for so many tokens; with the `position` of a step, that never grow."""
         return [layer.cache(batch, room, position) for layer in self.layers]
 
-    def logits(self, tokens: Tensor, caches: list[LayerCache] | None = None, *, last_only: bool = False) -> Tensor:
+    def logits(self, tokens: Tensor, caches: list[Any] | None = None, *, last_only: bool = False) -> Tensor:
         """Tokens `[b, s]` -> `[b, s, v]` (`[b, 1, v]` with `last_only`); `caches` are brought up to date."""
         x = F.embedding(tokens, self.embedding)
         for number, layer in enumerate(self.layers):
@@ -103,39 +102,5 @@ class Network:
             spec = self._layout.table[prefix + name]
             return linear(self._weights[spec.name], spec, sizes, compact=self._compact)
 
-        kind = arch.hybrid_override_pattern[number]
-        if kind == MAMBA:
-            log = vector("mixer.A_log")
-            wide = log.dtype if log.dtype == torch.float64 else torch.float32
-            return Mamba(
-                norm=vector("norm.weight"),
-                eps=self.eps,
-                in_proj=matrix("mixer.in_proj.weight"),
-                conv_weight=vector("mixer.conv1d.weight"),
-                conv_bias=vector("mixer.conv1d.bias"),
-                dt_bias=vector("mixer.dt_bias").to(wide),
-                a=-torch.exp(log.to(wide)),
-                d=vector("mixer.D"),
-                inner_norm=vector("mixer.norm.weight"),
-                out_proj=matrix("mixer.out_proj.weight"),
-                head_dim=sizes["mamba_head_dim"],
-                groups=arch.mamba_num_groups,
-                state_dim=arch.mamba_state_dim,
-            )
-        if kind == ATTENTION:
-            return Attention(
-                norm=vector("input_layernorm.weight"),
-                eps=self.eps,
-                qkv=matrix("self_attention.linear_qkv.weight"),
-                proj=matrix("self_attention.linear_proj.weight"),
-                groups=arch.num_query_groups,
-                channels=arch.kv_channels,
-                scale=self._scale,
-            )
-        return MLP(
-            norm=vector("pre_mlp_layernorm.weight"),
-            eps=self.eps,
-            up=matrix("mlp.linear_fc1.weight"),
-            down=matrix("mlp.linear_fc2.weight"),
-            activation=self._activation,
-        )
+        parts = Parts(arch, sizes, vector, matrix, self.eps, self._activation, self._scale)
+        return build_layer(kind_of(arch.hybrid_override_pattern[number]), parts)

@@ -1,16 +1,36 @@
 """Self attention of a subnet: query heads kept in whole KV groups; keys and values are never cut."""
 
-from typing import Any
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core import tensor_parallel
-from megatron.core.transformer.attention import SelfAttention
-from torch import Tensor
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor, nn
 
+from ...architecture import Architecture
+from ...importance.scores import attention_head_scores
+from ...kinds import attention as facts
 from ...layout import Axis, ParamSpec
 from ..attention import CausalAttention
+from ..kind_modules import norm_keys
+from ..norm import RMSNorm
 from .call import LayerCall, MaskCache, inner_multiplier, times
+from .layers import ElasticLayer
 from .linear import column_parallel, row_parallel
+from .norm import ElasticRMSNorm
+
+if TYPE_CHECKING:
+    from ..collect import WidthCollector, WidthSettings
+
+CHANNELS = "attention"  # what ranks the heads, in the state of an interrupted ranking
 
 
 class ElasticSelfAttention(SelfAttention):
@@ -57,3 +77,59 @@ class ElasticSelfAttention(SelfAttention):
         if self.checkpoint_core_attention and self.training and torch.is_grad_enabled():
             return tensor_parallel.checkpoint(run, False, q, k, v)
         return run(q, k, v)
+
+
+class ElasticAttentionLayer(ElasticLayer, TransformerLayer):
+    """Norm, self attention, residual."""
+
+    part_names = ("input_layernorm", "self_attention", "self_attn_bda")
+
+
+LAYER, SUBLAYER = ElasticAttentionLayer, ElasticSelfAttention
+
+
+def plain_layer() -> ModuleSpec:
+    """Megatron's attention layer from local linears, with torch's attention kernel."""
+    parts = TransformerLayerSubmodules(
+        input_layernorm=RMSNorm,
+        self_attention=ModuleSpec(
+            module=SelfAttention,
+            params={"attn_mask_type": AttnMaskType.causal},
+            submodules=SelfAttentionSubmodules(
+                linear_qkv=ColumnParallelLinear, core_attention=CausalAttention, linear_proj=RowParallelLinear
+            ),
+        ),
+        self_attn_bda=get_bias_dropout_add,
+        sharded_state_dict_keys_map=norm_keys(facts.ATTENTION),
+    )
+    return ModuleSpec(module=TransformerLayer, submodules=parts)
+
+
+def elastic_layer(*, transformer_engine: bool = False) -> ModuleSpec:
+    """The same layer, elastic."""
+    spec = plain_layer()
+    parts = spec.submodules
+    spec.module, parts.input_layernorm, parts.self_attention.module = LAYER, ElasticRMSNorm, SUBLAYER
+    if transformer_engine:
+        from megatron.core.extensions.transformer_engine import (
+            TEColumnParallelLinear,
+            TEDotProductAttention,
+            TERowParallelLinear,
+        )
+
+        inner = parts.self_attention.submodules
+        inner.linear_qkv, inner.linear_proj = TEColumnParallelLinear, TERowParallelLinear
+        inner.core_attention = TEDotProductAttention
+    return spec
+
+
+def observe(collector: WidthCollector, number: int, layer: nn.Module) -> None:
+    """Watch what enters a plain layer's `linear_proj`."""
+    attention = layer.self_attention
+    collector.watch_norm(number, layer.input_layernorm, attention.linear_qkv)
+    collector.on_input(attention.linear_proj, lambda a: collector.see(CHANNELS, number, a))
+
+
+def unit_scores(sites: Mapping[str, Tensor], architecture: Architecture, settings: WidthSettings) -> dict[str, Tensor]:
+    """One score per query head."""
+    return {"num_attention_heads": attention_head_scores(sites[CHANNELS].view(architecture.num_attention_heads, -1))}

@@ -12,21 +12,13 @@ from typing import Any
 
 from torch import nn
 
-from ...architecture import ATTENTION, KIND_NAMES, MAMBA, MLP
+from ...architecture import KIND_NAMES
+from ...kinds import kind_of
 from ...layout import ParamLayout
 from ...problems import Problem, ProblemsError
+from ..kind_modules import module_of
 from ..versions import TESTED, installed
-from .attention import ElasticSelfAttention
-from .layers import ElasticAttentionLayer, ElasticMambaLayer, ElasticMLPLayer
-from .mixer import ElasticMixer
-from .mlp import ElasticMLP
 from .norm import ElasticRMSNorm
-
-PARTS: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {  # by kind of layer: the layer, its sub-layer
-    MAMBA: (ElasticMambaLayer, ElasticMixer),
-    ATTENTION: (ElasticAttentionLayer, ElasticSelfAttention),
-    MLP: (ElasticMLPLayer, ElasticMLP),
-}
 
 
 def refuse_plain_layers(layers: Sequence[nn.Module], layout: ParamLayout, pp_group: Any) -> None:
@@ -61,8 +53,8 @@ def refuse_plain_layers(layers: Sequence[nn.Module], layout: ParamLayout, pp_gro
 
 
 def _is_elastic(layer: nn.Module, kind: str) -> bool:
-    whole, sublayer = PARTS[kind]
-    if not isinstance(layer, whole):
+    module = module_of(kind_of(kind))
+    if not isinstance(layer, module.LAYER):
         return False
     norm, inner, _ = (getattr(layer, name) for name in layer.part_names)
-    return isinstance(norm, ElasticRMSNorm) and isinstance(inner, sublayer)
+    return isinstance(norm, ElasticRMSNorm) and isinstance(inner, module.SUBLAYER)

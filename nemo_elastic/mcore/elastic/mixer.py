@@ -5,18 +5,43 @@ the bias of a dropped channel cannot leak into the state), and the gated norm, w
 the kept channels in its mean; everything else of a dropped channel is then multiplied by that zero.
 """
 
-from typing import Any
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
+from megatron.core.ssm.mamba_mixer import MambaMixerSubmodules
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.spec_utils import ModuleSpec
+from torch import Tensor, nn
 
+from ...architecture import Architecture
+from ...importance.scores import (
+    channel_contribution,
+    contribution_grams,
+    head_contribution,
+    mamba_channel_scores,
+    mamba_head_scores,
+)
+from ...kinds import mamba as facts
 from ...layout import Axis, ParamSpec
+from ..kind_modules import norm_keys
 from ..layer_specs import Mixer
+from ..norm import RMSNorm
 from ..versions import conv_parameters, kernels
 from .call import LayerCall, MaskCache, product, soft_multiplier, times
+from .layers import ElasticLayer
 from .linear import column_parallel, row_parallel, taken
+from .norm import ElasticRMSNorm
+
+if TYPE_CHECKING:
+    from ..collect import WidthCollector, WidthSettings
 
 DIMS = ("mamba_num_heads", "mamba_head_dim")
+CHANNELS, HEADS = "mamba", "mamba_heads"  # what ranks them, in the state of an interrupted ranking
 
 
 class ElasticMixer(Mixer):
@@ -128,3 +153,65 @@ def _group_norm(y: Tensor, weight: Tensor, groups: int, kept: Tensor | int, eps:
     u = (y if y.dtype == torch.float64 else y.float()).unflatten(-1, (groups, -1))
     u = u * torch.rsqrt(u.square().sum(-1, keepdim=True) / kept + eps)
     return (u.flatten(-2) * weight.to(u.dtype)).to(y.dtype)
+
+
+class ElasticMambaLayer(ElasticLayer, MambaLayer):
+    """Norm, Mamba mixer, residual."""
+
+    part_names = ("norm", "mixer", "mamba_bda")
+
+
+LAYER, SUBLAYER = ElasticMambaLayer, ElasticMixer
+
+
+def plain_layer() -> ModuleSpec:
+    """Megatron's Mamba layer from local linears, with our `Mixer`."""
+    parts = MambaLayerSubmodules(
+        norm=RMSNorm,
+        mixer=ModuleSpec(
+            module=Mixer, submodules=MambaMixerSubmodules(in_proj=ColumnParallelLinear, out_proj=RowParallelLinear)
+        ),
+        mamba_bda=get_bias_dropout_add,
+        sharded_state_dict_keys_map=norm_keys(facts.MAMBA),
+    )
+    return ModuleSpec(module=MambaLayer, submodules=parts)
+
+
+def elastic_layer(*, transformer_engine: bool = False) -> ModuleSpec:
+    """The same layer, elastic."""
+    spec = plain_layer()
+    spec.module, spec.submodules.norm, spec.submodules.mixer.module = LAYER, ElasticRMSNorm, SUBLAYER
+    if transformer_engine:
+        from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
+
+        linears = spec.submodules.mixer.submodules
+        linears.in_proj, linears.out_proj = TEColumnParallelLinear, TERowParallelLinear
+    return spec
+
+
+def observe(collector: WidthCollector, number: int, layer: nn.Module) -> None:
+    """Watch a plain layer where `rank.mamba_site` says."""
+    mixer, site = layer.mixer, collector.settings.mamba_site
+    collector.watch_norm(number, layer.norm, mixer.in_proj)
+    if site == "out_proj_input":
+        collector.on_input(mixer.out_proj, lambda y: collector.see(CHANNELS, number, y))
+    elif site == "out_proj_contribution":
+        grams = contribution_grams(mixer.out_proj.weight, mixer.nheads_local_tp)
+
+        def see(y: Tensor) -> None:
+            collector.see(CHANNELS, number, channel_contribution(y, grams))
+            collector.see(HEADS, number, head_contribution(y, grams))
+
+        collector.on_input(mixer.out_proj, see)
+    else:
+        z, x = collector.local.axes["z+x+B+C+dt"][:2]
+        start, length = z.length({}), x.length({})
+        collector.on_output(mixer.in_proj, CHANNELS, number, part=lambda y: y.narrow(-1, start, length))
+
+
+def unit_scores(sites: Mapping[str, Tensor], architecture: Architecture, settings: WidthSettings) -> dict[str, Tensor]:
+    """Scores per head channel `[p]` and per head `[m]`."""
+    pairs = sites[CHANNELS].view(architecture.mamba_num_heads, -1)
+    top = settings.top_channels or architecture.mamba_head_dim
+    heads = sites[HEADS] if HEADS in sites else mamba_head_scores(pairs, top)
+    return {"mamba_head_dim": mamba_channel_scores(pairs), "mamba_num_heads": heads}

@@ -1,14 +1,35 @@
 """The MLP of a subnet: squared-ReLU (or any elementwise) neurons, kept in whole groups."""
 
-from typing import Any
+from __future__ import annotations
 
-from megatron.core.transformer.mlp import MLP
-from torch import Tensor
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import transformer_layer
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from torch import Tensor, nn
+
+from ...architecture import Architecture
+from ...kinds import mlp as facts
 from ...layout import Axis, ParamSpec
+from ..kind_modules import norm_keys
+from ..norm import RMSNorm
 from ..versions import mlp_arguments
 from .call import LayerCall, MaskCache, inner_multiplier, times
+from .layers import ElasticLayer
 from .linear import column_parallel, row_parallel
+from .norm import ElasticRMSNorm
+
+if TYPE_CHECKING:
+    from ..collect import WidthCollector, WidthSettings
+
+NEURONS = "ffn"  # what ranks them, in the state of an interrupted ranking
 
 
 class ElasticMLP(MLP):
@@ -34,3 +55,69 @@ class ElasticMLP(MLP):
         if call.sliced:
             return row_parallel(self.linear_fc2, y, down, call.sizes, **parallel)
         return self.linear_fc2(y)[0]
+
+
+def _not_about_mlp_type(record: logging.LogRecord) -> bool:
+    """Megatron warns of any MLP class but its own, then builds it as its own, which is right for a subclass."""
+    return "Unknown MLP type" not in record.getMessage()
+
+
+class ElasticMLPLayer(ElasticLayer, MLPLayer):
+    """Norm, MLP, residual."""
+
+    part_names = ("pre_mlp_layernorm", "mlp", "mlp_bda")
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        logger = logging.getLogger(transformer_layer.__name__)
+        logger.addFilter(_not_about_mlp_type)
+        try:
+            super().__init__(*args, **kwargs)
+        finally:
+            logger.removeFilter(_not_about_mlp_type)
+
+    @property
+    def recompute_sublayer(self) -> bool:
+        return self.recompute_mlp
+
+
+LAYER, SUBLAYER = ElasticMLPLayer, ElasticMLP
+
+
+def plain_layer() -> ModuleSpec:
+    """Megatron's MLP layer from local linears."""
+    parts = TransformerLayerSubmodules(
+        pre_mlp_layernorm=RMSNorm,
+        mlp=ModuleSpec(
+            module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        ),
+        mlp_bda=get_bias_dropout_add,
+        sharded_state_dict_keys_map=norm_keys(facts.MLP),
+    )
+    return ModuleSpec(module=MLPLayer, submodules=parts)
+
+
+def elastic_layer(*, transformer_engine: bool = False) -> ModuleSpec:
+    """The same layer, elastic."""
+    spec = plain_layer()
+    spec.module, spec.submodules.pre_mlp_layernorm, spec.submodules.mlp.module = LAYER, ElasticRMSNorm, SUBLAYER
+    if transformer_engine:
+        from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
+
+        linears = spec.submodules.mlp.submodules
+        linears.linear_fc1, linears.linear_fc2 = TEColumnParallelLinear, TERowParallelLinear
+    return spec
+
+
+def observe(collector: WidthCollector, number: int, layer: nn.Module) -> None:
+    """Watch a plain layer where `rank.ffn_site` says."""
+    mlp = layer.mlp
+    collector.watch_norm(number, layer.pre_mlp_layernorm, mlp.linear_fc1)
+    if collector.settings.ffn_site == "linear_fc1_output":
+        collector.on_output(mlp.linear_fc1, NEURONS, number)
+    else:
+        collector.on_input(mlp.linear_fc2, lambda a: collector.see(NEURONS, number, a))
+
+
+def unit_scores(sites: Mapping[str, Tensor], architecture: Architecture, settings: WidthSettings) -> dict[str, Tensor]:
+    """One score per neuron."""
+    return {"ffn_hidden_size": sites[NEURONS]}

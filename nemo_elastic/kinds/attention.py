@@ -1,0 +1,101 @@
+"""Causal self attention with grouped query heads and no positions; query heads are cut, keys and values never."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .axis import Axis, MakeFactor, Segment
+from .kind import Dim, Gguf, HuggingFace, Kind, Packed, PerLayer, Size, Sizes, size_of
+
+
+def _axes(arch: Any, ffn_groups: int, factor: MakeFactor) -> dict[str, Axis]:
+    per_group = arch.num_attention_heads // arch.num_query_groups
+    queries = factor("num_attention_heads", arch.num_query_groups, per_group, tp=True)
+    queries_keys_values = factor("num_attention_heads", arch.num_query_groups, per_group, fixed=2, tp=True)
+    channels = factor(None, 1, arch.kv_channels)
+    return {
+        "qkv": (Segment("qkv", (queries_keys_values, channels)),),
+        "q": (Segment("q", (queries, channels)),),
+    }
+
+
+def _flops(arch: Any, sizes: Sizes, length: int, chunk_size: int) -> Any:
+    """Projections, and the whole score matrix, not its causal half, as kernels that skip no block compute it."""
+    h, q = size_of(arch, sizes, "hidden_size"), size_of(arch, sizes, "num_attention_heads")
+    d, kv = arch.kv_channels, arch.num_query_groups
+    return 2 * length * h * ((q + 2 * kv) * d + q * d) + 2 * 2 * length * length * q * d
+
+
+def _caches(arch: Any, sizes: Sizes, length: int) -> dict[str, Any]:
+    return {"kv_cache": 2 * arch.num_query_groups * arch.kv_channels * length}
+
+
+def _gguf_keys(arch: Any) -> dict[str, Any]:
+    return {"attention.key_length": arch.kv_channels, "attention.value_length": arch.kv_channels}
+
+
+ATTENTION = Kind(
+    letter="*",
+    name="attention",
+    words="attention",
+    heading="q heads",
+    colours=("#d9730d", "#f5a04a"),
+    sizes=(
+        Size(name="num_attention_heads", huggingface=("num_attention_heads",)),
+        Size(name="num_query_groups", huggingface=("num_key_value_heads",)),
+        Size(name="kv_channels", required=False, huggingface=("head_dim", "attention_head_dim")),
+    ),
+    multiples_of=(("num_attention_heads", "num_query_groups"),),
+    dims=(
+        Dim(
+            name="num_attention_heads",
+            place=30,
+            groups=lambda arch, ffn_groups: arch.num_query_groups,
+            ratios=(1.0, 0.75, 0.5),
+            words="attention heads",
+            short="attn\nheads",
+            schemas=("uniform", "per_layer_config"),
+        ),
+    ),
+    split_by=("num_query_groups",),
+    rows={
+        "input_layernorm.weight": ("hidden",),
+        "self_attention.linear_qkv.weight": ("qkv", "hidden"),
+        "self_attention.linear_proj.weight": ("hidden", "q"),
+    },
+    axes=_axes,
+    norm=("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"),
+    extra_states=("self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.core_attention"),
+    flops=_flops,
+    caches=_caches,
+    aligned={"qkv": "qkv rows", "q": "proj columns"},
+    fewest="min_attention_layers",
+    huggingface=HuggingFace(
+        blocks=("full_attention", "attention"),
+        names={
+            "input_layernorm.weight": ("norm.weight",),
+            "self_attention.linear_qkv.weight": ("mixer.q_proj.weight", "mixer.k_proj.weight", "mixer.v_proj.weight"),
+            "self_attention.linear_proj.weight": ("mixer.o_proj.weight",),
+        },
+        packed={"self_attention.linear_qkv.weight": Packed(groups="num_query_groups", channels="kv_channels")},
+    ),
+    gguf=Gguf(
+        names={
+            "norm.weight": "attn_norm.weight",
+            "mixer.q_proj.weight": "attn_q.weight",
+            "mixer.k_proj.weight": "attn_k.weight",
+            "mixer.v_proj.weight": "attn_v.weight",
+            "mixer.o_proj.weight": "attn_output.weight",
+        },
+        matrices=frozenset(["attn_q.weight", "attn_k.weight", "attn_v.weight", "attn_output.weight"]),
+        per_layer=(
+            # Never 0: llama.cpp divides by the first layer's, whatever its kind.
+            PerLayer(key="attention.head_count", size="num_attention_heads", elsewhere=True, list_always=False),
+            PerLayer(key="attention.head_count_kv", size="num_query_groups"),
+        ),
+        keys=_gguf_keys,
+    ),
+    serving="nemo_elastic.serving.attention",
+    module="nemo_elastic.mcore.elastic.attention",
+    slot="*",
+)

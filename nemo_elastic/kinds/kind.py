@@ -1,0 +1,181 @@
+"""What the package has to know of a layer kind. Everybody else walks these facts and compares no letter.
+
+A kind is a file beside this one that fills in a `Kind`, and the module that computes it (`Kind.module`, which
+`mcore.kind_modules` describes). Functions of a kind take the parent's `Architecture`, or anything with its fields, and
+the sizes of one layer: dim -> kept units, integers or tensors, what is missing being the parent's. No torch here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .axis import Axis, MakeFactor
+
+Sizes = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """A number of a plain model that one kind of layer has: a field of Megatron's `TransformerConfig`.
+
+    Attributes:
+        required: a model section has to give it.
+        default: of `Architecture`; None: none.
+        fixed: Megatron has no field for it: it always is the default, and no model section says it.
+        huggingface: keys of config.json with the same value, today's first.
+    """
+
+    name: str
+    required: bool = True
+    default: int | None = None
+    fixed: bool = False
+    huggingface: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dim:
+    """An elastic dim: a size that children have less of.
+
+    Attributes:
+        name: of the size that it cuts.
+        place: where it is listed among all dims; the seeds of a router and the columns of tables follow this order.
+        groups: (architecture, elastic.ffn_groups) -> number of groups whose first units a child keeps.
+        per_layer: layers of a child may differ in it; else it has one value per net.
+        dealt: units belong to no group by nature: they are ranked over the whole layer and dealt to the groups.
+        multiple: (large parent?, widest tensor-parallel size) -> what ratios round to by default.
+        ratios: choices that `config --from` offers; none: the dim is left alone.
+        words, short: in figures and notes; a column's heading (at most two lines).
+        schemas: Hugging Face schemas (`checkpoint.schemas`) that can say it per layer.
+        gguf_key: the one key of GGUF that says it for all layers, where that is all there is.
+    """
+
+    name: str
+    place: int = 1000
+    groups: Callable[[Any, int], int] = lambda arch, ffn_groups: 1
+    per_layer: bool = True
+    dealt: bool = False
+    multiple: Callable[[bool, int], int] = lambda large, ranks: 1
+    ratios: tuple[float, ...] = ()
+    words: str
+    short: str
+    schemas: tuple[str, ...] = ()
+    gguf_key: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """A fused parameter that others store in parts: per group of `groups` the rows `[rest, 1, 1, ...] x channels`.
+
+    `groups` and `channels` are sizes of the architecture. Attention's rows are `[Q .. Q, K, V]` per query group.
+    """
+
+    groups: str
+    channels: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class HuggingFace:
+    """How NemotronH says a kind.
+
+    Attributes:
+        blocks: its words in `layers_block_type`, today's first.
+        names: parameter behind its layer's prefix -> the names it has there (several: `packed` says how it is split).
+    """
+
+    blocks: tuple[str, ...]
+    names: Mapping[str, tuple[str, ...]]
+    packed: Mapping[str, Packed] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerLayer:
+    """A key of GGUF with a number per layer: the kind's own `size`, in other layers 0 or (`elsewhere`) the child's.
+
+    `list_always`: a list even where all layers say the same.
+    """
+
+    key: str
+    size: str
+    elsewhere: bool = False
+    list_always: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gguf:
+    """How llama.cpp's nemotron_h says a kind.
+
+    Attributes:
+        names: NemotronH's name behind the layer's prefix -> llama.cpp's.
+        matrices: those that have the file's dtype; all others are fp32.
+        per_layer, keys: keys with a number per layer; child architecture -> keys with one number.
+        shape: (llama.cpp's name, shape, architecture) -> shape in the file.
+        values: llama.cpp's name -> what is done to the tensor.
+    """
+
+    names: Mapping[str, str]
+    matrices: frozenset[str]
+    per_layer: tuple[PerLayer, ...] = ()
+    keys: Callable[[Any], dict[str, Any]] = lambda arch: {}
+    shape: Callable[[str, tuple[int, ...], Any], tuple[int, ...]] = lambda name, shape, arch: shape
+    values: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Kind:
+    """A layer kind.
+
+    Attributes:
+        letter: in `hybrid_override_pattern`.
+        name, words, heading: in files and JSON; in sentences and legends; of the column with its sizes.
+        colours: on light and on dark paper; each is one of its own in `report.palette`.
+        sizes: the numbers that decide its tensors; `multiples_of`: (size, size that must divide it).
+        dims: its elastic dims; `split_by`: sizes that every tensor-parallel size must divide.
+        rows: parameter behind the layer's prefix -> names of its axes; `hidden`, `one` are everybody's.
+        axes: (architecture, elastic.ffn_groups, make a factor) -> its axes by name.
+        norm: (row of its norm, the name of that row where Transformer Engine fuses it into the linear behind).
+        stored_in_parts: rows that stock checkpoints hold segment by segment (of the first axis).
+        extra_states: modules of it that have a Transformer Engine state of their own in stock checkpoints.
+        flops: (architecture, sizes, sequence length, chunk) -> forward FLOPs of one layer for one sequence.
+        caches: (architecture, sizes, sequence length) -> cached elements of one layer for one sequence, by
+            `cost.CACHES`.
+        aligned: axis of a linear -> how notes call it; `conv_axis`: the axis that the causal convolution runs over.
+        fp8: axis that FP8 wants in multiples of 16 -> words, in which `{width}` and dims are put.
+        ranking: field of `RankConfig` -> its choices and their meanings: which activation ranks its dims.
+        fewest: the field of `RankConfig` with the number of its layers that depth ranking keeps, if there is one.
+        huggingface, gguf, serving: None where it cannot be said, or run, there. `serving` is a module.
+        module: computes it. `slot`: the letter of Megatron's own stack in whose place it is built.
+    """
+
+    letter: str
+    name: str
+    words: str
+    heading: str
+    colours: tuple[str, str]
+    sizes: tuple[Size, ...]
+    multiples_of: tuple[tuple[str, str], ...] = ()
+    dims: tuple[Dim, ...]
+    split_by: tuple[str, ...] = ()
+    rows: Mapping[str, tuple[str, ...]]
+    axes: Callable[[Any, int, MakeFactor], dict[str, Axis]]
+    norm: tuple[str, str]
+    stored_in_parts: tuple[str, ...] = ()
+    extra_states: tuple[str, ...] = ()
+    flops: Callable[[Any, Sizes, int, int], Any]
+    caches: Callable[[Any, Sizes, int], dict[str, Any]] = lambda arch, sizes, length: {}
+    aligned: Mapping[str, str] = field(default_factory=dict)
+    conv_axis: str | None = None
+    fp8: Mapping[str, str] = field(default_factory=dict)
+    ranking: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    fewest: str | None = None
+    huggingface: HuggingFace | None = None
+    gguf: Gguf | None = None
+    serving: str | None = None
+    module: str
+    slot: str
+
+
+def size_of(architecture: Any, sizes: Sizes, name: str) -> Any:
+    """A layer's size: what it keeps, or the parent's."""
+    return sizes.get(name, getattr(architecture, name))

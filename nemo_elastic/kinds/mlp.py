@@ -1,0 +1,77 @@
+"""The feed-forward layer: two products and an elementwise activation (squared ReLU); neurons are cut."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .axis import Axis, MakeFactor, Segment
+from .kind import Dim, Gguf, HuggingFace, Kind, PerLayer, Size, Sizes, size_of
+
+SITES = {
+    "linear_fc2_input": "the activation that enters linear_fc2 (Minitron)",
+    "linear_fc1_output": "the first linear's output, before the activation function (the paper's formula)",
+}
+
+
+def _axes(arch: Any, ffn_groups: int, factor: MakeFactor) -> dict[str, Axis]:
+    neurons = factor("ffn_hidden_size", ffn_groups, arch.ffn_hidden_size // ffn_groups, tp=True)
+    return {"ffn": (Segment("ffn", (neurons,)),)}
+
+
+def _flops(arch: Any, sizes: Sizes, length: int, chunk_size: int) -> Any:
+    return 2 * length * 2 * size_of(arch, sizes, "hidden_size") * size_of(arch, sizes, "ffn_hidden_size")
+
+
+MLP = Kind(
+    letter="-",
+    name="mlp",
+    words="MLP",
+    heading="ffn",
+    colours=("#7c63c9", "#ab97f0"),
+    sizes=(Size(name="ffn_hidden_size", huggingface=("intermediate_size",)),),
+    dims=(
+        Dim(
+            name="ffn_hidden_size",
+            place=10,
+            groups=lambda arch, ffn_groups: ffn_groups,
+            dealt=True,
+            multiple=lambda large, ranks: 64 if large else 8,
+            ratios=(1.0, 0.75, 0.5),
+            words="FFN size",
+            short="ffn",
+            schemas=("uniform", "list", "per_layer_config"),
+        ),
+    ),
+    rows={
+        "pre_mlp_layernorm.weight": ("hidden",),
+        "mlp.linear_fc1.weight": ("ffn", "hidden"),
+        "mlp.linear_fc2.weight": ("hidden", "ffn"),
+    },
+    axes=_axes,
+    norm=("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
+    extra_states=("mlp.linear_fc1", "mlp.linear_fc2"),
+    flops=_flops,
+    aligned={"ffn": "neurons"},
+    fp8={"ffn": "ffn_hidden_size {width}"},
+    ranking={"ffn_site": SITES},
+    huggingface=HuggingFace(
+        blocks=("mlp",),
+        names={
+            "pre_mlp_layernorm.weight": ("norm.weight",),
+            "mlp.linear_fc1.weight": ("mixer.up_proj.weight",),
+            "mlp.linear_fc2.weight": ("mixer.down_proj.weight",),
+        },
+    ),
+    gguf=Gguf(
+        names={
+            "norm.weight": "attn_norm.weight",
+            "mixer.up_proj.weight": "ffn_up.weight",
+            "mixer.down_proj.weight": "ffn_down.weight",
+        },
+        matrices=frozenset(["ffn_up.weight", "ffn_down.weight"]),
+        per_layer=(PerLayer(key="feed_forward_length", size="ffn_hidden_size"),),
+    ),
+    serving="nemo_elastic.serving.mlp",
+    module="nemo_elastic.mcore.elastic.mlp",
+    slot="-",
+)

@@ -29,11 +29,11 @@ from harness import finish, interleaved, least, listed, parser, start, timer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nemo_elastic.architecture import Architecture
-from nemo_elastic.cost import flops, parameters
-from nemo_elastic.layout import ParamLayout
-from nemo_elastic.mcore import cpu
-from nemo_elastic.space import WIDTH_DIMS, ElasticSpace, Subnet, dim_groups
+from nemo_elastic.cost.counts import flops, parameters
+from nemo_elastic.mcore.runtime import cpu
+from nemo_elastic.space.architecture import Architecture
+from nemo_elastic.space.elastic_space import WIDTH_DIMS, ElasticSpace, Subnet, dim_groups
+from nemo_elastic.space.layout import ParamLayout
 
 LIMIT_SLICED, LIMIT_FULL = 1.08, 1.03
 FFN_GROUPS = 8
@@ -175,8 +175,8 @@ def measure(
     with_optimizer: bool = True,
 ) -> dict[str, Any]:
     """Every variant in turn; all models are in memory at once, `with_optimizer` their Adam states too."""
-    from nemo_elastic.mcore.build import build_elastic_model, build_plain_model
     from nemo_elastic.mcore.elastic.plan import hard_plan
+    from nemo_elastic.mcore.models.build import build_elastic_model, build_plain_model
 
     space = ElasticSpace(architecture=arch, ffn_groups=FFN_GROUPS)
     layout = ParamLayout(arch, ffn_groups=FFN_GROUPS)

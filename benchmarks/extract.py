@@ -52,10 +52,10 @@ def make(folder: Path, quick: bool) -> None:
     from nemo_elastic.checkpoint.manifest import Manifest
     from nemo_elastic.config.model_fields import architecture_of
     from nemo_elastic.data.tokenizer import DEFAULT_TOKENIZER
-    from nemo_elastic.layout import ParamLayout
-    from nemo_elastic.nemo import cpu
-    from nemo_elastic.nemo.checkpoints import write_nested
-    from nemo_elastic.space import Budget, ElasticSpace
+    from nemo_elastic.nemo.export.checkpoints import write_nested
+    from nemo_elastic.nemo.plain import cpu
+    from nemo_elastic.space.elastic_space import Budget, ElasticSpace
+    from nemo_elastic.space.layout import ParamLayout
 
     cpu.install()
     architecture = architecture_of(model)
@@ -111,8 +111,8 @@ def measure(folder: Path, format: str, repetitions: int) -> dict:
     """In this process: everything imported, then extract and copy in turn."""
     import torch
 
-    from nemo_elastic.nemo import cpu
-    from nemo_elastic.nemo.checkpoints import extract, open_nested
+    from nemo_elastic.nemo.export.checkpoints import extract, open_nested
+    from nemo_elastic.nemo.plain import cpu
 
     torch.set_num_threads(1)
     if format == "nemo":

@@ -34,8 +34,8 @@ from training_runs import CONFIG, nemo_elastic, prepared, rank_words, ranked
 from nemo_elastic.config import load_config
 from nemo_elastic.distill.training_cost import training_cost
 from nemo_elastic.family import family_of
+from nemo_elastic.processes.runlog import RunLog
 from nemo_elastic.router.sampling import sample_budgets
-from nemo_elastic.runlog import RunLog
 
 BUDGETS = ("full", "large", "small")
 FAMILIES = ("family", "family_fixed", "family_shared")

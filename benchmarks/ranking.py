@@ -3,8 +3,8 @@
     python benchmarks/ranking.py [--model FILE.json] [--samples N] [--min-layers N] [--repetitions N] [--output FILE]
 
 Naive is the stock Megatron model without the left-out layers, from tokens to logits, compared with the kept logits of
-the full model; reuse is `nemo_elastic.mcore.depth`, which restarts at kept activations and needs no logits. Both rank
-the same samples in the same process, in turns, and must remove the same layers. Times are the least of the
+the full model; reuse is `nemo_elastic.mcore.ranking.depth`, which restarts at kept activations and needs no logits.
+Both rank the same samples in the same process, in turns, and must remove the same layers. Times are the least of the
 repetitions; `cpu` ones are CPU seconds of the process, which other work on the machine disturbs less.
 """
 
@@ -17,15 +17,15 @@ from pathlib import Path
 import torch
 from harness import finish, interleaved, least, parser, start
 
-from nemo_elastic.architecture import Architecture
 from nemo_elastic.config.model_fields import architecture_of
 from nemo_elastic.config.parent_files import ASSETS
 from nemo_elastic.importance.depth import DepthProgress, DepthRules, rank_by, rank_greedy
-from nemo_elastic.layout import ParamLayout
-from nemo_elastic.mcore import process_groups
-from nemo_elastic.mcore.build import build_plain_model, load_weights
-from nemo_elastic.mcore.depth import DepthAblation
-from nemo_elastic.mcore.parents import open_parent
+from nemo_elastic.mcore.models.build import build_plain_model, load_weights
+from nemo_elastic.mcore.models.parents import open_parent
+from nemo_elastic.mcore.ranking.depth import DepthAblation
+from nemo_elastic.mcore.runtime import process_groups
+from nemo_elastic.space.architecture import Architecture
+from nemo_elastic.space.layout import ParamLayout
 
 REQUIRED_RATIO = 1.8
 

@@ -26,21 +26,21 @@ from harness import finish, parser, start
 
 from nemo_elastic.config.model_fields import architecture_of
 from nemo_elastic.config.parent_files import ASSETS
-from nemo_elastic.cost import parameters
+from nemo_elastic.cost.counts import parameters
 from nemo_elastic.data.tokenizer import BPETokenizer
 from nemo_elastic.data.tokens import load_tokens
 from nemo_elastic.data.windows import Windows
 from nemo_elastic.importance.depth import DepthRules, rank_by, rank_randomly
 from nemo_elastic.importance.ranking import Orders, random_orders, width_orders
 from nemo_elastic.importance.sorting import sort_tensors
-from nemo_elastic.layout import ParamLayout
-from nemo_elastic.mcore import process_groups
-from nemo_elastic.mcore.build import build_elastic_model, build_plain_model, load_weights
-from nemo_elastic.mcore.collect import WidthSettings, collect_widths
-from nemo_elastic.mcore.depth import DepthAblation, cosine_scores
 from nemo_elastic.mcore.elastic.plan import hard_plan
-from nemo_elastic.mcore.parents import open_parent, whole_state
-from nemo_elastic.space import WIDTH_DIMS, ElasticSpace, Subnet, dim_groups
+from nemo_elastic.mcore.models.build import build_elastic_model, build_plain_model, load_weights
+from nemo_elastic.mcore.models.parents import open_parent, whole_state
+from nemo_elastic.mcore.ranking.collect import WidthSettings, collect_widths
+from nemo_elastic.mcore.ranking.depth import DepthAblation, cosine_scores
+from nemo_elastic.mcore.runtime import process_groups
+from nemo_elastic.space.elastic_space import WIDTH_DIMS, ElasticSpace, Subnet, dim_groups
+from nemo_elastic.space.layout import ParamLayout
 
 FRACTIONS = (0.9, 0.75, 0.5)
 # dim -> named choices of scores to compare; the first one is the default of `rank`.

@@ -29,15 +29,15 @@ from typing import Any
 from harness import finish, listed, parser, start
 from training_runs import CONFIG, QUICK, nemo_elastic, prepared, ranked
 
-from nemo_elastic.budget_cost import BudgetCost
 from nemo_elastic.config import load_config
 from nemo_elastic.config.sections import RunConfig
-from nemo_elastic.cost import parameters
+from nemo_elastic.cost.budget import BudgetCost
+from nemo_elastic.cost.conditions import serving_of
+from nemo_elastic.cost.counts import parameters
 from nemo_elastic.family import family_of
 from nemo_elastic.files import write_json, write_text
-from nemo_elastic.plan import plan
-from nemo_elastic.runlog import RunLog
-from nemo_elastic.serving_conditions import serving_of
+from nemo_elastic.plan.of_run import plan
+from nemo_elastic.processes.runlog import RunLog
 
 CONDITIONS = ("report.batch_size=4", "report.sequence_length=512")
 SHARES = {"large": 0.75, "small": 0.55}  # of the parent's memory; the parameter budgets are those of the configuration

@@ -23,19 +23,19 @@ from typing import Any
 import torch
 from harness import finish, parser, start
 
-from nemo_elastic.budget_cost import BudgetCost
 from nemo_elastic.config import load_config
 from nemo_elastic.config.sections import RouterConfig, RunConfig
+from nemo_elastic.cost.budget import BudgetCost
 from nemo_elastic.family import family_of
-from nemo_elastic.layout import ParamLayout
 from nemo_elastic.router.budget_loss import BudgetSteering, ExpectedCost, soft_phase_loss
 from nemo_elastic.router.model import Router
 from nemo_elastic.router.repair import Chosen, choose
 from nemo_elastic.router.sampling import gumbel_noise
 from nemo_elastic.router.schedule import Timeline, resolve_recipe
 from nemo_elastic.router.selection import one_hot, soft_masks
-from nemo_elastic.search import uniform_selection
-from nemo_elastic.space import Budget, ElasticSpace
+from nemo_elastic.shapes.search import uniform_selection
+from nemo_elastic.space.elastic_space import Budget, ElasticSpace
+from nemo_elastic.space.layout import ParamLayout
 
 RECIPES = {"default": RouterConfig(), "paper": RouterConfig(recipe="paper")}
 LIMITS = {"before": 0.02, "after": 0.01}  # of the default recipe, either way

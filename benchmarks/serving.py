@@ -26,11 +26,11 @@ from nemo_elastic.checkpoint.manifest import Manifest
 from nemo_elastic.checkpoint.reader import MemoryReader
 from nemo_elastic.config import load_config
 from nemo_elastic.config.model_fields import architecture_of
-from nemo_elastic.cost import parameters
-from nemo_elastic.layout import ParamLayout
-from nemo_elastic.mcore.parents import open_parent, whole_state
+from nemo_elastic.cost.counts import parameters
+from nemo_elastic.mcore.models.parents import open_parent, whole_state
 from nemo_elastic.serving import ElasticFamily
-from nemo_elastic.space import Budget, ElasticSpace
+from nemo_elastic.space.elastic_space import Budget, ElasticSpace
+from nemo_elastic.space.layout import ParamLayout
 
 GOALS = {"memory_ratio_to_parent": 1.02, "switch_ms": 50.0}
 FRACTIONS = {"full": 1.0, "large": 0.75, "small": 0.5}
@@ -65,8 +65,8 @@ def family_of(model: dict) -> Manifest:
 
 def tiny(device: str, dtype: torch.dtype) -> ElasticFamily:
     """The shipped parent, through a nested checkpoint."""
-    from nemo_elastic.nemo import cpu
-    from nemo_elastic.nemo.nested import write_nested
+    from nemo_elastic.nemo.export.nested import write_nested
+    from nemo_elastic.nemo.plain import cpu
 
     cpu.install()
     model = dict(load_config("tiny_parent.yaml").config.model)

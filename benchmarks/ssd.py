@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from harness import finish, interleaved, least, median, parser, start, timer
 
-from nemo_elastic.mcore.chunk_scan import chunk_scan, scan_chunk_length
-from nemo_elastic.mcore.gated_norm import gated_rms_norm
-from nemo_elastic.mcore.ssd import mamba_split_conv1d_scan_combined
+from nemo_elastic.mcore.kernels.chunk_scan import chunk_scan, scan_chunk_length
+from nemo_elastic.mcore.kernels.gated_norm import gated_rms_norm
+from nemo_elastic.mcore.kernels.ssd import mamba_split_conv1d_scan_combined
 
 REQUIRED_TIME_RATIO = 0.06
 

@@ -44,9 +44,9 @@ def plain_nemo(out: Path) -> None:
     from nemo.collections import llm
 
     from nemo_elastic.config import load_config
-    from nemo_elastic.nemo.plain_config import plain_model_config
-    from nemo_elastic.nemo.train import data_module
-    from nemo_elastic.nemo.trainer import build_optimizer, build_trainer
+    from nemo_elastic.nemo.plain.plain_config import plain_model_config
+    from nemo_elastic.nemo.plain.trainer import build_optimizer, build_trainer
+    from nemo_elastic.nemo.run.train import data_module
 
     def mark() -> None:
         with (out / "marks").open("a", encoding="utf-8") as file:

@@ -6,16 +6,25 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from .alignment import rounding_step
-from .architecture import Architecture
-from .budget_cost import BudgetCost
 from .config.model_fields import architecture_of
 from .config.sections import RunConfig, TrainConfig
-from .layout import ParamLayout
+from .cost.budget import BudgetCost
+from .cost.conditions import serving_of
 from .problems import Problem, ProblemsError, raise_if_any
-from .search import propose_uniform
-from .serving_conditions import serving_of
-from .space import DIMS, Budget, ElasticDim, ElasticSpace, Subnet, dim_groups, parent_size, resolve_choices
+from .shapes.search import propose_uniform
+from .space.alignment import rounding_step
+from .space.architecture import Architecture
+from .space.elastic_space import (
+    DIMS,
+    Budget,
+    ElasticDim,
+    ElasticSpace,
+    Subnet,
+    dim_groups,
+    parent_size,
+    resolve_choices,
+)
+from .space.layout import ParamLayout
 
 
 @dataclass(frozen=True, kw_only=True)

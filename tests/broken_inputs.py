@@ -54,7 +54,7 @@ def write_good(folder: Path) -> Path:
     from synthetic_run import write_run
 
     from nemo_elastic.config import load_config
-    from nemo_elastic.nemo.checkpoints import extract, write_nested
+    from nemo_elastic.nemo.export.checkpoints import extract, write_nested
 
     shutil.copytree(ASSETS, folder / "parent")
     (folder / "text.txt").write_text("".join(f"line {i} says {i * i % 97} and {i**3 % 89}\n" for i in range(4000)))

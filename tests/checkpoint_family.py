@@ -7,8 +7,8 @@ import torch
 
 from nemo_elastic.checkpoint.manifest import Manifest
 from nemo_elastic.config.model_fields import architecture_of
-from nemo_elastic.layout import ParamLayout
-from nemo_elastic.space import Budget, ElasticDim, ElasticSpace
+from nemo_elastic.space.elastic_space import Budget, ElasticDim, ElasticSpace
+from nemo_elastic.space.layout import ParamLayout
 
 TOKENIZER = Path(__file__).parent.parent / "nemo_elastic" / "assets" / "tiny_parent" / "tokenizer.json"
 MODEL = {

@@ -7,7 +7,7 @@ import sweep
 from small_run import Server
 from worker_pool import WorkerPool, open_pool
 
-import nemo_elastic.mcore  # noqa: F401, before any test imports Megatron: see `mcore.login_node`
+import nemo_elastic.mcore  # noqa: F401, before any test imports Megatron: see `mcore.runtime.login_node`
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -42,7 +42,7 @@ def one_rank() -> Iterator[None]:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    from nemo_elastic.mcore import cpu
+    from nemo_elastic.mcore.runtime import cpu
 
     cpu.install()
     torch.set_num_threads(1)

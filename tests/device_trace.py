@@ -1,7 +1,7 @@
 """The meta device in the GPU's place: where do our lines make CPU tensors, copy to the device, or wait for it?
 
     with on_meta_device(), DeviceTrace() as trace: ...
-    trace.events == {("mcore/norm.py:RMSNorm.__init__", "cpu"), ...}
+    trace.events == {("mcore/kernels/norm.py:RMSNorm.__init__", "cpu"), ...}
 
 Under the CPU shims Megatron builds on whatever device they name. On `meta` every operation that mixes devices raises,
 nothing costs memory at any model size, and a dispatch mode sees every tensor. What a GPU would have to be waited for
@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import nemo_elastic
-from nemo_elastic.mcore import cpu
-from nemo_elastic.nemo import cpu as nemo_cpu
+from nemo_elastic.mcore.runtime import cpu
+from nemo_elastic.nemo.plain import cpu as nemo_cpu
 
 META = torch.device("meta")
 OURS = str(Path(nemo_elastic.__file__).parent)

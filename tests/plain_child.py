@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from small_parent import child_architecture, child_pattern
 
-from nemo_elastic.architecture import Architecture
-from nemo_elastic.layout import ParamLayout
-from nemo_elastic.mcore.build import build_plain_model
+from nemo_elastic.mcore.models.build import build_plain_model
 from nemo_elastic.mcore.versions import parameter_name
-from nemo_elastic.slicing import take
-from nemo_elastic.space import KIND_OF_DIM, PER_LAYER_DIMS, WIDTH_DIMS, Subnet
+from nemo_elastic.space.architecture import Architecture
+from nemo_elastic.space.elastic_space import KIND_OF_DIM, PER_LAYER_DIMS, WIDTH_DIMS, Subnet
+from nemo_elastic.space.layout import ParamLayout
+from nemo_elastic.space.slicing import take
 
 
 def plain_child(arch: Architecture, subnet: Subnet, **more: Any) -> torch.nn.Module:

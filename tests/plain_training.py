@@ -14,8 +14,8 @@ import torch
 from nemo.collections import llm
 from torch.utils.data import DataLoader, Dataset
 
-from nemo_elastic.nemo.plain_config import check_vocabulary, plain_model_config
-from nemo_elastic.nemo.trainer import build_optimizer, build_trainer
+from nemo_elastic.nemo.plain.plain_config import check_vocabulary, plain_model_config
+from nemo_elastic.nemo.plain.trainer import build_optimizer, build_trainer
 
 TINY_PARENT = {
     "hybrid_override_pattern": "M-M-M*-M-M-M*-M-",

@@ -10,8 +10,8 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from nemo_elastic.config.model_fields import architecture_of
-from nemo_elastic.layout import ParamLayout
-from nemo_elastic.mcore.build import build_plain_model, load_weights, named_global_parameters
+from nemo_elastic.mcore.models.build import build_plain_model, load_weights, named_global_parameters
+from nemo_elastic.space.layout import ParamLayout
 
 
 def plain(seed: int | None = 0) -> torch.nn.Module:
@@ -57,7 +57,7 @@ def optimizer_round_trip(folder: str, kind: str) -> tuple[float, float, int]:
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig
 
-    from nemo_elastic.mcore.held_checkpoint import HeldCheckpoint, refuse_hostile
+    from nemo_elastic.mcore.checkpoint.held_checkpoint import HeldCheckpoint, refuse_hostile
     from nemo_elastic.mcore.versions import build_optimizer
 
     def made() -> tuple[Any, Any]:
@@ -135,7 +135,7 @@ def stock_keys() -> set[str]:
 def verified(nested: str, children: dict[str, str], batches: list, tp: int) -> list[dict]:
     """`verify` with the nested side at tensor-parallel size `tp`."""
     from nemo_elastic.config import load_config
-    from nemo_elastic.nemo.verify import verify
+    from nemo_elastic.nemo.export.verify import verify
 
     run = load_config("tiny_parent.yaml", [f"train.tensor_model_parallel_size={tp}"]).config
     return [check.to_dict() for check in verify(nested, {n: Path(f) for n, f in children.items()}, run, batches)]

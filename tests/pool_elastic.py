@@ -13,23 +13,23 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from small_parent import FFN_GROUPS, architecture, random_subnet, space_of
 from torch import Tensor
 
-from nemo_elastic.architecture import Architecture
-from nemo_elastic.layout import ParamLayout
-from nemo_elastic.mcore.build import (
+from nemo_elastic.mcore.elastic.model import ElasticMambaModel
+from nemo_elastic.mcore.elastic.plan import Plan, hard_plan, soft_plan
+from nemo_elastic.mcore.elastic.spec import elastic_stack_spec
+from nemo_elastic.mcore.kernels.kind_modules import SLOTS
+from nemo_elastic.mcore.kernels.layer_specs import local_stack_spec
+from nemo_elastic.mcore.models.build import (
     build_elastic_model,
     load_weights,
     named_global_parameters,
     transformer_config,
     whole_tensors,
 )
-from nemo_elastic.mcore.elastic.model import ElasticMambaModel
-from nemo_elastic.mcore.elastic.plan import Plan, hard_plan, soft_plan
-from nemo_elastic.mcore.elastic.spec import elastic_stack_spec
-from nemo_elastic.mcore.kind_modules import SLOTS
-from nemo_elastic.mcore.layer_specs import local_stack_spec
-from nemo_elastic.mcore.parallel import stage_ends
+from nemo_elastic.mcore.runtime.parallel import stage_ends
 from nemo_elastic.mcore.versions import layer_pattern
-from nemo_elastic.space import DEPTH, KIND_OF_DIM, PER_LAYER_DIMS, WIDTH_DIMS, Subnet
+from nemo_elastic.space.architecture import Architecture
+from nemo_elastic.space.elastic_space import DEPTH, KIND_OF_DIM, PER_LAYER_DIMS, WIDTH_DIMS, Subnet
+from nemo_elastic.space.layout import ParamLayout
 
 Case = tuple[str, Subnet | None]  # mode and what it runs; "soft" has masks instead of a subnet
 
@@ -238,8 +238,8 @@ def summed_over_stages(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def evaluate_case(sp: bool, vocab_size: int = 64) -> dict[str, Any]:
     """Held-out loss and logits of the whole model and of a subnet, on three batches (an odd number for DP2)."""
-    from nemo_elastic.mcore.evaluate import heldout_loss, whole_logits
-    from nemo_elastic.space import ElasticSpace
+    from nemo_elastic.mcore.models.evaluate import heldout_loss, whole_logits
+    from nemo_elastic.space.elastic_space import ElasticSpace
 
     arch = architecture(vocab_size=vocab_size)
     space = ElasticSpace(architecture=arch, ffn_groups=FFN_GROUPS)

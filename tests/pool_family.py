@@ -20,22 +20,22 @@ from torch import Tensor
 from nemo_elastic.config import load_values
 from nemo_elastic.config.sections import RunConfig, StageConfig
 from nemo_elastic.family import family_of
-from nemo_elastic.layout import ParamLayout
-from nemo_elastic.mcore.build import build_plain_model, load_weights, named_global_parameters, whole_tensors
 from nemo_elastic.mcore.elastic.spec import elastic_stack_spec
-from nemo_elastic.mcore.evaluate import heldout_loss
-from nemo_elastic.mcore.family_model import FamilyModel
-from nemo_elastic.mcore.gradients import gradient_norms, hand_norm
-from nemo_elastic.mcore.parallel import broadcast_from_last_stage, data_parallel_rank_and_size, stage_ends
-from nemo_elastic.mcore.planner import Planner
-from nemo_elastic.mcore.teacher_cache import TeacherCache
+from nemo_elastic.mcore.family.family_model import FamilyModel
+from nemo_elastic.mcore.family.gradients import gradient_norms, hand_norm
+from nemo_elastic.mcore.family.planner import Planner
+from nemo_elastic.mcore.family.teacher_cache import TeacherCache
+from nemo_elastic.mcore.models.build import build_plain_model, load_weights, named_global_parameters, whole_tensors
+from nemo_elastic.mcore.models.evaluate import heldout_loss
+from nemo_elastic.mcore.runtime.parallel import broadcast_from_last_stage, data_parallel_rank_and_size, stage_ends
 from nemo_elastic.mcore.versions import build_optimizer, layer_pattern
-from nemo_elastic.nemo.elastic_model import ElasticLossReduction
-from nemo_elastic.nemo.guard import FiniteGuard
-from nemo_elastic.nemo.optimizer import apply_multipliers
-from nemo_elastic.nemo.train import decays_not, is_router
+from nemo_elastic.nemo.plain.optimizer import apply_multipliers
+from nemo_elastic.nemo.run.elastic_model import ElasticLossReduction
+from nemo_elastic.nemo.run.guard import FiniteGuard
+from nemo_elastic.nemo.run.train import decays_not, is_router
 from nemo_elastic.router.model import Router
 from nemo_elastic.router.schedule import Timeline
+from nemo_elastic.space.layout import ParamLayout
 
 MICRO_BATCHES = 4
 RANKING = (6, 3, 0, 2, 7, 5, 1, 4)

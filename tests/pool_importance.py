@@ -7,12 +7,12 @@ from megatron.core import parallel_state
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from nemo_elastic.architecture import Architecture
 from nemo_elastic.importance.scores import AGGREGATIONS
-from nemo_elastic.layout import ParamLayout
-from nemo_elastic.mcore.collect import WidthSettings, collect_widths
-from nemo_elastic.mcore.layer_specs import hybrid_stack_spec
+from nemo_elastic.mcore.kernels.layer_specs import hybrid_stack_spec
+from nemo_elastic.mcore.ranking.collect import WidthSettings, collect_widths
 from nemo_elastic.mcore.versions import HybridModel, layer_pattern
+from nemo_elastic.space.architecture import Architecture
+from nemo_elastic.space.layout import ParamLayout
 
 TINY = Architecture(
     hybrid_override_pattern="M-M*M-M-",
@@ -165,7 +165,7 @@ def collect(
 def ablation(arch=TINY, *, sp=False, dtype=torch.float32, batches=4, memory_bytes=1e9, on_batch=None, **rest):
     """A `DepthAblation` of the tiny model in the current layout; `rest`: `metric`, and fields of `DepthRules`."""
     from nemo_elastic.importance.depth import DepthRules
-    from nemo_elastic.mcore.depth import DepthAblation
+    from nemo_elastic.mcore.ranking.depth import DepthAblation
 
     model = load(build(arch, sp=sp, dtype=dtype), arch, whole_tensors(arch, dtype))
     options = {"memory_bytes": memory_bytes, "on_batch": on_batch, "metric": rest.pop("metric", "centred_mse")}
@@ -176,7 +176,7 @@ def ablation(arch=TINY, *, sp=False, dtype=torch.float32, batches=4, memory_byte
 
 def rank_depth(method, sp=False, **options):
     """(removed, scores, layer forwards, cosine scores) in the current layout."""
-    from nemo_elastic.mcore.depth import cosine_scores
+    from nemo_elastic.mcore.ranking.depth import cosine_scores
 
     ranker = ablation(sp=sp, **options)
     progress = getattr(ranker, method)()
@@ -188,8 +188,8 @@ def whole_gradients(arch: Architecture, tensors: dict, dtype: torch.dtype, sp: b
     """(this rank's logits, whole gradients of this stage's parameters) through Megatron's own schedule."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from nemo_elastic.mcore.build import named_global_parameters
-    from nemo_elastic.mcore.build import whole_tensors as gathered
+    from nemo_elastic.mcore.models.build import named_global_parameters
+    from nemo_elastic.mcore.models.build import whole_tensors as gathered
 
     tp, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
     model, logits = load(build(arch, sp=sp, dtype=dtype), arch, tensors), []
@@ -231,7 +231,7 @@ def sorting_errors(sp: bool = False) -> dict[str, tuple[float, float]]:
     largest value of the tensor: every dim alone in fp64, all together in fp64 and fp32."""
     from nemo_elastic.importance.ranking import random_orders
     from nemo_elastic.importance.sorting import sort_tensor, sort_tensors
-    from nemo_elastic.space import WIDTH_DIMS
+    from nemo_elastic.space.elastic_space import WIDTH_DIMS
 
     def difference(a, b):
         return ((a - b).abs().max() / b.abs().max().clamp_min(1e-3)).item()

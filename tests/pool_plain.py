@@ -17,7 +17,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from nemo_elastic.mcore.layer_specs import hybrid_stack_spec
+from nemo_elastic.mcore.kernels.layer_specs import hybrid_stack_spec
 from nemo_elastic.mcore.versions import HybridModel, build_optimizer, layer_pattern
 
 VOCAB, SEQ, MICRO_BATCH, MICRO_BATCHES = 2048, 64, 2, 2

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from nemo_elastic.nemo import cpu
+from nemo_elastic.nemo.plain import cpu
 
 SIZES = {
     "hybrid_override_pattern": "M-*",
@@ -39,10 +39,10 @@ def main() -> None:
     cpu.install()
     from nemo.lightning import io
 
-    from nemo_elastic.nemo.data import TextDataModule
-    from nemo_elastic.nemo.plain_config import plain_model_config
-    from nemo_elastic.nemo.pretrain import PretrainConfig, pretrain
-    from nemo_elastic.nemo.tokenizer import load_tokenizer
+    from nemo_elastic.nemo.plain.data import TextDataModule
+    from nemo_elastic.nemo.plain.plain_config import plain_model_config
+    from nemo_elastic.nemo.plain.pretrain import PretrainConfig, pretrain
+    from nemo_elastic.nemo.plain.tokenizer import load_tokenizer
 
     data = TextDataModule(
         load_tokenizer(),

@@ -2,10 +2,10 @@
 
 import torch
 
-from nemo_elastic.architecture import Architecture
-from nemo_elastic.choices import choice_shapes
-from nemo_elastic.layout import ParamLayout
-from nemo_elastic.space import ElasticDim, ElasticSpace, dim_groups, parent_size
+from nemo_elastic.space.architecture import Architecture
+from nemo_elastic.space.choices import choice_shapes
+from nemo_elastic.space.elastic_space import ElasticDim, ElasticSpace, dim_groups, parent_size
+from nemo_elastic.space.layout import ParamLayout
 
 ARCHITECTURE = Architecture(
     hybrid_override_pattern="M-M*-M-M*-M-",

@@ -3,8 +3,8 @@
 import random
 from typing import Any
 
-from nemo_elastic.architecture import Architecture
-from nemo_elastic.space import KIND_OF_DIM, PER_LAYER_DIMS, WIDTH_DIMS, ElasticSpace, Subnet, dim_groups
+from nemo_elastic.space.architecture import Architecture
+from nemo_elastic.space.elastic_space import KIND_OF_DIM, PER_LAYER_DIMS, WIDTH_DIMS, ElasticSpace, Subnet, dim_groups
 
 FFN_GROUPS = 4
 PATTERN = "M-M*M-*-"

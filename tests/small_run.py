@@ -134,7 +134,7 @@ def helpers_of(pids: Sequence[int], seconds: float = 3.0) -> list[int]:
 
 def records(out: Path, kind: str) -> list[dict[str, Any]]:
     """What a run logged."""
-    from nemo_elastic.runlog import RunLog
+    from nemo_elastic.processes.runlog import RunLog
 
     return RunLog(out / "logs").read(kind)
 
@@ -143,7 +143,7 @@ def difference(one: Path, other: Path) -> list[str]:
     """Names of tensors (weights, router, optimizer) that are not bit-equal in two torch_dist folders."""
     import torch
 
-    from nemo_elastic.mcore.dist_checkpoint import TorchDistReader
+    from nemo_elastic.mcore.checkpoint.dist_checkpoint import TorchDistReader
 
     with TorchDistReader(one) as left, TorchDistReader(other) as right:
         assert set(left.names()) == set(right.names()) and set(left.other_keys()) == set(right.other_keys())
@@ -158,7 +158,7 @@ def callbacks(poison: dict[str, Any] | None, signal_at: int | None) -> list[Any]
     import lightning.pytorch as pl
     import torch
 
-    from nemo_elastic.mcore.build import unwrapped
+    from nemo_elastic.mcore.models.build import unwrapped
 
     class Poison(pl.Callback):
         """Before step `step` (from 1) a weight of a layer becomes NaN, or its gradient does after the backward."""
@@ -199,7 +199,7 @@ def _child(message: dict[str, Any], rank: int, meeting: dict[str, str]) -> int:
     )  # fmt: skip
     os.environ.update(message.get("environment", {}))
     main = importlib.import_module(message.get("module", "nemo_elastic.cli.main")).main
-    from nemo_elastic.nemo import train
+    from nemo_elastic.nemo.run import train
 
     stock, more = train.build_trainer, callbacks(message.get("poison"), message.get("signal_at"))
 

@@ -16,10 +16,10 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from nemo_elastic.config.load import load_config
-from nemo_elastic.cost import BYTE_PROFILES, memory, parameters
+from nemo_elastic.cost.counts import BYTE_PROFILES, memory, parameters
 from nemo_elastic.family import family_of
-from nemo_elastic.importance_file import DESCRIPTION, TENSORS
-from nemo_elastic.space import KIND_OF_DIM
+from nemo_elastic.shapes.importance_file import DESCRIPTION, TENSORS
+from nemo_elastic.space.elastic_space import KIND_OF_DIM
 
 SUBNETS = {
     "full": {},

@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 
-from nemo_elastic.alignment import alignment_notes, convolution_notes, rounding_step, unaligned_widths
 from nemo_elastic.cli.main import main
 from nemo_elastic.config import load_config, load_values
 from nemo_elastic.family import family_of
-from nemo_elastic.mcore import checks
-from nemo_elastic.plan import plan
+from nemo_elastic.mcore.family import checks
+from nemo_elastic.plan.of_run import plan
 from nemo_elastic.problems import ProblemsError
+from nemo_elastic.space.alignment import alignment_notes, convolution_notes, rounding_step, unaligned_widths
 
 NANO = "nemotron_nano_12b_v2.yaml"
 

@@ -21,7 +21,7 @@ from nemo_elastic.config.rules import ALLOWED, rule_problems
 from nemo_elastic.distill.training_cost import training_cost
 from nemo_elastic.distill.training_plan import training_plan
 from nemo_elastic.family import family_of
-from nemo_elastic.plan import plan
+from nemo_elastic.plan.of_run import plan
 from nemo_elastic.problems import ProblemsError
 
 PACKAGE = Path(__file__).resolve().parent.parent / "nemo_elastic"

@@ -10,8 +10,8 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from nemo_elastic.mcore.attention import CausalAttention
-from nemo_elastic.mcore.grouped_heads import ungrouped
+from nemo_elastic.mcore.kernels.attention import CausalAttention
+from nemo_elastic.mcore.kernels.grouped_heads import ungrouped
 
 
 def config(**more: object) -> TransformerConfig:

@@ -9,7 +9,7 @@ import torch
 from nemo_elastic.config import load_config
 from nemo_elastic.config.sections import DistillConfig
 from nemo_elastic.distill.fused import fused_chunk_length
-from nemo_elastic.mcore.automatic import settled, settled_run
+from nemo_elastic.mcore.runtime.automatic import settled, settled_run
 from nemo_elastic.nemo.pipeline import Run
 from nemo_elastic.problems import ProblemsError
 

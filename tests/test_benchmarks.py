@@ -151,7 +151,7 @@ def test_a_missed_limit_is_an_exit_code(
 
 def test_a_family_in_fixed_subnets_costs_what_its_budgets_cost_alone() -> None:
     from nemo_elastic.config import load_config
-    from nemo_elastic.plan import plan
+    from nemo_elastic.plan.of_run import plan
 
     family_cost = __import__("family_cost")
     subnets = {row["name"]: row["subnet"] for row in plan(load_config("tiny_parent.yaml").config)["budgets"]}

@@ -36,7 +36,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def never_started(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What is broken is refused before processes are started, in this one or beside it."""
-    from nemo_elastic.mcore import process_groups
+    from nemo_elastic.mcore.runtime import process_groups
 
     def started(*_: object, **__: object) -> None:
         raise AssertionError("the run was started")
@@ -103,7 +103,7 @@ SERVER = """
 import json, os, sys, time
 sys.path.insert(0, sys.argv[1])
 import torch, nemo.lightning
-from nemo_elastic.nemo import checkpoints, pipeline
+from nemo_elastic.nemo.export import checkpoints; from nemo_elastic.nemo import pipeline
 for line in sys.stdin:
     words, folder = json.loads(line)
     child = os.fork()
@@ -184,7 +184,7 @@ def test_the_good_files_are_accepted(good: Path, tmp_path: Path) -> None:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as err:
             assert main(command(Broken("", words), folder)) == 0, err.getvalue()
     from nemo_elastic.config import load_config
-    from nemo_elastic.nemo.checkpoints import check_text
+    from nemo_elastic.nemo.export.checkpoints import check_text
 
     for words in ("data.paths=[{w}/a.jsonl]", "data.paths=[]|data.blend=[{path: {w}/chat.jsonl}, {path: {w}/pair}]"):
         overrides = words.replace("{w}", str(folder)).split("|")

@@ -4,15 +4,15 @@ import pytest
 import torch
 from router_spaces import CHOICES, draw, make_layout, make_space, random_probabilities
 
-from nemo_elastic.budget_cost import BudgetCost
-from nemo_elastic.choices import subnet_of
-from nemo_elastic.cost import BYTE_PROFILES, memory, parameters
-from nemo_elastic.latency import Grid, LatencyTable
+from nemo_elastic.cost.budget import BudgetCost
+from nemo_elastic.cost.counts import BYTE_PROFILES, memory, parameters
+from nemo_elastic.cost.latency import Grid, LatencyTable
 from nemo_elastic.problems import ProblemsError
 from nemo_elastic.router.budget_loss import ExpectedCost
 from nemo_elastic.router.selection import one_hot
-from nemo_elastic.search import propose_random, propose_uniform
-from nemo_elastic.space import Budget
+from nemo_elastic.shapes.search import propose_random, propose_uniform
+from nemo_elastic.space.choices import subnet_of
+from nemo_elastic.space.elastic_space import Budget
 
 
 def latency_table() -> LatencyTable:

@@ -22,7 +22,7 @@ from nemo_elastic.checkpoint.manifest import MANIFEST_FILE, check_hashes, load_m
 from nemo_elastic.checkpoint.reader import LazyTensor
 from nemo_elastic.checkpoint.writer import atomic_folder, write_safetensors
 from nemo_elastic.cli.main import main
-from nemo_elastic.nemo.checkpoints import extract, open_nested, write_nested
+from nemo_elastic.nemo.export.checkpoints import extract, open_nested, write_nested
 from nemo_elastic.problems import ProblemsError
 
 ROOT = Path(__file__).parent.parent
@@ -230,7 +230,7 @@ def test_every_damage_is_one_message_and_exit_code_2(nested: Path, damage: str, 
 KILLED = """
 import os, signal, sys
 from nemo_elastic.checkpoint import writer
-from nemo_elastic.nemo.checkpoints import extract
+from nemo_elastic.nemo.export.checkpoints import extract
 stock = writer.HashingFile.write
 def write(self, data):
     if self.size > 40_000:

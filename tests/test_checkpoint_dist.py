@@ -14,14 +14,14 @@ from worker_pool import WorkerPool
 from nemo_elastic.checkpoint.reader import MemoryReader, check_against_layout, lazy_tensors
 from nemo_elastic.config.model_fields import architecture_of
 from nemo_elastic.config.sections import ParentConfig
-from nemo_elastic.layout import ParamLayout
-from nemo_elastic.mcore.dist_checkpoint import TorchDistReader
-from nemo_elastic.mcore.dist_save import write_torch_dist
-from nemo_elastic.mcore.held_checkpoint import refuse_hostile
-from nemo_elastic.mcore.parents import open_parent
-from nemo_elastic.mcore.preflight import read_metadata
+from nemo_elastic.mcore.checkpoint.dist_checkpoint import TorchDistReader
+from nemo_elastic.mcore.checkpoint.dist_save import write_torch_dist
+from nemo_elastic.mcore.checkpoint.held_checkpoint import refuse_hostile
+from nemo_elastic.mcore.checkpoint.preflight import read_metadata
+from nemo_elastic.mcore.models.parents import open_parent
 from nemo_elastic.problems import ProblemsError
-from nemo_elastic.slicing import unshard
+from nemo_elastic.space.layout import ParamLayout
+from nemo_elastic.space.slicing import unshard
 
 LAYOUT = ParamLayout(architecture_of(MODEL))
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from checkpoint_family import TOKENIZER, manifest, random_weights
 
-from nemo_elastic.mcore.dist_checkpoint import TorchDistReader
-from nemo_elastic.nemo.checkpoints import extract, write_nested
+from nemo_elastic.mcore.checkpoint.dist_checkpoint import TorchDistReader
+from nemo_elastic.nemo.export.checkpoints import extract, write_nested
 
 TESTS = Path(__file__).parent
 # What a machine without Transformer Engine needs: the local spec's stack, mixer, attention and norms.

@@ -15,7 +15,7 @@ import pytest
 from nemo_elastic.config import load_config
 from nemo_elastic.config.load import leaves
 from nemo_elastic.config.model_fields import architecture_of
-from nemo_elastic.plan import plan
+from nemo_elastic.plan.of_run import plan
 from nemo_elastic.problems import ProblemsError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,7 +68,7 @@ def test_every_parent_is_here() -> None:
 
 @pytest.mark.parametrize("name", PARENTS)
 def test_plan_counts_what_megatron_builds(name: str, on_meta: None) -> None:
-    from nemo_elastic.mcore.build import build_plain_model
+    from nemo_elastic.mcore.models.build import build_plain_model
 
     run = load_config(CONF / name).config
     found = plan(run)

@@ -11,8 +11,7 @@ from small_parent import FFN_GROUPS, architecture, random_subnet, space_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from nemo_elastic.architecture import Architecture
-from nemo_elastic.cost import (
+from nemo_elastic.cost.counts import (
     BYTE_PROFILES,
     flops,
     layer_flops,
@@ -22,11 +21,12 @@ from nemo_elastic.cost import (
     parameters,
     parameters_by_kind,
 )
-from nemo_elastic.layout import ParamLayout
-from nemo_elastic.mcore.build import build_elastic_model
-from nemo_elastic.mcore.chunk_scan import scan_chunk_length
 from nemo_elastic.mcore.elastic.plan import hard_plan
-from nemo_elastic.space import Subnet
+from nemo_elastic.mcore.kernels.chunk_scan import scan_chunk_length
+from nemo_elastic.mcore.models.build import build_elastic_model
+from nemo_elastic.space.architecture import Architecture
+from nemo_elastic.space.elastic_space import Subnet
+from nemo_elastic.space.layout import ParamLayout
 
 NANO_12B = Architecture(
     hybrid_override_pattern="M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M-",

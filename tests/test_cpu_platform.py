@@ -13,8 +13,9 @@ import pytest
 import torch
 from worker_pool import RankFailed, WorkerPool
 
-from nemo_elastic.mcore import cpu, login_node, versions
-from nemo_elastic.nemo import cpu as nemo_cpu
+from nemo_elastic.mcore import versions
+from nemo_elastic.mcore.runtime import cpu, login_node
+from nemo_elastic.nemo.plain import cpu as nemo_cpu
 
 BUILD = """
 import torch
@@ -28,7 +29,7 @@ model = plain_model(tiny_config("M-*"), "M-*")
 tokens = torch.arange(SEQ)[None]
 print(model(tokens, tokens, None, labels=tokens).mean().item())
 """
-BEFORE = "from nemo_elastic.mcore import cpu; cpu.install()"
+BEFORE = "from nemo_elastic.mcore.runtime import cpu; cpu.install()"
 AFTER = (
     "import nemo_elastic.mcore, megatron.core.models.mamba, megatron.core.optimizer, megatron.core.pipeline_parallel; "
     + BEFORE
@@ -56,8 +57,8 @@ from types import ModuleType
 for name in {there}:
     for end in range(1, name.count(".") + 2):
         sys.modules.setdefault(".".join(name.split(".")[:end]), ModuleType(name))
-from nemo_elastic.mcore import cpu
-from nemo_elastic.nemo import cpu as nemo_cpu
+from nemo_elastic.mcore.runtime import cpu
+from nemo_elastic.nemo.plain import cpu as nemo_cpu
 found = cpu.install()
 assert nemo_cpu.install() == cpu.install() == found, found
 assert stock == (torch.cuda.current_device, torch.cuda.synchronize, torch.Tensor.type, torch.Tensor.to)
@@ -65,7 +66,7 @@ assert stock == (torch.cuda.current_device, torch.cuda.synchronize, torch.Tensor
 MAMBA, ADAM = ["mamba_ssm.ops.triton.ssd_combined", "causal_conv1d"], ["transformer_engine.pytorch.optimizers"]
 OURS = """
 from megatron.core.ssm import mamba_mixer
-from nemo_elastic.mcore import ssd
+from nemo_elastic.mcore.kernels import ssd
 assert mamba_mixer.HAVE_MAMBA_SSM and issubclass(mamba_mixer.ExtendedRMSNorm, ssd.RMSNormGated)
 for kernel in ("mamba_split_conv1d_scan_combined", "mamba_chunk_scan_combined", "causal_conv1d_fn"):
     assert getattr(mamba_mixer, kernel) is getattr(ssd, kernel)

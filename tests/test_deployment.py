@@ -4,8 +4,8 @@ import json
 
 from nemo_elastic.cli.main import main
 from nemo_elastic.config import load_config
-from nemo_elastic.deployment import deployment, fp8_problems, hugging_face_note
 from nemo_elastic.family import family_of
+from nemo_elastic.plan.deployment import deployment, fp8_problems, hugging_face_note
 
 
 def _tiny():

@@ -20,7 +20,7 @@ from pool_importance import (
 
 from nemo_elastic.importance.depth import DepthRules, rank_by, rank_randomly
 from nemo_elastic.importance.reuse import BASE, CANDIDATE, ActivationIndex, entry_of
-from nemo_elastic.mcore.depth import DepthAblation
+from nemo_elastic.mcore.ranking.depth import DepthAblation
 from nemo_elastic.problems import ProblemsError
 
 ENTRY_FP64 = BATCH * LENGTH * TINY.hidden_size * 8

@@ -21,13 +21,13 @@ from worker_pool import WorkerPool
 from nemo_elastic.config import load_config
 from nemo_elastic.config.sections import DistillConfig, RankConfig
 from nemo_elastic.importance.ranking import random_orders
-from nemo_elastic.mcore.build import build_elastic_model, build_plain_model, load_weights
 from nemo_elastic.mcore.elastic.plan import hard_plan, soft_plan
-from nemo_elastic.mcore.evaluate import heldout_loss, whole_logits
-from nemo_elastic.mcore.rank import rank_parent
-from nemo_elastic.mcore.sort_live import sort_model
-from nemo_elastic.nemo.elastic_model import ElasticLossReduction
-from nemo_elastic.nemo.first_difference import nested_trace, plain_trace
+from nemo_elastic.mcore.models.build import build_elastic_model, build_plain_model, load_weights
+from nemo_elastic.mcore.models.evaluate import heldout_loss, whole_logits
+from nemo_elastic.mcore.ranking.rank import rank_parent
+from nemo_elastic.mcore.ranking.sort_live import sort_model
+from nemo_elastic.nemo.export.first_difference import nested_trace, plain_trace
+from nemo_elastic.nemo.run.elastic_model import ElasticLossReduction
 from nemo_elastic.serving import ElasticFamily
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -39,7 +39,7 @@ SUBNET = {
     "layers": (0, 1, 3, 4, 7),
 }
 # Once a step: which subnet a budget means is decided on the host, from probabilities.
-CHOICES = {("mcore/planner.py:_on_the_host", "wait")}
+CHOICES = {("mcore/family/planner.py:_on_the_host", "wait")}
 # Per micro-batch, without waiting: noise is drawn on the CPU, so that a seed means the same on every device; the
 # numbers of the chosen subnet come from the host.
 DRAWN = {("router/sampling.py:gumbel_noise", "cpu")}
@@ -170,18 +170,21 @@ def test_a_step_of_the_12b(one_rank: None) -> None:
 
 # A ranking reads text, keeps states that an interrupted one goes on from, and ends with scores on the host.
 RANKING = {
-    ("mcore/rank.py:rank_parent", "copy"),
+    ("mcore/ranking/rank.py:rank_parent", "copy"),
     ("importance/run_state.py:RunState.save", "wait"),
-    ("mcore/collect.py:WidthCollector.state", "cpu"),
-    ("mcore/collect.py:WidthCollector._over_data_parallel", "wait"),
-    ("mcore/stack_forward.py:StackForward.__init__", "cpu"),
-    ("mcore/collect.py:WidthCollector.widths", "cpu"),
+    ("mcore/ranking/collect.py:WidthCollector.state", "cpu"),
+    ("mcore/ranking/collect.py:WidthCollector._over_data_parallel", "wait"),
+    ("mcore/ranking/stack_forward.py:StackForward.__init__", "cpu"),
+    ("mcore/ranking/collect.py:WidthCollector.widths", "cpu"),
 }
-ABLATION = {("mcore/depth.py:DepthAblation.state", "wait"), ("mcore/depth.py:DepthAblation._reduced", "wait")}
+ABLATION = {
+    ("mcore/ranking/depth.py:DepthAblation.state", "wait"),
+    ("mcore/ranking/depth.py:DepthAblation._reduced", "wait"),
+}
 DEPTH = {
     "greedy": ABLATION,
     "one_shot": ABLATION,
-    "cosine": {("mcore/depth.py:cosine_scores", "wait")},
+    "cosine": {("mcore/ranking/depth.py:cosine_scores", "wait")},
 }
 
 
@@ -218,8 +221,8 @@ def test_evaluation(one_rank: None) -> None:
         model = stack("elastic")
     plan = hard_plan(model.layout, space_of(architecture()).subnet(**SUBNET))
     batch = torch.zeros(2, 16, dtype=torch.int64)
-    batches = {("mcore/evaluate.py:run_forward", "copy"), ("mcore/evaluate.py:whole_logits", "copy")}
-    results = {("mcore/evaluate.py:heldout_loss", "wait"), ("mcore/evaluate.py:whole_logits", "wait")}
+    batches = {("mcore/models/evaluate.py:run_forward", "copy"), ("mcore/models/evaluate.py:whole_logits", "copy")}
+    results = {("mcore/models/evaluate.py:heldout_loss", "wait"), ("mcore/models/evaluate.py:whole_logits", "wait")}
 
     def act() -> None:
         heldout_loss(model, [(batch, batch, torch.ones(2, 16)), (batch, batch, torch.ones(2, 16))], plan)
@@ -232,13 +235,16 @@ def test_what_verify_compares_layer_by_layer(one_rank: None) -> None:
     with on_meta_device():
         nested, plain = stack("elastic"), stack("plain")
     tokens = torch.zeros(2, 16, dtype=torch.int64)
-    results = {("nemo/first_difference.py:nested_trace", "wait"), ("nemo/first_difference.py:plain_trace", "wait")}
+    results = {
+        ("nemo/export/first_difference.py:nested_trace", "wait"),
+        ("nemo/export/first_difference.py:plain_trace", "wait"),
+    }
 
     def act() -> None:
         nested_trace(nested, tokens, space_of(architecture()).subnet(**SUBNET))
         plain_trace(plain, tokens)
 
-    assert traced(act) == results | {("nemo/first_difference.py:_first_row", "copy")}
+    assert traced(act) == results | {("nemo/export/first_difference.py:_first_row", "copy")}
 
 
 def test_sorting_a_live_model(one_rank: None) -> None:
@@ -246,7 +252,11 @@ def test_sorting_a_live_model(one_rank: None) -> None:
         model = stack("plain")
     layout = layout_of(architecture())
     orders = random_orders(layout, ("hidden_size", "ffn_hidden_size", "mamba_num_heads"), torch.Generator())
-    indices = {("slicing.py:_axis_order", "cpu"), ("slicing.py:_factor_order", "cpu"), ("slicing.py:permute", "copy")}
+    indices = {
+        ("space/slicing.py:_axis_order", "cpu"),
+        ("space/slicing.py:_factor_order", "cpu"),
+        ("space/slicing.py:permute", "copy"),
+    }
     assert traced(lambda: sort_model(model, layout, orders)) == indices
 
 
@@ -255,7 +265,7 @@ def test_weights_are_copied_from_where_they_are_read(one_rank: None) -> None:
         model = stack("plain")
     weights = random_weights(architecture(), torch.float32)
     events = traced(lambda: load_weights(model, weights, architecture(), ffn_groups=FFN_GROUPS))
-    assert events == {("mcore/build.py:load_weights", "copy")}
+    assert events == {("mcore/models/build.py:load_weights", "copy")}
 
 
 @pytest.mark.parametrize("compact", [False, True])

@@ -7,7 +7,7 @@ from pool_elastic import elastic_model
 from small_parent import architecture
 from worker_pool import WorkerPool
 
-from nemo_elastic.mcore import build
+from nemo_elastic.mcore.models import build
 from nemo_elastic.problems import ProblemsError
 
 

@@ -26,13 +26,13 @@ from pool_elastic import (
 from small_parent import FFN_GROUPS, architecture, random_subnet, space_of
 from torch import Tensor
 
-from nemo_elastic.mcore.build import build_elastic_model, build_plain_model, load_weights, transformer_config
 from nemo_elastic.mcore.elastic.model import refuse_overlap
 from nemo_elastic.mcore.elastic.plan import hard_plan, soft_plan
+from nemo_elastic.mcore.models.build import build_elastic_model, build_plain_model, load_weights, transformer_config
 from nemo_elastic.mcore.versions import parameter_name
 from nemo_elastic.problems import ProblemsError
-from nemo_elastic.slicing import accumulate, scatter
-from nemo_elastic.space import Subnet
+from nemo_elastic.space.elastic_space import Subnet
+from nemo_elastic.space.slicing import accumulate, scatter
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 

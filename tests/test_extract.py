@@ -15,8 +15,8 @@ from safetensors import safe_open
 
 from nemo_elastic.checkpoint.extract import child_tensors, per_layer_dims
 from nemo_elastic.checkpoint.reader import MemoryReader, SafetensorsReader
-from nemo_elastic.cost import parameters
-from nemo_elastic.nemo.checkpoints import describe_parent, extract, extract_all, open_nested, write_nested
+from nemo_elastic.cost.counts import parameters
+from nemo_elastic.nemo.export.checkpoints import describe_parent, extract, extract_all, open_nested, write_nested
 from nemo_elastic.problems import ProblemsError
 
 H, M, P, G, N = (
@@ -109,7 +109,7 @@ def test_child_is_the_hand_made_cut(budget: str) -> None:
 
 @pytest.mark.parametrize("budget", ["full", "large", "small"])
 def test_nemo_child_is_the_hand_made_cut_in_a_plain_checkpoint(nested: Path, tmp_path: Path, budget: str) -> None:
-    from nemo_elastic.mcore.dist_checkpoint import TorchDistReader
+    from nemo_elastic.mcore.checkpoint.dist_checkpoint import TorchDistReader
 
     child = extract(nested, budget, tmp_path / "child")
     expected = by_hand(random_weights(), **HAND[budget])

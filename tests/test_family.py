@@ -2,11 +2,11 @@
 
 import pytest
 
-from nemo_elastic.architecture import Architecture
 from nemo_elastic.config.load import load_values
 from nemo_elastic.config.sections import TrainConfig
 from nemo_elastic.family import Family, family_of, parallel_problems, parse_budget
 from nemo_elastic.problems import ProblemsError
+from nemo_elastic.space.architecture import Architecture
 
 MODEL = {
     "hybrid_override_pattern": "M-M*M-*-",

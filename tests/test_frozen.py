@@ -11,15 +11,15 @@ import pytest
 
 from nemo_elastic.cli.main import main
 from nemo_elastic.config import load_config
+from nemo_elastic.cost.conditions import serving_of
 from nemo_elastic.family import family_of
-from nemo_elastic.mcore.budget_notes import notes_at
 from nemo_elastic.mcore.elastic.plan import hard_plan
-from nemo_elastic.mcore.planner import Planner
+from nemo_elastic.mcore.family.budget_notes import notes_at
+from nemo_elastic.mcore.family.planner import Planner
 from nemo_elastic.problems import ProblemsError
 from nemo_elastic.router.model import Router
 from nemo_elastic.router.schedule import Timeline
-from nemo_elastic.search import propose_uniform
-from nemo_elastic.serving_conditions import serving_of
+from nemo_elastic.shapes.search import propose_uniform
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = "tiny_parent.yaml"

@@ -24,10 +24,10 @@ from nemo_elastic.checkpoint.tokenizer_files import write_tokenizer
 from nemo_elastic.cli.main import main
 from nemo_elastic.config import load_config
 from nemo_elastic.config.load import plain
-from nemo_elastic.nemo import gguf_check
-from nemo_elastic.nemo.checkpoints import extract, extract_all, open_nested, write_nested
-from nemo_elastic.nemo.gguf_check import check_children, open_gguf
-from nemo_elastic.nemo.gguf_side import run_llama_cpp
+from nemo_elastic.nemo.export import gguf_check
+from nemo_elastic.nemo.export.checkpoints import extract, extract_all, open_nested, write_nested
+from nemo_elastic.nemo.export.gguf_check import check_children, open_gguf
+from nemo_elastic.nemo.export.gguf_side import run_llama_cpp
 from nemo_elastic.problems import ProblemsError
 from nemo_elastic.serving import ElasticFamily
 
@@ -330,7 +330,7 @@ def test_verb_verifies_and_notices(
 
 
 def test_verb_wants_a_python_that_has_llama_cpp(nested: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    from nemo_elastic.nemo.verify import verify
+    from nemo_elastic.nemo.export.verify import verify
 
     run = load_config("tiny_parent.yaml").config
     with pytest.raises(ProblemsError, match="--gguf-python: is not given, and this Python has no xllamacpp"):

@@ -127,7 +127,7 @@ def test_a_wrong_kernel_fails_its_check() -> None:
     registry.all_checks()
     import stage1_kernels as stage
 
-    from nemo_elastic.mcore.causal_conv import causal_conv1d_fn
+    from nemo_elastic.mcore.kernels.causal_conv import causal_conv1d_fn
 
     def without_bias(x: Any, weight: Any, bias: Any, **more: Any) -> Any:
         return causal_conv1d_fn(x, weight, 0 * bias, **more)

@@ -21,9 +21,9 @@ from nemo_elastic.checkpoint.reader import SafetensorsReader, check_against_layo
 from nemo_elastic.config.model_fields import architecture_of
 from nemo_elastic.config.parent_hf import model_from_hf
 from nemo_elastic.config.sections import ParentConfig
-from nemo_elastic.layout import ParamLayout
-from nemo_elastic.mcore.parents import open_parent
+from nemo_elastic.mcore.models.parents import open_parent
 from nemo_elastic.problems import ProblemsError
+from nemo_elastic.space.layout import ParamLayout
 
 HF_PYTHON = Path(__file__).parent.parent / ".venv-hf" / "bin" / "python"
 # Fields of transformers' NemotronHConfig that we leave out, because nothing that our layers compute reads them.
@@ -68,8 +68,8 @@ def test_hand_made_folder_is_read_by_canonical_names(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_hf_to_nemo_to_hf_keeps_every_byte(tmp_path: Path, dtype: torch.dtype) -> None:
-    from nemo_elastic.mcore.dist_checkpoint import TorchDistReader
-    from nemo_elastic.mcore.dist_save import write_torch_dist
+    from nemo_elastic.mcore.checkpoint.dist_checkpoint import TorchDistReader
+    from nemo_elastic.mcore.checkpoint.dist_save import write_torch_dist
 
     weights = random_weights(dtype=dtype)
     weights["decoder.layers.0.mixer.A_log"] = weights["decoder.layers.0.mixer.A_log"].float()  # mixed, as some are
@@ -229,7 +229,7 @@ def test_transformers_gives_megatrons_logits(tmp_path: Path, one_rank: None) -> 
     """Parent and children at three budgets, the parent also through HF -> canonical names -> Megatron."""
     from nemo_elastic.checkpoint.extract import child_tensors, plain_model
     from nemo_elastic.checkpoint.reader import MemoryReader
-    from nemo_elastic.mcore.build import build_plain_model, load_weights
+    from nemo_elastic.mcore.models.build import build_plain_model, load_weights
 
     family, parent = manifest(), MemoryReader(random_weights(seed=5))
     tokens = torch.randint(0, MODEL["vocab_size"], (2, 40), generator=torch.Generator().manual_seed(1))

@@ -66,7 +66,7 @@ def module_name(path: Path) -> str:
 
 
 def layer_of(module: str) -> str:
-    """`nemo_elastic.mcore.cpu` -> `mcore`; the package root itself -> `__init__`."""
+    """`nemo_elastic.mcore.runtime.cpu` -> `mcore`; the package root itself -> `__init__`."""
     parts = module.split(".")
     return parts[1] if len(parts) > 1 else "__init__"
 
@@ -185,7 +185,7 @@ def test_every_import_is_allowed() -> None:
         ("checkpoint/child.py", "from nemo_elastic.mcore.stack import f\n", "checkpoint imports mcore"),
         ("distill/loss.py", "from nemo_elastic import cli\n", "distill imports cli"),
         ("nemo/model.py", "from megatron.core import parallel_state\n", "nemo imports megatron"),
-        ("cli/train.py", "from nemo_elastic.nemo import train\n", "inside the verb"),
+        ("cli/train.py", "from nemo_elastic.nemo.run import train\n", "inside the verb"),
         ("cli/train.py", "import torch\n", "cli imports torch when it is loaded"),
         ("newcomer/part.py", "", "no place in the import rule"),
     ],
@@ -198,9 +198,12 @@ def test_the_rule_sees_a_broken_import(file: str, source: str, what: str) -> Non
 @pytest.mark.parametrize(
     ("file", "source"),
     [
-        ("cli/train.py", "def run():\n    from nemo_elastic.nemo import train\n"),
+        ("cli/train.py", "def run():\n    from nemo_elastic.nemo.run import train\n"),
         ("nemo/model.py", "from nemo_elastic.mcore import stack\nimport lightning.pytorch as pl\n"),
-        ("mcore/stack.py", "from megatron.core import parallel_state\nfrom nemo_elastic.layout import ParamLayout\n"),
+        (
+            "mcore/stack.py",
+            "from megatron.core import parallel_state\nfrom nemo_elastic.space.layout import ParamLayout\n",
+        ),
         ("report/html.py", "from nemo_elastic import __version__\n"),
     ],
 )

@@ -34,7 +34,7 @@ def test_rank_writes_scores_that_load(ranked):
 
 def test_sort_writes_the_parent_in_order(ranked, capsys):
     from nemo_elastic.importance.sorting import sort_tensor
-    from nemo_elastic.mcore.parents import open_parent, sorted_parent
+    from nemo_elastic.mcore.models.parents import open_parent, sorted_parent
 
     assert main(["sort", "--config", "tiny_parent.yaml", "--out", str(ranked), "--json", *SMALL]) == 0
     assert json.loads(capsys.readouterr().out) == {"sorted": str(ranked / "sorted")}
@@ -124,7 +124,7 @@ def test_what_a_configuration_leaves_open_is_taken_as_it_was_ranked(own, tmp_pat
 def test_a_sorted_parent_must_be_sorted_by_these_scores(own, capsys):
     from nemo_elastic.config import load_config as load
     from nemo_elastic.nemo.pipeline import Run
-    from nemo_elastic.nemo.ranking import stored_importance
+    from nemo_elastic.nemo.run.ranking import stored_importance
     from nemo_elastic.problems import ProblemsError
 
     folder, words = own

@@ -15,7 +15,7 @@ from pool_importance import (
 )
 
 from nemo_elastic.importance.ranking import width_orders
-from nemo_elastic.mcore.collect import WidthSettings, collect_widths
+from nemo_elastic.mcore.ranking.collect import WidthSettings, collect_widths
 
 SITES = [
     ("linear_fc2_input", "out_proj_input", "mean_l2"),

@@ -3,7 +3,7 @@
 import torch
 from pool_importance import TINY, build, layout_of, load, token_batches, whole_tensors
 
-from nemo_elastic.mcore.collect import collect_widths
+from nemo_elastic.mcore.ranking.collect import collect_widths
 
 
 class FusedNormLinear(torch.nn.Module):

@@ -8,8 +8,8 @@ from nemo_elastic.config.sections import RankConfig
 from nemo_elastic.importance.run_state import RunState, forget_states
 from nemo_elastic.importance.sorting import sort_tensors
 from nemo_elastic.importance.store import Importance
-from nemo_elastic.mcore.rank import rank_parent
-from nemo_elastic.mcore.sort_live import sort_model
+from nemo_elastic.mcore.ranking.rank import rank_parent
+from nemo_elastic.mcore.ranking.sort_live import sort_model
 from nemo_elastic.problems import ProblemsError
 
 CONFIG = RankConfig(samples=8, depth_samples=4, micro_batch_size=2, seq_length=LENGTH)
@@ -143,8 +143,8 @@ def test_samples_must_fill_the_data_parallel_ranks(pool4):
 def sorted_logits(sp=False):
     """Logits `[b, s, v/tp]` before and after sorting this rank's live model, and again after undoing it."""
     from nemo_elastic.importance.ranking import random_orders
-    from nemo_elastic.mcore.stack_forward import Groups, StackForward
-    from nemo_elastic.space import WIDTH_DIMS
+    from nemo_elastic.mcore.ranking.stack_forward import Groups, StackForward
+    from nemo_elastic.space.elastic_space import WIDTH_DIMS
 
     orders = random_orders(layout_of(TINY), WIDTH_DIMS, torch.Generator().manual_seed(3))
     model, tokens = load(build(TINY, sp=sp), TINY, whole_tensors(TINY)), token_batches(TINY, 1)[0]
@@ -189,7 +189,7 @@ def test_sorting_a_live_model_is_sorting_its_weights(one_rank):
 
 def test_a_bf16_parent_is_ranked_in_fp32_sums(one_rank, importance):
     """Weights and activations in bf16, as on a GPU: scores within its rounding, the same layers at both ends."""
-    from nemo_elastic.mcore.build import build_plain_model, load_weights
+    from nemo_elastic.mcore.models.build import build_plain_model, load_weights
 
     model = build_plain_model(TINY, bf16=True, params_dtype=torch.bfloat16).eval()
     load_weights(model, whole_tensors(TINY), TINY)

@@ -89,7 +89,13 @@ def test_what_a_kill_left_of_a_checkpoint_is_ignored_and_removed(small_runs: Ser
 
     from nemo.lightning.pytorch.callbacks import ModelCheckpoint
 
-    from nemo_elastic.training_checkpoints import UNFINISHED, is_whole, remove_unfinished, steps_done, whole_checkpoints
+    from nemo_elastic.processes.training_checkpoints import (
+        UNFINISHED,
+        is_whole,
+        remove_unfinished,
+        steps_done,
+        whole_checkpoints,
+    )
 
     out = small_runs.ranked("leftovers")
     shutil.copytree(small_runs.folder / "whole" / "checkpoints", out / "checkpoints")

@@ -7,8 +7,10 @@ import pytest
 import torch
 from worker_pool import WorkerPool
 
-from nemo_elastic.mcore import cpu, layer_specs, versions
-from nemo_elastic.mcore.norm import RMSNorm
+from nemo_elastic.mcore import versions
+from nemo_elastic.mcore.kernels import layer_specs
+from nemo_elastic.mcore.kernels.norm import RMSNorm
+from nemo_elastic.mcore.runtime import cpu
 
 # What NeMo writes for its Transformer Engine stack, layer by layer: the layer norms live in the linear behind them.
 MAMBA_KEYS = {

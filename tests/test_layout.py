@@ -5,10 +5,10 @@ import torch
 from small_parent import FFN_GROUPS, PATTERN, architecture, child_architecture
 
 from nemo_elastic.kinds import kind_of
-from nemo_elastic.layout import ParamLayout, fused_name
-from nemo_elastic.mcore.build import build_elastic_model, build_plain_model
+from nemo_elastic.mcore.models.build import build_elastic_model, build_plain_model
 from nemo_elastic.problems import ProblemsError
-from nemo_elastic.space import ElasticSpace
+from nemo_elastic.space.elastic_space import ElasticSpace
+from nemo_elastic.space.layout import ParamLayout, fused_name
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nemo_elastic.nemo.learning_rate import ROUTER_MARK, CurriculumRate
+from nemo_elastic.nemo.run.learning_rate import ROUTER_MARK, CurriculumRate
 
 STAGES = [{"steps": 10}]
 

@@ -24,7 +24,7 @@ def engine() -> ModuleType:
     ("source", "expected"),
     [
         ("import megatron.core", True),
-        ("from nemo_elastic.mcore import cpu", True),
+        ("from nemo_elastic.mcore.runtime import cpu", True),
         ("from nemo_elastic import serving", True),
         ("def test_it(one_rank): pass", True),
         ("import subprocess; subprocess.run(['python', '-m', 'nemo_elastic', 'plan'])", True),
@@ -32,7 +32,7 @@ def engine() -> ModuleType:
         ("family_cost = __import__('family_cost')", True),  # benchmarks/
         ("script = FOLDER / 'stage2_identities.py'", True),  # benchmarks/gpu/
         ("from score import solve", True),  # examples/paper_small/
-        ("from nemo_elastic.space import ElasticSpace", False),
+        ("from nemo_elastic.space.elastic_space import ElasticSpace", False),
         ("from nemo_elastic import __version__, router", False),
         ("import problems, json", False),  # examples/paper_small/, which comes to none
         ("text = 'pool'", False),

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from nemo_elastic.mcore.meeting import raise_together
+from nemo_elastic.mcore.runtime.meeting import raise_together
 from nemo_elastic.problems import Problem, ProblemsError
 
 ROOT = Path(__file__).resolve().parent.parent
 START = "import sys; from nemo_elastic.cli.launch import launch; sys.exit(launch([sys.executable, *sys.argv[1:]], 2))"
 WORKER = """
 import os, sys
-from nemo_elastic.mcore.meeting import raise_together
+from nemo_elastic.mcore.runtime.meeting import raise_together
 from nemo_elastic.problems import Problem, ProblemsError
 rank = int(os.environ["RANK"])
 

@@ -63,8 +63,8 @@ def test_resumed_run_reads_on_and_its_checkpoint_carries_the_tokenizer(tmp_path:
 
 
 def test_a_checkpoint_does_not_go_on_with_another_text(tmp_path: Path) -> None:
-    from nemo_elastic.nemo.data import TextDataModule
-    from nemo_elastic.nemo.tokenizer import load_tokenizer
+    from nemo_elastic.nemo.plain.data import TextDataModule
+    from nemo_elastic.nemo.plain.tokenizer import load_tokenizer
 
     text = tmp_path / "text.txt"
     text.write_text("".join(f"line {i} says {i * i % 97} and {i**3 % 89}\n" for i in range(3000)))
@@ -113,8 +113,8 @@ def test_data_parallel_ranks_cover_exactly_the_global_batches_of_a_blend(tmp_pat
     from nemo.lightning.data import add_megatron_sampler
     from torch.utils.data import DataLoader
 
-    from nemo_elastic.nemo.data import TextDataModule, WindowDataset
-    from nemo_elastic.nemo.tokenizer import load_tokenizer
+    from nemo_elastic.nemo.plain.data import TextDataModule, WindowDataset
+    from nemo_elastic.nemo.plain.tokenizer import load_tokenizer
 
     text = tmp_path / "text.txt"
     text.write_text("".join(f"line {i} says {i * i % 97} and {i**3 % 89}\n" for i in range(3000)))

@@ -12,11 +12,12 @@ from nemo.collections import llm
 from small_parent import FFN_GROUPS, SMALL, architecture
 
 from nemo_elastic.config.model_fields import known_fields
-from nemo_elastic.mcore import layer_specs, versions
-from nemo_elastic.mcore.build import build_elastic_model, build_plain_model
+from nemo_elastic.mcore import versions
 from nemo_elastic.mcore.elastic import spec
+from nemo_elastic.mcore.kernels import layer_specs
+from nemo_elastic.mcore.models.build import build_elastic_model, build_plain_model
 from nemo_elastic.mcore.versions import AttnBackend
-from nemo_elastic.nemo import plain_config, trainer
+from nemo_elastic.nemo.plain import plain_config, trainer
 
 MODEL = plain_training.TINY_PARENT
 

@@ -12,9 +12,9 @@ from nemo.lightning import io
 from torch import nn
 
 from nemo_elastic.mcore import versions
-from nemo_elastic.nemo.optimizer import OptimizerModule, apply_multipliers, gather_in_the_schedule
-from nemo_elastic.nemo.train import decays_not, is_router
-from nemo_elastic.nemo.trainer import build_optimizer
+from nemo_elastic.nemo.plain.optimizer import OptimizerModule, apply_multipliers, gather_in_the_schedule
+from nemo_elastic.nemo.plain.trainer import build_optimizer
+from nemo_elastic.nemo.run.train import decays_not, is_router
 from nemo_elastic.problems import ProblemsError
 
 NEW_LINE = pytest.mark.skipif(

@@ -17,7 +17,7 @@ import pytest
 import torch
 from small_run import Server
 
-from nemo_elastic.mcore.dist_checkpoint import TorchDistReader
+from nemo_elastic.mcore.checkpoint.dist_checkpoint import TorchDistReader
 
 OTHER = os.environ.get("NEMO_ELASTIC_OTHER_LINE", "")
 VERSION = "import megatron.core; print(megatron.core.__version__)"

@@ -52,7 +52,7 @@ def assert_same(found: Path, expected: Path, steps: range) -> None:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    from nemo_elastic.mcore.dist_checkpoint import TorchDistReader
+    from nemo_elastic.mcore.checkpoint.dist_checkpoint import TorchDistReader
 
     with TorchDistReader(folder) as reader:
         return {name: reader.read(name) for name in reader.names()}
@@ -60,7 +60,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def vocabularies(folder: Path) -> set[int]:
     """Rows of embedding and output layer, and of their optimizer state."""
-    from nemo_elastic.mcore.dist_checkpoint import TorchDistReader
+    from nemo_elastic.mcore.checkpoint.dist_checkpoint import TorchDistReader
 
     with TorchDistReader(folder) as reader:
         keys = [k for k in reader._stored if k.endswith(("word_embeddings.weight", "output_layer.weight"))]
@@ -93,7 +93,7 @@ def test_a_resume_at_the_other_layout(runs: Server, begun: str, overrides: tuple
 
 
 def test_children_are_verified_at_tp_2_and_have_no_padding(runs: Server, tmp_path: Path) -> None:
-    from nemo_elastic.nemo.checkpoints import extract
+    from nemo_elastic.nemo.export.checkpoints import extract
 
     nested = runs.folder / "tp2" / "nested"
     assert vocabularies(extract(nested, "small", tmp_path / "small")) == {ROWS}

@@ -202,7 +202,7 @@ def test_random_shapes_meet_their_budgets() -> None:
     from shapes import random_subnets
 
     from nemo_elastic.config import load_config
-    from nemo_elastic.cost import parameters
+    from nemo_elastic.cost.counts import parameters
     from nemo_elastic.family import family_of
 
     config = load_config(FOLDER / "parent.yaml", RUNS["family"].overrides(1, {})).config

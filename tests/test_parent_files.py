@@ -19,7 +19,7 @@ from nemo_elastic.config.model_fields import ARITHMETIC, FUNCTION, ONLY, REQUIRE
 from nemo_elastic.config.parent_files import parent_files
 from nemo_elastic.config.parent_hf import model_from_hf
 from nemo_elastic.config.parent_nemo import read_nemo_context
-from nemo_elastic.plan import plan
+from nemo_elastic.plan.of_run import plan
 from nemo_elastic.problems import ProblemsError
 
 HF_PYTHON = Path(__file__).parent.parent / ".venv-hf" / "bin" / "python"

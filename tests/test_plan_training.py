@@ -11,12 +11,12 @@ import pytest
 
 from nemo_elastic.cli.main import main
 from nemo_elastic.config import load_config
-from nemo_elastic.cost import flops, parameters
+from nemo_elastic.cost.counts import flops, parameters
 from nemo_elastic.distill.curriculum import learning_rate, stage_at, total_steps
 from nemo_elastic.distill.training_cost import PHASES, checkpoint_bytes, training_cost
 from nemo_elastic.distill.training_plan import router_parameters, training_plan
 from nemo_elastic.family import family_of
-from nemo_elastic.plan import plan
+from nemo_elastic.plan.of_run import plan
 from nemo_elastic.problems import ProblemsError
 from nemo_elastic.router.schedule import Timeline, resolve_recipe
 

@@ -41,7 +41,7 @@ def send(who: str, pids: list[int]) -> None:
 
 def check_stopped(out: Path, text: str, after: int) -> None:
     """One message, and a whole checkpoint of the step it names."""
-    from nemo_elastic.training_checkpoints import steps_done, whole_checkpoints
+    from nemo_elastic.processes.training_checkpoints import steps_done, whole_checkpoints
 
     assert "go on with --resume" in text and "Traceback" not in text, text[-6000:]
     assert text.count("stopped after step ") == 1

@@ -21,13 +21,13 @@ from worker_pool import WorkerPool
 
 from nemo_elastic.checkpoint.reader import MemoryReader, lazy_tensors
 from nemo_elastic.config.model_fields import architecture_of
-from nemo_elastic.layout import ParamLayout
 from nemo_elastic.mcore import versions
-from nemo_elastic.mcore.dist_checkpoint import TorchDistReader
-from nemo_elastic.mcore.dist_save import write_torch_dist
-from nemo_elastic.mcore.held_checkpoint import HeldCheckpoint, refuse_hostile
-from nemo_elastic.mcore.preflight import parse_metadata, read_metadata
+from nemo_elastic.mcore.checkpoint.dist_checkpoint import TorchDistReader
+from nemo_elastic.mcore.checkpoint.dist_save import write_torch_dist
+from nemo_elastic.mcore.checkpoint.held_checkpoint import HeldCheckpoint, refuse_hostile
+from nemo_elastic.mcore.checkpoint.preflight import parse_metadata, read_metadata
 from nemo_elastic.problems import ProblemsError
+from nemo_elastic.space.layout import ParamLayout
 
 KEY = "module.decoder.layers.0.mixer.in_proj._extra_state/shard_0_1"
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from worker_pool import WorkerPool
 
 from nemo_elastic.config.sections import TrainConfig
-from nemo_elastic.mcore import process_groups
+from nemo_elastic.mcore.runtime import process_groups
 from nemo_elastic.problems import ProblemsError
 
 

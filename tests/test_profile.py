@@ -12,24 +12,24 @@ import torch
 import yaml
 from router_spaces import make_layout, make_space, random_probabilities
 
-from nemo_elastic.budget_cost import BudgetCost
-from nemo_elastic.choices import subnet_of
 from nemo_elastic.cli.main import main
 from nemo_elastic.config import load_config
 from nemo_elastic.config.sections import RouterConfig
+from nemo_elastic.cost.budget import BudgetCost
+from nemo_elastic.cost.conditions import serving_of
+from nemo_elastic.cost.latency import FORMAT, OUTER, Grid, LatencyTable
 from nemo_elastic.family import family_of
-from nemo_elastic.latency import FORMAT, OUTER, Grid, LatencyTable
-from nemo_elastic.mcore.planner import Planner
-from nemo_elastic.mcore.profile import Timing, measure, profile, thinned
-from nemo_elastic.plan import plan
+from nemo_elastic.mcore.family.planner import Planner
+from nemo_elastic.mcore.models.profile import Timing, measure, profile, thinned
+from nemo_elastic.plan.of_run import plan
 from nemo_elastic.problems import ProblemsError
 from nemo_elastic.router.budget_loss import ExpectedCost, budget_loss
 from nemo_elastic.router.model import Router
 from nemo_elastic.router.repair import choose
 from nemo_elastic.router.schedule import Timeline
-from nemo_elastic.search import propose_random, propose_uniform
-from nemo_elastic.serving_conditions import serving_of
-from nemo_elastic.space import Budget
+from nemo_elastic.shapes.search import propose_random, propose_uniform
+from nemo_elastic.space.choices import subnet_of
+from nemo_elastic.space.elastic_space import Budget
 
 CHOICES = {
     "hidden_size": (96, 80, 64, 48, 32),
@@ -59,7 +59,7 @@ def known_time(architecture, kind, sizes, timing) -> float:
 @pytest.fixture(scope="module")
 def known(one_rank):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nemo_elastic.mcore.profile.measure", known_time)
+        patch.setattr("nemo_elastic.mcore.models.profile.measure", known_time)
         return profile(make_space(choices=CHOICES), QUICK, points=3)
 
 
@@ -69,7 +69,7 @@ def table_file(one_rank, tmp_path_factory):
     path = tmp_path_factory.mktemp("profile") / "latency.yaml"
     words = ["profile", "--config", "tiny_parent.yaml", "--output", str(path), "--repeats", "2", "--rounds", "1"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nemo_elastic.mcore.profile.measure", known_time)
+        patch.setattr("nemo_elastic.mcore.models.profile.measure", known_time)
         assert main([*words, "--points", "2", "report.sequence_length=64"]) == 0
     return path
 

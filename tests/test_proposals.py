@@ -13,22 +13,22 @@ import torch
 import yaml
 from router_spaces import ARCHITECTURE, RANKING, make_layout, make_space
 
-from nemo_elastic.budget_cost import BudgetCost
 from nemo_elastic.checkpoint.manifest import Manifest
-from nemo_elastic.choices import choice_shapes, full_selection, smallest_selection
 from nemo_elastic.cli.main import main
 from nemo_elastic.config import load_config
-from nemo_elastic.damage import Damage, Scores, kept_share, read_scores
+from nemo_elastic.cost.budget import BudgetCost
+from nemo_elastic.cost.conditions import serving_of
 from nemo_elastic.family import family_of, parse_budget
 from nemo_elastic.importance.sorting import orders_to_tensors
 from nemo_elastic.importance.store import Importance
-from nemo_elastic.interpolate import between
-from nemo_elastic.nested_plan import plan_nested, with_subnets, write_subnets
+from nemo_elastic.plan.of_nested import plan_nested, with_subnets, write_subnets
+from nemo_elastic.plan.proposals import greedy_selection, with_searched_shapes
 from nemo_elastic.problems import ProblemsError
-from nemo_elastic.proposals import greedy_selection, with_searched_shapes
-from nemo_elastic.search import propose_uniform
-from nemo_elastic.serving_conditions import serving_of
-from nemo_elastic.space import KIND_OF_DIM, WIDTH_DIMS, Budget
+from nemo_elastic.shapes.damage import Damage, Scores, kept_share, read_scores
+from nemo_elastic.shapes.interpolate import between
+from nemo_elastic.shapes.search import propose_uniform
+from nemo_elastic.space.choices import choice_shapes, full_selection, smallest_selection
+from nemo_elastic.space.elastic_space import KIND_OF_DIM, WIDTH_DIMS, Budget
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = "tiny_parent.yaml"
@@ -386,7 +386,7 @@ def test_scores_that_do_not_fit_are_said_in_the_words_of_a_run(tmp_path):
 
 
 def test_a_run_without_its_search_does_not_train_even_shapes_instead(ranked):
-    from nemo_elastic.nemo.train import shapes_not_searched
+    from nemo_elastic.nemo.run.train import shapes_not_searched
 
     words = ["router.frozen=true", "router.shapes=greedy"]
     run = load_config(TINY, words).config
@@ -402,7 +402,7 @@ def test_a_run_without_its_search_does_not_train_even_shapes_instead(ranked):
 
 def test_scores_of_another_ranking_do_not_fit_a_sorted_parent(tmp_path):
     """A parent sorted by other scores would be cut in the wrong place: neither widths nor layers may differ."""
-    from nemo_elastic.mcore.parents import SortedParent, is_sorted_by
+    from nemo_elastic.mcore.models.parents import SortedParent, is_sorted_by
 
     layout = make_layout()
     first, second = importance(ARCHITECTURE, 0), importance(ARCHITECTURE, 1)

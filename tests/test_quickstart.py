@@ -92,7 +92,7 @@ def test_resume_goes_on_where_the_run_stopped_and_ends_with_the_same_weights(sho
 
     import torch
 
-    from nemo_elastic.mcore.dist_checkpoint import TorchDistReader
+    from nemo_elastic.mcore.checkpoint.dist_checkpoint import TorchDistReader
 
     out, _ = short_run
     copy = tmp_path / "run"

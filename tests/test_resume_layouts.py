@@ -42,7 +42,7 @@ def records(out: Path) -> dict[int, dict]:
 
 def state(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint: weights, router, optimizer."""
-    from nemo_elastic.mcore.dist_checkpoint import TorchDistReader
+    from nemo_elastic.mcore.checkpoint.dist_checkpoint import TorchDistReader
 
     with TorchDistReader(folder) as reader:
         return {n: reader.read(n) for n in reader.names()} | {k: reader.read_key(k) for k in reader.other_keys()}

@@ -6,13 +6,13 @@ import pytest
 import torch
 from router_spaces import make_layout, make_space, random_probabilities
 
-from nemo_elastic.budget_cost import BudgetCost
-from nemo_elastic.choices import choice_shapes, subnet_of
-from nemo_elastic.cost import parameters
+from nemo_elastic.cost.budget import BudgetCost
+from nemo_elastic.cost.counts import parameters
 from nemo_elastic.problems import ProblemsError
 from nemo_elastic.router import repair
 from nemo_elastic.router.repair import choose
-from nemo_elastic.space import Budget
+from nemo_elastic.space.choices import choice_shapes, subnet_of
+from nemo_elastic.space.elastic_space import Budget
 
 TOLERANCE = 0.01
 

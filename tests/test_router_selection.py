@@ -4,8 +4,6 @@ import pytest
 import torch
 from router_spaces import RANKING, draw, make_layout, make_space, random_probabilities
 
-from nemo_elastic.choices import full_selection, selection_of, subnet_of
-from nemo_elastic.layout import ParamSpec
 from nemo_elastic.router.selection import (
     argmax_selection,
     expected_sizes,
@@ -15,8 +13,10 @@ from nemo_elastic.router.selection import (
     straight_through_gates,
     straight_through_masks,
 )
-from nemo_elastic.slicing import take, unit_mask
-from nemo_elastic.space import KIND_OF_DIM
+from nemo_elastic.space.choices import full_selection, selection_of, subnet_of
+from nemo_elastic.space.elastic_space import KIND_OF_DIM
+from nemo_elastic.space.layout import ParamSpec
+from nemo_elastic.space.slicing import take, unit_mask
 
 
 @pytest.mark.parametrize("per_layer", [False, True])

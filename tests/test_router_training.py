@@ -6,22 +6,16 @@ import pytest
 import torch
 from router_spaces import make_layout, make_space
 
-from nemo_elastic.budget_cost import BudgetCost
-from nemo_elastic.choices import choice_shapes
 from nemo_elastic.config.sections import RouterConfig, StageConfig
-from nemo_elastic.router.budget_loss import (
-    BudgetSteering,
-    ExpectedCost,
-    budget_loss,
-    commitment_loss,
-    soft_phase_loss,
-)
+from nemo_elastic.cost.budget import BudgetCost
+from nemo_elastic.router.budget_loss import BudgetSteering, ExpectedCost, budget_loss, commitment_loss, soft_phase_loss
 from nemo_elastic.router.model import Router, interpolated_budget
 from nemo_elastic.router.repair import choose
 from nemo_elastic.router.sampling import gumbel_noise
 from nemo_elastic.router.schedule import Timeline, resolve_recipe
 from nemo_elastic.router.selection import argmax_selection, soft_masks
-from nemo_elastic.space import Budget
+from nemo_elastic.space.choices import choice_shapes
+from nemo_elastic.space.elastic_space import Budget
 
 CHOICES = {
     "hidden_size": (96, 88, 80, 72, 64, 56, 48),

@@ -11,7 +11,7 @@ from nemo_elastic.config import load_config
 from nemo_elastic.data.tokenizer import DEFAULT_TOKENIZER
 from nemo_elastic.files import folder_problems
 from nemo_elastic.problems import ProblemsError
-from nemo_elastic.runlog import MetricsFile, RunLog
+from nemo_elastic.processes.runlog import MetricsFile, RunLog
 
 
 def test_a_line_that_a_kill_cut_off_does_not_spoil_the_next(tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_a_logger_that_is_unknown_or_not_installed_is_a_problem(monkeypatch: pyt
         ProblemsError, match=r"train\.loggers\.0: 'tensorbord' is no logger; did you mean 'tensorboard'"
     ):
         load_config("tiny_parent.yaml", ["train.loggers=[tensorbord]"])
-    from nemo_elastic.mcore import checks
+    from nemo_elastic.mcore.family import checks
 
     config = load_config("tiny_parent.yaml", ["train.loggers=[wandb]"]).config
     stock = importlib.util.find_spec
@@ -108,7 +108,7 @@ def test_train_refuses_before_it_writes_or_starts_anything(
 
 
 def test_a_tokenizer_must_fit_the_embedding(tmp_path: Path) -> None:
-    from nemo_elastic.nemo.checkpoints import check_text
+    from nemo_elastic.nemo.export.checkpoints import check_text
 
     content = json.loads(DEFAULT_TOKENIZER.read_text())
     content["model"]["vocab"]["one more"] = 2048

@@ -13,9 +13,9 @@ from checkpoint_family import MODEL, TOKENIZER, manifest, random_weights
 
 from nemo_elastic.checkpoint.reader import MemoryReader, SafetensorsReader
 from nemo_elastic.checkpoint.schemas import PlainChild, plain_child
-from nemo_elastic.cost import parameters
+from nemo_elastic.cost.counts import parameters
 from nemo_elastic.problems import ProblemsError
-from nemo_elastic.space import Subnet
+from nemo_elastic.space.elastic_space import Subnet
 
 FAMILY = manifest()
 WIDTHS = {"ffn_hidden_size": [56, 80, 40], "num_attention_heads": [8, 4]}
@@ -32,9 +32,9 @@ def child(which: Subnet, schema: str = "uniform") -> PlainChild:
 
 
 def test_padded_child_has_the_logits_of_the_nested_subnet(one_rank: None) -> None:
-    from nemo_elastic.mcore.build import build_elastic_model, build_plain_model, load_weights
     from nemo_elastic.mcore.elastic.plan import hard_plan
-    from nemo_elastic.mcore.evaluate import whole_logits
+    from nemo_elastic.mcore.models.build import build_elastic_model, build_plain_model, load_weights
+    from nemo_elastic.mcore.models.evaluate import whole_logits
 
     weights, which = random_weights(), subnet(**WIDTHS)
     arch, tokens = FAMILY.space.architecture, torch.randint(0, MODEL["vocab_size"], (2, 24))
@@ -102,7 +102,7 @@ def test_what_a_schema_cannot_say_is_refused(schema: str, sizes: dict, key: str)
 
 
 def test_folder_of_a_child_whose_layers_differ(tmp_path: Path) -> None:
-    from nemo_elastic.nemo.checkpoints import extract, write_nested
+    from nemo_elastic.nemo.export.checkpoints import extract, write_nested
 
     which = subnet(ffn_hidden_size=[56, 80, 40])
     family = replace(FAMILY, subnets={**FAMILY.subnets, "varied": which})

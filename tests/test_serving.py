@@ -19,14 +19,14 @@ from torch.utils._pytree import tree_map_only
 from nemo_elastic.checkpoint.extract import child_architecture, child_tensors
 from nemo_elastic.checkpoint.manifest import Manifest
 from nemo_elastic.checkpoint.reader import MemoryReader
-from nemo_elastic.layout import ParamLayout
-from nemo_elastic.nemo.nested import write_nested
+from nemo_elastic.nemo.export.nested import write_nested
 from nemo_elastic.problems import ProblemsError
 from nemo_elastic.serving import ElasticFamily, decode
 from nemo_elastic.serving.linear import linear
 from nemo_elastic.serving.sampling import next_tokens
-from nemo_elastic.slicing import take
-from nemo_elastic.space import WIDTH_DIMS
+from nemo_elastic.space.elastic_space import WIDTH_DIMS
+from nemo_elastic.space.layout import ParamLayout
+from nemo_elastic.space.slicing import take
 
 TOKENS = torch.randint(0, MODEL["vocab_size"], (2, 23), generator=torch.Generator().manual_seed(1))
 
@@ -69,9 +69,9 @@ def relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
 @pytest.mark.parametrize("compact", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_every_budget_is_the_elastic_models_subnet(nested: Path, one_rank: None, name: str, compact: bool) -> None:
-    from nemo_elastic.mcore.build import build_elastic_model, load_weights
     from nemo_elastic.mcore.elastic.plan import hard_plan
-    from nemo_elastic.mcore.evaluate import whole_logits
+    from nemo_elastic.mcore.models.build import build_elastic_model, load_weights
+    from nemo_elastic.mcore.models.evaluate import whole_logits
 
     served = ElasticFamily.load(nested)
     served.switch(name, compact=compact)
@@ -85,8 +85,8 @@ def test_every_budget_is_the_elastic_models_subnet(nested: Path, one_rank: None,
 
 @pytest.mark.parametrize("name", ["full", "large", "small"])
 def test_every_budget_is_the_extracted_child(nested: Path, one_rank: None, name: str) -> None:
-    from nemo_elastic.mcore.build import build_plain_model, load_weights
-    from nemo_elastic.mcore.evaluate import whole_logits
+    from nemo_elastic.mcore.models.build import build_plain_model, load_weights
+    from nemo_elastic.mcore.models.evaluate import whole_logits
 
     subnet, served = MANIFEST.subnet(name), ElasticFamily.load(nested)
     served.switch(name)
@@ -325,8 +325,8 @@ def test_shipped_parent_costs_its_own_memory_and_switches_in_milliseconds() -> N
 
     from nemo_elastic.config import load_config
     from nemo_elastic.config.model_fields import architecture_of
-    from nemo_elastic.mcore.parents import open_parent, whole_state
-    from nemo_elastic.space import ElasticSpace
+    from nemo_elastic.mcore.models.parents import open_parent, whole_state
+    from nemo_elastic.space.elastic_space import ElasticSpace
 
     model = dict(load_config("tiny_parent.yaml").config.model)
     space = ElasticSpace(architecture=architecture_of(model))

@@ -6,21 +6,21 @@ import pytest
 import torch
 from router_spaces import make_layout, make_space, random_probabilities
 
-from nemo_elastic.budget_cost import BudgetCost
-from nemo_elastic.choices import choice_shapes
 from nemo_elastic.cli.main import main
 from nemo_elastic.config import load_config
 from nemo_elastic.config.sections import RouterConfig
-from nemo_elastic.cost import BYTE_PROFILES, ByteProfile
+from nemo_elastic.cost.budget import BudgetCost
+from nemo_elastic.cost.conditions import byte_profile, serving_of
+from nemo_elastic.cost.counts import BYTE_PROFILES, ByteProfile
 from nemo_elastic.family import family_of
-from nemo_elastic.mcore.planner import Planner
-from nemo_elastic.plan import plan
+from nemo_elastic.mcore.family.planner import Planner
+from nemo_elastic.plan.of_run import plan
 from nemo_elastic.problems import ProblemsError
 from nemo_elastic.router.budget_loss import ExpectedCost, budget_loss
 from nemo_elastic.router.model import probabilities_of
 from nemo_elastic.router.schedule import Timeline
-from nemo_elastic.serving_conditions import byte_profile, serving_of
-from nemo_elastic.space import Budget
+from nemo_elastic.space.choices import choice_shapes
+from nemo_elastic.space.elastic_space import Budget
 
 NANO = "nemotron_nano_12b_v2.yaml"
 # Nemotron Nano 12B v2 at batch 2 and 1,000 tokens, by hand: 6 attention layers of 8 KV heads x 128, keys and values;

@@ -7,8 +7,8 @@ import torch
 from small_parent import FFN_GROUPS, SMALL, architecture
 from torch import Tensor
 
-from nemo_elastic.layout import ParamLayout, ParamSpec
-from nemo_elastic.slicing import accumulate, is_whole, permute, scatter, shard, take, unit_mask, unshard
+from nemo_elastic.space.layout import ParamLayout, ParamSpec
+from nemo_elastic.space.slicing import accumulate, is_whole, permute, scatter, shard, take, unit_mask, unshard
 
 A = SMALL
 GROUPS = {"mamba": A["mamba_num_groups"], "attention": A["num_query_groups"], "ffn": FFN_GROUPS}

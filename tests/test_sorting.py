@@ -29,8 +29,8 @@ from nemo_elastic.importance.sorting import (
     sort_tensor,
     sort_tensors,
 )
-from nemo_elastic.layout import ParamLayout
-from nemo_elastic.space import WIDTH_DIMS
+from nemo_elastic.space.elastic_space import WIDTH_DIMS
+from nemo_elastic.space.layout import ParamLayout
 
 LAYOUT = layout_of(TINY)
 EVERY_DIM = [(dim,) for dim in WIDTH_DIMS] + [WIDTH_DIMS]

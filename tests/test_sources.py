@@ -11,9 +11,9 @@ pytest.importorskip("megatron.core")
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from nemo_elastic.config.sections import BlendSource, ChatConfig
+from nemo_elastic.data.indexed_text import open_indexed
+from nemo_elastic.data.sources import collate, open_windows
 from nemo_elastic.data.tokenizer import BPETokenizer
-from nemo_elastic.mcore.indexed_text import open_indexed
-from nemo_elastic.nemo.sources import collate, open_windows
 from nemo_elastic.problems import ProblemsError
 
 
@@ -158,7 +158,7 @@ def test_a_token_outside_the_vocabulary_names_file_and_remedy(
         ProblemsError, match=r"data\.blend\.0: .*p\.bin has the token id 300, and model\.vocab_size=300"
     ):
         opened([(prefix, 1.0)], bpe, tmp_path, vocab_size=300)
-    from nemo_elastic.nemo import sources
+    from nemo_elastic.data import sources
 
     monkeypatch.setattr(sources, "CHECKED_AT_START", 100)  # as in a file too long to look at whole
     blend = opened([(prefix, 1.0)], bpe, tmp_path, vocab_size=300)

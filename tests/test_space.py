@@ -4,9 +4,9 @@ import random
 
 import pytest
 
-from nemo_elastic.architecture import Architecture
 from nemo_elastic.problems import ProblemsError
-from nemo_elastic.space import (
+from nemo_elastic.space.architecture import Architecture
+from nemo_elastic.space.elastic_space import (
     DIMS,
     WIDTH_DIMS,
     Budget,

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from nemo_elastic.checkpoint.tokenizer_files import write_tokenizer
+from nemo_elastic.config.special_tokens import row_problems, token_ids
 from nemo_elastic.data.tokenizer import DEFAULT_TOKENIZER, BPETokenizer
 from nemo_elastic.data.tokens import tokenize
 from nemo_elastic.problems import ProblemsError
-from nemo_elastic.special_tokens import row_problems, token_ids
 
 
 def tokenizer_folder(folder: Path, *, end: str = "</s>", added: dict[str, int] | None = None, **files: dict) -> Path:

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nemo_elastic.mcore import ssd
-from nemo_elastic.mcore.chunk_scan import chunk_scan
+from nemo_elastic.mcore.kernels import ssd
+from nemo_elastic.mcore.kernels.chunk_scan import chunk_scan
 
 TOLERANCE = 1e-10
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_elastic.mcore import ssd
+from nemo_elastic.mcore.kernels import ssd
 
 ORACLE = os.environ.get("NEMO_ELASTIC_ORACLE_PYTHON")
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from nemo_elastic import runlock
 from nemo_elastic.cli.main import main
 from nemo_elastic.config import load_config
-from nemo_elastic.launchers import launcher_problems
 from nemo_elastic.problems import ProblemsError
-from nemo_elastic.runlock import lock_problems, locked
-from nemo_elastic.space import name_problems
+from nemo_elastic.processes import runlock
+from nemo_elastic.processes.launchers import launcher_problems
+from nemo_elastic.processes.runlock import lock_problems, locked
+from nemo_elastic.space.elastic_space import name_problems
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = {
@@ -151,7 +151,7 @@ def test_a_pipe_that_nobody_reads_is_no_error() -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
-from nemo_elastic.runlock import locked
+from nemo_elastic.processes.runlock import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
@@ -178,7 +178,7 @@ def test_a_run_folder_has_one_run_and_a_dead_one_keeps_nothing(bare, tmp_path: P
 
 def _other(out: Path) -> list[str]:
     """What another process is told."""
-    code = "import sys; from pathlib import Path; from nemo_elastic.runlock import lock_problems as p; "
+    code = "import sys; from pathlib import Path; from nemo_elastic.processes.runlock import lock_problems as p; "
     code += "print(*p(Path(sys.argv[1])), end='')"
     done = subprocess.run([sys.executable, "-c", code, str(out)], capture_output=True, text=True, cwd=ROOT, check=True)
     return done.stdout.splitlines()
@@ -325,7 +325,7 @@ def test_a_lock_goes_with_its_block_and_takes_what_it_made(tmp_path: Path) -> No
 def test_a_lock_whose_file_went_away_meanwhile_is_taken_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Opened while another holds it, locked when that one is gone: a file without a name guards nothing."""
     hold = (
-        "import sys; from pathlib import Path; from nemo_elastic.runlock import locked\n"
+        "import sys; from pathlib import Path; from nemo_elastic.processes.runlock import locked\n"
         "with locked(Path(sys.argv[1])): print(1, flush=True); input()"
     )
     command, take, seen = [sys.executable, "-c", hold, str(tmp_path)], runlock._take, []

@@ -142,7 +142,7 @@ def test_a_resumed_run_appends_without_loss_or_repetition(small_runs: Server) ->
 def test_wandb_without_a_key_is_refused_before_anything_is_paid_for(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     from nemo_elastic.config import load_config
-    from nemo_elastic.mcore.checks import check_inputs
+    from nemo_elastic.mcore.family.checks import check_inputs
     from nemo_elastic.problems import ProblemsError
 
     for name in ("WANDB_MODE", "WANDB_API_KEY"):

@@ -10,7 +10,7 @@ import torch
 from test_family_parallel import LAYOUTS, SIZES, assert_close
 
 from nemo_elastic.config.sections import StageConfig
-from nemo_elastic.mcore.teacher_cache import TeacherCache
+from nemo_elastic.mcore.family.teacher_cache import TeacherCache
 from nemo_elastic.problems import ProblemsError
 
 STEPS = {"steps": (0, 3), "dtype": torch.float32, "distill": {"hidden_weight": 0.5, "budgets_per_batch": 2}}

@@ -69,7 +69,7 @@ def test_parent_has_learnt_what_the_card_says(one_rank: None, sizes: dict, facts
     from megatron.core.transformer.transformer_config import TransformerConfig
     from safetensors.torch import load_file
 
-    from nemo_elastic.mcore.layer_specs import hybrid_stack_spec
+    from nemo_elastic.mcore.kernels.layer_specs import hybrid_stack_spec
     from nemo_elastic.mcore.versions import AttnBackend, HybridModel, layer_pattern, squared_relu
 
     names = TransformerConfig.__dataclass_fields__

@@ -19,7 +19,7 @@ from nemo_elastic.checkpoint.reader import MemoryReader
 from nemo_elastic.importance.ranking import random_orders
 from nemo_elastic.importance.sorting import sort_tensors
 from nemo_elastic.serving import ElasticFamily
-from nemo_elastic.space import WIDTH_DIMS
+from nemo_elastic.space.elastic_space import WIDTH_DIMS
 
 HF_PYTHON = Path(__file__).parent.parent / ".venv-hf" / "bin" / "python"
 FP32 = 1e-4
@@ -64,9 +64,9 @@ def test_sorted_parent_is_the_parent(kind: str) -> None:
 
 @BOTH
 def test_subnet_and_plain_child_are_the_served_one(kind: str, budget: str, one_rank: None) -> None:
-    from nemo_elastic.mcore.build import build_elastic_model, build_plain_model, load_weights
     from nemo_elastic.mcore.elastic.plan import hard_plan
-    from nemo_elastic.mcore.evaluate import whole_logits
+    from nemo_elastic.mcore.models.build import build_elastic_model, build_plain_model, load_weights
+    from nemo_elastic.mcore.models.evaluate import whole_logits
 
     family, tokens, wanted = manifest(), text(), served(kind, budget).logits(text())
     subnet, whole = family.subnet(budget), weights(kind)
@@ -88,8 +88,8 @@ def test_subnet_and_plain_child_are_the_served_one(kind: str, budget: str, one_r
 @pytest.mark.skipif(not HF_PYTHON.is_file(), reason="make setup-hf makes the venv with transformers 5")
 def test_exported_children_in_transformers_are_the_served_ones(tmp_path: Path) -> None:
     """Prefill of 1,000 tokens and of a few, and 40 tokens decoded with the cache behind a prefill of 100."""
-    from nemo_elastic.nemo.checkpoints import extract
-    from nemo_elastic.nemo.nested import write_nested
+    from nemo_elastic.nemo.export.checkpoints import extract
+    from nemo_elastic.nemo.export.nested import write_nested
 
     folders, wanted = [], []
     for kind in WEIGHTS:

@@ -19,8 +19,8 @@ from worker_pool import WorkerPool
 from nemo_elastic.cli.main import main
 from nemo_elastic.config import load_config
 from nemo_elastic.config.load import plain
-from nemo_elastic.cost import parameters
-from nemo_elastic.nemo.checkpoints import extract, extract_all, write_nested
+from nemo_elastic.cost.counts import parameters
+from nemo_elastic.nemo.export.checkpoints import extract, extract_all, write_nested
 from nemo_elastic.problems import ProblemsError
 
 HF_PYTHON = Path(__file__).parent.parent / ".venv-hf" / "bin" / "python"
@@ -49,7 +49,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def checks(family: Path, folder: Path | None = None, *names: str, **how: object) -> list:
     """Verify the children `names` (or one changed `folder` of budget small)."""
-    from nemo_elastic.nemo.verify import verify
+    from nemo_elastic.nemo.export.verify import verify
 
     base = family / ("hf" if how.get("format") == "hf" else "children")
     children = {"small": folder} if folder else {n: base / n for n in names or FAMILY.subnets}
@@ -60,8 +60,8 @@ def changed(child: Path, name: str, target: Path, by: float = 1e-7) -> Path:
     """A copy of a NeMo child with one value of one tensor moved."""
     from nemo_elastic.checkpoint.extract import child_layout
     from nemo_elastic.checkpoint.reader import MemoryReader, lazy_tensors
-    from nemo_elastic.mcore.dist_checkpoint import TorchDistReader
-    from nemo_elastic.mcore.dist_save import write_torch_dist
+    from nemo_elastic.mcore.checkpoint.dist_checkpoint import TorchDistReader
+    from nemo_elastic.mcore.checkpoint.dist_save import write_torch_dist
 
     with TorchDistReader(child) as reader:
         weights = {n: reader.read(n) for n in reader.names()}
@@ -83,9 +83,9 @@ def test_nemo_children_are_the_nested_subnets(family: Path) -> None:
 
 def test_weights_are_judged_not_kernels(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With Transformer Engine installed both sides still have Megatron's linears, and products are not TF32."""
-    from nemo_elastic.mcore import layer_specs
     from nemo_elastic.mcore.elastic import spec
-    from nemo_elastic.nemo import verify
+    from nemo_elastic.mcore.kernels import layer_specs
+    from nemo_elastic.nemo.export import verify
 
     def refuse(*layers: object) -> None:
         raise AssertionError("a stack of Transformer Engine was asked for")
@@ -138,7 +138,7 @@ def test_one_value_in_its_last_digits_is_named(family: Path, tmp_path: Path, nam
 
 
 def test_flipped_byte_of_a_nemo_child_is_named(family: Path, tmp_path: Path) -> None:
-    from nemo_elastic.mcore.preflight import read_metadata
+    from nemo_elastic.mcore.checkpoint.preflight import read_metadata
 
     child = Path(shutil.copytree(family / "children" / "small", tmp_path / "child"))
     (chunk,) = read_metadata(child / "weights").tensors["module.decoder.layers.1.mlp.linear_fc2.weight"].chunks
@@ -182,8 +182,8 @@ def test_a_layer_that_computes_something_else_is_named() -> None:
     """Same tensors on paper, another function: found by hidden states."""
     from nemo_elastic.checkpoint.extract import child_architecture, child_tensors
     from nemo_elastic.checkpoint.reader import MemoryReader
-    from nemo_elastic.mcore.build import build_elastic_model, build_plain_model, load_weights
-    from nemo_elastic.nemo.first_difference import hidden_difference, nested_trace, plain_trace
+    from nemo_elastic.mcore.models.build import build_elastic_model, build_plain_model, load_weights
+    from nemo_elastic.nemo.export.first_difference import hidden_difference, nested_trace, plain_trace
 
     subnet, architecture = FAMILY.subnet("small"), FAMILY.space.architecture
     elastic = build_elastic_model(architecture, perform_initialization=False).eval()
@@ -283,9 +283,9 @@ def test_hf_children_are_the_nested_subnets(family: Path, tmp_path: Path, capsys
 def test_hf_parent_of_strangers_has_the_logits_of_our_model(tmp_path: Path) -> None:
     """A folder that was not written by this package, in transformers and in Megatron."""
     from nemo_elastic.checkpoint.huggingface import HuggingFaceReader
-    from nemo_elastic.mcore.build import build_plain_model, load_weights
-    from nemo_elastic.mcore.evaluate import whole_logits
-    from nemo_elastic.nemo.hf_side import run_transformers
+    from nemo_elastic.mcore.models.build import build_plain_model, load_weights
+    from nemo_elastic.mcore.models.evaluate import whole_logits
+    from nemo_elastic.nemo.export.hf_side import run_transformers
 
     folder = write_hf_parent(tmp_path / "parent", random_weights(seed=8))
     (side,) = run_transformers(str(HF_PYTHON), [folder], [batches()[0][0]])
@@ -311,7 +311,7 @@ def test_padded_hf_child_is_the_nested_subnet(tmp_path: Path) -> None:
 @needs_transformers
 def test_folder_with_a_pickle_is_not_loaded(family: Path, tmp_path: Path) -> None:
     """A folder whose weights are a pickle: refused on both sides, and the pickle is not run."""
-    from nemo_elastic.nemo.hf_side import run_transformers
+    from nemo_elastic.nemo.export.hf_side import run_transformers
 
     child = Path(shutil.copytree(family / "hf" / "small", tmp_path / "child"))
     (child / "model.safetensors").unlink()
@@ -324,7 +324,7 @@ def test_folder_with_a_pickle_is_not_loaded(family: Path, tmp_path: Path) -> Non
 
 
 def test_what_was_verified_is_written_down(family: Path, tmp_path: Path) -> None:
-    from nemo_elastic.nemo.results import note_verified
+    from nemo_elastic.nemo.export.results import note_verified
 
     found, nested = {check.budget: check for check in checks(family)}, family / "nested"
     first = json.loads(note_verified(tmp_path, CONFIG, nested, [found["small"]]).read_text())

@@ -45,7 +45,7 @@ def test_a_parent_has_the_loss_that_transformers_gives_it(
     assert answer["verified"] is True and answer["tokens"] == 2 * 96
     assert answer["parameters"] == answer["parameters_transformers"] == 2_559_696
     assert answer["loss"] == pytest.approx(answer["loss_transformers"], abs=1e-5)
-    monkeypatch.setattr("nemo_elastic.nemo.verify_parent.NO_STEP_BELOW", 0.001)  # as the folder says it
+    monkeypatch.setattr("nemo_elastic.nemo.export.verify_parent.NO_STEP_BELOW", 0.001)  # as the folder says it
     assert main(words) == 1
     clamped = json.loads(capsys.readouterr().out)
     assert clamped["loss"] == answer["loss"] and abs(clamped["loss_transformers"] - clamped["loss"]) > 1e-4
@@ -67,10 +67,10 @@ def test_ranking_and_every_build_follow_the_model_section(parent: Path) -> None:
     from nemo_elastic.config.load import load_values
     from nemo_elastic.config.parent_files import parent_files
     from nemo_elastic.family import family_of
-    from nemo_elastic.mcore.build import build_elastic_model, build_plain_model, load_weights
     from nemo_elastic.mcore.elastic.plan import hard_plan
-    from nemo_elastic.mcore.evaluate import whole_logits
-    from nemo_elastic.mcore.parents import open_parent
+    from nemo_elastic.mcore.models.build import build_elastic_model, build_plain_model, load_weights
+    from nemo_elastic.mcore.models.evaluate import whole_logits
+    from nemo_elastic.mcore.models.parents import open_parent
 
     said = parent_files(str(parent)).model
     tokens = torch.randint(0, 2048, (1, 24), generator=torch.Generator().manual_seed(3))

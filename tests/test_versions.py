@@ -11,7 +11,7 @@ from nemo_elastic.mcore import versions
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "nemo_elastic"
-DOOR, SHIMS = PACKAGE / "mcore/versions.py", PACKAGE / "mcore/cpu.py"
+DOOR, SHIMS = PACKAGE / "mcore/versions.py", PACKAGE / "mcore/runtime/cpu.py"
 # What every line from 0.15.3 to 0.19.2 has under this name. An import that is not here goes through the door, or is
 # added after a look at all of these lines.
 STABLE = {
@@ -58,7 +58,7 @@ KEYWORDS = {"hybrid_override_pattern", "hybrid_layer_pattern", "mamba_stack_spec
 KEYWORDS |= {"no_weight_decay_cond", "scale_lr_cond", "lr_mult", "config_overrides", "layer_type_list"}
 OURS = {"Architecture", "replace", "build_optimizer"}
 # Only these packages reach Megatron; what this module fills is NeMo's configuration.
-REACH, OF_NEMO = ("mcore/", "nemo/"), "nemo/plain_config.py"
+REACH, OF_NEMO = ("mcore/", "nemo/"), "nemo/plain/plain_config.py"
 ATTRIBUTES = {"conv1d", "conv1d_weight", "conv1d_bias", "ssm_training", "_ssm_training", "get_megatron_optimizer"}
 
 
@@ -104,13 +104,13 @@ def test_nothing_that_differs_between_lines_stands_outside_the_door() -> None:
     ],
 )
 def test_the_rule_sees_what_goes_past_the_door(source: str, what: str) -> None:
-    (text,) = violations(PACKAGE / "mcore/build.py", source)
+    (text,) = violations(PACKAGE / "mcore/models/build.py", source)
     assert what in text
 
 
 def test_our_own_pattern_key_stays() -> None:
     source = "replace(a, hybrid_override_pattern='M'); a.hybrid_override_pattern; model['hybrid_override_pattern']"
-    assert list(violations(PACKAGE / "mcore/build.py", source)) == []
+    assert list(violations(PACKAGE / "mcore/models/build.py", source)) == []
 
 
 class Old:

@@ -20,7 +20,7 @@ from trained_family import MODEL, WEIGHTS, manifest, relative, served, text, wei
 
 from nemo_elastic.checkpoint.manifest import Manifest
 from nemo_elastic.data.tokenizer import BPETokenizer
-from nemo_elastic.nemo.checkpoints import extract, write_nested
+from nemo_elastic.nemo.export.checkpoints import extract, write_nested
 from nemo_elastic.serving import ElasticFamily
 
 VLLM_PYTHON = Path(__file__).parent.parent / ".venv-vllm" / "bin" / "python"

@@ -60,9 +60,9 @@ def modes() -> dict:
     from small_parent import architecture, random_subnet
 
     from nemo_elastic.checkpoint.extract import child_layout, child_tensors
-    from nemo_elastic.cost import parameters
-    from nemo_elastic.mcore.build import build_plain_model, load_weights
+    from nemo_elastic.cost.counts import parameters
     from nemo_elastic.mcore.elastic.plan import hard_plan, soft_plan
+    from nemo_elastic.mcore.models.build import build_plain_model, load_weights
 
     arch = architecture(PATTERN, **{RANK: 32})
     layout, space, ids = layout_of(arch), space_of(arch), tokens(arch)
@@ -114,9 +114,9 @@ def sorting_and_ranking() -> dict:
 
     from nemo_elastic.importance.ranking import random_orders
     from nemo_elastic.importance.sorting import sort_reader
-    from nemo_elastic.mcore.build import build_plain_model, load_weights
-    from nemo_elastic.mcore.collect import collect_widths
-    from nemo_elastic.space import WIDTH_DIMS
+    from nemo_elastic.mcore.models.build import build_plain_model, load_weights
+    from nemo_elastic.mcore.ranking.collect import collect_widths
+    from nemo_elastic.space.elastic_space import WIDTH_DIMS
 
     arch = architecture(PATTERN, **{RANK: 32})
     layout, ids = layout_of(arch), tokens(arch)
@@ -165,7 +165,7 @@ def main(folder: Path) -> None:
     """Plan, count, mask, slice, sort and rank; then the whole pipeline of the command line."""
     config = write_parent(folder)
     found = {"plan": command_line(folder, "plan", "--config", str(config))}
-    from nemo_elastic.mcore import process_groups
+    from nemo_elastic.mcore.runtime import process_groups
 
     process_groups.start(1, 1)
     found |= modes() | sorting_and_ranking()

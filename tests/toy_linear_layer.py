@@ -1,4 +1,4 @@
-"""What computes the toy kind of `toy_linear.py`: see `nemo_elastic.mcore.kind_modules` for the names it has to have."""
+"""What computes the toy kind of `toy_linear.py`: `nemo_elastic.mcore.kernels.kind_modules` says which names it has."""
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.ssm.mlp_layer import MLPLayer
@@ -12,8 +12,8 @@ from nemo_elastic.mcore.elastic.call import MaskCache, inner_multiplier, times
 from nemo_elastic.mcore.elastic.layers import ElasticLayer
 from nemo_elastic.mcore.elastic.linear import column_parallel, row_parallel
 from nemo_elastic.mcore.elastic.norm import ElasticRMSNorm
-from nemo_elastic.mcore.kind_modules import norm_keys
-from nemo_elastic.mcore.norm import RMSNorm
+from nemo_elastic.mcore.kernels.kind_modules import norm_keys
+from nemo_elastic.mcore.kernels.norm import RMSNorm
 
 
 class Linear(MegatronModule):

@@ -17,10 +17,10 @@ from nemo.collections import llm
 from nemo.lightning import io
 from plain_training import RandomTokenModule
 
-from nemo_elastic.mcore.layer_specs import hybrid_stack_spec
-from nemo_elastic.nemo import cpu
-from nemo_elastic.nemo.plain_config import WITHOUT_GPU
-from nemo_elastic.nemo.trainer import build_optimizer, build_trainer
+from nemo_elastic.mcore.kernels.layer_specs import hybrid_stack_spec
+from nemo_elastic.nemo.plain import cpu
+from nemo_elastic.nemo.plain.plain_config import WITHOUT_GPU
+from nemo_elastic.nemo.plain.trainer import build_optimizer, build_trainer
 
 
 class Record(pl.Callback):

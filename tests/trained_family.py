@@ -17,7 +17,7 @@ from nemo_elastic.checkpoint.manifest import Manifest
 from nemo_elastic.config.model_fields import architecture_of
 from nemo_elastic.data.tokenizer import BPETokenizer
 from nemo_elastic.serving import ElasticFamily
-from nemo_elastic.space import Budget, ElasticDim, ElasticSpace
+from nemo_elastic.space.elastic_space import Budget, ElasticDim, ElasticSpace
 
 MODEL = json.loads((TOKENIZER.parent / "config.json").read_text())
 WEIGHTS = ("trained", "extreme")

@@ -58,13 +58,13 @@ def _serve(
     os.setsid()
     os.environ.update(meeting, RANK=str(rank), WORLD_SIZE=str(world), OMP_NUM_THREADS="1")
     sys.path[:] = path
-    from nemo_elastic.orphans import end_with_parent
+    from nemo_elastic.processes.orphans import end_with_parent
 
     end_with_parent(parent)
     import torch
     import torch.distributed as dist
 
-    from nemo_elastic.mcore import cpu
+    from nemo_elastic.mcore.runtime import cpu
 
     torch.set_num_threads(1)
     cpu.install()
@@ -87,7 +87,7 @@ def _set_layout(current: tuple[int, int] | None, wanted: tuple[int, int]) -> tup
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    from nemo_elastic.mcore.process_groups import forget_layout
+    from nemo_elastic.mcore.runtime.process_groups import forget_layout
 
     if current != wanted:
         if current is not None:

@@ -8,7 +8,12 @@ from importlib.util import find_spec
 import torch
 from registry import Found, Machine, check
 
-IMPORTED = ("megatron.core", "nemo_elastic.mcore.build", "nemo_elastic.mcore.family_model", "nemo_elastic.serving")
+IMPORTED = (
+    "megatron.core",
+    "nemo_elastic.mcore.models.build",
+    "nemo_elastic.mcore.family.family_model",
+    "nemo_elastic.serving",
+)
 NAMED = ("torch", "megatron-core", "nemo-toolkit", "transformers", "numpy", "triton")
 
 

@@ -85,7 +85,7 @@ def scans(
     machine: Machine, scan: Callable[..., Tensor], limits: Mapping[torch.dtype, float]
 ) -> dict[str, dict[str, float]]:
     """Differences of a scan for every shape, with `z` and without (mamba-ssm before 2.3 has dD wrong without)."""
-    from nemo_elastic.mcore.ssd import mamba_chunk_scan_combined as ours
+    from nemo_elastic.mcore.kernels.ssd import mamba_chunk_scan_combined as ours
 
     found = {}
     for name, shape in shapes(machine).items():
@@ -109,7 +109,7 @@ def scans(
 @check(stage=1, seconds=40, predicted={"float32": (None, 2e-6), "bfloat16": (None, 1e-2)})
 def scan_torch(machine: Machine) -> Found:
     """Our scan, forward and backward"""
-    from nemo_elastic.mcore.ssd import mamba_chunk_scan_combined
+    from nemo_elastic.mcore.kernels.ssd import mamba_chunk_scan_combined
 
     return Found(largest(scans(machine, mamba_chunk_scan_combined, LIMIT)))
 
@@ -123,14 +123,14 @@ def scan_triton(machine: Machine) -> Found:
             from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined as real
         except ImportError:
             real = None
-    from nemo_elastic.mcore.ssd import mamba_chunk_scan_combined as ours
+    from nemo_elastic.mcore.kernels.ssd import mamba_chunk_scan_combined as ours
 
     return Found(largest(scans(machine, real or ours, TRITON_LIMIT if real else LIMIT)), stand_in=real is None)
 
 
 def convolutions(machine: Machine, convolve: Callable[..., Tensor]) -> dict[str, dict[str, float]]:
     """Differences of a causal convolution for the channels of every shape."""
-    from nemo_elastic.mcore.causal_conv import causal_conv1d_fn as ours
+    from nemo_elastic.mcore.kernels.causal_conv import causal_conv1d_fn as ours
 
     found = {}
     for name, (heads, head_dim, groups, state) in shapes(machine).items():
@@ -155,7 +155,7 @@ def convolutions(machine: Machine, convolve: Callable[..., Tensor]) -> dict[str,
 @check(stage=1, seconds=20, predicted={"float32": (None, 1e-6), "bfloat16": (None, 1e-2)})
 def conv_torch(machine: Machine) -> Found:
     """Our causal convolution, forward and backward"""
-    from nemo_elastic.mcore.causal_conv import causal_conv1d_fn
+    from nemo_elastic.mcore.kernels.causal_conv import causal_conv1d_fn
 
     return Found(largest(convolutions(machine, causal_conv1d_fn)))
 
@@ -169,7 +169,7 @@ def conv_cuda(machine: Machine) -> Found:
             from causal_conv1d import causal_conv1d_fn as real
         except ImportError:
             real = None
-    from nemo_elastic.mcore.causal_conv import causal_conv1d_fn as ours
+    from nemo_elastic.mcore.kernels.causal_conv import causal_conv1d_fn as ours
 
     found: dict[str, object] = dict(largest(convolutions(machine, real or ours)))
     x = torch.randn(1, 16, UNALIGNED_CHANNELS, device=machine.device).transpose(1, 2)  # as the projection leaves it

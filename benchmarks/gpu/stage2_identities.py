@@ -46,7 +46,7 @@ def extracted(weights: dict[str, torch.Tensor], layout: Any, subnet: Any, dtype:
 
     from nemo_elastic.checkpoint.extract import child_tensors
     from nemo_elastic.checkpoint.reader import MemoryReader
-    from nemo_elastic.mcore.build import build_plain_model, load_weights
+    from nemo_elastic.mcore.models.build import build_plain_model, load_weights
 
     arch = child_architecture(layout.architecture, subnet)
     model = build_plain_model(arch, params_dtype=dtype)

@@ -25,8 +25,8 @@ def results(device: torch.device, tp: int) -> dict[str, torch.Tensor]:
     from pool_elastic import elastic_model, layout_of, project, tokens
     from small_parent import architecture, space_of
 
-    from nemo_elastic.mcore.build import named_global_parameters, whole_tensors
     from nemo_elastic.mcore.elastic.plan import hard_plan
+    from nemo_elastic.mcore.models.build import named_global_parameters, whole_tensors
 
     arch = architecture()
     layout, ids = layout_of(arch, tp), tokens(arch).to(device)
@@ -53,7 +53,7 @@ def rank(number: int, size: int, device_type: str, out: str) -> None:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    from nemo_elastic.mcore import cpu
+    from nemo_elastic.mcore.runtime import cpu
 
     torch.set_num_threads(1)
     cpu.install()

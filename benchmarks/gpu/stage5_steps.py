@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from registry import Found, Machine, check, one_process
 
-from nemo_elastic.architecture import Architecture
+from nemo_elastic.space.architecture import Architecture
 
 WIDE = Architecture(
     hybrid_override_pattern="M-M-*-",

@@ -14,7 +14,7 @@ GRADIENTS = 10  # times as much
 
 
 def have_te() -> bool:
-    from nemo_elastic.mcore.layer_specs import have_transformer_engine
+    from nemo_elastic.mcore.kernels.layer_specs import have_transformer_engine
 
     return have_transformer_engine()
 

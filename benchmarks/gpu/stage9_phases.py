@@ -13,10 +13,10 @@ def step(machine: Machine, *, gated: bool) -> Any:
     import elastic_step
     from stage5_steps import TOKENS, WIDE
 
-    from nemo_elastic.layout import ParamLayout
-    from nemo_elastic.mcore.build import build_elastic_model
     from nemo_elastic.mcore.elastic.plan import hard_plan
-    from nemo_elastic.space import DEPTH, KIND_OF_DIM, PER_LAYER_DIMS, WIDTH_DIMS, ElasticSpace
+    from nemo_elastic.mcore.models.build import build_elastic_model
+    from nemo_elastic.space.elastic_space import DEPTH, KIND_OF_DIM, PER_LAYER_DIMS, WIDTH_DIMS, ElasticSpace
+    from nemo_elastic.space.layout import ParamLayout
 
     arch, length = (elastic_step.QUICK, 64) if machine.tiny else (WIDE, TOKENS)
     groups, dtype = elastic_step.FFN_GROUPS, torch.bfloat16 if machine.is_cuda else torch.float32

@@ -18,13 +18,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from nemo_elastic.architecture import Architecture
 from nemo_elastic.checkpoint.reader import SafetensorsReader, lazy_tensors
 from nemo_elastic.checkpoint.writer import write_safetensors_file
 from nemo_elastic.files import write_json
-from nemo_elastic.layout import ParamLayout
-from nemo_elastic.mcore.parents import DESCRIPTION, PERMUTATIONS
-from nemo_elastic.slicing import permute
+from nemo_elastic.mcore.models.parents import DESCRIPTION, PERMUTATIONS
+from nemo_elastic.space.architecture import Architecture
+from nemo_elastic.space.layout import ParamLayout
+from nemo_elastic.space.slicing import permute
 
 KEPT = 8
 DIM = "mamba_num_heads"

@@ -22,7 +22,7 @@ import torch
 from omegaconf import OmegaConf
 from problems import blend, training_file
 
-from nemo_elastic.nemo import cpu
+from nemo_elastic.nemo.plain import cpu
 
 CONFIG = Path(__file__).with_name("parent.yaml")
 KEPT = Path(__file__).with_name("parents")  # tokenizer.json, and a folder for each parent that the results came from
@@ -50,9 +50,9 @@ def prepare(folder: Path) -> None:
 def save_initial(folder: Path, sizes: dict[str, Any], seed: int) -> None:
     """A model as Megatron initialises it."""
     from nemo_elastic.config.model_fields import architecture_of
-    from nemo_elastic.mcore.build import build_plain_model
-    from nemo_elastic.mcore.process_groups import start
-    from nemo_elastic.nemo.tiny_parent import save_parent
+    from nemo_elastic.mcore.models.build import build_plain_model
+    from nemo_elastic.mcore.runtime.process_groups import start
+    from nemo_elastic.nemo.plain.tiny_parent import save_parent
 
     start(seed=seed)
     torch.manual_seed(seed)
@@ -85,11 +85,11 @@ def main() -> None:
 
 def train(args: argparse.Namespace, sizes: dict[str, Any], folder: Path) -> None:
     """The parent, into `folder`."""
-    from nemo_elastic.nemo.data import TextDataModule
-    from nemo_elastic.nemo.plain_config import plain_model_config
-    from nemo_elastic.nemo.pretrain import PretrainConfig, pretrain
-    from nemo_elastic.nemo.tiny_parent import save_parent
-    from nemo_elastic.nemo.tokenizer import load_tokenizer
+    from nemo_elastic.nemo.plain.data import TextDataModule
+    from nemo_elastic.nemo.plain.plain_config import plain_model_config
+    from nemo_elastic.nemo.plain.pretrain import PretrainConfig, pretrain
+    from nemo_elastic.nemo.plain.tiny_parent import save_parent
+    from nemo_elastic.nemo.plain.tokenizer import load_tokenizer
 
     torch.set_num_threads(args.threads)
     steps = args.steps or 2200

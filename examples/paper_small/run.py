@@ -33,10 +33,10 @@ from runs import BASES, BUDGETS, FOUR, GROUPS, OTHER_SHAPES, PARENTS, RUNS, Run,
 from shapes import random_subnets
 
 from nemo_elastic.config import load_config
-from nemo_elastic.cost import parameters
+from nemo_elastic.cost.counts import parameters
 from nemo_elastic.family import family_of
 from nemo_elastic.files import write_json
-from nemo_elastic.runlog import RunLog
+from nemo_elastic.processes.runlog import RunLog
 
 HERE = Path(__file__).resolve().parent
 CONFIG = HERE / "parent.yaml"

@@ -28,9 +28,9 @@ from nemo_elastic.data.tokenizer import BPETokenizer
 from nemo_elastic.data.tokens import load_tokens
 from nemo_elastic.data.windows import Windows
 from nemo_elastic.files import write_json
-from nemo_elastic.layout import ParamLayout
 from nemo_elastic.serving import ElasticFamily
-from nemo_elastic.space import ElasticSpace
+from nemo_elastic.space.elastic_space import ElasticSpace
+from nemo_elastic.space.layout import ParamLayout
 
 BATCH = 16
 

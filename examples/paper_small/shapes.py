@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from nemo_elastic.budget_cost import BudgetCost
+from nemo_elastic.cost.budget import BudgetCost
 from nemo_elastic.family import Family
 from nemo_elastic.problems import ProblemsError
-from nemo_elastic.space import Subnet
+from nemo_elastic.space.elastic_space import Subnet
 
 DRAWS = 20_000
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from nemo_elastic.nemo import cpu
+from nemo_elastic.nemo.plain import cpu
 
 MODEL = {
     "hybrid_override_pattern": "M-M-M*-M-M-M*-M-",
@@ -68,11 +68,11 @@ def main() -> None:
     from nemo_elastic.data.corpus import load_corpus_list, read_documents, scan_standard_library, usable_files
     from nemo_elastic.data.tokenizer import train_bpe
     from nemo_elastic.mcore.versions import installed
-    from nemo_elastic.nemo.data import TextDataModule
-    from nemo_elastic.nemo.plain_config import plain_model_config
-    from nemo_elastic.nemo.pretrain import PretrainConfig, pretrain
-    from nemo_elastic.nemo.tiny_parent import bf16_weights, heldout_loss, save_card, save_parent
-    from nemo_elastic.nemo.tokenizer import load_tokenizer
+    from nemo_elastic.nemo.plain.data import TextDataModule
+    from nemo_elastic.nemo.plain.plain_config import plain_model_config
+    from nemo_elastic.nemo.plain.pretrain import PretrainConfig, pretrain
+    from nemo_elastic.nemo.plain.tiny_parent import bf16_weights, heldout_loss, save_card, save_parent
+    from nemo_elastic.nemo.plain.tokenizer import load_tokenizer
 
     torch.set_num_threads(args.threads)
     args.assets.mkdir(parents=True, exist_ok=True)

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..architecture import Architecture
 from ..config.parent_hf import EPSILON
 from ..kinds import dims, kind_of, kind_of_dim, kinds
 from ..kinds.kind import Kind, PerLayer
-from ..layout import ParamLayout
 from ..problems import Problem, ProblemsError, raise_if_any
-from ..space import Subnet, layer_sizes
+from ..space.architecture import Architecture
+from ..space.elastic_space import Subnet, layer_sizes
+from ..space.layout import ParamLayout
 from .extract import per_layer_dims
 from .hf_config import only_problems
 from .huggingface import hf_tensors

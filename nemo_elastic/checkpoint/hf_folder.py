@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..layout import ParamLayout
+from ..space.layout import ParamLayout
 from .hf_config import hf_config
 from .huggingface import hf_tensors
 from .reader import LazyTensor

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..architecture import Architecture
 from ..config.model_fields import architecture_of
 from ..config.parent_files import read_json
 from ..config.parent_hf import model_from_hf
 from ..kinds import kind_of
 from ..kinds.kind import Packed
-from ..layout import ParamLayout
 from ..problems import Problem, ProblemsError, raise_if_any
+from ..space.architecture import Architecture
+from ..space.layout import ParamLayout
 from .reader import LazyTensor, SafetensorsReader, TensorReader
 
 PREFIXES = ("backbone.", "model.")

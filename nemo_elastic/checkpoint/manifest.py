@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from ..config.model_fields import architecture_of, model_problems
-from ..cost import parameters
+from ..cost.counts import parameters
 from ..files import read_json
-from ..layout import ParamLayout
 from ..problems import Problem, ProblemsError, did_you_mean, raise_if_any
-from ..space import Budget, ElasticDim, ElasticSpace, Subnet, name_problems
+from ..space.elastic_space import Budget, ElasticDim, ElasticSpace, Subnet, name_problems
+from ..space.layout import ParamLayout
 
 FORMAT = "nemo_elastic.nested"
 VERSION = 1

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from ..files import parse_json, read_json
-from ..layout import ParamLayout
 from ..problems import Problem, ProblemsError, raise_if_any
+from ..space.layout import ParamLayout
 from .held_files import HeldFolder
 
 INDEX_FILE = "model.safetensors.index.json"

@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 
-from ..architecture import KIND_NAMES, Architecture
-from ..cost import parameters
+from ..cost.counts import parameters
 from ..kinds import dims
 from ..kinds import sizes as sizes_of_kinds
-from ..layout import ParamLayout
 from ..problems import Problem, ProblemsError, raise_if_any
-from ..slicing import scatter
-from ..space import KIND_OF_DIM, Subnet, layer_sizes
+from ..space.architecture import KIND_NAMES, Architecture
+from ..space.elastic_space import KIND_OF_DIM, Subnet, layer_sizes
+from ..space.layout import ParamLayout
+from ..space.slicing import scatter
 from .extract import child_architecture, child_pattern, child_tensors, per_layer_dims
 from .reader import LazyTensor, TensorReader
 

@@ -10,8 +10,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from ..config.special_tokens import id_of, read_beside, token_ids, token_name
 from ..problems import Problem, ProblemsError
-from ..special_tokens import id_of, read_beside, token_ids, token_name
 
 TOKENIZER_FILE = "tokenizer.json"
 COMPANIONS = (

@@ -1,6 +1,6 @@
 """The weights of a training checkpoint without the rows that tensor parallelism added to its vocabulary.
 
-rows stored = ceil(v / TP) TP at the TP of the run that wrote it; rows v.. are zeros (`mcore.padded_vocabulary`)
+rows stored = ceil(v / TP) TP at the TP of the run that wrote it; rows v.. are zeros (`mcore.kernels.padded_vocabulary`)
 """
 
 from pathlib import Path
@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..layout import ParamLayout
 from ..problems import Problem, ProblemsError
+from ..space.layout import ParamLayout
 from .reader import TensorReader
 
 LARGEST_TP = 1024

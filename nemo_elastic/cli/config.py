@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _start(arguments: argparse.Namespace) -> int:
-    from ..starting import starting_configuration
+    from ..plan.starting import starting_configuration
 
     given = [name for name, value in (("--config", arguments.config), ("--json", arguments.json)) if value]
     given += overrides(arguments)

@@ -51,8 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
     quiet_libraries(arguments.verbose)
     import torch
 
-    from ..nemo.checkpoints import extract, extract_all, open_nested
-    from ..nested_plan import with_subnets
+    from ..nemo.export.checkpoints import extract, extract_all, open_nested
+    from ..plan.of_nested import with_subnets
 
     opened = open_nested(nested)
     if arguments.subnet:

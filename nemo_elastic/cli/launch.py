@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from ..orphans import end_with_parent
+from ..processes.orphans import end_with_parent
 
 GRACE = 15.0  # seconds that the others have for a message of their own; then they are told to end
 PATIENCE = 60.0  # seconds from there until what still runs is killed

@@ -14,8 +14,8 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from ..launchers import launcher_problems
 from ..problems import Problem, ProblemsError, Stopped
+from ..processes.launchers import launcher_problems
 from .console import Stdout, show_problems
 
 PATHS = ("config", "out", "output", "ranking", "subnet", "hf_python")  # flags that name files: ~ is the user's folder

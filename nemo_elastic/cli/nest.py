@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     quiet_libraries(arguments.verbose)
     from ..distill.resume import FAMILY, changed_keys
     from ..nemo.pipeline import Run
-    from ..runlock import locked
+    from ..processes.runlock import locked
 
     work = Run(resolved, out)
     raise_if_any(changed_keys(out, resolved.config, resolved.values, FAMILY))

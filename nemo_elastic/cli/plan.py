@@ -92,11 +92,11 @@ def _misplaced(arguments: argparse.Namespace) -> list[Problem]:
 def _of_configuration(arguments: argparse.Namespace) -> dict[str, Any]:
     """The plan, what training it will cost, and with `--train` the resolved run."""
     from ..family import family_of
-    from ..plan import plan
+    from ..plan.of_run import plan
 
     config, ranking = configuration(arguments).config, _depth_ranking(arguments)
     if arguments.ranking and config.router.searches:
-        from ..proposals import with_searched_shapes
+        from ..plan.proposals import with_searched_shapes
 
         with suppress(ProblemsError):  # the plan says it, too
             config = with_searched_shapes(config, arguments.ranking)
@@ -117,13 +117,13 @@ def _depth_ranking(arguments: argparse.Namespace) -> tuple[int, ...] | None:
     if not arguments.ranking:
         return None
     from ..config.model_fields import architecture_of
-    from ..damage import read_scores
+    from ..shapes.damage import read_scores
 
     return read_scores(arguments.ranking, architecture_of(configuration(arguments).config.model)).depth_ranking
 
 
 def _proposals(arguments: argparse.Namespace) -> dict[str, Any]:
-    from ..proposals import parse_method, search
+    from ..plan.proposals import parse_method, search
 
     resolved, method = configuration(arguments), parse_method(arguments.search)
     if arguments.output and method.count > 1:
@@ -160,7 +160,7 @@ def _score(arguments: argparse.Namespace, resolved: Any, result: dict[str, Any])
 
 def _of_nested(arguments: argparse.Namespace, folder: str) -> dict[str, Any]:
     from ..checkpoint.manifest import load_manifest
-    from ..nested_plan import plan_nested
+    from ..plan.of_nested import plan_nested
 
     result = plan_nested(load_manifest(folder), arguments.budget, overrides(arguments))
     _write(arguments, result)
@@ -171,7 +171,7 @@ def _write(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
     """`--output`, where it was asked for."""
     if not arguments.output:
         return
-    from ..nested_plan import write_subnets
+    from ..plan.of_nested import write_subnets
 
     out = Path(arguments.output)
     if out.exists() and not arguments.force:

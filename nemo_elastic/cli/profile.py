@@ -45,8 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     from ..config.model_fields import arithmetic_of
-    from ..mcore.automatic import settled
-    from ..mcore.profile import Timing, profile
+    from ..mcore.models.profile import Timing, profile
+    from ..mcore.runtime.automatic import settled
 
     timing = Timing(
         batch_size=config.report.batch_size,

@@ -60,8 +60,8 @@ def run(arguments: argparse.Namespace) -> int:
     folders(arguments)
     resolved = configuration(arguments, default="tiny_parent.yaml")
     out = run_folder(arguments, "quickstart") if arguments.out else free_folder(USUAL, arguments.force)
-    from ..launchers import started_processes
-    from ..nemo.start_checks import check_train
+    from ..nemo.run.start_checks import check_train
+    from ..processes.launchers import started_processes
 
     processes = started_processes() if arguments.nproc is None else arguments.nproc
     check_train(resolved, out, processes, force=arguments.force, remedy=remedy(out))

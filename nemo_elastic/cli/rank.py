@@ -29,12 +29,12 @@ def run(arguments: argparse.Namespace) -> int:
     resolved = configuration(arguments)
     out = run_folder(arguments, resolved.config.name)
     quiet_libraries(arguments.verbose)
-    from ..launchers import started_processes
-    from ..nemo.start_checks import check_rank
+    from ..nemo.run.start_checks import check_rank
+    from ..processes.launchers import started_processes
 
     check_rank(resolved, out, started_processes() if arguments.nproc is None else arguments.nproc)
     start_workers(arguments)
-    from ..nemo.ranking import FOLDER, rank_run
+    from ..nemo.run.ranking import FOLDER, rank_run
 
     with progress_bar() as bars:
         importance = rank_run(

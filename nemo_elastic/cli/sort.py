@@ -44,10 +44,10 @@ def sort_run(resolved: Any, out: Path, *, force: bool = False) -> Path:
             checkpoints belong to.
     """
     from ..family import family_of
-    from ..mcore import cpu
-    from ..mcore.parents import open_parent, write_sorted
-    from ..nemo.ranking import stored_importance
-    from ..runlock import locked
+    from ..mcore.models.parents import open_parent, write_sorted
+    from ..mcore.runtime import cpu
+    from ..nemo.run.ranking import stored_importance
+    from ..processes.runlock import locked
 
     if any((out / "checkpoints").glob("step=*")):
         words = "has checkpoints that were trained from its sorted parent; choose another --out"

@@ -27,8 +27,8 @@ def run(arguments: argparse.Namespace) -> int:
     resolved = configuration(arguments)
     out = run_folder(arguments, resolved.config.name)
     quiet_libraries(arguments.verbose)
-    from ..launchers import started_processes
-    from ..nemo.start_checks import check_train
+    from ..nemo.run.start_checks import check_train
+    from ..processes.launchers import started_processes
 
     processes = started_processes() if arguments.nproc is None else arguments.nproc
     check_train(resolved, out, processes, resume=arguments.resume, force=arguments.force)

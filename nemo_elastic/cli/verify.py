@@ -53,15 +53,15 @@ def run(arguments: argparse.Namespace) -> int:
         raise ProblemsError([Problem(nested, "its manifest holds no run configuration; it was not made by `train`")])
     run_config = load_config(None, overrides(arguments), base=_with_own_tokenizer(stored, Path(nested))).config
     children = _children(Path(nested), child, arguments.budget, list(manifest.subnets), arguments.format)
-    from ..launchers import started_processes
-    from ..mcore.checks import check_processes
+    from ..mcore.family.checks import check_processes
+    from ..processes.launchers import started_processes
 
     processes = started_processes() if arguments.nproc is None else arguments.nproc
     check_processes(run_config, processes, trains=False)
     start_workers(arguments)
-    from ..nemo.results import note_verified  # NeMo takes seconds, and says things: not for bad input
-    from ..nemo.train import data_module, heldout_batches
-    from ..nemo.verify import KERNELS, verify
+    from ..nemo.export.results import note_verified  # NeMo takes seconds, and says things: not for bad input
+    from ..nemo.export.verify import KERNELS, verify
+    from ..nemo.run.train import data_module, heldout_batches
 
     batches = heldout_batches(data_module(run_config), run_config)
     python = arguments.gguf_python if arguments.format == "gguf" else arguments.hf_python
@@ -111,7 +111,7 @@ def _is_run(nested: Path) -> bool:
 
 def _pairs(manifest: Any) -> list[dict[str, Any]]:
     """Every two budgets: whether each unit and layer of the smaller one is in the larger one."""
-    from ..cost import parameters
+    from ..cost.counts import parameters
 
     by_size = sorted(manifest.subnets, key=lambda name: parameters(manifest.layout, manifest.subnets[name]))
     return [

@@ -28,9 +28,9 @@ def run_parent(arguments: argparse.Namespace) -> int:
 
     path = arguments.parent.replace("'", "''")  # a YAML word
     config = load_config(None, [f"parent.path='{path}'", *DEFAULTS, *overrides(arguments)]).config
-    from ..nemo.checkpoints import check_text
-    from ..nemo.train import data_module, heldout_batches
-    from ..nemo.verify_parent import verify_parent
+    from ..nemo.export.checkpoints import check_text
+    from ..nemo.export.verify_parent import verify_parent
+    from ..nemo.run.train import data_module, heldout_batches
 
     check_text(config, trains=False)
     check = verify_parent(config, heldout_batches(data_module(config), config), arguments.hf_python)

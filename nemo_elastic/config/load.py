@@ -18,9 +18,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from ..cost.conditions import inlined_profile
 from ..problems import Problem, ProblemsError, did_you_mean, raise_if_any
-from ..serving_conditions import inlined_profile
-from ..space import WIDTH_DIMS
+from ..space.elastic_space import WIDTH_DIMS
 from .model_fields import model_problems
 from .parent_files import parent_files, with_parents_words
 from .sections import RunConfig

@@ -9,9 +9,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..architecture import Architecture, pattern_problems
 from ..kinds import sizes
 from ..problems import Problem, ProblemsError, did_you_mean
+from ..space.architecture import Architecture, pattern_problems
 
 _FIELDS_FILE = Path(__file__).resolve().parent.parent / "assets" / "ssm_config_fields.json"
 REQUIRED = (

@@ -3,10 +3,10 @@
 from collections.abc import Iterable
 from datetime import date
 
+from ..cost.conditions import byte_profile
 from ..kinds import kinds_by_dim
 from ..problems import Problem, ProblemsError, did_you_mean
-from ..serving_conditions import byte_profile
-from ..space import DIMS, WIDTH_DIMS, name_problems
+from ..space.elastic_space import DIMS, WIDTH_DIMS, name_problems
 from .sections import AUTO, PHASES, RunConfig, StageConfig
 
 ALLOWED = {

@@ -1,7 +1,7 @@
 """How many rows the embedding of a torch_dist checkpoint has, out of its `.metadata`, without torch.
 
 `.metadata` is a pickle. Every name in it, whatever it is, becomes an inert record here: nothing is imported or called.
-The weights themselves are read by `mcore.preflight`, which says what is wrong with a file that is.
+The weights themselves are read by `mcore.checkpoint.preflight`, which says what is wrong with a file that is.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemo_elastic.special_tokens import END_OF_TEXT, PAD, end_of_text, padding, token_ids
+from nemo_elastic.config.special_tokens import END_OF_TEXT, PAD, end_of_text, padding, token_ids
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -20,10 +20,10 @@ from dataclasses import replace
 from typing import Any
 
 from ..config.sections import AUTO, PHASES, RunConfig, StageConfig
-from ..cost import flops, parameters
+from ..cost.counts import flops, parameters
 from ..family import Family
 from ..router.schedule import Timeline, resolve_recipe
-from ..space import Subnet
+from ..space.elastic_space import Subnet
 from .curriculum import budget_probabilities, total_steps
 
 STATE_BYTES = 8  # Adam's two moments in fp32

@@ -9,11 +9,11 @@ from __future__ import annotations
 from itertools import accumulate
 from typing import Any
 
-from ..choices import choice_shapes
 from ..config.sections import PHASES, RouterConfig, RunConfig
-from ..cost import parameters
+from ..cost.counts import parameters
 from ..family import Family
 from ..router.schedule import Timeline, resolve_recipe
+from ..space.choices import choice_shapes
 from .curriculum import learning_rate, stage_at, tokens_before, total_steps
 
 EVEN_POINTS = 8  # of the schedules, beside those where something changes

@@ -11,8 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..layout import ParamLayout
-from ..slicing import permute
+from ..space.layout import ParamLayout
+from ..space.slicing import permute
 from .ranking import Orders
 
 

@@ -16,12 +16,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from ..architecture import Architecture
 from ..files import write_json
-from ..importance_file import DESCRIPTION, FORMAT, TENSORS, read_description
-from ..layout import ParamLayout
 from ..problems import Problem, ProblemsError, raise_if_any
-from ..space import KIND_OF_DIM, WIDTH_DIMS
+from ..shapes.importance_file import DESCRIPTION, FORMAT, TENSORS, read_description
+from ..space.architecture import Architecture
+from ..space.elastic_space import KIND_OF_DIM, WIDTH_DIMS
+from ..space.layout import ParamLayout
 from .ranking import Orders, width_orders
 
 

@@ -25,7 +25,9 @@ def register(kind: Kind) -> None:
         RuntimeError: too late, the kinds have been read.
     """
     if _read:
-        raise RuntimeError(f"kind {kind.name!r} comes too late: register it before nemo_elastic.architecture is read")
+        raise RuntimeError(
+            f"kind {kind.name!r} comes too late: register it before nemo_elastic.space.architecture is read"
+        )
     taken = [k for k in _registered if k.letter == kind.letter or k.name == kind.name]
     if taken or len(kind.letter) != 1:
         words = f"those of {taken[0].name!r}" if taken else "no single letter"

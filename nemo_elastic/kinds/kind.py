@@ -1,8 +1,9 @@
 """What the package has to know of a layer kind. Everybody else walks these facts and compares no letter.
 
 A kind is a file beside this one that fills in a `Kind`, and the module that computes it (`Kind.module`, which
-`mcore.kind_modules` describes). Functions of a kind take the parent's `Architecture`, or anything with its fields, and
-the sizes of one layer: dim -> kept units, integers or tensors, what is missing being the parent's. No torch here.
+`mcore.kernels.kind_modules` describes). Functions of a kind take the parent's `Architecture`, or anything with its
+fields, and the sizes of one layer: dim -> kept units, integers or tensors, what is missing being the parent's. No torch
+here.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """Megatron-core side of the package: the only place that imports `megatron.*`."""
 
-from .login_node import name_an_architecture
+from .runtime.login_node import name_an_architecture
 
 name_an_architecture()

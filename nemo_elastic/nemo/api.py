@@ -14,10 +14,10 @@ from pathlib import Path
 
 from nemo_elastic.config import Resolved, load_config
 from nemo_elastic.importance.store import Importance
-from nemo_elastic.launchers import started_processes
-from nemo_elastic.mcore.one_run import one_run
+from nemo_elastic.mcore.runtime.one_run import one_run
 from nemo_elastic.nemo.pipeline import Progress, Run, quickstart
-from nemo_elastic.nemo.start_checks import check_rank, check_train
+from nemo_elastic.nemo.run.start_checks import check_rank, check_train
+from nemo_elastic.processes.launchers import started_processes
 
 __all__ = ["Finished", "quickstart", "rank", "resolved_run", "train"]
 

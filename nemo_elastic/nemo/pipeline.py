@@ -26,32 +26,26 @@ from nemo_elastic.config.sections import RunConfig
 from nemo_elastic.family import family_of
 from nemo_elastic.files import write_json
 from nemo_elastic.importance.store import Importance
-from nemo_elastic.mcore import process_groups
-from nemo_elastic.mcore.automatic import settled_run
-from nemo_elastic.mcore.build import build_elastic_model, load_weights
-from nemo_elastic.mcore.checks import clear_run, is_ranked
-from nemo_elastic.mcore.dist_checkpoint import TorchDistReader
+from nemo_elastic.mcore.checkpoint.dist_checkpoint import TorchDistReader
 from nemo_elastic.mcore.elastic.plan import hard_plan
-from nemo_elastic.mcore.evaluate import heldout_loss
-from nemo_elastic.mcore.one_run import one_run
-from nemo_elastic.mcore.parents import is_sorted_by, open_parent, sorted_parent, write_sorted
-from nemo_elastic.nemo.checkpoints import (
-    end_of_text_name,
-    extract,
-    open_nested,
-    tokenizer_source,
-    write_nested,
-)
-from nemo_elastic.nemo.logs import quiet
-from nemo_elastic.nemo.ranking import rank_run, stored_importance
-from nemo_elastic.nemo.results import RESULTS, provenance, results_of
-from nemo_elastic.nemo.train import Trained, data_module, heldout_batches, latest_checkpoint, train
-from nemo_elastic.nemo.verify import verify
+from nemo_elastic.mcore.family.checks import clear_run, is_ranked
+from nemo_elastic.mcore.models.build import build_elastic_model, load_weights
+from nemo_elastic.mcore.models.evaluate import heldout_loss
+from nemo_elastic.mcore.models.parents import is_sorted_by, open_parent, sorted_parent, write_sorted
+from nemo_elastic.mcore.runtime import process_groups
+from nemo_elastic.mcore.runtime.automatic import settled_run
+from nemo_elastic.mcore.runtime.one_run import one_run
+from nemo_elastic.nemo.export.checkpoints import end_of_text_name, extract, open_nested, tokenizer_source, write_nested
+from nemo_elastic.nemo.export.results import RESULTS, provenance, results_of
+from nemo_elastic.nemo.export.verify import verify
+from nemo_elastic.nemo.plain.logs import quiet
+from nemo_elastic.nemo.run.ranking import rank_run, stored_importance
+from nemo_elastic.nemo.run.train import Trained, data_module, heldout_batches, latest_checkpoint, train
+from nemo_elastic.plan.proposals import with_searched_shapes
 from nemo_elastic.problems import Problem, ProblemsError
-from nemo_elastic.proposals import with_searched_shapes
-from nemo_elastic.runlog import RunLog
-from nemo_elastic.space import Subnet
-from nemo_elastic.training_checkpoints import remove_unfinished, whole_checkpoints
+from nemo_elastic.processes.runlog import RunLog
+from nemo_elastic.processes.training_checkpoints import remove_unfinished, whole_checkpoints
+from nemo_elastic.space.elastic_space import Subnet
 
 logger = logging.getLogger(__name__)
 ROUTER_PREFIX = "module.router.net."

@@ -7,9 +7,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Patch, Rectangle
 
-from ..architecture import KIND_NAMES, Architecture
 from ..kinds import kind_of
-from ..space import Subnet, layer_sizes, parent_size
+from ..space.architecture import KIND_NAMES, Architecture
+from ..space.elastic_space import Subnet, layer_sizes, parent_size
 from .budget_rows import BudgetRow
 from .drawing import new_figure, tip
 from .palette import KIND_COLOURS, LIGHT, budget_colour

@@ -9,7 +9,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from ..config.load import leaves
-from ..serving_conditions import profile_name
+from ..cost.conditions import profile_name
 from .budget_rows import BudgetRow, kept_sizes, parent_loss, parent_parameters
 from .csv_files import timings
 from .evaluations import columns as evaluation_columns

@@ -9,17 +9,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..architecture import Architecture
 from ..config.load import load_values
 from ..config.sections import ReportConfig, RunConfig
-from ..cost import memory, parameters
+from ..cost.conditions import byte_profile
+from ..cost.counts import memory, parameters
 from ..family import Family, family_of
 from ..files import read_json
-from ..layout import ParamLayout
 from ..problems import Problem, ProblemsError
-from ..runlog import RunLog
-from ..serving_conditions import byte_profile
-from ..space import DEFAULT_FFN_GROUPS, ElasticSpace, Subnet
+from ..processes.runlog import RunLog
+from ..space.architecture import Architecture
+from ..space.elastic_space import DEFAULT_FFN_GROUPS, ElasticSpace, Subnet
+from ..space.layout import ParamLayout
 from .baselines import Baseline, read_baselines
 from .evaluations import FILES, Score, read_evaluations
 from .evaluations import FOLDER as EVALUATIONS

@@ -5,7 +5,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from ..serving_conditions import profile_name
+from ..cost.conditions import profile_name
 from .baselines import KINDS
 from .budget_rows import BudgetRow, parent_loss, parent_parameters
 from .drawing import loss_axis, new_figure, short_count, tip

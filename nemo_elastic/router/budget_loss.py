@@ -23,10 +23,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..budget_cost import BudgetCost
-from ..choices import Selection, is_row_per_layer
 from ..config.sections import RouterConfig
-from ..space import DEPTH
+from ..cost.budget import BudgetCost
+from ..space.choices import Selection, is_row_per_layer
+from ..space.elastic_space import DEPTH
 from .model import RouterOutput, probabilities_of
 from .selection import depth_matrix, indices_on
 

@@ -15,9 +15,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from ..choices import choice_shapes
 from ..config.sections import RouterConfig
-from ..space import ElasticSpace
+from ..space.choices import choice_shapes
+from ..space.elastic_space import ElasticSpace
 
 LEAK = 0.1
 

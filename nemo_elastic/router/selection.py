@@ -16,8 +16,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..choices import Selection, kept_by_depth
-from ..space import DEPTH, ElasticSpace
+from ..space.choices import Selection, kept_by_depth
+from ..space.elastic_space import DEPTH, ElasticSpace
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..mcore.grouped_heads import ungrouped
+from ..mcore.kernels.grouped_heads import ungrouped
 from .linear import Linear
 from .parts import Parts, rms_norm
 

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.hf_config import ONLY
-from ..cost import parameters
+from ..cost.counts import parameters
 from ..kinds import kinds
-from ..layout import ParamLayout
-from ..nemo.nested import open_nested
+from ..nemo.export.nested import open_nested
 from ..problems import Problem, ProblemsError, did_you_mean, raise_if_any
-from ..space import Subnet
+from ..space.elastic_space import Subnet
+from ..space.layout import ParamLayout
 from .decode import Cache, DecodeStep
 from .network import ACTIVATIONS, Network
 from .sampling import next_tokens

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..layout import Axis, ParamSpec
-from ..slicing import blocks, is_prefix, take
+from ..space.layout import Axis, ParamSpec
+from ..space.slicing import blocks, is_prefix, take
 
 Linear = Callable[[Tensor], Tensor]
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..mcore.causal_conv import depthwise_causal_conv
-from ..mcore.gated_norm import gated_rms_norm
-from ..mcore.ssd import mamba_chunk_scan_combined, mamba_step
+from ..mcore.kernels.causal_conv import depthwise_causal_conv
+from ..mcore.kernels.gated_norm import gated_rms_norm
+from ..mcore.kernels.ssd import mamba_chunk_scan_combined, mamba_step
 from .linear import Linear
 from .parts import Parts, rms_norm
 

@@ -17,8 +17,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..architecture import Architecture
 from ..kinds import Kind
+from ..space.architecture import Architecture
 from .linear import Linear
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from checkpoint_family import TOKENIZER, manifest, random_weights
 
-from nemo_elastic.mcore.dist_checkpoint import TorchDistReader
-from nemo_elastic.mcore.layer_specs import have_transformer_engine
-from nemo_elastic.nemo.checkpoints import extract, write_nested
+from nemo_elastic.mcore.checkpoint.dist_checkpoint import TorchDistReader
+from nemo_elastic.mcore.kernels.layer_specs import have_transformer_engine
+from nemo_elastic.nemo.export.checkpoints import extract, write_nested
 
 pytestmark = [
     pytest.mark.gpu,

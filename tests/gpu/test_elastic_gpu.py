@@ -10,9 +10,9 @@ import torch
 from pool_elastic import elastic_model, gates, layout_of, run_plan, tokens
 from small_parent import FFN_GROUPS, architecture, space_of
 
-from nemo_elastic.mcore.build import build_plain_model, load_weights, named_global_parameters
 from nemo_elastic.mcore.elastic.plan import hard_plan
-from nemo_elastic.mcore.layer_specs import have_transformer_engine
+from nemo_elastic.mcore.kernels.layer_specs import have_transformer_engine
+from nemo_elastic.mcore.models.build import build_plain_model, load_weights, named_global_parameters
 
 pytestmark = [
     pytest.mark.gpu,

@@ -19,7 +19,7 @@ from nemo.collections import llm
 from nemo.lightning import io
 from nemo.lightning.pytorch.strategies.utils import RestoreConfig
 
-from nemo_elastic.nemo.optimizer import OptimizerModule
+from nemo_elastic.nemo.plain.optimizer import OptimizerModule
 
 
 class Record(pl.Callback):

@@ -15,20 +15,20 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 
-from ...architecture import Architecture
 from ...importance.scores import attention_head_scores
 from ...kinds import attention as facts
-from ...layout import Axis, ParamSpec
-from ..attention import CausalAttention
-from ..kind_modules import norm_keys
-from ..norm import RMSNorm
+from ...space.architecture import Architecture
+from ...space.layout import Axis, ParamSpec
+from ..kernels.attention import CausalAttention
+from ..kernels.kind_modules import norm_keys
+from ..kernels.norm import RMSNorm
 from .call import LayerCall, MaskCache, inner_multiplier, times
 from .layers import ElasticLayer
 from .linear import column_parallel, row_parallel
 from .norm import ElasticRMSNorm
 
 if TYPE_CHECKING:
-    from ..collect import WidthCollector, WidthSettings
+    from ..ranking.collect import WidthCollector, WidthSettings
 
 CHANNELS = "attention"  # what ranks the heads, in the state of an interrupted ranking
 

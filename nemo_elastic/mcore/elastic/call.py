@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ...layout import Axis
-from ...slicing import unit_mask
-from ...space import DEPTH
+from ...space.elastic_space import DEPTH
+from ...space.layout import Axis
+from ...space.slicing import unit_mask
 from .plan import LayerPlan
 
 

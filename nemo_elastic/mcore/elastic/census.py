@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import nn
 
-from ...architecture import KIND_NAMES
 from ...kinds import kind_of
-from ...layout import ParamLayout
 from ...problems import Problem, ProblemsError
-from ..kind_modules import module_of
+from ...space.architecture import KIND_NAMES
+from ...space.layout import ParamLayout
+from ..kernels.kind_modules import module_of
 from ..versions import TESTED, installed
 from .norm import ElasticRMSNorm
 

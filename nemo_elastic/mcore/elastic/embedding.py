@@ -17,8 +17,8 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor, autograd, nn, zeros_like
 
-from ...layout import ParamSpec
-from ...slicing import is_whole, take
+from ...space.layout import ParamSpec
+from ...space.slicing import is_whole, take
 from .linear import Sizes
 
 

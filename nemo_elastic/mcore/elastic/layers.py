@@ -12,7 +12,7 @@ from megatron.core import tensor_parallel
 from torch import Tensor, nn
 
 from ...kinds import kind_of
-from ...layout import ParamLayout
+from ...space.layout import ParamLayout
 from .call import LayerCall, times
 
 

@@ -23,8 +23,8 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor, nn
 
-from ...layout import ParamSpec
-from ...slicing import accumulate, is_whole, take
+from ...space.layout import ParamSpec
+from ...space.slicing import accumulate, is_whole, take
 
 Sizes = Mapping[str, int]
 

@@ -18,7 +18,6 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
 
-from ...architecture import Architecture
 from ...importance.scores import (
     channel_contribution,
     contribution_grams,
@@ -27,10 +26,11 @@ from ...importance.scores import (
     mamba_head_scores,
 )
 from ...kinds import mamba as facts
-from ...layout import Axis, ParamSpec
-from ..kind_modules import norm_keys
-from ..layer_specs import Mixer
-from ..norm import RMSNorm
+from ...space.architecture import Architecture
+from ...space.layout import Axis, ParamSpec
+from ..kernels.kind_modules import norm_keys
+from ..kernels.layer_specs import Mixer
+from ..kernels.norm import RMSNorm
 from ..versions import conv_parameters, kernels
 from .call import LayerCall, MaskCache, product, soft_multiplier, times
 from .layers import ElasticLayer
@@ -38,7 +38,7 @@ from .linear import column_parallel, row_parallel, taken
 from .norm import ElasticRMSNorm
 
 if TYPE_CHECKING:
-    from ..collect import WidthCollector, WidthSettings
+    from ..ranking.collect import WidthCollector, WidthSettings
 
 DIMS = ("mamba_num_heads", "mamba_head_dim")
 CHANNELS, HEADS = "mamba", "mamba_heads"  # what ranks them, in the state of an interrupted ranking

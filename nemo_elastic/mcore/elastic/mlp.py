@@ -15,11 +15,11 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import Tensor, nn
 
-from ...architecture import Architecture
 from ...kinds import mlp as facts
-from ...layout import Axis, ParamSpec
-from ..kind_modules import norm_keys
-from ..norm import RMSNorm
+from ...space.architecture import Architecture
+from ...space.layout import Axis, ParamSpec
+from ..kernels.kind_modules import norm_keys
+from ..kernels.norm import RMSNorm
 from ..versions import mlp_arguments
 from .call import LayerCall, MaskCache, inner_multiplier, times
 from .layers import ElasticLayer
@@ -27,7 +27,7 @@ from .linear import column_parallel, row_parallel
 from .norm import ElasticRMSNorm
 
 if TYPE_CHECKING:
-    from ..collect import WidthCollector, WidthSettings
+    from ..ranking.collect import WidthCollector, WidthSettings
 
 NEURONS = "ffn"  # what ranks them, in the state of an interrupted ranking
 

@@ -5,10 +5,10 @@ from typing import Any
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from ...deployment import low_precision_problems
-from ...layout import ParamLayout
+from ...plan.deployment import low_precision_problems
 from ...problems import raise_if_any
-from ..padded_vocabulary import PaddedModel, masked
+from ...space.layout import ParamLayout
+from ..kernels.padded_vocabulary import PaddedModel, masked
 from .census import refuse_plain_layers
 from .embedding import embed
 from .linear import column_parallel

@@ -10,8 +10,8 @@ With x zero outside its first k of n channels (METHOD section 2):
 import torch
 from torch import Tensor
 
-from ...layout import ParamSpec
-from ..norm import RMSNorm
+from ...space.layout import ParamSpec
+from ..kernels.norm import RMSNorm
 from .call import LayerCall, times
 from .linear import taken
 

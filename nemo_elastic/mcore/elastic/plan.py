@@ -18,8 +18,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ...layout import ParamLayout
-from ...space import DEPTH, KIND_OF_DIM, WIDTH_DIMS, Subnet
+from ...space.elastic_space import DEPTH, KIND_OF_DIM, WIDTH_DIMS, Subnet
+from ...space.layout import ParamLayout
 
 Mode = Literal["masked", "sliced"]
 

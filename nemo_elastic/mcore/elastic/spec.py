@@ -8,8 +8,8 @@ the stock stack enters FP8 around its loop over the layers, ours does not, so a 
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from ...kinds import Kind
-from ..kind_modules import module_of, stack_submodules
-from ..layer_specs import have_transformer_engine
+from ..kernels.kind_modules import module_of, stack_submodules
+from ..kernels.layer_specs import have_transformer_engine
 from .stack import ElasticStack
 
 

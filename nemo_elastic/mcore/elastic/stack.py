@@ -12,8 +12,8 @@ from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
-from ...layout import ParamLayout
-from ..layer_specs import LocalStack
+from ...space.layout import ParamLayout
+from ..kernels.layer_specs import LocalStack
 from .call import LayerCall, MaskCache, times
 from .layers import packed, unpacked
 from .norm import ElasticRMSNorm

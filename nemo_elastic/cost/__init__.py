@@ -1,0 +1,1 @@
+"""What a subnet costs, and what a budget counts."""

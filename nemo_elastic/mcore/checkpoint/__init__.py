@@ -1,0 +1,1 @@
+"""Megatron's distributed checkpoints, read without executing anything and saved through signals."""

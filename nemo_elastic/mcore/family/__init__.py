@@ -1,0 +1,1 @@
+"""Students, router and frozen teacher in one schedule, and what watches over them."""

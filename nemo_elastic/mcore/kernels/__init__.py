@@ -1,0 +1,1 @@
+"""What a plain layer computes with: Transformer Engine and mamba-ssm where they are, plain torch where not."""

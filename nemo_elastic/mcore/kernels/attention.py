@@ -1,0 +1,72 @@
+"""Causal core attention through torch's own kernel, for stacks without Transformer Engine.
+
+    softmax(q k^T / sqrt(d), causal) v        q [s, b, n, d]; k, v [s, b, g, d], n/g query heads share a key head
+
+The same function as Megatron's `DotProductAttention`, which writes its mask into a view of the scores: autograd
+then copies the whole `[b n, s, s]` tensor in the backward pass, a sixth of a small model's step.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+
+from nemo_elastic.mcore.kernels.grouped_heads import ungrouped
+
+
+class CausalAttention(nn.Module):
+    """Drop-in for `DotProductAttention` where the mask is causal and there is no packing.
+
+    Raises:
+        ValueError: the configuration asks for another mask, a window, or context parallelism.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__()
+        if attn_mask_type != AttnMaskType.causal or config.window_size or config.context_parallel_size > 1:
+            raise ValueError(
+                "attention without Transformer Engine is causal, unwindowed and without context parallelism; "
+                "leave model.window_size unset and set train.context_parallel_size=1"
+            )
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.scale = softmax_scale  # apply_query_key_layer_scaling divides and multiplies again: nothing to do here
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: object | None = None,
+    ) -> torch.Tensor:
+        """Query `[s, b, n/tp, d]`, key and value `[s, b, g/tp, d]` to `[s, b, n d/tp]`."""
+        if attention_bias is not None or packed_seq_params is not None:
+            raise ValueError("attention without Transformer Engine takes neither a bias nor packed sequences")
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # [b, heads, s, d]
+        k, v = ungrouped(q, k, v)
+        out = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=True,
+            scale=self.scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        return out.permute(2, 0, 1, 3).flatten(2)

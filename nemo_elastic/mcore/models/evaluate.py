@@ -1,0 +1,136 @@
+"""Held-out loss of any subnet at any layout: Megatron's own forward-only schedule, no noise, no dropout.
+
+loss = sum over tokens of mask -log p(label) / sum of mask,  summed over data-parallel ranks, known to every rank
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor, nn
+
+from ..elastic.plan import Plan
+from ..kernels.padded_vocabulary import real_vocab_size
+from .build import unwrapped
+
+
+@torch.no_grad()
+def heldout_loss(model: nn.Module, batches: Sequence[tuple[Tensor, ...]], plan: Plan | None = None) -> float:
+    """Mean cross entropy in nats per token.
+
+    Args:
+        model: a plain or elastic model (wrapped or not) of this rank; left in the mode (train or eval) it was in.
+        batches: (tokens, labels) or (tokens, labels, mask) `[b, s]`, the same on all ranks;
+            data-parallel ranks share them out.
+        plan: a hard subnet for an elastic model; None: the whole model.
+    """
+    core = unwrapped(model)
+    training = core.training
+    core.eval()
+    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    mine = batches[rank::size] if len(batches) >= size else batches
+    total = torch.stack([run_forward(core, piece, plan) for piece in _equal_shapes(mine)]).sum(0)
+    core.train(training)
+    if len(batches) >= size:
+        dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        last = parallel_state.get_pipeline_model_parallel_last_rank()
+        dist.broadcast(total, src=last, group=parallel_state.get_pipeline_model_parallel_group())
+    return float(total[0] / total[1])  # the one time that the device is waited for
+
+
+def _equal_shapes(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterable[list[tuple[Tensor, Tensor]]]:
+    """Runs of batches of one shape: a schedule is told one."""
+    run: list[tuple[Tensor, ...]] = []
+    for batch in batches:
+        if run and batch[0].shape != run[0][0].shape:
+            yield run
+            run = []
+        run.append(batch)
+    if run:
+        yield run
+
+
+def run_forward(model: nn.Module, batches: list[tuple[Tensor, ...]], plan: Plan | None) -> Tensor:
+    """(loss sum, weight) of batches of one shape on this replica, fp64 `[2]` there; zeros but on the last stage."""
+    keywords = {} if plan is None else {"elastic": plan}
+    device = next(model.parameters()).device
+
+    def forward_step(iterator, model):
+        tokens, labels, *mask = (t.to(device) for t in next(iterator))
+        positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
+        out = model(tokens, positions, None, labels=labels, **keywords)
+
+        def loss(losses: Tensor):
+            weights = mask[0].double() if mask else torch.ones_like(losses, dtype=torch.float64)
+            summed = (losses.double() * weights).sum()
+            # The schedule divides what is returned by the number of micro-batches, in place: the record is a copy.
+            return summed.clone(), {"sum": summed, "tokens": weights.sum()}
+
+        return out, loss
+
+    outputs = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(batches),
+        model=[model],
+        num_microbatches=len(batches),
+        seq_length=batches[0][0].shape[1],
+        micro_batch_size=batches[0][0].shape[0],
+        forward_only=True,
+    )
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+    for output in outputs:
+        total += torch.stack([output["sum"], output["tokens"]])
+    return total
+
+
+@torch.no_grad()
+def whole_logits(model: nn.Module, tokens: Tensor, plan: Plan | None = None) -> Tensor:
+    """Logits `[b, s, v]` of one batch, fp32 on the CPU, the same on every rank of the replica."""
+    core = unwrapped(model)
+    training = core.training
+    core.eval()
+    keywords = {} if plan is None else {"elastic": plan}
+    device = next(core.parameters()).device
+    found: list[Tensor] = []
+
+    def forward_step(iterator, model):
+        ids = next(iterator).to(device)
+        positions = torch.arange(ids.shape[1], device=device).expand_as(ids)
+        out = model(ids, positions, None, **keywords)
+
+        def keep(logits: Tensor):
+            found.append(_over_vocabulary(logits, core).float().cpu())
+            return logits.float().sum(), {}
+
+        return out, keep
+
+    get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter([tokens]),
+        model=[core],
+        num_microbatches=1,
+        seq_length=tokens.shape[1],
+        micro_batch_size=tokens.shape[0],
+        forward_only=True,
+    )
+    core.train(training)
+    if parallel_state.get_pipeline_model_parallel_world_size() == 1:
+        return found[0]
+    payload = [found[0] if found else None]
+    last = parallel_state.get_pipeline_model_parallel_last_rank()
+    dist.broadcast_object_list(payload, src=last, group=parallel_state.get_pipeline_model_parallel_group())
+    return payload[0]
+
+
+def _over_vocabulary(logits: Tensor, core: nn.Module) -> Tensor:
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    if size == 1:
+        return logits
+    shards = [torch.empty_like(logits) for _ in range(size)]
+    dist.all_gather(shards, logits.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
+    return torch.cat(shards, dim=-1)[..., : real_vocab_size(core)]

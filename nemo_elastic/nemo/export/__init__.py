@@ -1,0 +1,1 @@
+"""Nested checkpoints and children, and the proof that they are the same."""

@@ -1,0 +1,1 @@
+"""Plain NeMo: nothing here is elastic."""

@@ -1,0 +1,251 @@
+"""`ElasticCallback`: gives every micro-batch its budget and plan, steers the router, evaluates, logs.
+
+Lightning calls the `on_train_*` hooks, NeMo's Megatron step the `on_megatron_*` events. What must survive a restart
+(lambdas, pinned subnets) is the callback's state in the checkpoint; everything else is a pure function of the step.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+
+from nemo_elastic.config.load import plain
+from nemo_elastic.config.sections import RunConfig
+from nemo_elastic.distill.curriculum import budget_probabilities, stage_at
+from nemo_elastic.mcore.family.budget_notes import notes_at
+from nemo_elastic.mcore.family.family_model import FamilyModel
+from nemo_elastic.mcore.family.planner import Planner, StepState
+from nemo_elastic.mcore.models.build import unwrapped
+from nemo_elastic.mcore.models.evaluate import heldout_loss
+from nemo_elastic.mcore.runtime.parallel import broadcast_from_last_stage, data_parallel_rank_and_size
+from nemo_elastic.nemo.run.cached_teacher import CachedTeacher
+from nemo_elastic.nemo.run.elastic_model import BudgetStats, ElasticMambaModel
+from nemo_elastic.nemo.run.guard import FiniteGuard
+from nemo_elastic.nemo.run.metrics import Metrics
+from nemo_elastic.nemo.run.resume import save_checkpoint
+from nemo_elastic.nemo.run.step_record import (
+    BUDGET_FIELDS,
+    router_probabilities,
+    scalar_names,
+    step_record,
+    step_subnets,
+)
+from nemo_elastic.problems import Problem, raise_if_any
+from nemo_elastic.processes.runlog import RunLog
+from nemo_elastic.space.choices import choice_shapes
+from nemo_elastic.space.elastic_space import Subnet
+
+logger = logging.getLogger(__name__)
+
+
+class ElasticCallback(pl.Callback):
+    """Runs the elastic side of a training.
+
+    Args:
+        run: the configuration.
+        planner: makes the plans.
+        out: records and scalars go to `out/logs`.
+        heldout: (tokens, labels) batches for validation per budget.
+        guard: measures gradient norms; without one they are not logged.
+        progress: called with (step, total, text) after every step on the first rank.
+        teacher: its states on disk, instead of the teacher itself.
+    """
+
+    def __init__(
+        self,
+        run: RunConfig,
+        planner: Planner,
+        out: Path,
+        heldout: list,
+        guard: FiniteGuard | None = None,
+        progress: Callable[[int, int, str], None] | None = None,
+        teacher: CachedTeacher | None = None,
+    ) -> None:
+        self.run, self.planner, self.heldout, self.progress = run, planner, heldout, progress
+        self.records, self.checkpoints = RunLog(out / "logs"), out / "checkpoints"
+        self.teacher = teacher
+        self.guard, self.metrics = guard, metrics_of(run, planner, out)
+        self.model: FamilyModel | None = None
+        self.wrapper: ElasticMambaModel | None = None
+        self.state: StepState | None = None
+        self.step, self.micro_batch, self.rate = 0, 0, 0.0
+        self.tokens = dict.fromkeys(run.elastic.budgets, 0)
+        self.last_losses: dict[str, float] = {}
+        self._clock = _clocks()
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: ElasticMambaModel) -> None:
+        """Connect the loss to the planner."""
+        self.wrapper = pl_module
+        pl_module.budget_loss = self.planner.loss
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: ElasticMambaModel) -> None:
+        """Zero-shot losses, before the first step of a run."""
+        self.model = unwrapped(pl_module.module)
+        self.step = trainer.global_step
+        if trainer.is_global_zero:
+            self.metrics.start(self.step)
+        if self.teacher is not None:
+            self.teacher.prepare(self.model)
+        if self.step == 0:
+            self._validate(trainer)
+        self._clock = _clocks()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: ElasticMambaModel, *_: Any) -> None:
+        """The step's choices, from the router as it stands."""
+        self.step, self.micro_batch, self.rate = trainer.global_step, 0, _rate(trainer)
+        first = self.state is None
+        self.state = self.planner.begin_step(self.model.policy, self.step)
+        if trainer.is_global_zero:
+            for note in notes_at(self.planner, self.state, first):
+                logger.warning("step %d: %s", self.step, note)
+
+    def on_megatron_microbatch_start(self, step: Any, batch: dict[str, Any], forward_callback: Any) -> None:
+        """Put the micro-batch's plan into its batch; the same on all ranks of a replica."""
+        if self.state is None:
+            return
+        rank, size = data_parallel_rank_and_size()
+        index = self.micro_batch * size + rank
+        stage = stage_at(self.run.train.stages, self.step).stage
+        probabilities = budget_probabilities(stage, tuple(self.run.elastic.budgets))
+        budgets = self.planner.budgets_of(probabilities, self.step, index, self.run.distill.budgets_per_batch)
+        batch["elastic"] = self.planner.micro_batch(self.model.policy, self.state, budgets, index)
+        if self.teacher is not None:
+            batch["teacher"] = self.teacher.of_micro_batch(self.step, index)
+        self.micro_batch += 1
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: ElasticMambaModel, *_: Any) -> None:
+        """Steer, log, validate when due."""
+        self.planner.end_step(self.state)
+        self._log_step(trainer)
+        done = trainer.global_step
+        if done % self.run.train.val_every_steps == 0 or done == self.planner.timeline.total:
+            self._validate(trainer)
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: ElasticMambaModel, checkpoint: dict[str, Any]) -> None:
+        """Note which children this checkpoint means: `nest` reads it."""
+        done = trainer.global_step
+        subnets = self.planner.current_subnets(self.model.policy, max(0, done - 1))
+        if trainer.is_global_zero:
+            described = {name: subnet.to_dict() for name, subnet in subnets.items()}
+            self.records.write("checkpoints", {"step": done, "subnets": described, "tokens": dict(self.tokens)})
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: ElasticMambaModel) -> None:
+        """Save the end of the run when `save_every_steps` did not fall on it: the nested checkpoint comes from it."""
+        done = trainer.global_step
+        # Decided by numbers that all ranks share: what one rank has begun to write, another may already see.
+        if done % min(self.run.train.save_every_steps, self.planner.timeline.total):
+            save_checkpoint(trainer, self.checkpoints / f"step={done - 1}.ckpt")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Lambdas, pinned subnets, tokens seen per budget."""
+        metrics = self.metrics.state_dict()
+        planner, tokens, elastic = self.planner.state_dict(), dict(self.tokens), plain(self.run.elastic)
+        return {"planner": planner, "tokens": tokens, "metrics": metrics, "elastic": elastic}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take up where the checkpoint left off.
+
+        Raises:
+            ProblemsError: it is of a run with other dims, choices or budgets: it means other things by them.
+        """
+        before, now = state_dict["elastic"], plain(self.run.elastic)
+        words = "differs from what the run began with; set it back, or start anew in another --out"
+        if self.run.router.searches:
+            words += " (router.shapes=greedy finds subnets by OUT/importance, router.tolerance and report.*)"
+        raise_if_any(Problem(f"elastic.{key}", words) for key in now if before.get(key) != now[key])
+        self.planner.load_state_dict(state_dict["planner"])
+        self.tokens.update(state_dict["tokens"])
+        self.metrics.load_state_dict(state_dict["metrics"])
+
+    def _log_step(self, trainer: pl.Trainer) -> None:
+        done, state, due = trainer.global_step, self.state, self.metrics.is_due(trainer.global_step)
+        stats = self._stats()
+        for name, row in stats.items():
+            self.tokens[name] += row["tokens"]
+        before, self._clock = self._clock, _clocks()
+        seconds, cpu_seconds = (now - then for now, then in zip(self._clock, before, strict=True))
+        norms = self.guard.norms if self.guard else (0.0, 0.0)
+        record = step_record(
+            done,
+            state,
+            stats,
+            tokens=self.tokens,
+            prices={name: self.planner.state.steering.price(name) for name in state.chosen},
+            subnets=step_subnets(self.planner, state),
+            probabilities=router_probabilities(self.model.policy, state) if due else None,
+            lr=self.rate,
+            seconds=seconds,
+            cpu_seconds=cpu_seconds,
+            grad_norm=norms[0],
+            router_grad_norm=norms[1],
+        )
+        self.metrics.add(record)
+        values = self.metrics.row(record) if due else {}
+        if not trainer.is_global_zero:
+            return
+        self.records.write("train", record)
+        if due:
+            self.metrics.write(done, values, trainer.loggers, state.phase)
+        if self.progress:
+            losses = "  ".join(f"{n} {b['kd']:.3f}" for n, b in record["budgets"].items())
+            text = f"{state.phase}  KD {losses}  {record['tokens_per_second']:,.0f} tokens/s"
+            self.progress(done, self.planner.timeline.total, text)
+
+    def _stats(self) -> dict[str, dict[str, Any]]:
+        """Per budget of the step, on every rank: the last stage alone computes losses."""
+        stats, names = self.wrapper.training_loss_reduction.stats, list(self.run.elastic.budgets)
+        flat = iter(broadcast_from_last_stage([_field(stats.get(n), key) for n in names for key in BUDGET_FIELDS]))
+        rows = {n: {key: next(flat) for key in BUDGET_FIELDS} for n in names}
+        return {n: row | {"tokens": int(row["tokens"])} for n, row in rows.items() if row["tokens"]}
+
+    def catch_up(self, trainer: pl.Trainer, pl_module: ElasticMambaModel) -> None:
+        """For a resumed run that had nothing left to do: no training hook was called."""
+        if self.model is None:
+            self.model = unwrapped(pl_module.module)
+            self.last_losses = self._heldout(self.planner.current_subnets(self.model.policy, trainer.global_step - 1))
+
+    def _heldout(self, subnets: Mapping[str, Subnet]) -> dict[str, float]:
+        plans = {name: self.planner.plan_of(subnet) for name, subnet in subnets.items()}
+        return {name: heldout_loss(self.model, self.heldout, plan) for name, plan in plans.items()}
+
+    def _validate(self, trainer: pl.Trainer) -> None:
+        step = trainer.global_step
+        subnets = self.planner.current_subnets(self.model.policy, max(0, step - 1))
+        self.last_losses = self._heldout(subnets)
+        if trainer.is_global_zero:
+            record = {
+                "step": step,
+                "losses": self.last_losses,
+                "tokens": dict(self.tokens),
+                "subnets": {n: s.to_dict() for n, s in subnets.items()},
+            }
+            self.records.write("validation", record)
+            losses = {f"budget/{name}/heldout_loss": loss for name, loss in self.last_losses.items()}
+            self.metrics.write(step, losses, trainer.loggers, "validation")
+            logger.info("step %d held-out %s", step, {n: round(v, 4) for n, v in self.last_losses.items()})
+        self._clock = _clocks()
+
+
+def metrics_of(run: RunConfig, planner: Planner, out: Path) -> Metrics:
+    """The scalars' file, with a column for everything that this family can log."""
+    shapes, full = list(choice_shapes(planner.family.space)), planner.family.space.full_subnet()
+    columns = scalar_names(dict.fromkeys(run.elastic.budgets, full), dict.fromkeys(planner.learned, shapes))
+    return Metrics(out / "logs", columns, every=run.train.log_every_steps, total_steps=planner.timeline.total)
+
+
+def _field(stats: BudgetStats | None, key: str) -> float:
+    return 0.0 if stats is None else float(getattr(stats, key))
+
+
+def _clocks() -> tuple[float, float]:
+    """Wall clock, and this process' time on all its cores, in seconds."""
+    return time.monotonic(), time.process_time()
+
+
+def _rate(trainer: pl.Trainer) -> float:
+    return float(trainer.optimizers[0].param_groups[0]["lr"])

@@ -1,0 +1,234 @@
+"""The elastic run, top to bottom: family, data, model, optimizer, trainer, fit, nested checkpoint."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_elastic.config.load import plain
+from nemo_elastic.config.sections import RunConfig
+from nemo_elastic.cost.conditions import serving_of
+from nemo_elastic.data.blend import spread
+from nemo_elastic.data.sources import collate
+from nemo_elastic.distill.curriculum import total_steps
+from nemo_elastic.family import Family, family_of, parallel_problems
+from nemo_elastic.mcore.checkpoint.held_checkpoint import HeldCheckpoint
+from nemo_elastic.mcore.elastic.model import refuse_overlap
+from nemo_elastic.mcore.family.checks import check_processes
+from nemo_elastic.mcore.family.planner import Planner
+from nemo_elastic.mcore.models.parents import sorted_parent
+from nemo_elastic.mcore.runtime import process_groups
+from nemo_elastic.mcore.runtime.automatic import settled
+from nemo_elastic.nemo.export.checkpoints import tokenizer_of
+from nemo_elastic.nemo.plain.data import TextDataModule
+from nemo_elastic.nemo.plain.logs import quiet
+from nemo_elastic.nemo.plain.plain_config import plain_model_config
+from nemo_elastic.nemo.plain.tokenizer import load_tokenizer
+from nemo_elastic.nemo.plain.trainer import build_optimizer, build_trainer
+from nemo_elastic.nemo.run.cached_teacher import CachedTeacher
+from nemo_elastic.nemo.run.callback import ElasticCallback
+from nemo_elastic.nemo.run.elastic_model import ElasticMambaModel, ElasticSSMConfig
+from nemo_elastic.nemo.run.guard import FiniteGuard
+from nemo_elastic.nemo.run.learning_rate import ROUTER_MARK, CurriculumRate
+from nemo_elastic.nemo.run.loggers import finish, loggers_of
+from nemo_elastic.nemo.run.resume import StopOnSignal, interrupts_as_they_are
+from nemo_elastic.problems import Problem, Stopped, raise_if_any
+from nemo_elastic.processes.launchers import started_processes
+from nemo_elastic.processes.training_checkpoints import steps_done, whole_checkpoints
+from nemo_elastic.router.schedule import Timeline, resolve_recipe
+from nemo_elastic.space.elastic_space import Subnet
+from nemo_elastic.space.layout import ParamLayout
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run leaves: the family with its measured ranking, a subnet per budget, and the last checkpoint."""
+
+    family: Family
+    subnets: dict[str, Subnet]
+    checkpoint: Path
+    heldout_losses: dict[str, float]
+    tokens: dict[str, int]
+
+
+def train(
+    run: RunConfig,
+    out: Path,
+    sorted_folder: Path,
+    *,
+    resume_from: Path | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Trained:
+    """Train a family from a sorted parent.
+
+    Args:
+        out: checkpoints go to `out/checkpoints`, logs to `out/logs`.
+        resume_from: a training checkpoint of the same run.
+        progress: called with (step, total, text) after every step on the first rank.
+
+    Raises:
+        ProblemsError: a layout or curriculum that cannot run; a NaN or Inf on the way.
+        Stopped: SIGTERM; the state is saved.
+    """
+    run, parent = settled(run), sorted_parent(sorted_folder)
+    family = family_of(run, parent.depth_ranking)
+    raise_if_any(shapes_not_searched(run, family))
+    raise_if_any(parallel_problems(family.architecture, run.train, family.space.ffn_groups))
+    check_processes(run, started_processes())
+    stages, settings = run.train.stages, run.train.optimizer
+    steps, data = total_steps(stages), data_module(run)
+    layout = {
+        "tensor_model_parallel_size": run.train.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": run.train.pipeline_model_parallel_size,
+        "sequence_parallel": run.train.sequence_parallel,
+        "precision": run.train.precision,
+    }
+    config = plain_model_config(
+        {**run.model, "seq_length": max(stage.seq_length for stage in stages)},
+        **layout,
+        config_class=ElasticSSMConfig,
+        run=plain(run),
+        sorted_parent=str(sorted_folder),
+        variable_seq_lengths=True,  # stages exchange [s, b, k] of any k ...
+        moe_token_dispatcher_type="alltoall",  # ... which Megatron refuses beside its default, MoE or not
+        **_recompute(run),
+    )
+    optimizer = build_optimizer(
+        settings.lr,
+        precision=run.train.precision,
+        min_lr=settings.min_lr,
+        schedule=CurriculumRate(plain(stages), plain(settings), resolve_recipe(run.router).lr),
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.betas[0],
+        adam_beta2=settings.betas[1],
+        clip_grad=settings.clip_grad,
+        use_distributed_optimizer=run.train.distributed_optimizer,
+        scale_lr_cond=is_router,
+        lr_mult=ROUTER_MARK,
+        no_weight_decay_cond=decays_not,
+    )
+    model = ElasticMambaModel(config, optim=optimizer, tokenizer=data.tokenizer)
+    planner = Planner(
+        family,
+        run.router,
+        ParamLayout(
+            family.architecture, ffn_groups=family.space.ffn_groups, tp_size=run.train.tensor_model_parallel_size
+        ),
+        timeline=Timeline.of(resolve_recipe(run.router), steps, stages),
+        seed=run.train.seed,
+        mode=run.train.mode,
+        **serving_of(run.report, family.architecture).conditions,
+    )
+    teacher = CachedTeacher(run, data, sorted_folder, config.params_dtype) if run.distill.teacher_cache else None
+    guard = FiniteGuard()
+    callback = ElasticCallback(run, planner, out, heldout_batches(data, run), guard, progress, teacher)
+    stop = StopOnSignal() if run.train.preemption else None
+    trainer = build_trainer(
+        out,
+        max_steps=steps,
+        global_batch_size=stages[0].global_batch_size,
+        micro_batch_size=stages[0].micro_batch_size or run.train.micro_batch_size,
+        use_distributed_optimizer=run.train.distributed_optimizer,
+        checkpoint_every=min(run.train.save_every_steps, steps),
+        callbacks=[callback, guard, *filter(None, [stop])],
+        loggers=loggers_of(run, out, steps_done(resume_from)),
+        log_every_n_steps=run.train.log_every_steps,
+        seed=run.train.seed,
+        **layout,
+    )
+    refuse_overlap(trainer.strategy.ddp_config)
+    # One rank alone would raise in Megatron's own check; the guard stops all, and says where.
+    trainer.strategy.ddp_config.check_for_nan_in_grad = False
+    quiet()
+    # Megatron's loader unpickles: it is given what was checked.
+    with stop or nullcontext(), HeldCheckpoint(resume_from) if resume_from else nullcontext() as checked:
+        with interrupts_as_they_are():
+            trainer.fit(model, data, ckpt_path=None if checked is None else str(checked))
+        finish(trainer.loggers)
+        process_groups.barrier()  # the first rank takes the mark of an unfinished checkpoint away last
+    callback.catch_up(trainer, model)
+    last = process_groups.on_first_rank(lambda: latest_checkpoint(out))
+    if trainer.global_step < steps:
+        saved = f"after step {trainer.global_step} of {steps} and saved {last}"
+        raise Stopped(f"stopped {saved}; go on with --resume")
+    return Trained(
+        family=family,
+        subnets=planner.current_subnets(callback.model.policy, steps - 1),
+        checkpoint=last,
+        heldout_losses=callback.last_losses,
+        tokens=callback.tokens,
+    )
+
+
+def shapes_not_searched(run: RunConfig, family: Family) -> list[Problem]:
+    """Budgets that even shrinking stands in for, because nobody has searched yet."""
+    if not run.router.searches:
+        return []
+    missing = [b.name for b in family.budgets if not b.is_full and b.name not in run.elastic.subnets]
+    words = "has no subnet yet, which router.shapes=greedy searches for: train by `api.train`, or give one"
+    return [Problem(f"elastic.subnets.{name}", words) for name in missing]
+
+
+def is_router(name: str, parameter: Any) -> bool:
+    """The router's parameters: own learning rate, no weight decay."""
+    return ".router." in f".{name}"
+
+
+def decays_not(name: str, parameter: Any) -> bool:
+    """Vectors (norms, biases, A, D) and the router. At module level, so that NeMo can write it into a context."""
+    return is_router(name, parameter) or parameter.dim() == 1
+
+
+def data_module(run: RunConfig) -> TextDataModule:
+    """The run's text by its curriculum; held-out text has the last stage's length."""
+    stages = run.train.stages
+    return TextDataModule(
+        load_tokenizer(tokenizer_of(run), run.data.end_of_text),
+        seq_length=stages[-1].seq_length,
+        micro_batch_size=run.train.micro_batch_size,
+        global_batch_size=stages[-1].global_batch_size,
+        stages=plain(stages),
+        seed=run.train.seed,
+        paths=run.data.paths,
+        cache_dir=run.data.cache_dir,
+        num_workers=run.data.num_workers,
+        blend=plain(run.data.blend),
+        chat=plain(run.data.chat),
+        vocab_size=run.model["vocab_size"],
+    )
+
+
+def heldout_batches(data: TextDataModule, run: RunConfig) -> list[tuple[torch.Tensor, ...]]:
+    """(tokens, labels[, mask]) `[micro_batch, s]` of `train.val_samples` windows, spread evenly over held-out text."""
+    samples = spread(data.windows("heldout"), run.train.val_samples)
+    size = run.train.stages[-1].micro_batch_size or run.train.micro_batch_size
+    return [collate(samples[i : i + size]) for i in range(0, len(samples), size)]
+
+
+def latest_checkpoint(out: Path) -> Path:
+    """The last complete training checkpoint under `out`.
+
+    Raises:
+        ProblemsError: there is none.
+    """
+    found = whole_checkpoints(out)
+    if not found:
+        raise_if_any([Problem(str(out / "checkpoints"), "has no training checkpoint; run `nemo-elastic train` first")])
+    return found[-1]
+
+
+def _recompute(run: RunConfig) -> dict[str, Any]:
+    kind = run.train.recompute_granularity
+    if kind is None:
+        return {}
+    if kind == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]}

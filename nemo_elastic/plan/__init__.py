@@ -1,0 +1,1 @@
+"""What a family will be, before a GPU-hour is spent."""

@@ -1,0 +1,63 @@
+"""Where a model of given sizes may run: tensor and pipeline sizes, FP8, formats. For the parent and for every child.
+
+    TP  divides mamba_num_groups and num_query_groups (then every shard holds whole groups); the vocabulary is padded
+    PP  divides the number of layers
+    FP8 needs (2 D + 2 G N + m) % 16 == 0 per Mamba layer, and hidden and FFN sizes in multiples of 16
+
+No torch here.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..kinds import dims, kind_of, kinds
+from ..problems import Problem
+from ..space.alignment import FP8_MULTIPLE
+from ..space.architecture import Architecture
+from ..space.elastic_space import PER_LAYER_DIMS, Subnet
+from ..space.layout import ParamLayout
+
+LARGEST = 16
+
+
+def deployment(layout: ParamLayout, subnet: Subnet) -> dict[str, Any]:
+    """Legal parallel sizes (up to 16), whether FP8 linears fit, and what a stock Hugging Face config can say."""
+    arch = layout.architecture
+    groups = tuple(getattr(arch, name) for kind in kinds() for name in kind.split_by)
+    return {
+        "tensor_parallel": [n for n in range(1, LARGEST + 1) if all(g % n == 0 for g in groups)],
+        "pipeline_parallel": [n for n in range(1, LARGEST + 1) if subnet.num_layers % n == 0],
+        "fp8": not fp8_problems(layout, subnet, ""),
+        "hugging_face": hugging_face_note(arch, subnet),
+    }
+
+
+def low_precision_problems(model: Mapping[str, Any]) -> list[Problem]:
+    """FP8 and FP4 in training: a plan never enters them, and would silently train in bf16."""
+    words = "is never entered under a plan, whose sliced products are bf16; remove it (children may be served in FP8)"
+    return [Problem(f"model.{name}", f"{model[name]!r} {words}") for name in ("fp8", "fp4") if model.get(name)]
+
+
+def fp8_problems(layout: ParamLayout, subnet: Subnet, key: str) -> list[Problem]:
+    """Sizes that FP8 kernels refuse, each once."""
+    arch, found = layout.architecture, {}
+    if subnet.hidden_size % FP8_MULTIPLE:
+        found[f"hidden_size {subnet.hidden_size}"] = None
+    for layer in subnet.layers:
+        sizes = layout.sizes(subnet, layer)
+        for axis, words in kind_of(arch.hybrid_override_pattern[layer]).fp8.items():
+            width = sum(segment.length(sizes) for segment in layout.axes[axis])
+            if width % FP8_MULTIPLE:
+                found[words.format(width=width, **sizes)] = None
+    return [Problem(key, f"{what} must be a multiple of {FP8_MULTIPLE} for FP8") for what in found]
+
+
+def hugging_face_note(architecture: Architecture, subnet: Subnet) -> str:
+    """Whether a stock Hugging Face config can say the child, in words."""
+    ragged = [name for name in PER_LAYER_DIMS if not subnet.is_uniform(name)]
+    if not ragged:
+        return "loads as NemotronH"
+    listed = [dim.name for dim in dims() if "list" in dim.schemas and dim.name in ragged]
+    if ragged == listed:
+        return f"per-layer {', '.join(listed)}: padded to uniform without loss, or a list for newer readers"
+    return f"per-layer {', '.join(n for n in ragged if n not in listed)}: no stock schema can say it"

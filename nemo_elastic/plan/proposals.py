@@ -1,0 +1,158 @@
+"""`plan --search`: subnets for a budget from costs and importance scores alone, the baseline a router is judged by.
+
+    uniform    every dim shrunk by about the same ratio                                  (no scores needed)
+    random:N   N random subnets that meet the budget
+    greedy     from the parent, again and again the one smaller choice that loses least damage per cost saved
+
+No torch here.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import inf
+from typing import Any
+
+from ..config.sections import RunConfig
+from ..cost.budget import BudgetCost
+from ..cost.conditions import serving_of
+from ..family import Family, family_of
+from ..problems import Problem, ProblemsError
+from ..shapes.damage import Damage, read_scores
+from ..shapes.search import propose_random, propose_uniform, raise_if_impossible
+from ..space.choices import Selection, choice_shapes, full_selection, selection_of, subnet_of
+from ..space.elastic_space import Subnet
+from .of_run import budget_cost, budget_row, described_plan, misses
+
+KEY = "--search"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A parsed `--search`."""
+
+    name: str
+    count: int = 1
+
+
+def parse_method(text: str) -> Method:
+    """`uniform`, `random:N` or `greedy`.
+
+    Raises:
+        ProblemsError: anything else.
+    """
+    name, colon, count = text.partition(":")
+    if text in ("uniform", "greedy"):
+        return Method(text)
+    if name == "random" and colon and count.isdigit() and int(count) > 0:
+        return Method(name, int(count))
+    raise ProblemsError([Problem(KEY, f"{text!r} must be uniform, random:N (N from 1) or greedy")])
+
+
+def search(run: RunConfig, method: Method, ranking: str | None = None) -> dict[str, Any]:
+    """A plan whose budgets are proposals (several per budget for `random:N`), each with its exact `error` and, where
+    there are scores, its estimated `damage`. Budgets that are full or forced are left out.
+
+    Raises:
+        ProblemsError: greedy without scores, an impossible budget, bad scores.
+    """
+    family, scores = family_of(replace(run, router=replace(run.router, frozen=False))), None
+    if ranking is not None:
+        scores = read_scores(ranking, family.architecture)
+        family = replace(family, space=replace(family.space, depth_ranking=scores.depth_ranking))
+    elif method.name == "greedy":
+        raise ProblemsError([Problem(KEY, "greedy needs scores; give --ranking RUN (a folder that `rank` wrote)")])
+    damage = Damage(family.space, scores) if scores else None
+    serving = serving_of(run.report, family.architecture)
+    rows: list[dict[str, Any]] = []
+    for budget in family.budgets:
+        if budget.is_full or budget.name in family.forced:
+            continue
+        cost = budget_cost(family, serving, budget)
+        for number, subnet in enumerate(_proposals(cost, method, damage, run)):
+            label = f"{method.name} {number}" if method.count > 1 else method.name
+            row = budget_row(family, serving, budget, subnet, label)
+            if damage is not None:
+                row["damage"] = damage.of(selection_of(family.space, subnet))
+            rows.append(row)
+    notes = [*family.notes, *misses(rows, run.router.tolerance)]
+    if family.space.depth_is_assumed:
+        notes.append("no --ranking: dropped layers are assumed evenly spread")
+    return described_plan(run.name, family, serving, rows, notes)
+
+
+def with_searched_shapes(run: RunConfig, ranking: str) -> RunConfig:
+    """The configuration with `elastic.subnets` from greedy search for every budget that needs one.
+
+    What `router.shapes: greedy` means once there are scores. Deterministic: every process finds the same.
+
+    Raises:
+        ProblemsError: as `search`, in the words of a run.
+    """
+    keys = {"--search": "router.shapes", "--ranking": ranking}
+    try:
+        found = {row["name"]: row["subnet"] for row in search(run, Method("greedy"), ranking)["budgets"]}
+    except ProblemsError as error:
+        raise ProblemsError([replace(p, key=keys.get(p.key, p.key)) for p in error.problems]) from error
+    return replace(run, elastic=replace(run.elastic, subnets={**run.elastic.subnets, **found}))
+
+
+def _proposals(cost: BudgetCost, method: Method, damage: Damage | None, run: RunConfig) -> list[Subnet]:
+    tolerance = run.router.tolerance
+    if method.name == "uniform":
+        return [propose_uniform(cost, tolerance=tolerance)]
+    if method.name == "greedy":
+        return [subnet_of(cost.space, greedy_selection(cost, damage, tolerance=tolerance))]
+    found = propose_random(cost, method.count, seed=run.train.seed, tolerance=tolerance)
+    if not found:
+        words = f"no random subnet within {tolerance:g} of the budget was found; raise router.tolerance"
+        raise ProblemsError([Problem(f"elastic.budgets.{cost.budget.name}", words)])
+    return found
+
+
+def greedy_selection(cost: BudgetCost, damage: Damage, *, tolerance: float = 0.01) -> Selection:
+    """Shrink the parent step by step until it fits, then give back what still fits, at last one step for another.
+
+    A measured latency may have steps that save nothing: where all are such, the one that loses least is taken.
+
+    Raises:
+        ProblemsError: no subnet of the space is small enough.
+    """
+    raise_if_impossible(cost, tolerance)
+    price, now = cost.tables.cost, full_selection(cost.space)
+    limit = cost.target * (1 + tolerance)
+    while (at := price(now)) > limit:
+        before = damage.of(now)
+        smaller = [(damage.of(after) - before, at - price(after), after) for after in _moves(cost, now, 1)]
+        assert smaller, "raise_if_impossible has seen that the smallest fits"
+        saving = [(lost / saved, after) for lost, saved, after in smaller if saved > 0]
+        now = min(saving or [(lost, after) for lost, _, after in smaller], key=lambda m: m[0])[1]
+    while True:
+        larger = list(_moves(cost, now, -1))
+        better = _less_damage(damage, now, [after for after in larger if price(after) <= limit])
+        if better is None:
+            swaps = [s for after in larger for s in _moves(cost, after, 1) if s != now and price(s) <= limit]
+            better = _less_damage(damage, now, swaps)
+        if better is None:
+            return now
+        now = better
+
+
+def _less_damage(damage: Damage, now: Selection, candidates: list[Selection]) -> Selection | None:
+    """The best of `candidates`, when it loses less than `now`."""
+    scored = [(damage.of(c), i) for i, c in enumerate(candidates)]
+    best = min(scored, default=(inf, 0))
+    return candidates[best[1]] if best[0] < damage.of(now) - 1e-12 else None
+
+
+def _moves(cost: BudgetCost, selection: Selection, step: int) -> Iterator[Selection]:
+    """Every selection one choice smaller (`step` 1) or larger (-1) in one row."""
+    for name, (_, choices) in choice_shapes(cost.space).items():
+        for r, i in enumerate(selection[name]):
+            if 0 <= i + step < choices:
+                row = (*selection[name][:r], i + step, *selection[name][r + 1 :])
+                yield {**selection, name: row}
+
+
+def subnets_to_score(family: Family, plan: dict[str, Any]) -> dict[str, Subnet]:
+    """`budget / method` -> subnet of every proposal."""
+    return {f"{b['name']} / {b['origin']}": family.space.subnet_from_dict(b["subnet"]) for b in plan["budgets"]}

@@ -1,0 +1,103 @@
+"""The configuration to start from for a parent: what `config --from PARENT` writes.
+
+The model itself is left out, as the parent's own files say it. Per dim the sizes are the parent's and a few smaller
+ones that its groups and kernels allow; budgets are three quarters and half of the parent, or what the smallest child
+can reach.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..config.load import load_values
+from ..config.parent_files import folder_of, parent_files
+from ..cost.counts import parameters
+from ..family import Family, family_of
+from ..kinds import dims
+from ..problems import Problem, ProblemsError
+from ..space.elastic_space import HIDDEN, KIND_OF_DIM
+
+RATIOS: dict[str, tuple[float, ...]] = {HIDDEN: (1.0, 0.875, 0.75), **{dim.name: dim.ratios for dim in dims()}}
+SHALLOWEST, DEPTHS = 0.75, 4  # of the layers; how many smaller depths to offer
+LONGEST = 8192  # tokens of a training sample
+
+
+def starting_configuration(path: str) -> str:
+    """YAML of a configuration for the parent at `path`.
+
+    Raises:
+        ProblemsError: nothing there, or nothing that describes a model that can be made elastic.
+    """
+    folder, said = folder_of(path), parent_files(path)
+    if said is None:
+        words = f"nothing in {path!r} describes a model (config.json, or context/ of a NeMo checkpoint)"
+        raise ProblemsError([Problem("--from", words)])
+    family = _family(path, said.model)
+    sizes = {name: dim.choices for name, dim in family.space.dims.items() if len(dim.choices) > 1}
+    arch, whole = family.architecture, parameters(family.layout, family.space.full_subnet())
+    smallest = family.space.subnet(**{name: choices[-1] for name, choices in sizes.items()})
+    large, small = _budgets(parameters(family.layout, smallest) / whole)
+    length = min(LONGEST, int(said.model.get("seq_length") or LONGEST))
+    lines = [
+        f"# A family of {folder.resolve().name}: {whole:,} parameters, {arch.num_layers} layers.",
+        f"# The model is what {said.file.name} says. `nemo-elastic plan --config THIS` shows what the budgets mean.",
+        f"name: {_word(folder)}",
+        "",
+        "parent:",
+        f"  path: {_quoted(path)}",
+        "",
+        "elastic:",
+        "  dims: # sizes; the parent's own first",
+        *(f"    {name}: {{choices: {list(choices)}}}" for name, choices in sizes.items()),
+        "  budgets: # fractions of the parent's parameters; also a number of them, or {kind: memory_gb, value: 12}",
+        "    full: 1.0",
+        f"    large: {large}",
+        f"    small: {small}",
+        "",
+        "data:",
+        "  paths: [] # your text: .txt or .jsonl files or folders; empty: a small corpus, for a first try only",
+        "",
+        "rank:",
+        f"  seq_length: {min(length, 2048)}",
+        "  micro_batch_size: 1",
+        "",
+        "train:",
+        "  precision: bf16-mixed",
+        "  micro_batch_size: 1",
+        "  tensor_model_parallel_size: 1 # and pipeline_model_parallel_size, until it fits",
+        "  stages:",
+        f"    - {{tokens: 1.0e+9, seq_length: {length}, global_batch_size: 64}}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _family(path: str, model: Mapping[str, Any]) -> Family:
+    pattern = str(model.get("hybrid_override_pattern"))
+    chosen: dict[str, Any] = {
+        name: {"choices": list(ratios)}
+        for name, ratios in RATIOS.items()
+        if ratios and KIND_OF_DIM.get(name, pattern[:1]) in pattern
+    }
+    layers = len(pattern)
+    lowest = -int(-layers * SHALLOWEST // 1)
+    step = max(1, -int(-(layers - lowest) // DEPTHS))
+    chosen["num_layers"] = {"choices": [layers, *range(layers - step, lowest - 1, -step)]}
+    return family_of(load_values({"parent": {"path": path}, "model": dict(model), "elastic": {"dims": chosen}}))
+
+
+def _budgets(smallest: float) -> tuple[float, float]:
+    """Fractions of a large and a small child, between the parent and the smallest child."""
+    if smallest < 0.5:
+        return 0.75, 0.5
+    return round(smallest + 2 / 3 * (1 - smallest), 2), round(smallest + 1 / 3 * (1 - smallest), 2)
+
+
+def _word(folder: Path) -> str:
+    """A plain word for the run's folder."""
+    found = "".join(c if c.isascii() and c.isalnum() else "_" for c in folder.resolve().name.lower()).strip("_")
+    return found if found[:1].isalpha() else f"run_{found}"
+
+
+def _quoted(text: str) -> str:
+    """A YAML word that is always a string."""
+    return "'" + text.replace("'", "''") + "'"

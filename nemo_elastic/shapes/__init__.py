@@ -1,0 +1,1 @@
+"""Subnets without a router: searched, estimated from scores, laid between trained ones."""

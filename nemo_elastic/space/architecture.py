@@ -1,0 +1,91 @@
+"""The numbers that decide every tensor's size in a plain hybrid model; a parent and a uniform child are both one.
+
+Field names are those of Megatron's `TransformerConfig` and NeMo's `SSMConfig`; what one kind of layer has of them is
+said by the kind (`kinds`). No torch here.
+"""
+
+from dataclasses import dataclass, field, fields, make_dataclass
+
+from ..kinds import kinds, sizes
+from ..problems import Problem, raise_if_any
+
+KIND_NAMES = {kind.letter: kind.name for kind in kinds()}
+UNSUPPORTED_KINDS = {
+    "E": "mixture of experts",
+    "G": "gated delta net",
+    "D": "deepseek sparse attention",
+    "+": "multi-latent attention, MLA",
+    "/": "multi-token-prediction boundary",
+    "|": "pipeline stage boundary",
+}
+_OfKinds = make_dataclass(
+    "_OfKinds",
+    [
+        ("hybrid_override_pattern", str),
+        ("hidden_size", int),
+        *((s.name, int) if s.default is None else (s.name, int, field(default=s.default)) for s in sizes()),
+    ],
+    frozen=True,
+    kw_only=True,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture(_OfKinds):
+    """Sizes of a plain hybrid Mamba-attention model. `vocab_size` is the rows that whole tensors have.
+
+    Attributes:
+        hybrid_override_pattern: the letter of each layer's kind.
+        hidden_size: channels of the residual stream.
+        others: an integer for every size of every kind (`kinds.Size`), such as `ffn_hidden_size`.
+
+    Raises:
+        ProblemsError: with every illegal value, keyed `model.<field>`.
+    """
+
+    vocab_size: int
+    share_embeddings_and_output_weights: bool = False
+
+    def __post_init__(self) -> None:
+        raise_if_any(self._problems())
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.hybrid_override_pattern)
+
+    def layers_of(self, kind: str) -> tuple[int, ...]:
+        """Global indices of the layers of one kind, ascending."""
+        return tuple(i for i, letter in enumerate(self.hybrid_override_pattern) if letter == kind)
+
+    def _problems(self) -> list[Problem]:
+        found = [
+            Problem(f"model.{f.name}", f"{getattr(self, f.name)} must be a positive integer")
+            for f in fields(self)
+            if f.type is int and (not isinstance(getattr(self, f.name), int) or getattr(self, f.name) < 1)
+        ]
+        found += pattern_problems(self.hybrid_override_pattern)
+        if found:
+            return found
+        for whole, groups in (pair for kind in reversed(kinds()) for pair in kind.multiples_of):
+            n, g = getattr(self, whole), getattr(self, groups)
+            if n % g:
+                found.append(Problem(f"model.{whole}", f"{n} must be a multiple of {groups}={g}"))
+        return found
+
+
+def pattern_problems(pattern: str) -> list[Problem]:
+    """Every letter of a `hybrid_override_pattern` that cannot be elastic here, by its layer number."""
+    key = "model.hybrid_override_pattern"
+    if not isinstance(pattern, str) or not pattern:
+        *first, last = KIND_NAMES
+        return [Problem(key, f"{pattern!r} must be a non-empty string of {', '.join(first)} and {last}")]
+    found, known = [], ", ".join(f"{kind.letter} ({kind.words})" for kind in kinds())
+    for layer, letter in enumerate(pattern):
+        if letter in KIND_NAMES:
+            continue
+        if letter in UNSUPPORTED_KINDS:
+            what = f"{UNSUPPORTED_KINDS[letter]} ({letter!r}) is not supported yet"
+        else:
+            what = f"{letter!r} is no layer kind"
+        found.append(Problem(key, f"layer {layer} of {len(pattern)}: {what}; supported: {known}"))
+    return found

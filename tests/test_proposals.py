@@ -22,9 +22,10 @@ from nemo_elastic.family import family_of, parse_budget
 from nemo_elastic.importance.sorting import orders_to_tensors
 from nemo_elastic.importance.store import Importance
 from nemo_elastic.plan.of_nested import plan_nested, with_subnets, write_subnets
-from nemo_elastic.plan.proposals import greedy_selection, with_searched_shapes
+from nemo_elastic.plan.proposals import with_searched_shapes
 from nemo_elastic.problems import ProblemsError
 from nemo_elastic.shapes.damage import Damage, Scores, kept_share, read_scores
+from nemo_elastic.shapes.greedy import greedy_selection
 from nemo_elastic.shapes.interpolate import between
 from nemo_elastic.shapes.search import propose_uniform
 from nemo_elastic.space.choices import choice_shapes, full_selection, smallest_selection

@@ -12,19 +12,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from ..files import read_yaml
 from ..problems import Problem, ProblemsError, did_you_mean
+from ..space.architecture import Architecture
 from .counts import BYTE_PROFILES, ByteProfile
 from .latency import LatencyTable
 
-if TYPE_CHECKING:
-    from ..config.sections import ReportConfig
-    from ..space.architecture import Architecture
-
 KEY, TABLE_KEY = "report.profile", "report.latency_table"
 SIZES = tuple(f.name for f in fields(ByteProfile))
+
+
+class ReportSection(Protocol):
+    """What the `report` section of a configuration says of the conditions."""
+
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def sequence_length(self) -> int: ...
+    @property
+    def profile(self) -> Any: ...
+    @property
+    def latency_table(self) -> str | None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +58,7 @@ class Serving:
         return {"batch_size": self.batch_size, "sequence_length": self.sequence_length, "profile": self.profile}
 
 
-def serving_of(report: ReportConfig, architecture: Architecture | None = None) -> Serving:
+def serving_of(report: ReportSection, architecture: Architecture | None = None) -> Serving:
     """The conditions a `report` section describes.
 
     Args:

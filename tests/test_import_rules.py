@@ -1,6 +1,7 @@
 """Who may import whom: the rule of docs/architecture.md, read from the syntax trees and checked in a fresh process.
 
-Identity: for every import statement of nemo_elastic (lazy ones too), ORDER.index(target's wing) <= ORDER.index(importer's).
+Identity: for every import statement of nemo_elastic (lazy ones too), the wing of its target stands no later in ORDER
+than the importer's.
 """
 
 from __future__ import annotations
@@ -211,6 +212,21 @@ def test_the_rule_sees_a_broken_import(file: str, source: str, what: str) -> Non
 )
 def test_the_rule_lets_a_good_import_pass(file: str, source: str) -> None:
     assert violations(PACKAGE / file, source) == []
+
+
+def test_the_page_shows_the_rule() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text().split("## Wings and the import rule")[1]
+    block = page.split("```text\n")[1].split("```")[0]
+    names = [word for line in block.splitlines() for word in line.split("     ")[0].split() if word in ORDER]
+    assert [n for n in names if "." in n or n not in ("mcore", "nemo")] == [
+        n for n in ORDER if n not in ("__init__", "__main__", "mcore", "nemo")
+    ]
+
+
+def test_every_wing_says_in_a_sentence_what_is_in_it() -> None:
+    for path in PACKAGE.rglob("__init__.py"):
+        words = ast.get_docstring(ast.parse(path.read_text())) or ""
+        assert words.split("\n")[0].endswith("."), path.relative_to(ROOT)
 
 
 def test_no_module_imports_in_a_circle() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
@@ -22,13 +22,11 @@ from ...space.layout import Axis, ParamSpec
 from ..kernels.attention import CausalAttention
 from ..kernels.kind_modules import norm_keys
 from ..kernels.norm import RMSNorm
+from ..kernels.observing import Observer, WidthSettings
 from .call import LayerCall, MaskCache, inner_multiplier, times
 from .layers import ElasticLayer
 from .linear import column_parallel, row_parallel
 from .norm import ElasticRMSNorm
-
-if TYPE_CHECKING:
-    from ..ranking.collect import WidthCollector, WidthSettings
 
 CHANNELS = "attention"  # what ranks the heads, in the state of an interrupted ranking
 
@@ -123,7 +121,7 @@ def elastic_layer(*, transformer_engine: bool = False) -> ModuleSpec:
     return spec
 
 
-def observe(collector: WidthCollector, number: int, layer: nn.Module) -> None:
+def observe(collector: Observer, number: int, layer: nn.Module) -> None:
     """Watch what enters a plain layer's `linear_proj`."""
     attention = layer.self_attention
     collector.watch_norm(number, layer.input_layernorm, attention.linear_qkv)

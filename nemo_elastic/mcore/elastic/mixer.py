@@ -8,7 +8,7 @@ the kept channels in its mean; everything else of a dropped channel is then mult
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -31,14 +31,12 @@ from ...space.layout import Axis, ParamSpec
 from ..kernels.kind_modules import norm_keys
 from ..kernels.layer_specs import Mixer
 from ..kernels.norm import RMSNorm
+from ..kernels.observing import Observer, WidthSettings
 from ..versions import conv_parameters, kernels
 from .call import LayerCall, MaskCache, product, soft_multiplier, times
 from .layers import ElasticLayer
 from .linear import column_parallel, row_parallel, taken
 from .norm import ElasticRMSNorm
-
-if TYPE_CHECKING:
-    from ..ranking.collect import WidthCollector, WidthSettings
 
 DIMS = ("mamba_num_heads", "mamba_head_dim")
 CHANNELS, HEADS = "mamba", "mamba_heads"  # what ranks them, in the state of an interrupted ranking
@@ -189,7 +187,7 @@ def elastic_layer(*, transformer_engine: bool = False) -> ModuleSpec:
     return spec
 
 
-def observe(collector: WidthCollector, number: int, layer: nn.Module) -> None:
+def observe(collector: Observer, number: int, layer: nn.Module) -> None:
     """Watch a plain layer where `rank.mamba_site` says."""
     mixer, site = layer.mixer, collector.settings.mamba_site
     collector.watch_norm(number, layer.norm, mixer.in_proj)

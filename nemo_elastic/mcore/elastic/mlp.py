@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.ssm.mlp_layer import MLPLayer
@@ -20,14 +20,12 @@ from ...space.architecture import Architecture
 from ...space.layout import Axis, ParamSpec
 from ..kernels.kind_modules import norm_keys
 from ..kernels.norm import RMSNorm
+from ..kernels.observing import Observer, WidthSettings
 from ..versions import mlp_arguments
 from .call import LayerCall, MaskCache, inner_multiplier, times
 from .layers import ElasticLayer
 from .linear import column_parallel, row_parallel
 from .norm import ElasticRMSNorm
-
-if TYPE_CHECKING:
-    from ..ranking.collect import WidthCollector, WidthSettings
 
 NEURONS = "ffn"  # what ranks them, in the state of an interrupted ranking
 
@@ -108,7 +106,7 @@ def elastic_layer(*, transformer_engine: bool = False) -> ModuleSpec:
     return spec
 
 
-def observe(collector: WidthCollector, number: int, layer: nn.Module) -> None:
+def observe(collector: Observer, number: int, layer: nn.Module) -> None:
     """Watch a plain layer where `rank.ffn_site` says."""
     mlp = layer.mlp
     collector.watch_norm(number, layer.pre_mlp_layernorm, mlp.linear_fc1)

@@ -5,7 +5,7 @@
 | `LAYER`, `SUBLAYER` | the elastic layer's class (an `ElasticLayer`) and that of the part behind its norm |
 | `plain_layer()` | spec of the plain layer from Megatron's local linears, with our norm |
 | `elastic_layer(transformer_engine=...)` | spec of the elastic layer; `True`: with Transformer Engine's linears |
-| `observe(collector, number, layer)` | hook what ranks a plain layer's dims (`collect.WidthCollector`) |
+| `observe(collector, number, layer)` | hook what ranks a plain layer's dims (`observing.Observer`) |
 | `unit_scores(sites, architecture, settings)` | scores by site, as `observe` called them, to dim -> `[units]` |
 
 Megatron's stack has a slot for each of ITS letters. A kind is built in the slot whose letter it names (`Kind.slot`), so

@@ -9,7 +9,6 @@ the square root, whole groups are gathered over TP and layers over PP: every ran
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -18,27 +17,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ...importance.scores import AGGREGATIONS, check_choices, sample_sum, sequence_sum
+from ...importance.scores import AGGREGATIONS, sample_sum, sequence_sum
 from ...kinds import kind_of
 from ...space.layout import ParamLayout
 from ..kernels.kind_modules import module_of
+from ..kernels.observing import WidthSettings
 from .stack_forward import Groups, StackForward
 
 Site = tuple[str, int]  # what is observed, global layer (the final norm counts as layer L)
 HIDDEN = "hidden"  # of the norms; what else is observed is the kinds' own
-
-
-@dataclass(frozen=True, kw_only=True)
-class WidthSettings:
-    """Named choices of `RankConfig` that decide a width score; `top_channels` None: all channels of a head."""
-
-    ffn_site: str = "linear_fc2_input"
-    mamba_site: str = "out_proj_contribution"
-    aggregation: str = "mean_l2"
-    top_channels: int | None = None
-
-    def __post_init__(self) -> None:
-        check_choices(ffn_site=self.ffn_site, mamba_site=self.mamba_site, aggregation=self.aggregation)
 
 
 class WidthCollector:

@@ -21,14 +21,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import nemo_elastic
-from nemo_elastic.mcore.runtime import cpu
+from nemo_elastic.mcore.runtime import cpu, torch_on_cpu
 from nemo_elastic.nemo.plain import cpu as nemo_cpu
 
 META = torch.device("meta")
 OURS = str(Path(nemo_elastic.__file__).parent)
 TESTS = str(Path(__file__).parent)
 THEIRS = ("/megatron/core/", "/nemo/")
-SHIMS = (cpu.__file__, nemo_cpu.__file__, __file__)
+SHIMS = (cpu.__file__, torch_on_cpu.__file__, nemo_cpu.__file__, __file__)
 aten = torch.ops.aten
 
 Event = tuple[str, str]  # "file:function" of ours, and "cpu" | "copy" | "wait"

@@ -18,9 +18,10 @@ import torch
 from checkpoint_family import MODEL, TOKENIZER, manifest, random_weights
 
 from nemo_elastic.checkpoint import writer
+from nemo_elastic.checkpoint.atomic_folder import atomic_folder
 from nemo_elastic.checkpoint.manifest import MANIFEST_FILE, check_hashes, load_manifest, manifest_from_dict
 from nemo_elastic.checkpoint.reader import LazyTensor
-from nemo_elastic.checkpoint.writer import atomic_folder, write_safetensors
+from nemo_elastic.checkpoint.writer import write_safetensors
 from nemo_elastic.cli.main import main
 from nemo_elastic.nemo.export.checkpoints import extract, open_nested, write_nested
 from nemo_elastic.problems import ProblemsError

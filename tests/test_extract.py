@@ -14,7 +14,8 @@ from checkpoint_family import MODEL, TOKENIZER, manifest, random_weights
 from safetensors import safe_open
 
 from nemo_elastic.checkpoint.extract import child_tensors, per_layer_dims
-from nemo_elastic.checkpoint.reader import MemoryReader, SafetensorsReader
+from nemo_elastic.checkpoint.reader import MemoryReader
+from nemo_elastic.checkpoint.safetensors_reader import SafetensorsReader
 from nemo_elastic.cost.counts import parameters
 from nemo_elastic.nemo.export.checkpoints import describe_parent, extract, extract_all, open_nested, write_nested
 from nemo_elastic.problems import ProblemsError

@@ -17,7 +17,8 @@ from nemo_elastic.checkpoint.extract import child_architecture, child_layout
 from nemo_elastic.checkpoint.hf_config import hf_config
 from nemo_elastic.checkpoint.hf_folder import write_hf_folder
 from nemo_elastic.checkpoint.huggingface import HuggingFaceReader
-from nemo_elastic.checkpoint.reader import SafetensorsReader, check_against_layout, lazy_tensors
+from nemo_elastic.checkpoint.reader import check_against_layout, lazy_tensors
+from nemo_elastic.checkpoint.safetensors_reader import SafetensorsReader
 from nemo_elastic.config.model_fields import architecture_of
 from nemo_elastic.config.parent_hf import model_from_hf
 from nemo_elastic.config.sections import ParentConfig

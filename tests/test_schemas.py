@@ -11,7 +11,8 @@ import pytest
 import torch
 from checkpoint_family import MODEL, TOKENIZER, manifest, random_weights
 
-from nemo_elastic.checkpoint.reader import MemoryReader, SafetensorsReader
+from nemo_elastic.checkpoint.reader import MemoryReader
+from nemo_elastic.checkpoint.safetensors_reader import SafetensorsReader
 from nemo_elastic.checkpoint.schemas import PlainChild, plain_child
 from nemo_elastic.cost.counts import parameters
 from nemo_elastic.problems import ProblemsError

@@ -185,7 +185,7 @@ def _other(out: Path) -> list[str]:
 
 
 def test_force_gives_up_one_checkpoint_and_never_a_folder_of_them(tmp_path: Path) -> None:
-    from nemo_elastic.checkpoint.writer import check_target
+    from nemo_elastic.checkpoint.atomic_folder import check_target
 
     children = tmp_path / "children"
     (children / "small" / "weights").mkdir(parents=True)

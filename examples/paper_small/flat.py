@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from nemo_elastic.checkpoint.reader import SafetensorsReader, lazy_tensors
+from nemo_elastic.checkpoint.reader import lazy_tensors
+from nemo_elastic.checkpoint.safetensors_reader import SafetensorsReader
 from nemo_elastic.checkpoint.writer import write_safetensors_file
 from nemo_elastic.files import write_json
 from nemo_elastic.mcore.models.parents import DESCRIPTION, PERMUTATIONS

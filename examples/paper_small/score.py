@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from problems import Problem, scored_problems
 
-from nemo_elastic.checkpoint.reader import SafetensorsReader
+from nemo_elastic.checkpoint.safetensors_reader import SafetensorsReader
 from nemo_elastic.config.model_fields import architecture_of
 from nemo_elastic.data.tokenizer import BPETokenizer
 from nemo_elastic.data.tokens import load_tokens

@@ -20,7 +20,8 @@ from ..kinds.kind import Packed
 from ..problems import Problem, ProblemsError, raise_if_any
 from ..space.architecture import Architecture
 from ..space.layout import ParamLayout
-from .reader import LazyTensor, SafetensorsReader, TensorReader
+from .reader import LazyTensor, TensorReader
+from .safetensors_reader import SafetensorsReader
 
 PREFIXES = ("backbone.", "model.")
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "lm_head.weight"

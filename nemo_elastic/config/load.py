@@ -7,8 +7,6 @@ they do): the `model` section need not, and may not say otherwise.
 
 import dataclasses
 import os
-import types
-import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +22,7 @@ from ..space.elastic_space import WIDTH_DIMS
 from .model_fields import model_problems
 from .parent_files import parent_files, with_parents_words
 from .sections import RunConfig
+from .typed import build
 
 _UNSETTABLE = (OmegaConfBaseException, YAMLError, ValueError, TypeError, AttributeError, IndexError, RecursionError)
 PATHS = frozenset(
@@ -70,7 +69,7 @@ def load_config(
     values = _with_profile(_at_home(values), problems)
     if base is None:
         values = _with_parent(values, origins, problems)
-    config = _build(RunConfig, values, "", problems)
+    config = build(RunConfig, values, "", problems)
     if not problems or values.get("model"):
         problems += model_problems(values.get("model") or {})
     if not problems:
@@ -212,79 +211,6 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _build(kind: type, values: Any, key: str, problems: list[Problem]) -> Any:
-    """`kind` from a mapping; problems are collected and None is returned where nothing can be built."""
-    if not isinstance(values, Mapping):
-        problems.append(Problem(key or "config", f"{values!r} must be a mapping"))
-        return None
-    hints = typing.get_type_hints(kind)
-    for name in values:
-        if name not in hints:
-            dotted = f"{key}.{name}" if key else str(name)
-            problems.append(Problem(dotted, f"unknown key{did_you_mean(str(name), hints)}"))
-    before, built = len(problems), {}
-    for name, hint in hints.items():
-        if name in values:
-            built[name] = _convert(hint, values[name], f"{key}.{name}" if key else name, problems)
-    missing = [f.name for f in dataclasses.fields(kind) if _required(f) and f.name not in values]
-    problems += [Problem(f"{key}.{name}" if key else name, "is required") for name in missing]
-    return kind(**built) if len(problems) == before and not missing else None
-
-
-def _required(f: dataclasses.Field) -> bool:
-    return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-
-
-def _convert(hint: Any, value: Any, key: str, problems: list[Problem]) -> Any:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, {} if value is None else value, key, problems)
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            problems.append(Problem(key, f"{value!r} must be a list"))
-            return ()
-        return tuple(_convert(args[0], v, f"{key}.{i}", problems) for i, v in enumerate(value))
-    if origin is not None and issubclass_safe(origin, Mapping):
-        if not isinstance(value, Mapping):
-            problems.append(Problem(key, f"{value!r} must be a mapping"))
-            return {}
-        return {str(k): _convert(args[1], v, f"{key}.{k}", problems) for k, v in value.items()}
-    if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in args:
-            return None
-        inner = [a for a in args if a is not type(None)]
-        return (
-            _convert(inner[0], value, key, problems) if len(inner) == 1 else _scalar(tuple(inner), value, key, problems)
-        )
-    return value if hint is Any else _scalar((hint,), value, key, problems)
-
-
-def issubclass_safe(kind: Any, of: type) -> bool:
-    """`issubclass` that is False for what is no class."""
-    return isinstance(kind, type) and issubclass(kind, of)
-
-
-def _scalar(kinds: tuple[type, ...], value: Any, key: str, problems: list[Problem]) -> Any:
-    if isinstance(value, bool) is (bool in kinds) and isinstance(value, kinds):
-        return value
-    if int in kinds and float not in kinds and isinstance(value, float) and value.is_integer():
-        return int(value)  # 45.0e+9 tokens
-    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if float in kinds and isinstance(value, str):  # YAML 1.1 reads 1e-5 as a string
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    if kinds == (str,) and isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    words = " or ".join(
-        {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a word"}[k.__name__] for k in kinds
-    )
-    problems.append(Problem(key, f"{value!r} must be {words}"))
-    return value
-
-
 def load_values(values: Mapping[str, Any]) -> RunConfig:
     """The configuration of plain values that `Resolved.values` or a manifest hold, checked again.
 
@@ -297,6 +223,6 @@ def load_values(values: Mapping[str, Any]) -> RunConfig:
     elastic = values.get("elastic")
     if isinstance(elastic, Mapping) and "multiple_of" not in elastic:
         values = {**values, "elastic": {**elastic, "multiple_of": dict.fromkeys(WIDTH_DIMS, 1)}}
-    config = _build(RunConfig, values, "", problems)
+    config = build(RunConfig, values, "", problems)
     raise_if_any([*problems, *model_problems(values.get("model") or {})])
     return config

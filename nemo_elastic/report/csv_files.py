@@ -12,7 +12,8 @@ from .budget_rows import KEPT, BudgetRow
 from .evaluations import rows as evaluation_rows
 from .layer_figures import layer_scores
 from .run_folder import RunFolder
-from .training_curves import Clock, router_series
+from .time_axis import Clock
+from .training_curves import router_series
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from .evaluations import columns as evaluation_columns
 from .evaluations import rows as evaluation_rows
 from .palette import DARK, LIGHT, budget_colour
 from .run_folder import RunFolder
-from .training_curves import Clock
+from .time_axis import Clock
 
 DASH = "–"
 TOTALS = ("total", "all")

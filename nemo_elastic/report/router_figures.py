@@ -11,7 +11,8 @@ from ..space.elastic_space import KIND_OF_DIM
 from .drawing import new_figure, short_count, tip
 from .palette import KIND_COLOURS, LIGHT, budget_colour
 from .run_folder import RunFolder
-from .training_curves import SIZE_WORDS, Clock, router_series
+from .time_axis import Clock
+from .training_curves import SIZE_WORDS, router_series
 
 Series = Mapping[str, Mapping[str, Sequence[tuple[int, Sequence[float]]]]]
 

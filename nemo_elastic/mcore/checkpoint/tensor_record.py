@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_elastic.checkpoint.reader import read_tensor
+from nemo_elastic.checkpoint.safetensors_reader import read_tensor
 from nemo_elastic.mcore.checkpoint.preflight import AllowListUnpickler, Chunk, RefusedPickle
 
 

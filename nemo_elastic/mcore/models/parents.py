@@ -17,9 +17,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ...checkpoint.reader import LazyTensor, SafetensorsReader, TensorReader, check_against_layout, lazy_tensors
+from ...checkpoint.atomic_folder import atomic_folder
+from ...checkpoint.reader import LazyTensor, TensorReader, check_against_layout, lazy_tensors
+from ...checkpoint.safetensors_reader import SafetensorsReader
 from ...checkpoint.tied import tied_reader
-from ...checkpoint.writer import atomic_folder, tensor_bytes, write_safetensors, write_safetensors_file
+from ...checkpoint.writer import tensor_bytes, write_safetensors, write_safetensors_file
 from ...config.parent_files import folder_of, is_hugging_face, read_json
 from ...config.sections import ParentConfig
 from ...importance.sorting import SortedReader, orders_to_tensors

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from nemo_elastic.checkpoint.atomic_folder import atomic_folder, check_target
 from nemo_elastic.checkpoint.extract import child_architecture, plain_model
 from nemo_elastic.checkpoint.gguf_file import GGUF_FILE, write_gguf
 from nemo_elastic.checkpoint.gguf_model import check_gguf
@@ -20,7 +21,6 @@ from nemo_elastic.checkpoint.hf_folder import write_hf_folder
 from nemo_elastic.checkpoint.reader import LazyTensor
 from nemo_elastic.checkpoint.schemas import PlainChild, plain_child
 from nemo_elastic.checkpoint.tokenizer_files import TOKENIZER_FILE
-from nemo_elastic.checkpoint.writer import atomic_folder, check_target
 from nemo_elastic.config.parent_files import BUILTIN, folder_of, parent_files
 from nemo_elastic.config.parent_nemo import read_nemo_context
 from nemo_elastic.config.sections import RunConfig

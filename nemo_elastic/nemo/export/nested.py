@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nemo_elastic.checkpoint.atomic_folder import atomic_folder
 from nemo_elastic.checkpoint.manifest import (
     FOLDER,
     PERMUTATIONS_FILE,
@@ -23,16 +24,10 @@ from nemo_elastic.checkpoint.manifest import (
     load_manifest,
     write_manifest,
 )
-from nemo_elastic.checkpoint.reader import (
-    LazyTensor,
-    MemoryReader,
-    SafetensorsReader,
-    TensorReader,
-    check_against_layout,
-    lazy_tensors,
-)
+from nemo_elastic.checkpoint.reader import LazyTensor, MemoryReader, TensorReader, check_against_layout, lazy_tensors
+from nemo_elastic.checkpoint.safetensors_reader import SafetensorsReader
 from nemo_elastic.checkpoint.tokenizer_files import TOKENIZER_FILE
-from nemo_elastic.checkpoint.writer import atomic_folder, write_safetensors_file
+from nemo_elastic.checkpoint.writer import write_safetensors_file
 from nemo_elastic.mcore.checkpoint.dist_checkpoint import TorchDistReader
 from nemo_elastic.space.layout import ParamLayout
 

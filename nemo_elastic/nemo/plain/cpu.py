@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from nemo_elastic.mcore.runtime import cpu
-from nemo_elastic.mcore.runtime.cpu import CPU, Shim, TorchOnCpu, is_cuda, see_torch_on_cpu
+from nemo_elastic.mcore.runtime.cpu import Shim
+from nemo_elastic.mcore.runtime.torch_on_cpu import CPU, TorchOnCpu, is_cuda, see_torch_on_cpu
 
 _installed: list[str] = []
 

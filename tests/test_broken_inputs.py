@@ -184,7 +184,7 @@ def test_the_good_files_are_accepted(good: Path, tmp_path: Path) -> None:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as err:
             assert main(command(Broken("", words), folder)) == 0, err.getvalue()
     from nemo_elastic.config import load_config
-    from nemo_elastic.nemo.export.checkpoints import check_text
+    from nemo_elastic.data.of_run import check_text
 
     for words in ("data.paths=[{w}/a.jsonl]", "data.paths=[]|data.blend=[{path: {w}/chat.jsonl}, {path: {w}/pair}]"):
         overrides = words.replace("{w}", str(folder)).split("|")

@@ -108,7 +108,7 @@ def test_train_refuses_before_it_writes_or_starts_anything(
 
 
 def test_a_tokenizer_must_fit_the_embedding(tmp_path: Path) -> None:
-    from nemo_elastic.nemo.export.checkpoints import check_text
+    from nemo_elastic.data.of_run import check_text
 
     content = json.loads(DEFAULT_TOKENIZER.read_text())
     content["model"]["vocab"]["one more"] = 2048

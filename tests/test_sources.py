@@ -12,8 +12,9 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from nemo_elastic.config.sections import BlendSource, ChatConfig
 from nemo_elastic.data.indexed_text import open_indexed
-from nemo_elastic.data.sources import collate, open_windows
+from nemo_elastic.data.sources import open_windows
 from nemo_elastic.data.tokenizer import BPETokenizer
+from nemo_elastic.nemo.plain.data import collate
 from nemo_elastic.problems import ProblemsError
 
 

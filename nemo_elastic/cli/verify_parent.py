@@ -28,7 +28,7 @@ def run_parent(arguments: argparse.Namespace) -> int:
 
     path = arguments.parent.replace("'", "''")  # a YAML word
     config = load_config(None, [f"parent.path='{path}'", *DEFAULTS, *overrides(arguments)]).config
-    from ..nemo.export.checkpoints import check_text
+    from ..data.of_run import check_text
     from ..nemo.export.verify_parent import verify_parent
     from ..nemo.run.train import data_module, heldout_batches
 

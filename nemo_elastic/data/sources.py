@@ -13,10 +13,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from nemo_elastic.config.sections import BlendSource, ChatConfig
-from nemo_elastic.data.blend import Blend, Sample, Source
+from nemo_elastic.data.blend import Blend, Source
 from nemo_elastic.data.conversations import PackedChat, PaddedChat, is_chat, load_conversations
 from nemo_elastic.data.corpus import DEFAULT_LIST
 from nemo_elastic.data.entries import CORPUS, prefix_of, text_files
@@ -132,11 +131,3 @@ def _open(
     if chat.layout == "packed":
         return PackedChat(conversations, seq_length, **how)
     return PaddedChat(conversations, seq_length, pad_id=tokenizer.pad_id, **how)
-
-
-def collate(samples: Sequence[Sample]) -> tuple[torch.Tensor, ...]:
-    """(tokens, labels) `[b, s]` of some samples, and the mask as a third when not every label counts."""
-    masks = [s[2] if len(s) > 2 else np.ones(len(s[0]), dtype=np.float32) for s in samples]
-    pair = tuple(torch.from_numpy(np.stack([s[k] for s in samples]).astype("int64")) for k in (0, 1))
-    mask = torch.from_numpy(np.stack(masks))
-    return pair if bool(mask.bool().all()) else (*pair, mask)

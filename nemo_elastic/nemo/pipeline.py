@@ -23,6 +23,7 @@ from nemo_elastic.checkpoint.manifest import Manifest
 from nemo_elastic.checkpoint.unpadded import UnpaddedReader
 from nemo_elastic.config.load import Resolved, leaves, plain
 from nemo_elastic.config.sections import RunConfig
+from nemo_elastic.data.of_run import end_of_text_name, tokenizer_source
 from nemo_elastic.family import family_of
 from nemo_elastic.files import write_json
 from nemo_elastic.importance.store import Importance
@@ -35,7 +36,7 @@ from nemo_elastic.mcore.models.parents import is_sorted_by, open_parent, sorted_
 from nemo_elastic.mcore.runtime import process_groups
 from nemo_elastic.mcore.runtime.automatic import settled_run
 from nemo_elastic.mcore.runtime.one_run import one_run
-from nemo_elastic.nemo.export.checkpoints import end_of_text_name, extract, open_nested, tokenizer_source, write_nested
+from nemo_elastic.nemo.export.checkpoints import extract, open_nested, write_nested
 from nemo_elastic.nemo.export.results import RESULTS, provenance, results_of
 from nemo_elastic.nemo.export.verify import verify
 from nemo_elastic.nemo.plain.logs import quiet

@@ -21,13 +21,9 @@ from nemo_elastic.checkpoint.hf_folder import write_hf_folder
 from nemo_elastic.checkpoint.reader import LazyTensor
 from nemo_elastic.checkpoint.schemas import PlainChild, plain_child
 from nemo_elastic.checkpoint.tokenizer_files import TOKENIZER_FILE
-from nemo_elastic.config.parent_files import BUILTIN, folder_of, parent_files
+from nemo_elastic.config.parent_files import folder_of, parent_files
 from nemo_elastic.config.parent_nemo import read_nemo_context
-from nemo_elastic.config.sections import RunConfig
-from nemo_elastic.config.special_tokens import row_problems
 from nemo_elastic.cost.counts import parameters
-from nemo_elastic.data.entries import entry_problems
-from nemo_elastic.data.tokenizer import DEFAULT_TOKENIZER, BPETokenizer
 from nemo_elastic.files import folder_problems
 from nemo_elastic.mcore.checkpoint.dist_checkpoint import TorchDistReader
 from nemo_elastic.nemo.export.gguf_child import gguf_child
@@ -66,75 +62,6 @@ def describe_parent(path: str) -> ParentDescription:
     if (folder / "config.json").is_file():
         return ParentDescription(parent_files(path).model, beside)
     return ParentDescription(None, beside)
-
-
-def tokenizer_of(run: RunConfig) -> str | None:
-    """The tokenizer.json of `data.tokenizer`, or the parent's own; None means the one of the tiny parent.
-
-    Raises:
-        ProblemsError: a parent that brings no tokenizer, and none given.
-    """
-    if run.data.tokenizer is not None:
-        given = Path(run.data.tokenizer)
-        return str(given / TOKENIZER_FILE if given.is_dir() else given)
-    if run.parent.path is None or run.parent.path.startswith(BUILTIN):
-        return None
-    found = describe_parent(run.parent.path).tokenizer
-    if found is None:
-        words = f"is not set, and the parent {run.parent.path!r} brings none; give a tokenizer.json"
-        raise ProblemsError([Problem("data.tokenizer", words)])
-    return str(found / TOKENIZER_FILE if found.is_dir() else found)
-
-
-def text_tokenizer(run: RunConfig) -> BPETokenizer:
-    """The tokenizer of a run's text, with the end of text that `data.end_of_text` or the parent's files say.
-
-    Raises:
-        ProblemsError: there is none, it cannot be read, or nobody says what ends a text.
-    """
-    try:
-        return BPETokenizer(tokenizer_of(run) or DEFAULT_TOKENIZER, run.data.end_of_text)
-    except ProblemsError:
-        raise
-    except ValueError as error:
-        raise ProblemsError([Problem("data.tokenizer", str(error).removeprefix("data.tokenizer="))]) from error
-
-
-def end_of_text_name(run: RunConfig) -> str:
-    """The token that ends a text of this run."""
-    tokenizer = text_tokenizer(run)
-    return tokenizer.tokenizer.id_to_token(tokenizer.eod)
-
-
-def tokenizer_source(run: RunConfig) -> Path:
-    """What travels with every checkpoint of a run: the folder of its tokenizer.json, or the file if it is alone."""
-    file = Path(tokenizer_of(run) or DEFAULT_TOKENIZER)
-    alone = file.name != TOKENIZER_FILE or file == DEFAULT_TOKENIZER  # beside that one lies a model section
-    return file if alone else file.parent
-
-
-def check_text(run: RunConfig, *, trains: bool = True) -> None:
-    """The run's text and tokenizer, before anything is started or written. Text that is not in the cache is tokenized.
-
-    Args:
-        trains: the text of all stages is read, and what is held out; otherwise only what ranking reads.
-
-    Raises:
-        ProblemsError: a tokenizer or a text that is not there or cannot be read, too little of it, an id that the
-            parent has no row for, or nobody says what ends a text.
-    """
-    file, rows = Path(tokenizer_of(run) or DEFAULT_TOKENIZER), int(run.model["vocab_size"])
-    raise_if_any([*entry_problems(run.data), *(row_problems(file, rows) if file.is_file() else ())])
-    tokenizer = text_tokenizer(run)
-    from nemo_elastic.data.sources import open_windows
-
-    lengths = [stage.seq_length for stage in run.train.stages] if trains else []
-    data, heldout = run.data, [("heldout", length) for length in lengths[-1:]]
-    for split, length in dict.fromkeys([("train", run.rank.seq_length), *(("train", n) for n in lengths), *heldout]):
-        open_windows(
-            split, tokenizer, length, blend=data.blend, chat=data.chat, paths=data.paths, vocab_size=rows,
-            shuffle=split == "train", cache_dir=data.cache_dir,
-        )  # fmt: skip
 
 
 def extract(

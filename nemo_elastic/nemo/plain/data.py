@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from nemo_elastic.config.load import plain
 from nemo_elastic.config.sections import BlendSource, ChatConfig, StageConfig
-from nemo_elastic.data.blend import Source
+from nemo_elastic.data.blend import Sample, Source
 from nemo_elastic.data.corpus import DEFAULT_LIST
 from nemo_elastic.data.sources import open_windows
 from nemo_elastic.distill.curriculum import history
@@ -65,6 +65,14 @@ def as_sample(arrays: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
         "loss_mask": mask[0] if mask else torch.ones(len(tokens)),
         "position_ids": torch.arange(len(tokens)),
     }
+
+
+def collate(samples: Sequence[Sample]) -> tuple[torch.Tensor, ...]:
+    """(tokens, labels) `[b, s]` of some samples, and the mask as a third when not every label counts."""
+    masks = [s[2] if len(s) > 2 else np.ones(len(s[0]), dtype=np.float32) for s in samples]
+    pair = tuple(torch.from_numpy(np.stack([s[k] for s in samples]).astype("int64")) for k in (0, 1))
+    mask = torch.from_numpy(np.stack(masks))
+    return pair if bool(mask.bool().all()) else (*pair, mask)
 
 
 class TextDataModule(pl.LightningDataModule, io.IOMixin):

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemo_elastic.data.of_run import check_text, text_tokenizer
+
 from ...config.load import Resolved, plain
 from ...config.sections import RunConfig, TrainConfig
 from ...data.blend import Source
@@ -29,7 +31,6 @@ from ...mcore.runtime import process_groups
 from ...mcore.runtime.automatic import settled
 from ...mcore.runtime.one_run import one_run
 from ...problems import raise_if_any
-from ..export.checkpoints import check_text, text_tokenizer
 
 FOLDER = "importance"
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from nemo_elastic.config.load import Resolved
 from nemo_elastic.config.sections import RunConfig
 from nemo_elastic.data.entries import entry_problems
+from nemo_elastic.data.of_run import check_text, text_tokenizer
 from nemo_elastic.data.tokens import default_cache_dir
 from nemo_elastic.distill.resume import changed_keys, stage_problems
 from nemo_elastic.family import family_of, parallel_problems
@@ -26,7 +27,6 @@ from nemo_elastic.importance.store import Importance
 from nemo_elastic.mcore.family.checks import HOW_TO_GO_ON, check_inputs, check_processes, is_ranked, run_problems
 from nemo_elastic.mcore.models.parents import open_parent, weights_digest
 from nemo_elastic.mcore.runtime.meeting import raise_together
-from nemo_elastic.nemo.export.checkpoints import check_text, text_tokenizer
 from nemo_elastic.problems import Problem, ProblemsError, raise_if_any
 from nemo_elastic.processes.runlock import lock_problems
 from nemo_elastic.processes.training_checkpoints import steps_done, whole_checkpoints

@@ -15,7 +15,7 @@ from nemo_elastic.config.load import plain
 from nemo_elastic.config.sections import RunConfig
 from nemo_elastic.cost.conditions import serving_of
 from nemo_elastic.data.blend import spread
-from nemo_elastic.data.sources import collate
+from nemo_elastic.data.of_run import tokenizer_of
 from nemo_elastic.distill.curriculum import total_steps
 from nemo_elastic.family import Family, family_of, parallel_problems
 from nemo_elastic.mcore.checkpoint.held_checkpoint import HeldCheckpoint
@@ -25,8 +25,7 @@ from nemo_elastic.mcore.family.planner import Planner
 from nemo_elastic.mcore.models.parents import sorted_parent
 from nemo_elastic.mcore.runtime import process_groups
 from nemo_elastic.mcore.runtime.automatic import settled
-from nemo_elastic.nemo.export.checkpoints import tokenizer_of
-from nemo_elastic.nemo.plain.data import TextDataModule
+from nemo_elastic.nemo.plain.data import TextDataModule, collate
 from nemo_elastic.nemo.plain.logs import quiet
 from nemo_elastic.nemo.plain.plain_config import plain_model_config
 from nemo_elastic.nemo.plain.tokenizer import load_tokenizer

@@ -276,16 +276,14 @@ def _texts() -> Iterator[Broken]:
         spoil = _to("a.jsonl", lambda old, line=line: old + line)
         verb = ("train", "rank", "quickstart")[number % 3]
         yield Broken(f"a line is {name}", (*_words(verb), "data.paths=[{w}/a.jsonl]"), spoil)
-        yield Broken(
-            f"a line is {name}", (*_words("train"), "data.paths=[]", "data.blend=[{path: {w}/a.jsonl}]"), spoil
-        )
+        for verb in ("train", "data"):
+            yield Broken(
+                f"a line is {name}", (*_words(verb), "data.paths=[]", "data.blend=[{path: {w}/a.jsonl}]"), spoil
+            )
     for name, turn in turns.items():
         spoil = _to("chat.jsonl", lambda old, turn=turn: old + json.dumps(turn).encode())
-        yield Broken(
-            f"a conversation has {name}",
-            (*_words("train"), "data.paths=[]", "data.blend=[{path: {w}/chat.jsonl}]"),
-            spoil,
-        )
+        for verb in ("train", "data"):
+            yield Broken(f"a conversation has {name}", (*_words(verb), *_CHAT), spoil)
     for ending in (".jsonl.gz", ".txt.bz2", ".jsonl.xz", ".txt.zst", ".parquet"):
         for name, content in (("noise", NOISE), ("text", b"some text\n"), ("empty", b"")):
             spoil = _to(f"b{ending}", lambda old, new=content: new)
@@ -293,13 +291,17 @@ def _texts() -> Iterator[Broken]:
     for name, spoil in (*binary_spoils("pair.idx"), *binary_spoils("pair.bin", "a huge header")):
         yield Broken(name, (*_words("rank"), "data.paths=[]", "data.blend=[{path: {w}/pair}]"), spoil)
     for path in ("{w}/nothing", "{w}/run.yaml", "{w}/family/children", "/dev/zero", "''"):
-        yield Broken(f"data.paths=[{path}]", (*_words("train"), f"data.paths=[{path}]"))
+        for verb in ("train", "data"):
+            yield Broken(f"data.paths=[{path}]", (*_words(verb), f"data.paths=[{path}]"))
+    for flag in ("--samples=-1", "--documents=-3", "--documents=many"):
+        yield Broken(f"data {flag}", (*_words("data"), flag))
     yield Broken(
         "too little text", (*_words("train"), "data.paths=[{w}/c.txt]"), _to("c.txt", lambda old: b"a few words")
     )
     yield Broken("a tokenizer's words", (*_words("train"), "data.chat.template={w}/nothing.jinja", *_CHAT))
     broken = _to("parent/chat_template.jinja", lambda old: b"{% if %}")
     yield Broken("a chat template that is none", (*_words("train"), *_CHAT), broken)
+    yield Broken("a chat template that is none", (*_words("data"), *_CHAT), broken)
     refusing = _to("parent/chat_template.jinja", lambda old: b"{{ raise_exception('no') }}")
     yield Broken("a chat template that refuses", (*_words("train"), *_CHAT), refusing)
 

@@ -22,6 +22,7 @@ PATHS = ("config", "out", "output", "ranking", "subnet", "hf_python")  # flags t
 VERBS = (
     "plan",
     "config",
+    "data",
     "rank",
     "sort",
     "train",

@@ -12,6 +12,7 @@ from ..problems import Problem, ProblemsError, raise_if_any
 from .arguments import configuration, folders, is_override, overrides, verb_parser
 
 EXAMPLES = """examples:
+  nemo-elastic plan /models/my_parent                    # is it supported, and what a family of it could be
   nemo-elastic plan --config conf/nemotron_nano_12b_v2.yaml
   nemo-elastic plan --config conf/nemotron_nano_12b_v2.yaml --json report.sequence_length=32768 report.profile=fp8
   nemo-elastic plan --config conf/my_parent.yaml train.tensor_model_parallel_size=4
@@ -51,8 +52,10 @@ def add_parser(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan; 2 when it has problems."""
     raise_if_any(_misplaced(arguments))
-    found = folders(arguments, "NESTED", optional=1) if not arguments.config else folders(arguments)
-    if found:
+    found = folders(arguments, "NESTED or PARENT", optional=1) if not arguments.config else folders(arguments)
+    if found and _names_parent(arguments):
+        result = _of_parent(found[0])
+    elif found:
         result = _of_nested(arguments, found[0])
     elif arguments.search:
         result = _proposals(arguments)
@@ -71,8 +74,26 @@ def run(arguments: argparse.Namespace) -> int:
     return 2 if result["problems"] else 0
 
 
+def _names_parent(arguments: argparse.Namespace) -> bool:
+    from ..plan.of_parent import is_parent
+
+    return any(is_parent(word) for word in arguments.words if not is_override(word))
+
+
+def _of_parent(folder: str) -> dict[str, Any]:
+    """The plan of the configuration that `config --from` would write; a parent that is not supported is refused."""
+    from ..plan.of_parent import plan_parent
+
+    return plan_parent(folder)
+
+
 def _misplaced(arguments: argparse.Namespace) -> list[Problem]:
     nested = not arguments.config and any(not is_override(word) for word in arguments.words)
+    if nested and _names_parent(arguments):
+        flags = ("search", "ranking", "score", "train", "budget", "output", "force")
+        given = [f"--{name}" for name in flags if getattr(arguments, name)] + overrides(arguments)
+        words = "does not go with a parent's folder; change what `nemo-elastic config --from PARENT > mine.yaml` writes"
+        return [Problem(word, words) for word in given]
     found = []
     if arguments.budget and not nested:
         found.append(Problem("--budget", "is for `plan NESTED`; budgets of a configuration are in elastic.budgets"))

@@ -1,4 +1,4 @@
-"""The configuration to start from for a parent: what `config --from PARENT` writes.
+"""The configuration to start from for a parent: what `config --from PARENT` writes, and `plan PARENT` shows.
 
 The model itself is left out, as the parent's own files say it. Per dim the sizes are the parent's and a few smaller
 ones that its groups and kernels allow; budgets are three quarters and half of the parent, or what the smallest child
@@ -9,8 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..config.load import load_values
+import yaml
+
+from ..config.load import load_config, load_values
 from ..config.parent_files import folder_of, parent_files
+from ..config.sections import RunConfig
 from ..cost.counts import parameters
 from ..family import Family, family_of
 from ..kinds import dims
@@ -31,7 +34,7 @@ def starting_configuration(path: str) -> str:
     folder, said = folder_of(path), parent_files(path)
     if said is None:
         words = f"nothing in {path!r} describes a model (config.json, or context/ of a NeMo checkpoint)"
-        raise ProblemsError([Problem("--from", words)])
+        raise ProblemsError([Problem(path, words)])
     family = _family(path, said.model)
     sizes = {name: dim.choices for name, dim in family.space.dims.items() if len(dim.choices) > 1}
     arch, whole = family.architecture, parameters(family.layout, family.space.full_subnet())
@@ -69,6 +72,18 @@ def starting_configuration(path: str) -> str:
         f"    - {{tokens: 1.0e+9, seq_length: {length}, global_batch_size: 64}}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def starting_run(path: str) -> RunConfig:
+    """`starting_configuration` as a configuration, the parent's model in it.
+
+    Raises:
+        ProblemsError: as there.
+    """
+    text = starting_configuration(path)
+    said = parent_files(path)
+    assert said is not None, "it has a configuration to start from"
+    return load_config(None, base={**yaml.safe_load(text), "model": dict(said.model)}).config
 
 
 def _family(path: str, model: Mapping[str, Any]) -> Family:

@@ -1,5 +1,7 @@
 """SIGTERM as launchers send it: to the launcher, to every process of a group, to one worker; twice; while saving.
 
+One worker gets SIGUSR1 instead, as Slurm warns of the end of a job; `train.max_time` ends a run in the same way.
+
 Right is always the same: every rank leaves with 143, the last checkpoint is whole and later than the signal, and no
 process stays behind.
 """
@@ -14,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from small_run import Server, helpers_of
+from small_run import Server, difference, helpers_of
 
 pytest.importorskip("nemo.lightning")
 pytestmark = pytest.mark.slow
@@ -35,8 +37,10 @@ def send(who: str, pids: list[int]) -> None:
     if who == "group":
         for pid in pids:
             os.killpg(pid, signal.SIGTERM)
+    elif who == "first worker":
+        os.kill(pids[0], signal.SIGTERM)
     else:
-        os.kill(pids[0] if who == "first worker" else pids[-1], signal.SIGTERM)
+        os.kill(pids[-1], signal.SIGUSR1)
 
 
 def check_stopped(out: Path, text: str, after: int) -> None:
@@ -82,6 +86,17 @@ def test_the_launcher_of_nproc_passes_a_signal_on_and_leaves_with_143(small_runs
         finally:
             launcher.kill()  # its workers end with it
     check_stopped(out, Path(f"{out}.log").read_text(), after=7)
+
+
+def test_the_end_of_its_time_is_heard_as_a_signal_is(small_runs: Server) -> None:
+    out = small_runs.ranked("timed")
+    small_runs.run(out, "train.max_time=0.001", codes=(143,))
+    text = Path(f"{out}.log").read_text()
+    check_stopped(out, text, after=0)
+    assert "stopped after step 1 of 16" in text, "no time is left for a second step"
+    small_runs.run(out, "train.max_time=01:00:00", "train.keep_checkpoints=1", resume=True)
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["step=15"]
+    assert difference(out / "nested", small_runs.folder / "whole" / "nested") == []
 
 
 def test_ctrl_c_leaves_with_130_and_one_line(small_runs: Server) -> None:

@@ -6,7 +6,7 @@ kills after 30 seconds whoever still saves a checkpoint. Here the workers' own m
     all end with 0                      0
     a worker ends with another code     that code, once the others have ended too (told to after GRACE seconds)
     a worker is killed by signal n      128 + n, and a line that says so
-    SIGTERM or SIGINT to the launcher   passed on to every worker; it waits for as long as they need
+    SIGTERM, SIGINT, SIGUSR1 to it      passed on to every worker; it waits for as long as they need
 
 Several machines are torchrun's business (docs/cli.md). Workers end when the launcher is killed.
 """
@@ -21,12 +21,13 @@ import time
 from collections.abc import Sequence
 
 from ..processes.orphans import end_with_parent
+from ..processes.started import VARIABLE, started
 
 GRACE = 15.0  # seconds that the others have for a message of their own; then they are told to end
 PATIENCE = 60.0  # seconds from there until what still runs is killed
 LAUNCHER = "NEMO_ELASTIC_LAUNCHER"  # its process id, in the workers' environment
 STOPPED = (143, -signal.SIGTERM)
-PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 def launch(command: Sequence[str], count: int) -> int:
@@ -36,7 +37,8 @@ def launch(command: Sequence[str], count: int) -> int:
     # The workers meet at a store that is open before the first of them starts: no port is free now and taken then.
     store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
     shared = {
-        LAUNCHER: str(os.getpid()), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
+        LAUNCHER: str(os.getpid()), VARIABLE: str(started()),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
         "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1",
         "ROLE_WORLD_SIZE": str(count), "TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "0",
         "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_MAX_RESTARTS": "0",

@@ -41,10 +41,14 @@ def _cost(training: Row) -> list[Any]:
     total = f"{count(training['tokens'])} tokens, {training['flops']['total']:.3g} FLOPs"
     children = ", ".join(f"{escape(name)} {size(n)}" for name, n in disk["children"].items())
     hours = f"{training['gpu_hours']:,.0f}" if training["gpu_hours"] >= 10 else f"{training['gpu_hours']:.2g}"
+    whole = training["disk_bytes"]
+    over = f"{size(whole['total'])} at most, {size(whole['training'])} of it training checkpoints"
+    cache = f", {size(whole['teacher_cache'])} the teacher's states" if whole["teacher_cache"] else ""
     return [
         table,
         f"in all: {total}: {hours} GPU-hours at {rate}",
         f"on disk: a training checkpoint {size(disk['training'])}, nested {size(disk['nested'])}; children: {children}",
+        f"over the whole run: {over}{cache}",
     ]
 
 
@@ -59,7 +63,8 @@ def _run(run: Row) -> list[Any]:
     sizes = f"TP {layout['tensor_model_parallel_size']} x PP {layout['pipeline_model_parallel_size']}"
     replicas = layout["largest_data_parallel_size"]
     lines.append(f"layout:  {sizes} = {layout['gpus_per_replica']} GPUs a replica, up to {replicas:,} replicas")
-    lines.append(f"saved:   every {saved['every_steps']:,} steps, {saved['count']:,} checkpoints")
+    stay = "all stay" if saved["kept"] == saved["count"] else f"{saved['kept']:,} stay (train.keep_checkpoints)"
+    lines.append(f"saved:   every {saved['every_steps']:,} steps, {saved['count']:,} checkpoints, {stay}")
     return [*lines, _schedule(run["schedule"])]
 
 

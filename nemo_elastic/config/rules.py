@@ -7,6 +7,7 @@ from ..cost.conditions import byte_profile
 from ..kinds import kinds_by_dim
 from ..problems import Problem, ProblemsError, did_you_mean
 from ..space.elastic_space import DIMS, WIDTH_DIMS, name_problems
+from .durations import seconds_of
 from .sections import AUTO, PHASES, RunConfig, StageConfig
 
 ALLOWED = {
@@ -89,6 +90,7 @@ def rule_problems(config: RunConfig) -> list[Problem]:
         words = "false needs train.precision=32: Megatron's plain optimizer cannot save bf16; leave it empty or true"
         found.append(Problem("train.use_distributed_optimizer", words))
     found += _rate_problems(config)
+    found += _saving_problems(config)
     return [
         *found,
         *_profile_problems(config),
@@ -103,6 +105,25 @@ def _get(config: RunConfig, key: str) -> object:
     for name in key.split("."):
         value = getattr(value, name)
     return value
+
+
+def _saving_problems(config: RunConfig) -> Iterable[Problem]:
+    train = config.train
+    for name in ("keep_checkpoints", "keep_every_steps"):
+        if getattr(train, name) is not None and getattr(train, name) < 1:
+            yield Problem(f"train.{name}", f"{getattr(train, name)} must be at least 1; empty: no limit")
+    every = train.keep_every_steps
+    if every is not None and train.keep_checkpoints is None:
+        yield Problem("train.keep_every_steps", f"{every} has no use while all are kept; set train.keep_checkpoints")
+    elif every is not None and train.save_every_steps > 0 and every % train.save_every_steps:
+        words = (
+            f"{every} must be a multiple of train.save_every_steps={train.save_every_steps}, when there are checkpoints"
+        )
+        yield Problem("train.keep_every_steps", words)
+    try:
+        seconds_of(train.max_time)
+    except ValueError as error:
+        yield Problem("train.max_time", str(error))
 
 
 def _rate_problems(config: RunConfig) -> Iterable[Problem]:

@@ -199,6 +199,9 @@ class TrainConfig:
     val_every_steps: int = 100
     val_samples: int = 32
     save_every_steps: int = 100
+    keep_checkpoints: int | None = None  # the newest n training checkpoints stay; empty: all of them
+    keep_every_steps: int | None = None  # beside those, every one after a multiple of so many steps stays
+    max_time: str | None = None  # HH:MM:SS or D-HH:MM:SS after the start, or seconds: then the run saves and stops
     loggers: tuple[str, ...] = ()  # tensorboard, wandb; logs/metrics.csv is always written
     wandb_project: str | None = None  # empty: nemo-elastic
     wait_minutes: float = 1440.0  # how long processes wait for one that sorts, nests or extracts, before they give up

@@ -17,8 +17,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from ..config.parent_files import BUILTIN
 from ..config.sections import AUTO, PHASES, RunConfig, StageConfig
 from ..cost.counts import flops, parameters
 from ..family import Family
@@ -48,7 +50,8 @@ def training_cost(run: RunConfig, family: Family, subnets: Mapping[str, Subnet])
         "flops": {"teacher": teacher, "students": students, "total": teacher + students},
         "gpu_hours": (teacher + students) / rate / 3600,
         "assumed": {"mfu": run.report.mfu, "peak_tflops": run.report.peak_tflops},
-        "checkpoint_bytes": checkpoint_bytes(run, family, subnets),
+        "checkpoint_bytes": (each := checkpoint_bytes(run, family, subnets)),
+        "disk_bytes": disk_bytes(run, family, each),
     }
 
 
@@ -68,6 +71,49 @@ def checkpoint_bytes(run: RunConfig, family: Family, subnets: Mapping[str, Subne
         "nested": total * weights,
         "children": {name: parameters(family.layout, subnet) * child for name, subnet in subnets.items()},
     }
+
+
+def disk_bytes(run: RunConfig, family: Family, each: Mapping[str, Any]) -> dict[str, int]:
+    """Bytes that the whole run needs at most: training checkpoints that are kept, and one that is being written; the
+    sorted parent (as its files hold it, else in fp32); nested and children; final states of a teacher cache.
+
+    Args:
+        each: `checkpoint_bytes`.
+    """
+    full = family.space.full_subnet()
+    tokens = sum(s.steps * s.global_batch_size * s.seq_length for s in run.train.stages)
+    mixed = run.train.precision not in ("32", AUTO)
+    parts = {
+        "training": checkpoints_kept(run)["most"] * each["training"],
+        "sorted": weight_bytes(run.parent.path) or parameters(family.layout, full) * 4,
+        "nested": each["nested"],
+        "children": sum(each["children"].values()),
+        "teacher_cache": tokens * full.hidden_size * (2 if mixed else 4) if run.distill.teacher_cache else 0,
+    }
+    return {**parts, "total": sum(parts.values())}
+
+
+def checkpoints_kept(run: RunConfig) -> dict[str, int]:
+    """How many training checkpoints a run writes, keeps to its end, and has at most at any moment."""
+    steps = total_steps(run.train.stages)
+    every = min(run.train.save_every_steps, max(steps, 1))
+    written = -(-steps // every)
+    last, forever = run.train.keep_checkpoints, run.train.keep_every_steps
+    if last is None:
+        return {"count": written, "kept": written, "most": written}
+    old = max(0, written - last)  # the last of all may fall on no multiple, and is among the newest
+    kept = min(written, last) + (sum(1 for k in range(1, old + 1) if not k * every % forever) if forever else 0)
+    return {"count": written, "kept": kept, "most": min(written, kept + 1)}
+
+
+def weight_bytes(parent: str | None) -> int | None:
+    """Bytes of a parent's weight files; None where there are none."""
+    if parent is None or parent.startswith(BUILTIN):
+        return None
+    folder = Path(parent).expanduser()
+    files = [*folder.glob("*.safetensors"), *(folder / "weights").glob("*.distcp")]
+    files = [folder] if folder.is_file() else files
+    return sum(file.stat().st_size for file in files) or None
 
 
 def _training_bytes(mixed: bool, distributed: bool) -> int:

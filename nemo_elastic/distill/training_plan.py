@@ -15,6 +15,7 @@ from ..family import Family
 from ..router.schedule import Timeline, resolve_recipe
 from ..space.choices import choice_shapes
 from .curriculum import learning_rate, stage_at, tokens_before, total_steps
+from .training_cost import checkpoints_kept
 
 EVEN_POINTS = 8  # of the schedules, beside those where something changes
 
@@ -37,7 +38,7 @@ def training_plan(run: RunConfig, family: Family) -> dict[str, Any] | None:
                     for b in family.budgets},
         "phases": _phases(timeline, bool(learned)),
         "schedule": [_point(run, config, timeline, step, bool(learned)) for step in _steps(run, timeline)],
-        "checkpoints": {"every_steps": every, "count": -(-steps // every)},
+        "checkpoints": {"every_steps": every, **checkpoints_kept(run)},
         "parallel": {
             "tensor_model_parallel_size": run.train.tensor_model_parallel_size,
             "pipeline_model_parallel_size": run.train.pipeline_model_parallel_size,

@@ -1,17 +1,20 @@
 """Which training checkpoints of a run are whole.
 
 A checkpoint is whole when NeMo's marker (`step=N-unfinished`, removed last) is gone and Megatron wrote its own last
-file, `weights/metadata.json`. Anything else is what a killed process left: it is ignored, and removed on resume.
+file, `weights/metadata.json`. Anything else is what a killed process left: it is ignored, and removed on resume. One
+that is deleted is renamed first (`.removed-step=N`), so that no half of it is ever taken for a whole one.
 """
 
 import logging
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
 LAST_FILES = ("weights/.metadata", "weights/common.pt", "weights/metadata.json")
 NAME = re.compile(r"step=(\d+)")
+REMOVED = ".removed-"
 UNFINISHED = "-unfinished"  # ModelCheckpoint.UNFINISHED_CHECKPOINT_SUFFIX of NeMo
 
 
@@ -43,3 +46,20 @@ def remove_unfinished(out: Path) -> None:
             shutil.rmtree(path)
     for marker in folder.glob(f"*{UNFINISHED}"):
         marker.unlink()
+    for rest in folder.glob(f"{REMOVED}*"):
+        shutil.rmtree(rest)
+
+
+def superfluous(whole: Sequence[Path], last: int, every: int | None = None) -> list[Path]:
+    """Of whole checkpoints in the order of their steps, those that are neither among the `last` newest nor made after a
+    multiple of `every` steps.
+    """
+    old = whole[: max(0, len(whole) - last)]
+    return [path for path in old if not every or steps_done(path) % every]
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Take a checkpoint out of those of the run, at once; what is left of it is the caller's to delete."""
+    aside = checkpoint.with_name(f"{REMOVED}{checkpoint.name}")
+    checkpoint.rename(aside)
+    return aside

@@ -10,6 +10,8 @@ each at its own machine's folders, and all come to the same answer (`mcore.runti
 
 from __future__ import annotations
 
+import logging
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,6 +22,7 @@ from nemo_elastic.data.entries import entry_problems
 from nemo_elastic.data.of_run import check_text, text_tokenizer
 from nemo_elastic.data.tokens import default_cache_dir
 from nemo_elastic.distill.resume import changed_keys, stage_problems
+from nemo_elastic.distill.training_cost import checkpoint_bytes, checkpoints_kept, disk_bytes
 from nemo_elastic.family import family_of, parallel_problems
 from nemo_elastic.files import folder_problems
 from nemo_elastic.importance.belongs import foreign_scores
@@ -31,6 +34,7 @@ from nemo_elastic.problems import Problem, ProblemsError, raise_if_any
 from nemo_elastic.processes.runlock import lock_problems
 from nemo_elastic.processes.training_checkpoints import steps_done, whole_checkpoints
 
+logger = logging.getLogger(__name__)
 LONGEST_TMPDIR = 75  # a socket's path has 107 bytes; multiprocessing adds `/pymp-xxxxxxxx/listener-xxxxxxxx`
 BOTH = "goes on with the run that --force would remove; leave one of the two out"
 Check = Callable[[], Iterable[Problem] | None]
@@ -89,6 +93,7 @@ def check_train(
             *_surroundings(config, out),
             lambda: run_problems(out, force=force, resume=resume, remedy=remedy),
             lambda: [Problem("--resume", BOTH)] if force and resume else None,
+            lambda: _disk(config, out),
             lambda: _stored(resolved, out) if again else None,
             lambda: _kept(resolved, out) if resume else None,
         )
@@ -144,6 +149,27 @@ def _temporary(config: RunConfig) -> list[Problem]:
         return []
     words = f"{config.data.num_workers} needs a TMPDIR of at most {LONGEST_TMPDIR} bytes, {folder!r} has "
     return [Problem("data.num_workers", f"{words}{len(folder.encode())}; export TMPDIR=/tmp, or set it to 0")]
+
+
+def _disk(config: RunConfig, out: Path) -> list[Problem]:
+    """Room for the run: two training checkpoints at least, as one goes when the next is whole; a warning below all."""
+    family = family_of(config)
+    each = checkpoint_bytes(config, family, {})
+    needed = disk_bytes(config, family, each)
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(there).free
+    had = sum(
+        f.stat().st_size for part in ("checkpoints", "sorted", "nested") for f in (out / part).rglob("*") if f.is_file()
+    )
+    least = needed["sorted"] + needed["nested"] + min(2, checkpoints_kept(config)["count"]) * each["training"]
+    words = f"{there} has {free / 1e9:.3g} GB free"
+    if free + had < least:
+        return [Problem("--out", f"{words}, and this run needs {least / 1e9:.3g} GB at the least; name another disk")]
+    if free + had < needed["total"] - needed["teacher_cache"]:
+        more = f"the whole run would take {needed['total'] / 1e9:,.3g} GB"
+        more += f"; train.keep_checkpoints=1 takes {least / 1e9:,.3g}"
+        logger.warning("%s, %s", words, more)
+    return []
 
 
 def _not_trained(out: Path) -> list[Problem]:

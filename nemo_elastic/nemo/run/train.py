@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from nemo_elastic.config.durations import seconds_of
 from nemo_elastic.config.load import plain
 from nemo_elastic.config.sections import RunConfig
 from nemo_elastic.cost.conditions import serving_of
@@ -34,6 +35,7 @@ from nemo_elastic.nemo.run.cached_teacher import CachedTeacher
 from nemo_elastic.nemo.run.callback import ElasticCallback
 from nemo_elastic.nemo.run.elastic_model import ElasticMambaModel, ElasticSSMConfig
 from nemo_elastic.nemo.run.guard import FiniteGuard
+from nemo_elastic.nemo.run.kept_checkpoints import KeptCheckpoints
 from nemo_elastic.nemo.run.learning_rate import ROUTER_MARK, CurriculumRate
 from nemo_elastic.nemo.run.loggers import finish, loggers_of
 from nemo_elastic.nemo.run.resume import StopOnSignal, interrupts_as_they_are
@@ -75,7 +77,7 @@ def train(
 
     Raises:
         ProblemsError: a layout or curriculum that cannot run; a NaN or Inf on the way.
-        Stopped: SIGTERM; the state is saved.
+        Stopped: a signal, or `train.max_time` is over; the state is saved.
     """
     run, parent = settled(run), sorted_parent(sorted_folder)
     family = family_of(run, parent.depth_ranking)
@@ -129,7 +131,9 @@ def train(
     teacher = CachedTeacher(run, data, sorted_folder, config.params_dtype) if run.distill.teacher_cache else None
     guard = FiniteGuard()
     callback = ElasticCallback(run, planner, out, heldout_batches(data, run), guard, progress, teacher)
-    stop = StopOnSignal() if run.train.preemption else None
+    stop = StopOnSignal(run.train.preemption, seconds_of(run.train.max_time))
+    kept = run.train.keep_checkpoints
+    keep = None if kept is None else KeptCheckpoints(out, kept, run.train.keep_every_steps)
     trainer = build_trainer(
         out,
         max_steps=steps,
@@ -137,7 +141,7 @@ def train(
         micro_batch_size=stages[0].micro_batch_size or run.train.micro_batch_size,
         use_distributed_optimizer=run.train.distributed_optimizer,
         checkpoint_every=min(run.train.save_every_steps, steps),
-        callbacks=[callback, guard, *filter(None, [stop])],
+        callbacks=[callback, guard, stop, *filter(None, [keep])],
         loggers=loggers_of(run, out, steps_done(resume_from)),
         log_every_n_steps=run.train.log_every_steps,
         seed=run.train.seed,
@@ -148,11 +152,14 @@ def train(
     trainer.strategy.ddp_config.check_for_nan_in_grad = False
     quiet()
     # Megatron's loader unpickles: it is given what was checked.
-    with stop or nullcontext(), HeldCheckpoint(resume_from) if resume_from else nullcontext() as checked:
+    held = HeldCheckpoint(resume_from) if resume_from else nullcontext()
+    with keep or nullcontext(), stop, held as checked:
         with interrupts_as_they_are():
             trainer.fit(model, data, ckpt_path=None if checked is None else str(checked))
         finish(trainer.loggers)
         process_groups.barrier()  # the first rank takes the mark of an unfinished checkpoint away last
+        if keep is not None:
+            keep.clear()
     callback.catch_up(trainer, model)
     last = process_groups.on_first_rank(lambda: latest_checkpoint(out))
     if trainer.global_step < steps:

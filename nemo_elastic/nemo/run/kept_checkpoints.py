@@ -1,0 +1,61 @@
+"""`train.keep_checkpoints`: old training checkpoints go once newer ones are whole.
+
+Looked at before every step, when the save of the step before has ended, and once behind the last: a checkpoint leaves
+only while as many newer ones as are to be kept are whole. The first rank renames it; it is deleted beside the run.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+
+from nemo_elastic.mcore.runtime import process_groups
+from nemo_elastic.processes.training_checkpoints import set_aside, superfluous, whole_checkpoints
+
+logger = logging.getLogger(__name__)
+
+
+class KeptCheckpoints(pl.Callback):
+    """Keeps the newest `last` checkpoints of a run, and those after multiples of `every` steps.
+
+    A context around `trainer.fit`, which waits for what is being deleted.
+    """
+
+    def __init__(self, out: Path, last: int, every: int | None = None) -> None:
+        self.out, self.last, self.every = out, last, every
+        self._saved = False
+        self._worker = ThreadPoolExecutor(1, "deletes-checkpoints")
+        self._deleting: list[Future[None]] = []
+
+    def __enter__(self) -> KeptCheckpoints:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._worker.shutdown(wait=True)
+
+    def on_save_checkpoint(self, *_: Any) -> None:
+        """One is being written: there is something to look at when it is whole."""
+        self._saved = True
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """The save of the step before has ended."""
+        if self._saved:
+            self.clear()
+
+    def clear(self) -> None:
+        """Delete what is superfluous now. Every rank may call it; the first one works."""
+        self._saved = False
+        if process_groups.rank():
+            return
+        for path in superfluous(whole_checkpoints(self.out), self.last, self.every):
+            logger.info("%s: newer checkpoints are whole, it goes (train.keep_checkpoints)", path)
+            self._deleting.append(self._worker.submit(shutil.rmtree, set_aside(path)))
+        for done in [future for future in self._deleting if future.done()]:
+            self._deleting.remove(done)
+            if (error := done.exception()) is not None:
+                logger.warning("an old checkpoint could not be deleted: %s", error)

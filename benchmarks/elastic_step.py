@@ -32,8 +32,10 @@ from torch.utils._pytree import tree_leaves
 from nemo_elastic.cost.counts import flops, parameters
 from nemo_elastic.mcore.runtime import cpu
 from nemo_elastic.space.architecture import Architecture
-from nemo_elastic.space.elastic_space import WIDTH_DIMS, ElasticSpace, Subnet, dim_groups
+from nemo_elastic.space.dims import WIDTH_DIMS, dim_groups
+from nemo_elastic.space.elastic_space import ElasticSpace
 from nemo_elastic.space.layout import ParamLayout
+from nemo_elastic.space.subnet import Subnet
 
 LIMIT_SLICED, LIMIT_FULL = 1.08, 1.03
 FFN_GROUPS = 8

@@ -54,7 +54,8 @@ def make(folder: Path, quick: bool) -> None:
     from nemo_elastic.data.tokenizer import DEFAULT_TOKENIZER
     from nemo_elastic.nemo.export.checkpoints import write_nested
     from nemo_elastic.nemo.plain import cpu
-    from nemo_elastic.space.elastic_space import Budget, ElasticSpace
+    from nemo_elastic.space.budget import Budget
+    from nemo_elastic.space.elastic_space import ElasticSpace
     from nemo_elastic.space.layout import ParamLayout
 
     cpu.install()

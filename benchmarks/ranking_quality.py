@@ -39,8 +39,10 @@ from nemo_elastic.mcore.models.parents import open_parent, whole_state
 from nemo_elastic.mcore.ranking.collect import WidthSettings, collect_widths
 from nemo_elastic.mcore.ranking.depth import DepthAblation, cosine_scores
 from nemo_elastic.mcore.runtime import process_groups
-from nemo_elastic.space.elastic_space import WIDTH_DIMS, ElasticSpace, Subnet, dim_groups
+from nemo_elastic.space.dims import WIDTH_DIMS, dim_groups
+from nemo_elastic.space.elastic_space import ElasticSpace
 from nemo_elastic.space.layout import ParamLayout
+from nemo_elastic.space.subnet import Subnet
 
 FRACTIONS = (0.9, 0.75, 0.5)
 # dim -> named choices of scores to compare; the first one is the default of `rank`.

@@ -34,7 +34,8 @@ from nemo_elastic.router.sampling import gumbel_noise
 from nemo_elastic.router.schedule import Timeline, resolve_recipe
 from nemo_elastic.router.selection import one_hot, soft_masks
 from nemo_elastic.shapes.search import uniform_selection
-from nemo_elastic.space.elastic_space import Budget, ElasticSpace
+from nemo_elastic.space.budget import Budget
+from nemo_elastic.space.elastic_space import ElasticSpace
 from nemo_elastic.space.layout import ParamLayout
 
 RECIPES = {"default": RouterConfig(), "paper": RouterConfig(recipe="paper")}

@@ -29,7 +29,8 @@ from nemo_elastic.config.model_fields import architecture_of
 from nemo_elastic.cost.counts import parameters
 from nemo_elastic.mcore.models.parents import open_parent, whole_state
 from nemo_elastic.serving import ElasticFamily
-from nemo_elastic.space.elastic_space import Budget, ElasticSpace
+from nemo_elastic.space.budget import Budget
+from nemo_elastic.space.elastic_space import ElasticSpace
 from nemo_elastic.space.layout import ParamLayout
 
 GOALS = {"memory_ratio_to_parent": 1.02, "switch_ms": 50.0}

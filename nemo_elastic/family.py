@@ -14,17 +14,11 @@ from .problems import Problem, ProblemsError, raise_if_any
 from .shapes.search import propose_uniform
 from .space.alignment import rounding_step
 from .space.architecture import Architecture
-from .space.elastic_space import (
-    DIMS,
-    Budget,
-    ElasticDim,
-    ElasticSpace,
-    Subnet,
-    dim_groups,
-    parent_size,
-    resolve_choices,
-)
+from .space.budget import Budget
+from .space.dims import DIMS, ElasticDim, dim_groups, parent_size, resolve_choices
+from .space.elastic_space import ElasticSpace
 from .space.layout import ParamLayout
+from .space.subnet import Subnet
 
 
 @dataclass(frozen=True, kw_only=True)

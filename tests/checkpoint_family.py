@@ -7,7 +7,9 @@ import torch
 
 from nemo_elastic.checkpoint.manifest import Manifest
 from nemo_elastic.config.model_fields import architecture_of
-from nemo_elastic.space.elastic_space import Budget, ElasticDim, ElasticSpace
+from nemo_elastic.space.budget import Budget
+from nemo_elastic.space.dims import ElasticDim
+from nemo_elastic.space.elastic_space import ElasticSpace
 from nemo_elastic.space.layout import ParamLayout
 
 TOKENIZER = Path(__file__).parent.parent / "nemo_elastic" / "assets" / "tiny_parent" / "tokenizer.json"

@@ -12,9 +12,10 @@ from small_parent import child_architecture, child_pattern
 from nemo_elastic.mcore.models.build import build_plain_model
 from nemo_elastic.mcore.versions import parameter_name
 from nemo_elastic.space.architecture import Architecture
-from nemo_elastic.space.elastic_space import KIND_OF_DIM, PER_LAYER_DIMS, WIDTH_DIMS, Subnet
+from nemo_elastic.space.dims import KIND_OF_DIM, PER_LAYER_DIMS, WIDTH_DIMS
 from nemo_elastic.space.layout import ParamLayout
 from nemo_elastic.space.slicing import take
+from nemo_elastic.space.subnet import Subnet
 
 
 def plain_child(arch: Architecture, subnet: Subnet, **more: Any) -> torch.nn.Module:

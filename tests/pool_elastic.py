@@ -28,8 +28,9 @@ from nemo_elastic.mcore.models.build import (
 from nemo_elastic.mcore.runtime.parallel import stage_ends
 from nemo_elastic.mcore.versions import layer_pattern
 from nemo_elastic.space.architecture import Architecture
-from nemo_elastic.space.elastic_space import DEPTH, KIND_OF_DIM, PER_LAYER_DIMS, WIDTH_DIMS, Subnet
+from nemo_elastic.space.dims import DEPTH, KIND_OF_DIM, PER_LAYER_DIMS, WIDTH_DIMS
 from nemo_elastic.space.layout import ParamLayout
+from nemo_elastic.space.subnet import Subnet
 
 Case = tuple[str, Subnet | None]  # mode and what it runs; "soft" has masks instead of a subnet
 

@@ -231,7 +231,7 @@ def sorting_errors(sp: bool = False) -> dict[str, tuple[float, float]]:
     largest value of the tensor: every dim alone in fp64, all together in fp64 and fp32."""
     from nemo_elastic.importance.ranking import random_orders
     from nemo_elastic.importance.sorting import sort_tensor, sort_tensors
-    from nemo_elastic.space.elastic_space import WIDTH_DIMS
+    from nemo_elastic.space.dims import WIDTH_DIMS
 
     def difference(a, b):
         return ((a - b).abs().max() / b.abs().max().clamp_min(1e-3)).item()

@@ -4,7 +4,8 @@ import torch
 
 from nemo_elastic.space.architecture import Architecture
 from nemo_elastic.space.choices import choice_shapes
-from nemo_elastic.space.elastic_space import ElasticDim, ElasticSpace, dim_groups, parent_size
+from nemo_elastic.space.dims import ElasticDim, dim_groups, parent_size
+from nemo_elastic.space.elastic_space import ElasticSpace
 from nemo_elastic.space.layout import ParamLayout
 
 ARCHITECTURE = Architecture(

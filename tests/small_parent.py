@@ -4,7 +4,9 @@ import random
 from typing import Any
 
 from nemo_elastic.space.architecture import Architecture
-from nemo_elastic.space.elastic_space import KIND_OF_DIM, PER_LAYER_DIMS, WIDTH_DIMS, ElasticSpace, Subnet, dim_groups
+from nemo_elastic.space.dims import KIND_OF_DIM, PER_LAYER_DIMS, WIDTH_DIMS, dim_groups
+from nemo_elastic.space.elastic_space import ElasticSpace
+from nemo_elastic.space.subnet import Subnet
 
 FFN_GROUPS = 4
 PATTERN = "M-M*M-*-"

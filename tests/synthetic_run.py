@@ -19,7 +19,7 @@ from nemo_elastic.config.load import load_config
 from nemo_elastic.cost.counts import BYTE_PROFILES, memory, parameters
 from nemo_elastic.family import family_of
 from nemo_elastic.shapes.importance_file import DESCRIPTION, TENSORS
-from nemo_elastic.space.elastic_space import KIND_OF_DIM
+from nemo_elastic.space.dims import KIND_OF_DIM
 
 SUBNETS = {
     "full": {},

@@ -11,8 +11,8 @@ from nemo_elastic.problems import ProblemsError
 from nemo_elastic.router.budget_loss import ExpectedCost
 from nemo_elastic.router.selection import one_hot
 from nemo_elastic.shapes.search import propose_random, propose_uniform
+from nemo_elastic.space.budget import Budget
 from nemo_elastic.space.choices import subnet_of
-from nemo_elastic.space.elastic_space import Budget
 
 
 def latency_table() -> LatencyTable:

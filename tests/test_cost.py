@@ -25,8 +25,8 @@ from nemo_elastic.mcore.elastic.plan import hard_plan
 from nemo_elastic.mcore.kernels.chunk_scan import scan_chunk_length
 from nemo_elastic.mcore.models.build import build_elastic_model
 from nemo_elastic.space.architecture import Architecture
-from nemo_elastic.space.elastic_space import Subnet
 from nemo_elastic.space.layout import ParamLayout
+from nemo_elastic.space.subnet import Subnet
 
 NANO_12B = Architecture(
     hybrid_override_pattern="M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M-",

@@ -31,8 +31,8 @@ from nemo_elastic.mcore.elastic.plan import hard_plan, soft_plan
 from nemo_elastic.mcore.models.build import build_elastic_model, build_plain_model, load_weights, transformer_config
 from nemo_elastic.mcore.versions import parameter_name
 from nemo_elastic.problems import ProblemsError
-from nemo_elastic.space.elastic_space import Subnet
 from nemo_elastic.space.slicing import accumulate, scatter
+from nemo_elastic.space.subnet import Subnet
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 

@@ -144,7 +144,7 @@ def sorted_logits(sp=False):
     """Logits `[b, s, v/tp]` before and after sorting this rank's live model, and again after undoing it."""
     from nemo_elastic.importance.ranking import random_orders
     from nemo_elastic.mcore.ranking.stack_forward import Groups, StackForward
-    from nemo_elastic.space.elastic_space import WIDTH_DIMS
+    from nemo_elastic.space.dims import WIDTH_DIMS
 
     orders = random_orders(layout_of(TINY), WIDTH_DIMS, torch.Generator().manual_seed(3))
     model, tokens = load(build(TINY, sp=sp), TINY, whole_tensors(TINY)), token_batches(TINY, 1)[0]

@@ -10,7 +10,7 @@ from test_sorting import LAYOUT, TINY, orders_layers
 from nemo_elastic.importance.scores import check_choices
 from nemo_elastic.importance.store import DESCRIPTION, TENSORS, Importance
 from nemo_elastic.problems import ProblemsError
-from nemo_elastic.space.elastic_space import WIDTH_DIMS
+from nemo_elastic.space.dims import WIDTH_DIMS
 
 
 @pytest.fixture

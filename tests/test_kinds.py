@@ -17,7 +17,7 @@ from nemo_elastic.config.sections import RankConfig
 from nemo_elastic.cost.counts import CACHES
 from nemo_elastic.kinds import kind_of, kind_of_dim, kinds, sizes
 from nemo_elastic.report.palette import DARK, LIGHT
-from nemo_elastic.space.elastic_space import WIDTH_DIMS
+from nemo_elastic.space.dims import WIDTH_DIMS
 from nemo_elastic.space.layout import ParamLayout
 
 ROOT = Path(__file__).resolve().parent.parent

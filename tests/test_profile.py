@@ -28,8 +28,8 @@ from nemo_elastic.router.model import Router
 from nemo_elastic.router.repair import choose
 from nemo_elastic.router.schedule import Timeline
 from nemo_elastic.shapes.search import propose_random, propose_uniform
+from nemo_elastic.space.budget import Budget
 from nemo_elastic.space.choices import subnet_of
-from nemo_elastic.space.elastic_space import Budget
 
 CHOICES = {
     "hidden_size": (96, 80, 64, 48, 32),

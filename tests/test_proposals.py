@@ -28,8 +28,9 @@ from nemo_elastic.shapes.damage import Damage, Scores, kept_share, read_scores
 from nemo_elastic.shapes.greedy import greedy_selection
 from nemo_elastic.shapes.interpolate import between
 from nemo_elastic.shapes.search import propose_uniform
+from nemo_elastic.space.budget import Budget
 from nemo_elastic.space.choices import choice_shapes, full_selection, smallest_selection
-from nemo_elastic.space.elastic_space import KIND_OF_DIM, WIDTH_DIMS, Budget
+from nemo_elastic.space.dims import KIND_OF_DIM, WIDTH_DIMS
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = "tiny_parent.yaml"

@@ -11,8 +11,8 @@ from nemo_elastic.cost.counts import parameters
 from nemo_elastic.problems import ProblemsError
 from nemo_elastic.router import repair
 from nemo_elastic.router.repair import choose
+from nemo_elastic.space.budget import Budget
 from nemo_elastic.space.choices import choice_shapes, subnet_of
-from nemo_elastic.space.elastic_space import Budget
 
 TOLERANCE = 0.01
 

@@ -14,7 +14,7 @@ from nemo_elastic.router.selection import (
     straight_through_masks,
 )
 from nemo_elastic.space.choices import full_selection, selection_of, subnet_of
-from nemo_elastic.space.elastic_space import KIND_OF_DIM
+from nemo_elastic.space.dims import KIND_OF_DIM
 from nemo_elastic.space.layout import ParamSpec
 from nemo_elastic.space.slicing import take, unit_mask
 

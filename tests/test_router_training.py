@@ -14,8 +14,8 @@ from nemo_elastic.router.repair import choose
 from nemo_elastic.router.sampling import gumbel_noise
 from nemo_elastic.router.schedule import Timeline, resolve_recipe
 from nemo_elastic.router.selection import argmax_selection, soft_masks
+from nemo_elastic.space.budget import Budget
 from nemo_elastic.space.choices import choice_shapes
-from nemo_elastic.space.elastic_space import Budget
 
 CHOICES = {
     "hidden_size": (96, 88, 80, 72, 64, 56, 48),

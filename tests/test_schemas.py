@@ -16,7 +16,7 @@ from nemo_elastic.checkpoint.safetensors_reader import SafetensorsReader
 from nemo_elastic.checkpoint.schemas import PlainChild, plain_child
 from nemo_elastic.cost.counts import parameters
 from nemo_elastic.problems import ProblemsError
-from nemo_elastic.space.elastic_space import Subnet
+from nemo_elastic.space.subnet import Subnet
 
 FAMILY = manifest()
 WIDTHS = {"ffn_hidden_size": [56, 80, 40], "num_attention_heads": [8, 4]}

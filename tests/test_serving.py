@@ -24,7 +24,7 @@ from nemo_elastic.problems import ProblemsError
 from nemo_elastic.serving import ElasticFamily, decode
 from nemo_elastic.serving.linear import linear
 from nemo_elastic.serving.sampling import next_tokens
-from nemo_elastic.space.elastic_space import WIDTH_DIMS
+from nemo_elastic.space.dims import WIDTH_DIMS
 from nemo_elastic.space.layout import ParamLayout
 from nemo_elastic.space.slicing import take
 

@@ -19,8 +19,8 @@ from nemo_elastic.problems import ProblemsError
 from nemo_elastic.router.budget_loss import ExpectedCost, budget_loss
 from nemo_elastic.router.model import probabilities_of
 from nemo_elastic.router.schedule import Timeline
+from nemo_elastic.space.budget import Budget
 from nemo_elastic.space.choices import choice_shapes
-from nemo_elastic.space.elastic_space import Budget
 
 NANO = "nemotron_nano_12b_v2.yaml"
 # Nemotron Nano 12B v2 at batch 2 and 1,000 tokens, by hand: 6 attention layers of 8 KV heads x 128, keys and values;

@@ -29,7 +29,7 @@ from nemo_elastic.importance.sorting import (
     sort_tensor,
     sort_tensors,
 )
-from nemo_elastic.space.elastic_space import WIDTH_DIMS
+from nemo_elastic.space.dims import WIDTH_DIMS
 from nemo_elastic.space.layout import ParamLayout
 
 LAYOUT = layout_of(TINY)

@@ -6,16 +6,9 @@ import pytest
 
 from nemo_elastic.problems import ProblemsError
 from nemo_elastic.space.architecture import Architecture
-from nemo_elastic.space.elastic_space import (
-    DIMS,
-    WIDTH_DIMS,
-    Budget,
-    ElasticDim,
-    ElasticSpace,
-    dim_groups,
-    even_thinning,
-    resolve_choices,
-)
+from nemo_elastic.space.budget import Budget
+from nemo_elastic.space.dims import DIMS, WIDTH_DIMS, ElasticDim, dim_groups, resolve_choices
+from nemo_elastic.space.elastic_space import ElasticSpace, even_thinning
 
 SIZES = {
     "hidden_size": 48,

@@ -15,7 +15,7 @@ from nemo_elastic.problems import ProblemsError
 from nemo_elastic.processes import runlock
 from nemo_elastic.processes.launchers import launcher_problems
 from nemo_elastic.processes.runlock import lock_problems, locked
-from nemo_elastic.space.elastic_space import name_problems
+from nemo_elastic.space.budget import name_problems
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = {

@@ -19,7 +19,7 @@ from nemo_elastic.checkpoint.reader import MemoryReader
 from nemo_elastic.importance.ranking import random_orders
 from nemo_elastic.importance.sorting import sort_tensors
 from nemo_elastic.serving import ElasticFamily
-from nemo_elastic.space.elastic_space import WIDTH_DIMS
+from nemo_elastic.space.dims import WIDTH_DIMS
 
 HF_PYTHON = Path(__file__).parent.parent / ".venv-hf" / "bin" / "python"
 FP32 = 1e-4

@@ -116,7 +116,7 @@ def sorting_and_ranking() -> dict:
     from nemo_elastic.importance.sorting import sort_reader
     from nemo_elastic.mcore.models.build import build_plain_model, load_weights
     from nemo_elastic.mcore.ranking.collect import collect_widths
-    from nemo_elastic.space.elastic_space import WIDTH_DIMS
+    from nemo_elastic.space.dims import WIDTH_DIMS
 
     arch = architecture(PATTERN, **{RANK: 32})
     layout, ids = layout_of(arch), tokens(arch)

@@ -17,7 +17,9 @@ from nemo_elastic.checkpoint.manifest import Manifest
 from nemo_elastic.config.model_fields import architecture_of
 from nemo_elastic.data.tokenizer import BPETokenizer
 from nemo_elastic.serving import ElasticFamily
-from nemo_elastic.space.elastic_space import Budget, ElasticDim, ElasticSpace
+from nemo_elastic.space.budget import Budget
+from nemo_elastic.space.dims import ElasticDim
+from nemo_elastic.space.elastic_space import ElasticSpace
 
 MODEL = json.loads((TOKENIZER.parent / "config.json").read_text())
 WEIGHTS = ("trained", "extreme")

@@ -11,7 +11,8 @@ from registry import Found, Machine, check, difference
 from nemo_elastic.checkpoint.manifest import Manifest
 from nemo_elastic.config.model_fields import architecture_of
 from nemo_elastic.cost.counts import parameters
-from nemo_elastic.space.elastic_space import Budget, ElasticSpace
+from nemo_elastic.space.budget import Budget
+from nemo_elastic.space.elastic_space import ElasticSpace
 from nemo_elastic.space.layout import ParamLayout
 
 if TYPE_CHECKING:

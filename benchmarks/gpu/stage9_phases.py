@@ -15,7 +15,8 @@ def step(machine: Machine, *, gated: bool) -> Any:
 
     from nemo_elastic.mcore.elastic.plan import hard_plan
     from nemo_elastic.mcore.models.build import build_elastic_model
-    from nemo_elastic.space.elastic_space import DEPTH, KIND_OF_DIM, PER_LAYER_DIMS, WIDTH_DIMS, ElasticSpace
+    from nemo_elastic.space.dims import DEPTH, KIND_OF_DIM, PER_LAYER_DIMS, WIDTH_DIMS
+    from nemo_elastic.space.elastic_space import ElasticSpace
     from nemo_elastic.space.layout import ParamLayout
 
     arch, length = (elastic_step.QUICK, 64) if machine.tiny else (WIDE, TOKENS)

@@ -8,7 +8,7 @@ from typing import Any
 from nemo_elastic.cost.budget import BudgetCost
 from nemo_elastic.family import Family
 from nemo_elastic.problems import ProblemsError
-from nemo_elastic.space.elastic_space import Subnet
+from nemo_elastic.space.subnet import Subnet
 
 DRAWS = 20_000
 

@@ -15,9 +15,10 @@ import torch
 from ..kinds import sizes as sizes_of_kinds
 from ..problems import Problem, raise_if_any
 from ..space.architecture import KIND_NAMES, Architecture
-from ..space.elastic_space import KIND_OF_DIM, PER_LAYER_DIMS, WIDTH_DIMS, Subnet, layer_sizes
+from ..space.dims import KIND_OF_DIM, PER_LAYER_DIMS, WIDTH_DIMS
 from ..space.layout import ParamLayout, ParamSpec
 from ..space.slicing import take
+from ..space.subnet import Subnet, layer_sizes
 from .reader import LazyTensor, TensorReader
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}

@@ -18,8 +18,8 @@ from ..kinds import dims, kind_of, kind_of_dim, kinds
 from ..kinds.kind import Kind, PerLayer
 from ..problems import Problem, ProblemsError, raise_if_any
 from ..space.architecture import Architecture
-from ..space.elastic_space import Subnet, layer_sizes
 from ..space.layout import ParamLayout
+from ..space.subnet import Subnet, layer_sizes
 from .extract import per_layer_dims
 from .hf_config import only_problems
 from .huggingface import hf_tensors

@@ -17,8 +17,11 @@ from ..config.model_fields import architecture_of, model_problems
 from ..cost.counts import parameters
 from ..files import read_json
 from ..problems import Problem, ProblemsError, did_you_mean, raise_if_any
-from ..space.elastic_space import Budget, ElasticDim, ElasticSpace, Subnet, name_problems
+from ..space.budget import Budget, name_problems
+from ..space.dims import ElasticDim
+from ..space.elastic_space import ElasticSpace
 from ..space.layout import ParamLayout
+from ..space.subnet import Subnet
 
 FORMAT = "nemo_elastic.nested"
 VERSION = 1

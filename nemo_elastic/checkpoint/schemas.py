@@ -22,9 +22,10 @@ from ..kinds import dims
 from ..kinds import sizes as sizes_of_kinds
 from ..problems import Problem, ProblemsError, raise_if_any
 from ..space.architecture import KIND_NAMES, Architecture
-from ..space.elastic_space import KIND_OF_DIM, Subnet, layer_sizes
+from ..space.dims import KIND_OF_DIM
 from ..space.layout import ParamLayout
 from ..space.slicing import scatter
+from ..space.subnet import Subnet, layer_sizes
 from .extract import child_architecture, child_pattern, child_tensors, per_layer_dims
 from .reader import LazyTensor, TensorReader
 

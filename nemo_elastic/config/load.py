@@ -18,7 +18,7 @@ from yaml import YAMLError
 
 from ..cost.conditions import inlined_profile
 from ..problems import Problem, ProblemsError, did_you_mean, raise_if_any
-from ..space.elastic_space import WIDTH_DIMS
+from ..space.dims import WIDTH_DIMS
 from .model_fields import model_problems
 from .parent_files import parent_files, with_parents_words
 from .sections import RunConfig

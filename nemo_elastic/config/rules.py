@@ -6,7 +6,8 @@ from datetime import date
 from ..cost.conditions import byte_profile
 from ..kinds import kinds_by_dim
 from ..problems import Problem, ProblemsError, did_you_mean
-from ..space.elastic_space import DIMS, WIDTH_DIMS, name_problems
+from ..space.budget import name_problems
+from ..space.dims import DIMS, WIDTH_DIMS
 from .durations import seconds_of
 from .sections import AUTO, PHASES, RunConfig, StageConfig
 

@@ -15,9 +15,12 @@ from typing import Any
 
 from ..problems import Problem, ProblemsError
 from ..space.architecture import KIND_NAMES
+from ..space.budget import Budget
 from ..space.choices import Selection, is_row_per_layer, kept_by_depth
-from ..space.elastic_space import DEPTH, KIND_OF_DIM, Budget, ElasticSpace, Subnet
+from ..space.dims import DEPTH, KIND_OF_DIM
+from ..space.elastic_space import ElasticSpace
 from ..space.layout import ParamLayout
+from ..space.subnet import Subnet
 from .counts import BYTE_PROFILES, ByteProfile, layer_parameters, layer_state_elements, outer_parameters
 from .latency import LatencyTable
 

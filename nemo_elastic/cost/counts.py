@@ -11,8 +11,8 @@ from typing import Any
 
 from ..kinds import kind_of
 from ..space.architecture import KIND_NAMES, Architecture
-from ..space.elastic_space import Subnet
 from ..space.layout import ParamLayout
+from ..space.subnet import Subnet
 
 CACHES = ("kv_cache", "ssm_state", "conv_state")  # what a layer may keep between tokens
 

@@ -22,7 +22,7 @@ import yaml
 from ..files import read_yaml, write_text
 from ..problems import Problem, ProblemsError
 from ..space.architecture import Architecture
-from ..space.elastic_space import WIDTH_DIMS
+from ..space.dims import WIDTH_DIMS
 
 OUTER = "embedding_and_output"
 FORMAT, VERSION = "nemo_elastic.latency", 1

@@ -25,7 +25,7 @@ from ..config.sections import AUTO, PHASES, RunConfig, StageConfig
 from ..cost.counts import flops, parameters
 from ..family import Family
 from ..router.schedule import Timeline, resolve_recipe
-from ..space.elastic_space import Subnet
+from ..space.subnet import Subnet
 from .curriculum import budget_probabilities, total_steps
 
 STATE_BYTES = 8  # Adam's two moments in fp32

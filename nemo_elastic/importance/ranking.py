@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..space.elastic_space import DEALT_DIMS, KIND_OF_DIM, dim_groups
+from ..space.dims import DEALT_DIMS, KIND_OF_DIM, dim_groups
 from ..space.layout import ParamLayout
 
 Widths = Mapping[str, Mapping[int, Tensor]]  # dim -> layer -> score per unit; hidden_size: layer L is the final norm

@@ -20,7 +20,7 @@ from ..files import write_json
 from ..problems import Problem, ProblemsError, raise_if_any
 from ..shapes.importance_file import DESCRIPTION, FORMAT, TENSORS, read_description
 from ..space.architecture import Architecture
-from ..space.elastic_space import KIND_OF_DIM, WIDTH_DIMS
+from ..space.dims import KIND_OF_DIM, WIDTH_DIMS
 from ..space.layout import ParamLayout
 from .ranking import Orders, width_orders
 

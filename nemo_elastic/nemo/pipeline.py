@@ -12,7 +12,6 @@ import logging
 import re
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from nemo_elastic.checkpoint.comparison import ChildCheck
 from nemo_elastic.checkpoint.manifest import Manifest
 from nemo_elastic.checkpoint.unpadded import UnpaddedReader
 from nemo_elastic.config.load import Resolved, leaves, plain
-from nemo_elastic.config.sections import RunConfig
 from nemo_elastic.data.of_run import end_of_text_name, tokenizer_source
 from nemo_elastic.family import family_of
 from nemo_elastic.files import write_json
@@ -42,11 +40,11 @@ from nemo_elastic.nemo.export.verify import verify
 from nemo_elastic.nemo.plain.logs import quiet
 from nemo_elastic.nemo.run.ranking import rank_run, stored_importance
 from nemo_elastic.nemo.run.train import Trained, data_module, heldout_batches, latest_checkpoint, train
-from nemo_elastic.plan.proposals import with_searched_shapes
+from nemo_elastic.plan.proposals import with_searched_shapes, with_subnets_of
 from nemo_elastic.problems import Problem, ProblemsError
 from nemo_elastic.processes.runlog import RunLog
 from nemo_elastic.processes.training_checkpoints import remove_unfinished, whole_checkpoints
-from nemo_elastic.space.elastic_space import Subnet
+from nemo_elastic.space.subnet import Subnet
 
 logger = logging.getLogger(__name__)
 ROUTER_PREFIX = "module.router.net."
@@ -247,12 +245,6 @@ class Run:
             write_json(self.out / RESULTS, result)
         process_groups.barrier()
         return result
-
-
-def with_subnets_of(config: RunConfig, subnets: Mapping[str, Any]) -> RunConfig:
-    """The configuration with the shapes that a run has searched, for those that its file does not give."""
-    searched = {b.name: subnets[b.name] for b in family_of(config).budgets if not b.is_full}
-    return replace(config, elastic=replace(config.elastic, subnets={**searched, **config.elastic.subnets}))
 
 
 def quickstart(run: Run, *, force: bool = False) -> dict[str, Any]:

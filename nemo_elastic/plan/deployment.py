@@ -14,8 +14,9 @@ from ..kinds import dims, kind_of, kinds
 from ..problems import Problem
 from ..space.alignment import FP8_MULTIPLE
 from ..space.architecture import Architecture
-from ..space.elastic_space import PER_LAYER_DIMS, Subnet
+from ..space.dims import PER_LAYER_DIMS
 from ..space.layout import ParamLayout
+from ..space.subnet import Subnet
 
 LARGEST = 16
 

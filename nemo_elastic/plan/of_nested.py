@@ -20,7 +20,9 @@ from ..family import Family, parse_budget
 from ..files import read_yaml, write_text
 from ..problems import Problem, ProblemsError, raise_if_any
 from ..shapes.interpolate import between
-from ..space.elastic_space import Budget, ElasticSpace, Subnet
+from ..space.budget import Budget
+from ..space.elastic_space import ElasticSpace
+from ..space.subnet import Subnet
 from .of_run import budget_cost, budget_row, described_plan, misses
 
 

@@ -16,7 +16,9 @@ from ..family import Family, family_of, parallel_problems
 from ..problems import Problem, ProblemsError
 from ..shapes.search import propose_uniform
 from ..space.alignment import alignment_notes, convolution_notes, padding_notes
-from ..space.elastic_space import WIDTH_DIMS, Budget, Subnet
+from ..space.budget import Budget
+from ..space.dims import WIDTH_DIMS
+from ..space.subnet import Subnet
 from .deployment import deployment, fp8_problems, low_precision_problems
 
 

@@ -7,6 +7,7 @@
 No torch here.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from ..shapes.damage import Damage, read_scores
 from ..shapes.greedy import greedy_selection
 from ..shapes.search import propose_random, propose_uniform
 from ..space.choices import selection_of, subnet_of
-from ..space.elastic_space import Subnet
+from ..space.subnet import Subnet
 from .of_run import budget_cost, budget_row, described_plan, misses
 
 KEY = "--search"
@@ -93,6 +94,12 @@ def with_searched_shapes(run: RunConfig, ranking: str) -> RunConfig:
     except ProblemsError as error:
         raise ProblemsError([replace(p, key=keys.get(p.key, p.key)) for p in error.problems]) from error
     return replace(run, elastic=replace(run.elastic, subnets={**run.elastic.subnets, **found}))
+
+
+def with_subnets_of(run: RunConfig, subnets: Mapping[str, Any]) -> RunConfig:
+    """The configuration with the shapes that a run has searched, for those that its file does not give."""
+    searched = {b.name: subnets[b.name] for b in family_of(run).budgets if not b.is_full}
+    return replace(run, elastic=replace(run.elastic, subnets={**searched, **run.elastic.subnets}))
 
 
 def _proposals(cost: BudgetCost, method: Method, damage: Damage | None, run: RunConfig) -> list[Subnet]:

@@ -18,7 +18,7 @@ from ..cost.counts import parameters
 from ..family import Family, family_of
 from ..kinds import dims
 from ..problems import Problem, ProblemsError
-from ..space.elastic_space import HIDDEN, KIND_OF_DIM
+from ..space.dims import HIDDEN, KIND_OF_DIM
 
 RATIOS: dict[str, tuple[float, ...]] = {HIDDEN: (1.0, 0.875, 0.75), **{dim.name: dim.ratios for dim in dims()}}
 SHALLOWEST, DEPTHS = 0.75, 4  # of the layers; how many smaller depths to offer

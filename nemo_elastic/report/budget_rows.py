@@ -9,7 +9,7 @@ from typing import Any
 
 from ..family import parse_budget
 from ..problems import ProblemsError
-from ..space.elastic_space import DEPTH, WIDTH_DIMS
+from ..space.dims import DEPTH, WIDTH_DIMS
 from .run_folder import RunFolder
 
 KEPT = (*WIDTH_DIMS, DEPTH)

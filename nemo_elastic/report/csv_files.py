@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..space.architecture import KIND_NAMES
-from ..space.elastic_space import layer_sizes
+from ..space.subnet import layer_sizes
 from .budget_rows import KEPT, BudgetRow
 from .evaluations import rows as evaluation_rows
 from .layer_figures import layer_scores

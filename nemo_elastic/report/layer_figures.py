@@ -9,7 +9,8 @@ from matplotlib.patches import FancyBboxPatch, Patch, Rectangle
 
 from ..kinds import kind_of
 from ..space.architecture import KIND_NAMES, Architecture
-from ..space.elastic_space import Subnet, layer_sizes, parent_size
+from ..space.dims import parent_size
+from ..space.subnet import Subnet, layer_sizes
 from .budget_rows import BudgetRow
 from .drawing import new_figure, tip
 from .palette import KIND_COLOURS, LIGHT, budget_colour

@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from ..space.elastic_space import KIND_OF_DIM
+from ..space.dims import KIND_OF_DIM
 from .drawing import new_figure, short_count, tip
 from .palette import KIND_COLOURS, LIGHT, budget_colour
 from .run_folder import RunFolder

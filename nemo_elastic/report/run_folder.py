@@ -18,8 +18,10 @@ from ..files import read_json
 from ..problems import Problem, ProblemsError
 from ..processes.runlog import RunLog
 from ..space.architecture import Architecture
-from ..space.elastic_space import DEFAULT_FFN_GROUPS, ElasticSpace, Subnet
+from ..space.dims import DEFAULT_FFN_GROUPS
+from ..space.elastic_space import ElasticSpace
 from ..space.layout import ParamLayout
+from ..space.subnet import Subnet
 from .baselines import Baseline, read_baselines
 from .evaluations import FILES, Score, read_evaluations
 from .evaluations import FOLDER as EVALUATIONS

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from ..space.elastic_space import KIND_OF_DIM, WIDTH_DIMS
+from ..space.dims import KIND_OF_DIM, WIDTH_DIMS
 from .budget_rows import BudgetRow
 from .drawing import new_figure, tip
 from .palette import KIND_COLOURS, LIGHT, budget_colour

@@ -26,7 +26,7 @@ from torch import Tensor
 from ..config.sections import RouterConfig
 from ..cost.budget import BudgetCost
 from ..space.choices import Selection, is_row_per_layer
-from ..space.elastic_space import DEPTH
+from ..space.dims import DEPTH
 from .model import RouterOutput, probabilities_of
 from .selection import depth_matrix, indices_on
 

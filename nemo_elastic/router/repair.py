@@ -19,7 +19,7 @@ from torch import Tensor
 from ..cost.budget import BudgetCost, CostTables
 from ..shapes.search import raise_if_impossible
 from ..space.choices import Selection, choice_shapes, is_row_per_layer
-from ..space.elastic_space import DEPTH, PER_LAYER_DIMS, WIDTH_DIMS
+from ..space.dims import DEPTH, PER_LAYER_DIMS, WIDTH_DIMS
 from .selection import argmax_selection
 
 GLOBAL_DIMS = (DEPTH, *(name for name in WIDTH_DIMS if name not in PER_LAYER_DIMS))

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ..space.choices import Selection, kept_by_depth
-from ..space.elastic_space import DEPTH, ElasticSpace
+from ..space.dims import DEPTH
+from ..space.elastic_space import ElasticSpace
 
 
 @dataclass(frozen=True)

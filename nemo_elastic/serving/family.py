@@ -22,8 +22,8 @@ from ..cost.counts import parameters
 from ..kinds import kinds
 from ..nemo.export.nested import open_nested
 from ..problems import Problem, ProblemsError, did_you_mean, raise_if_any
-from ..space.elastic_space import Subnet
 from ..space.layout import ParamLayout
+from ..space.subnet import Subnet
 from .decode import Cache, DecodeStep
 from .network import ACTIVATIONS, Network
 from .sampling import next_tokens

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kinds import kind_of
-from ..space.elastic_space import Subnet
 from ..space.layout import ParamLayout, ParamSpec
 from ..space.slicing import take
+from ..space.subnet import Subnet
 from .linear import Linear, linear
 from .parts import Layer, Parts, build_layer, rms_norm
 

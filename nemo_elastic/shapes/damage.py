@@ -15,7 +15,8 @@ from typing import Any
 from ..problems import Problem, ProblemsError
 from ..space.architecture import Architecture
 from ..space.choices import Selection, choice_shapes, is_row_per_layer, kept_by_depth, layers_of_dim
-from ..space.elastic_space import DEALT_DIMS, DEPTH, KIND_OF_DIM, ElasticSpace
+from ..space.dims import DEALT_DIMS, DEPTH, KIND_OF_DIM
+from ..space.elastic_space import ElasticSpace
 from .importance_file import DESCRIPTION, TENSORS, read_description
 
 FOLDER = "importance"

@@ -15,7 +15,9 @@ from math import gcd, lcm
 
 from ..cost.budget import BudgetCost
 from ..problems import Problem, ProblemsError
-from ..space.elastic_space import WIDTH_DIMS, ElasticSpace, Subnet, even_thinning
+from ..space.dims import WIDTH_DIMS
+from ..space.elastic_space import ElasticSpace, even_thinning
+from ..space.subnet import Subnet
 
 STEPS = 200  # points tried on the line
 FRIENDLY = 16  # what matrix kernels and FP8 like a width to be a multiple of

@@ -12,7 +12,7 @@ from math import prod
 from ..cost.budget import BudgetCost
 from ..problems import Problem, ProblemsError
 from ..space.choices import Selection, choice_shapes, full_selection, smallest_selection, subnet_of
-from ..space.elastic_space import Subnet
+from ..space.subnet import Subnet
 
 EXHAUSTIVE_LIMIT = 40_000  # uniform selections that are simply all tried
 SPREAD_WEIGHT = 0.1  # a standard deviation of 0.1 between the dims' ratios weighs like 1 % of the target

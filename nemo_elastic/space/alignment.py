@@ -16,7 +16,8 @@ from math import gcd, lcm
 from ..kinds import dims, kind_of, kinds, kinds_by_dim
 from ..problems import ProblemsError
 from .architecture import Architecture
-from .elastic_space import HIDDEN, ElasticSpace, resolve_choices
+from .dims import HIDDEN, resolve_choices
+from .elastic_space import ElasticSpace
 from .layout import ParamLayout
 
 BF16_MULTIPLE, FP8_MULTIPLE, CONVOLUTION_MULTIPLE = 8, 16, 8

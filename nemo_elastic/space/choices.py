@@ -7,7 +7,9 @@ descend). The router's outputs, the search and the repair all speak of a `Select
 
 from collections.abc import Mapping
 
-from .elastic_space import DEPTH, DIMS, KIND_OF_DIM, PER_LAYER_DIMS, ElasticSpace, Subnet
+from .dims import DEPTH, DIMS, KIND_OF_DIM, PER_LAYER_DIMS
+from .elastic_space import ElasticSpace
+from .subnet import Subnet
 
 Selection = Mapping[str, tuple[int, ...]]
 

@@ -21,7 +21,8 @@ from ..kinds import kind_of, kinds
 from ..kinds.axis import Axis, Factor, Segment
 from ..problems import Problem, ProblemsError
 from .architecture import Architecture
-from .elastic_space import DEFAULT_FFN_GROUPS, HIDDEN, Subnet, layer_sizes
+from .dims import DEFAULT_FFN_GROUPS, HIDDEN
+from .subnet import Subnet, layer_sizes
 
 
 @dataclass(frozen=True)

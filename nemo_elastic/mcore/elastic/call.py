@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ...space.elastic_space import DEPTH
+from ...space.dims import DEPTH
 from ...space.layout import Axis
 from ...space.slicing import unit_mask
 from .plan import LayerPlan

@@ -18,8 +18,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ...space.elastic_space import DEPTH, KIND_OF_DIM, WIDTH_DIMS, Subnet
+from ...space.dims import DEPTH, KIND_OF_DIM, WIDTH_DIMS
 from ...space.layout import ParamLayout
+from ...space.subnet import Subnet
 
 Mode = Literal["masked", "sliced"]
 

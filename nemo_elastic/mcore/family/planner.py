@@ -30,8 +30,9 @@ from ...router.schedule import RouterPoint, Timeline, resolve_recipe
 from ...router.selection import soft_masks, straight_through_gates
 from ...shapes.search import propose_uniform
 from ...space.choices import subnet_of
-from ...space.elastic_space import DEPTH, Subnet
+from ...space.dims import DEPTH
 from ...space.layout import ParamLayout
+from ...space.subnet import Subnet
 from ..elastic.plan import Mode, Plan, hard_plan, soft_plan
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ...config.model_fields import architecture_of, arithmetic_of
 from ...kinds import sizes
 from ...space.architecture import Architecture
-from ...space.elastic_space import DEFAULT_FFN_GROUPS
+from ...space.dims import DEFAULT_FFN_GROUPS
 from ...space.layout import ParamLayout
 from ...space.slicing import shard, unshard
 from ..elastic.model import ElasticMambaModel

@@ -29,7 +29,8 @@ from ...config.model_fields import ARITHMETIC
 from ...cost.latency import OUTER, Grid, LatencyTable, fixed_sizes
 from ...space.architecture import KIND_NAMES, Architecture
 from ...space.choices import layers_of_dim
-from ...space.elastic_space import KIND_OF_DIM, ElasticSpace
+from ...space.dims import KIND_OF_DIM
+from ...space.elastic_space import ElasticSpace
 from ..runtime import process_groups
 from .build import build_plain_model
 

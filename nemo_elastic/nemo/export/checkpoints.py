@@ -29,8 +29,8 @@ from nemo_elastic.mcore.checkpoint.dist_checkpoint import TorchDistReader
 from nemo_elastic.nemo.export.gguf_child import gguf_child
 from nemo_elastic.nemo.export.nested import Nested, main_dtype, open_nested, write_nested
 from nemo_elastic.problems import Problem, ProblemsError, raise_if_any
-from nemo_elastic.space.elastic_space import Subnet
 from nemo_elastic.space.layout import ParamLayout
+from nemo_elastic.space.subnet import Subnet
 
 __all__ = ["Nested", "describe_parent", "extract", "extract_all", "open_nested", "write_nested"]
 

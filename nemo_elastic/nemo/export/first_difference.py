@@ -17,8 +17,8 @@ from nemo_elastic.checkpoint.reader import LazyTensor, TensorReader
 from nemo_elastic.mcore.elastic.plan import hard_plan
 from nemo_elastic.problems import ProblemsError
 from nemo_elastic.space.architecture import KIND_NAMES
-from nemo_elastic.space.elastic_space import Subnet
 from nemo_elastic.space.layout import ParamLayout
+from nemo_elastic.space.subnet import Subnet
 
 # What a child's folder says of the function it computes; sequence length, initialisation and dropout do not.
 FUNCTION_FIELDS = (

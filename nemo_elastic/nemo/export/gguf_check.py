@@ -33,7 +33,7 @@ from nemo_elastic.nemo.export.gguf_child import GgufChild, gguf_child
 from nemo_elastic.nemo.export.gguf_side import GgufSide, run_llama_cpp
 from nemo_elastic.nemo.export.nested import Nested
 from nemo_elastic.problems import Problem, ProblemsError
-from nemo_elastic.space.elastic_space import Subnet
+from nemo_elastic.space.subnet import Subnet
 
 POSITIONS, VALUES = 200, 2**22  # at most so many positions of the row, and log-probabilities
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 3, 16, 40

@@ -14,7 +14,7 @@ from nemo_elastic.checkpoint.gguf_tokenizer import tokenizer_keys
 from nemo_elastic.checkpoint.reader import LazyTensor
 from nemo_elastic.checkpoint.schemas import PlainChild
 from nemo_elastic.nemo.export.nested import Nested, main_dtype
-from nemo_elastic.space.elastic_space import Subnet
+from nemo_elastic.space.subnet import Subnet
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ from nemo_elastic.nemo.export.gguf_check import check_children, open_gguf
 from nemo_elastic.nemo.export.gguf_side import gguf_python
 from nemo_elastic.nemo.export.hf_side import hf_python, run_transformers
 from nemo_elastic.problems import Problem, ProblemsError
-from nemo_elastic.space.elastic_space import Subnet
+from nemo_elastic.space.subnet import Subnet
 
 logger = logging.getLogger(__name__)
 LOGIT_BATCHES = 2

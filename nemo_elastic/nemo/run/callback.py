@@ -38,7 +38,7 @@ from nemo_elastic.nemo.run.step_record import (
 from nemo_elastic.problems import Problem, raise_if_any
 from nemo_elastic.processes.runlog import RunLog
 from nemo_elastic.space.choices import choice_shapes
-from nemo_elastic.space.elastic_space import Subnet
+from nemo_elastic.space.subnet import Subnet
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,8 @@ import torch
 
 from nemo_elastic.mcore.family.planner import Planner, StepState
 from nemo_elastic.router.model import Router
-from nemo_elastic.space.elastic_space import DEPTH, DIMS, Subnet
+from nemo_elastic.space.dims import DEPTH, DIMS
+from nemo_elastic.space.subnet import Subnet
 
 BUDGET_FIELDS = ("kd", "ce", "hidden", "tokens", "budget_loss")
 ROUTER_FIELDS = ("price", "argmax_error", "error")

@@ -43,8 +43,8 @@ from nemo_elastic.problems import Problem, Stopped, raise_if_any
 from nemo_elastic.processes.launchers import started_processes
 from nemo_elastic.processes.training_checkpoints import steps_done, whole_checkpoints
 from nemo_elastic.router.schedule import Timeline, resolve_recipe
-from nemo_elastic.space.elastic_space import Subnet
 from nemo_elastic.space.layout import ParamLayout
+from nemo_elastic.space.subnet import Subnet
 
 logger = logging.getLogger(__name__)
 

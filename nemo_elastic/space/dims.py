@@ -1,0 +1,89 @@
+"""Elastic dims: their names, their groups, and the sizes that are legal.
+
+Every elastic dim is `groups` groups of equally many units; a child keeps the first k units of EVERY group
+(METHOD section 1), so sizes are legal when they are multiples of the number of groups. No torch here.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
+
+from ..kinds import dims as dims_of_kinds
+from ..kinds import kind_of_dim
+from ..problems import Problem, nearest_multiples, raise_if_any
+from .architecture import Architecture
+
+HIDDEN, DEPTH = "hidden_size", "num_layers"
+WIDTH_DIMS = (HIDDEN, *(dim.name for dim in dims_of_kinds()))
+DIMS = (*WIDTH_DIMS, DEPTH)
+KIND_OF_DIM = {dim.name: kind_of_dim(dim.name).letter for dim in dims_of_kinds()}  # dim -> letter of its layers
+PER_LAYER_DIMS = tuple(dim.name for dim in dims_of_kinds() if dim.per_layer)
+DEALT_DIMS = tuple(dim.name for dim in dims_of_kinds() if dim.dealt)  # ranked over the layer, then dealt to groups
+DEFAULT_FFN_GROUPS = 8
+
+
+def dim_groups(architecture: Architecture, ffn_groups: int = DEFAULT_FFN_GROUPS) -> dict[str, int]:
+    """Number of groups whose first units a child keeps, per dim. A size must be a multiple of it."""
+    return {HIDDEN: 1, **{dim.name: dim.groups(architecture, ffn_groups) for dim in dims_of_kinds()}, DEPTH: 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ElasticDim:
+    """One elastic dim: the parent's size and the legal sizes (`choices`, descending, the parent's size first).
+
+    `per_layer` lets every layer of the dim's kind have a size of its own.
+    """
+
+    name: str
+    full: int
+    groups: int
+    choices: tuple[int, ...]
+    per_layer: bool = False
+
+    def __post_init__(self) -> None:
+        key, found = f"elastic.dims.{self.name}", []
+        for size in self.choices:
+            if not 0 < size <= self.full:
+                found.append(Problem(f"{key}.choices", f"{size} must be between 1 and the parent's {self.full}"))
+            elif size % self.groups:
+                near = nearest_multiples(size, self.groups, self.full)
+                found.append(Problem(f"{key}.choices", f"{size} must be a multiple of {self.groups}; nearest: {near}"))
+        if self.per_layer and self.name not in PER_LAYER_DIMS:
+            words = f"true, but {self.name} has one value per net; per layer may be: {', '.join(PER_LAYER_DIMS)}"
+            found.append(Problem(f"{key}.per_layer", words))
+        raise_if_any(found)
+        object.__setattr__(self, "choices", tuple(sorted({*self.choices, self.full}, reverse=True)))
+
+
+def is_integer(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def parent_size(architecture: Architecture, name: str) -> int:
+    """The parent's size of an elastic dim."""
+    return getattr(architecture, name)
+
+
+def resolve_choices(
+    name: str, wanted: Iterable[int | float], full: int, step: int
+) -> tuple[tuple[int, ...], list[str]]:
+    """Integers as they are, ratios (floats up to 1.0) rounded ONCE to the nearest multiple of `step` (METHOD trap 7).
+
+    1.0 is the parent's size, whatever the step; no ratio exceeds it. Returns the sizes and one note per rounded ratio.
+    """
+    sizes, notes, found = [], [], []
+    for value in wanted:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            found.append(Problem(f"elastic.dims.{name}.choices", f"{value!r} must be an integer or a ratio (0 to 1)"))
+        elif isinstance(value, int):
+            sizes.append(value)
+        elif 0 < value <= 1:
+            size = full if value == 1 else min(max(1, round(value * full / step)), full // step) * step
+            if abs(size - value * full) > 1e-6:
+                notes.append(f"{name}: ratio {value} of {full} rounded to {size} (multiple of {step})")
+            sizes.append(size)
+        else:
+            found.append(Problem(f"elastic.dims.{name}.choices", f"{value} as a ratio must be above 0 and at most 1"))
+    raise_if_any(found)
+    return tuple(sizes), notes

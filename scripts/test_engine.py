@@ -118,7 +118,19 @@ def set_up(line: str) -> Path | None:
     for command in commands:
         if subprocess.run(command).returncode:
             return None
+    if of.on_top_of_venv:
+        give_commands(target / "bin" / "python", ROOT / ".venv" / "bin" / "python")
     return target / "bin" / "python"
+
+
+def give_commands(python: Path, base: Path) -> None:
+    """Lay the commands of `base`'s venv beside `python`, which runs them: `nemo-elastic` is then of that line, too."""
+    for command in base.parent.iterdir():
+        first, _, rest = command.read_bytes().partition(b"\n")
+        own = python.with_name(command.name)
+        if first == f"#!{base}".encode() and not own.exists():
+            own.write_bytes(f"#!{python}\n".encode() + rest)
+            own.chmod(0o755)
 
 
 def environment_of(line: str) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -54,6 +55,22 @@ def test_what_is_left_out_imports_nothing_that_may_import_megatron(engine: Modul
                 part = node.module.split(".")[1]
                 of_arithmetic = (TESTS.parent / "nemo_elastic" / f"{part}.py").exists()
                 assert of_arithmetic or part in MAY_NOT_IMPORT_MEGATRON, f"{path.name}:{node.lineno}: {node.module}"
+
+
+def test_a_line_has_commands_of_its_own(engine: ModuleType, tmp_path: Path) -> None:
+    """They run under the line's Python; what the venv has of its own stays."""
+    base, other = (tmp_path / name / "bin" / "python" for name in ("base", "other"))
+    for python, commands in ((base, ("tool", "pip")), (other, ("pip",))):
+        python.parent.mkdir(parents=True)
+        python.symlink_to(sys.executable)
+        for name in commands:
+            python.with_name(name).write_text(f"#!{python}\nimport sys\nprint(sys.argv[0], sys.prefix)\n")
+    kept = other.with_name("pip").read_text()
+    engine.give_commands(other, base)
+    assert sorted(path.name for path in other.parent.iterdir()) == ["pip", "python", "tool"]
+    assert other.with_name("pip").read_text() == kept
+    shown = subprocess.check_output([other.with_name("tool")], text=True)
+    assert other.with_name("tool").read_text().startswith(f"#!{other}\n") and str(other.with_name("tool")) in shown
 
 
 def test_the_smoke_takes_children_from_line_to_line(engine: ModuleType) -> None:

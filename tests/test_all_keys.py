@@ -165,10 +165,10 @@ def test_a_parent_without_one_kind_of_layer_can_be_planned(pattern: str, capsys)
 
 
 def test_a_vocabulary_that_tensor_parallelism_does_not_divide_is_padded(capsys) -> None:
-    words = ["parent.path=null", "model.vocab_size=2052", "train.tensor_model_parallel_size=8", "elastic.ffn_groups=8"]
+    words = ["parent.path=null", "model.vocab_size=2051", "train.tensor_model_parallel_size=2"]
     assert main(["plan", "--config", "tiny_parent.yaml", *words]) == 0
     told = " ".join(capsys.readouterr().out.split())
-    assert "at TP 8, model.vocab_size=2052 is padded to 2056 rows in training" in told
+    assert "at TP 2, model.vocab_size=2051 is padded to 2052 rows in training" in told
 
 
 # What `plan --train` does not show, because it decides how scores are measured or the run goes, not what it costs.

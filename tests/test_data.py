@@ -25,7 +25,7 @@ from nemo_elastic.data.corpus import (
 )
 from nemo_elastic.data.text_files import find_text_files
 from nemo_elastic.data.tokenizer import BPETokenizer, train_bpe
-from nemo_elastic.data.tokens import identity_of, load_tokens, tokenize, user_documents
+from nemo_elastic.data.tokens import default_cache_dir, identity_of, load_tokens, tokenize, user_documents
 from nemo_elastic.data.windows import Windows
 
 SOURCES = {"a.py": "import os\n", "b/c.py": "x = 1\n" * 40, "heapq.py": "def push(heap): ...\n"}
@@ -165,6 +165,18 @@ def test_cache_is_keyed_by_content(bpe: BPETokenizer, tmp_path: Path) -> None:
     text.write_text("gamma delta\n" * 2000)
     changed = load_tokens("train", bpe, paths=[text], cache_dir=cache)
     assert len(list(cache.iterdir())) == 2 and not np.array_equal(first, changed)
+
+
+@pytest.mark.parametrize(("shared", "folder"), [("", "/home/me/.cache"), (None, "/home/me/.cache"), ("/c", "/c")])
+def test_the_cache_lies_in_the_users_cache_folder(
+    monkeypatch: pytest.MonkeyPatch, shared: str | None, folder: str
+) -> None:
+    monkeypatch.delenv("NEMO_ELASTIC_CACHE", raising=False)
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    if shared is not None:
+        monkeypatch.setenv("XDG_CACHE_HOME", shared)
+    assert default_cache_dir() == Path(folder) / "nemo_elastic"
 
 
 def test_bytes_are_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from nemo_elastic.mcore.elastic import spec
 from nemo_elastic.mcore.kernels import layer_specs
 from nemo_elastic.mcore.models.build import build_elastic_model, build_plain_model
 from nemo_elastic.mcore.versions import AttnBackend
+from nemo_elastic.nemo.export.context import vocab_divisor
 from nemo_elastic.nemo.plain import plain_config, trainer
 
 MODEL = plain_training.TINY_PARENT
@@ -36,6 +37,16 @@ def test_tp_adds_no_more_rows_than_divide_it(tp: int, rows: int) -> None:
     config = plain_config.plain_model_config(MODEL | {"vocab_size": 2045}, tensor_model_parallel_size=tp)
     for tokens in (1000, 2045):
         assert plain_config.check_vocabulary(config, tokens) == rows
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "divisor"),
+    [(2048, 2000, 128), (2049, 2049, 1), (2049, 2048, 3), (2053, 2000, 2053), (8, None, 1)],
+)
+def test_a_context_pads_the_tokenizer_to_the_embedding(rows: int, tokens: int | None, divisor: int) -> None:
+    """At TP 1 exactly; at others as little is added as can be."""
+    assert vocab_divisor(rows, tokens) == divisor
+    assert -(-(tokens or rows) // divisor) * divisor == rows
 
 
 def test_config_holds_the_users_fields_and_what_a_cpu_needs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ makes full steps of the signs of tiny gradients, and runs at two layouts would d
 and steps of full size are compared in `test_family_parallel.py`.
 """
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,8 +93,14 @@ def test_a_resume_at_the_other_layout(runs: Server, begun: str, overrides: tuple
     assert_same(out, runs.folder / "whole", range(4, 7))
 
 
-def test_children_are_verified_at_tp_2_and_have_no_padding(runs: Server, tmp_path: Path) -> None:
+def test_children_have_no_padding(runs: Server, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
     from nemo_elastic.nemo.export.checkpoints import extract
 
     nested = runs.folder / "tp2" / "nested"
-    assert vocabularies(extract(nested, "small", tmp_path / "small")) == {ROWS}
+    assert vocabularies(extract(nested, "full", tmp_path / "nemo")) == {ROWS}
+    child = extract(nested, "small", tmp_path / "hf", format="hf", hf_schema="per_layer_config")
+    tensors = load_file(child / "model.safetensors")
+    assert {tensors[name].shape[0] for name in ("backbone.embeddings.weight", "lm_head.weight")} == {ROWS}
+    assert json.loads((child / "config.json").read_text())["vocab_size"] == ROWS

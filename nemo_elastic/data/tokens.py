@@ -41,7 +41,8 @@ T = TypeVar("T")
 def default_cache_dir() -> Path:
     """`$NEMO_ELASTIC_CACHE`, else `nemo_elastic` in the user's cache folder."""
     own = os.environ.get("NEMO_ELASTIC_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nemo_elastic"
+    shared = os.environ.get("XDG_CACHE_HOME")  # empty is as good as unset, or the cache would lie where one stands
+    return Path(own) if own else Path(shared or Path.home() / ".cache") / "nemo_elastic"
 
 
 def id_type(tokenizer: BPETokenizer) -> type[np.unsignedinteger]:

@@ -56,6 +56,13 @@ def test_masked_soft_sliced_and_extracted_are_one_function(walk):
     assert len({tuple(ranks) for ranks in walk[1]["ranks"]}) == 4  # cut differently, once layer by layer
 
 
+def test_megatron_is_given_its_own_letters_and_builds_ours_in_their_slot(walk):
+    found = walk[1]
+    assert (found["pattern"], found["mamba_slot"]) == ("M--*-M--", "mamba")
+    of_stage = {key: "linear" if key in ("0.2", "1.1", "1.4") else "mlp" for key in found["slots"]}
+    assert found["slots"] == of_stage  # layers 1, 4 and 7 of 8, on two stages
+
+
 def test_sorting_leaves_the_function_alone(walk):
     assert walk[1]["moved"] > 10
     assert walk[1]["sorted"] < 1e-12

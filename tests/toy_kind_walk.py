@@ -148,6 +148,28 @@ def sorting_and_ranking() -> dict:
     }
 
 
+def slots() -> dict:
+    """Which layers the MLP's slot builds on either of two pipeline stages, by Megatron's number on the stage."""
+    from types import SimpleNamespace
+
+    from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+
+    from nemo_elastic.mcore.kind_modules import megatron_pattern, stack_submodules
+
+    class Named:
+        def __init__(self, kind: str, **given: object) -> None:
+            self.kind = kind
+
+    table = stack_submodules(lambda kind: ModuleSpec(module=Named, params={"kind": kind.name}), PATTERN)
+    config, built = SimpleNamespace(num_layers=len(PATTERN)), {}
+    for stage in range(2):
+        groups = SimpleNamespace(pp=SimpleNamespace(rank=lambda stage=stage: stage, size=lambda: 2))
+        for number in range(1, 5):
+            layer = build_module(table.mlp_layer, config=config, layer_number=number, pg_collection=groups)
+            built[f"{stage}.{number}"] = layer.kind
+    return {"pattern": megatron_pattern(PATTERN), "slots": built, "mamba_slot": table.mamba_layer.params["kind"]}
+
+
 def write_parent(folder: Path) -> Path:
     """A random parent, a text and a configuration."""
     from checkpoint_family import MODEL, TOKENIZER, random_weights
@@ -168,7 +190,7 @@ def main(folder: Path) -> None:
     from nemo_elastic.mcore import process_groups
 
     process_groups.start(1, 1)
-    found |= modes() | sorting_and_ranking()
+    found |= modes() | sorting_and_ranking() | slots()
     run, hf = folder / "run", folder / "hf"
     found["run"] = command_line(folder, "quickstart", "--config", str(config), "--out", str(run))
     words = ("--budget", "small", "--format", "hf", "--out", str(hf))

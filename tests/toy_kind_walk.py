@@ -6,6 +6,7 @@ It registers the kind first, writes a random parent with its layers, and leaves 
 
 import contextlib
 import json
+import os
 import random
 import sys
 from pathlib import Path
@@ -25,12 +26,13 @@ model: {model}
 elastic:
   ffn_groups: 8
   dims:
-    hidden_size: {{choices: [1.0, 0.75]}}
+    hidden_size: {{choices: [48, 40]}}
     {rank}: {{choices: [1.0, 0.75, 0.5, 0.25]}}
     num_layers: {{choices: [8, 7, 6]}}
-  budgets: {{full: 1.0, small: 0.75}}
+  budgets: {{full: 1.0, small: 0.8, thin: 0.77}}
+  subnets: {{thin: {{hidden_size: 40, {rank}: 8, num_layers: 7}}}}
 rank: {{samples: 4, depth_samples: 2, seq_length: 32}}
-router: {{hidden_size: 16, warmup_fraction: 0.2, soft_fraction: 0.4, freeze_fraction: 0.2, tolerance: 0.1}}
+router: {{hidden_size: 16, warmup_fraction: 0.2, soft_fraction: 0.4, freeze_fraction: 0.2, tolerance: 0.02}}
 train:
   micro_batch_size: 2
   optimizer: {{lr: 1.0e-3, min_lr: 1.0e-4, warmup_steps: 1}}
@@ -193,7 +195,9 @@ def main(folder: Path) -> None:
     found |= modes() | sorting_and_ranking() | slots()
     run, hf = folder / "run", folder / "hf"
     found["run"] = command_line(folder, "quickstart", "--config", str(config), "--out", str(run))
-    words = ("--budget", "small", "--format", "hf", "--out", str(hf))
+    for name in ("RANK", "LOCAL_RANK"):  # of the run's process group
+        os.environ.pop(name, None)
+    words = ("--budget", "thin", "--format", "hf", "--out", str(hf))
     found["refused"] = command_line(folder, "extract", str(run / "nested"), *words)
     (folder / "found.json").write_text(json.dumps(found))
 

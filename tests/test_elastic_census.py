@@ -3,10 +3,12 @@
 import pool_elastic
 import pytest
 from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.spec_utils import ModuleSpec
 from pool_elastic import elastic_model
 from small_parent import architecture
 from worker_pool import WorkerPool
 
+from nemo_elastic.mcore.elastic import mlp
 from nemo_elastic.mcore.models import build
 from nemo_elastic.problems import ProblemsError
 
@@ -26,7 +28,14 @@ def test_a_layer_that_upstream_built_plain_is_an_error(monkeypatch: pytest.Monke
 
 @pytest.mark.usefixtures("one_rank")
 def test_a_plain_sublayer_in_an_elastic_layer_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nemo_elastic.mcore.elastic.spec.ElasticMLP", MLP)
+    elastic = mlp.elastic_layer
+
+    def with_a_plain_part(**how: bool) -> ModuleSpec:
+        spec = elastic(**how)
+        spec.submodules.mlp.module = MLP
+        return spec
+
+    monkeypatch.setattr(mlp, "elastic_layer", with_a_plain_part)
     with pytest.raises(ProblemsError, match=r"\(1 of 1 mamba, 0 of 1 mlp\); layer 1 is a Elastic"):
         elastic_model(architecture("M-"))
 

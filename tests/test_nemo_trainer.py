@@ -13,7 +13,6 @@ from small_parent import FFN_GROUPS, SMALL, architecture
 
 from nemo_elastic.config.model_fields import known_fields
 from nemo_elastic.mcore import versions
-from nemo_elastic.mcore.elastic import spec
 from nemo_elastic.mcore.kernels import layer_specs
 from nemo_elastic.mcore.models.build import build_elastic_model, build_plain_model
 from nemo_elastic.mcore.versions import AttnBackend
@@ -72,10 +71,9 @@ def test_with_transformer_engine_all_models_of_a_process_leave_attention_to_it(
     for name in switches:
         monkeypatch.setenv(name, "1")  # and back again afterwards
         monkeypatch.delenv(name)
-    for module in (plain_config, layer_specs, spec):
+    for module in (plain_config, layer_specs):  # the elastic stack's own stays: Transformer Engine is not there
         monkeypatch.setattr(module, "have_transformer_engine", lambda: True)
     monkeypatch.setattr(layer_specs, "transformer_engine_stack_spec", layer_specs.local_stack_spec)
-    monkeypatch.setattr(spec, "_use_transformer_engine", lambda *layers: None)
     arch = architecture()
     ranked = build_plain_model(arch)
     fields = {name: getattr(arch, name) for name in SMALL} | {"hybrid_override_pattern": arch.hybrid_override_pattern}

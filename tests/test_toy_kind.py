@@ -35,12 +35,12 @@ def test_it_is_of_that_process_alone():
 def test_it_is_planned(walk):
     plan = walk[1]["plan"]
     assert (plan["code"], plan["problems"]) == (0, [])
-    full, small = plan["budgets"]
-    assert (full["subnet"][RANK], small["subnet"][RANK] != 32) == (32, True)
-    hidden, per_layer = 48, 48 + 2 * 32 * 48  # its norm and two matrices
-    assert plan["parent"]["parameters_by_kind"]["linear"] == len(PLACES) * per_layer
-    assert abs(small["error"]) <= 0.1
-    assert any(f"ranks 8 ({RANK} 8)" in note for note in plan["notes"]), hidden
+    full, small, thin = plan["budgets"]
+    assert full["subnet"][RANK] == 32 > small["subnet"][RANK] > thin["subnet"][RANK] == 8
+    assert plan["parent"]["parameters_by_kind"]["linear"] == len(PLACES) * (48 + 2 * 32 * 48)
+    assert thin["parameters_by_kind"]["linear"] % (40 + 2 * 8 * 40) == 0  # of the layers that it keeps
+    assert abs(small["error"]) <= 0.02
+    assert any(f"ranks 24 ({RANK} 24), 8 ({RANK} 8)" in note for note in plan["notes"])
 
 
 def test_its_parameters_are_counted_as_they_are_built(walk):
@@ -53,7 +53,15 @@ def test_masked_soft_sliced_and_extracted_are_one_function(walk):
     found = walk[1]["modes"]
     assert set(found) == {"masked", "soft", "child"}
     assert max(found.values()) < 1e-12, found
-    assert len({tuple(ranks) for ranks in walk[1]["ranks"]}) == 4  # cut differently, once layer by layer
+    assert walk[1]["ranks"][0] == [8, 16, 32]  # the first layer by layer
+    assert len({tuple(ranks) for ranks in walk[1]["ranks"]}) == 3
+
+
+def test_megatron_is_given_its_own_letters_and_builds_ours_in_their_slot(walk):
+    found = walk[1]
+    assert (found["pattern"], found["mamba_slot"]) == ("M--*-M--", "mamba")
+    of_stage = {key: "linear" if key in ("0.2", "1.1", "1.4") else "mlp" for key in found["slots"]}
+    assert found["slots"] == of_stage  # layers 1, 4 and 7 of 8, on two stages
 
 
 def test_sorting_leaves_the_function_alone(walk):
@@ -75,7 +83,8 @@ def test_a_family_is_trained_extracted_and_verified(walk):
     for budget in result["budgets"]:
         assert budget["check"]["numel"] == budget["parameters"]
         assert abs(budget["heldout_nested"] - budget["heldout_child"]) < 1e-5
-    assert {b["name"]: b["verified"] for b in result["budgets"]} == {"full": True, "small": True}
+    assert {b["name"]: b["verified"] for b in result["budgets"]} == {"full": True, "small": True, "thin": True}
+    assert result["budgets"][2]["subnet"][RANK] == 8
 
 
 def test_its_scores_are_in_the_file_of_the_run(walk):

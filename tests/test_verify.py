@@ -9,6 +9,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from nemo_elastic.cli.main import main
 from nemo_elastic.config import load_config
 from nemo_elastic.config.load import plain
 from nemo_elastic.cost.counts import parameters
+from nemo_elastic.kinds import Kind
 from nemo_elastic.nemo.export.checkpoints import extract, extract_all, write_nested
 from nemo_elastic.problems import ProblemsError
 
@@ -85,6 +87,7 @@ def test_weights_are_judged_not_kernels(family: Path, monkeypatch: pytest.Monkey
     """With Transformer Engine installed both sides still have Megatron's linears, and products are not TF32."""
     from nemo_elastic.mcore.elastic import spec
     from nemo_elastic.mcore.kernels import layer_specs
+    from nemo_elastic.mcore.kernels.kind_modules import module_of
     from nemo_elastic.nemo.export import verify
 
     def refuse(*layers: object) -> None:
@@ -95,7 +98,12 @@ def test_weights_are_judged_not_kernels(family: Path, monkeypatch: pytest.Monkey
     for module in (layer_specs, spec):
         monkeypatch.setattr(module, "have_transformer_engine", lambda: True)
     monkeypatch.setattr(layer_specs, "transformer_engine_stack_spec", refuse)
-    monkeypatch.setattr(spec, "_use_transformer_engine", refuse)
+
+    def local_alone(kind: Kind) -> SimpleNamespace:
+        layer = module_of(kind).elastic_layer
+        return SimpleNamespace(elastic_layer=lambda *, transformer_engine: refuse() if transformer_engine else layer())
+
+    monkeypatch.setattr(spec, "module_of", local_alone)
     seen, logits = [], verify.whole_logits
     monkeypatch.setattr(
         verify, "whole_logits", lambda *a: seen.append(torch.get_float32_matmul_precision()) or logits(*a)

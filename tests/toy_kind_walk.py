@@ -6,6 +6,7 @@ It registers the kind first, writes a random parent with its layers, and leaves 
 
 import contextlib
 import json
+import os
 import random
 import sys
 from pathlib import Path
@@ -25,12 +26,13 @@ model: {model}
 elastic:
   ffn_groups: 8
   dims:
-    hidden_size: {{choices: [1.0, 0.75]}}
+    hidden_size: {{choices: [48, 40]}}
     {rank}: {{choices: [1.0, 0.75, 0.5, 0.25]}}
     num_layers: {{choices: [8, 7, 6]}}
-  budgets: {{full: 1.0, small: 0.75}}
+  budgets: {{full: 1.0, small: 0.8, thin: 0.77}}
+  subnets: {{thin: {{hidden_size: 40, {rank}: 8, num_layers: 7}}}}
 rank: {{samples: 4, depth_samples: 2, seq_length: 32}}
-router: {{hidden_size: 16, warmup_fraction: 0.2, soft_fraction: 0.4, freeze_fraction: 0.2, tolerance: 0.1}}
+router: {{hidden_size: 16, warmup_fraction: 0.2, soft_fraction: 0.4, freeze_fraction: 0.2, tolerance: 0.02}}
 train:
   micro_batch_size: 2
   optimizer: {{lr: 1.0e-3, min_lr: 1.0e-4, warmup_steps: 1}}
@@ -148,6 +150,28 @@ def sorting_and_ranking() -> dict:
     }
 
 
+def slots() -> dict:
+    """Which layers the MLP's slot builds on either of two pipeline stages, by Megatron's number on the stage."""
+    from types import SimpleNamespace
+
+    from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+
+    from nemo_elastic.mcore.kind_modules import megatron_pattern, stack_submodules
+
+    class Named:
+        def __init__(self, kind: str, **given: object) -> None:
+            self.kind = kind
+
+    table = stack_submodules(lambda kind: ModuleSpec(module=Named, params={"kind": kind.name}), PATTERN)
+    config, built = SimpleNamespace(num_layers=len(PATTERN)), {}
+    for stage in range(2):
+        groups = SimpleNamespace(pp=SimpleNamespace(rank=lambda stage=stage: stage, size=lambda: 2))
+        for number in range(1, 5):
+            layer = build_module(table.mlp_layer, config=config, layer_number=number, pg_collection=groups)
+            built[f"{stage}.{number}"] = layer.kind
+    return {"pattern": megatron_pattern(PATTERN), "slots": built, "mamba_slot": table.mamba_layer.params["kind"]}
+
+
 def write_parent(folder: Path) -> Path:
     """A random parent, a text and a configuration."""
     from checkpoint_family import MODEL, TOKENIZER, random_weights
@@ -168,10 +192,12 @@ def main(folder: Path) -> None:
     from nemo_elastic.mcore.runtime import process_groups
 
     process_groups.start(1, 1)
-    found |= modes() | sorting_and_ranking()
+    found |= modes() | sorting_and_ranking() | slots()
     run, hf = folder / "run", folder / "hf"
     found["run"] = command_line(folder, "quickstart", "--config", str(config), "--out", str(run))
-    words = ("--budget", "small", "--format", "hf", "--out", str(hf))
+    for name in ("RANK", "LOCAL_RANK"):  # of the run's process group
+        os.environ.pop(name, None)
+    words = ("--budget", "thin", "--format", "hf", "--out", str(hf))
     found["refused"] = command_line(folder, "extract", str(run / "nested"), *words)
     (folder / "found.json").write_text(json.dumps(found))
 

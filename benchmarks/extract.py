@@ -118,8 +118,8 @@ def measure(folder: Path, format: str, repetitions: int) -> dict:
     torch.set_num_threads(1)
     if format == "nemo":
         cpu.install()
-        import nemo_elastic.mcore.dist_save
-        import nemo_elastic.nemo.context  # noqa: F401
+        import nemo_elastic.mcore.checkpoint.dist_save
+        import nemo_elastic.nemo.export.context  # noqa: F401
     children, nested = {}, folder / "nested"
     for budget in open_nested(nested).manifest.subnets:
         child, other, peaks = folder / "child", folder / "copy", []

@@ -156,7 +156,7 @@ def slots() -> dict:
 
     from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 
-    from nemo_elastic.mcore.kind_modules import megatron_pattern, stack_submodules
+    from nemo_elastic.mcore.kernels.kind_modules import megatron_pattern, stack_submodules
 
     class Named:
         def __init__(self, kind: str, **given: object) -> None:

@@ -25,8 +25,8 @@ SHALLOWEST, DEPTHS = 0.75, 4  # of the layers; how many smaller depths to offer
 LONGEST = 8192  # tokens of a training sample
 
 
-def starting_configuration(path: str) -> str:
-    """YAML of a configuration for the parent at `path`.
+def starting_configuration(path: str, key: str = "--from") -> str:
+    """YAML of a configuration for the parent at `path`, which the user gave as `key`.
 
     Raises:
         ProblemsError: nothing there, or nothing that describes a model that can be made elastic.
@@ -34,7 +34,7 @@ def starting_configuration(path: str) -> str:
     folder, said = folder_of(path), parent_files(path)
     if said is None:
         words = f"nothing in {path!r} describes a model (config.json, or context/ of a NeMo checkpoint)"
-        raise ProblemsError([Problem(path, words)])
+        raise ProblemsError([Problem(key, words)])
     family = _family(path, said.model)
     sizes = {name: dim.choices for name, dim in family.space.dims.items() if len(dim.choices) > 1}
     arch, whole = family.architecture, parameters(family.layout, family.space.full_subnet())
@@ -80,7 +80,7 @@ def starting_run(path: str) -> RunConfig:
     Raises:
         ProblemsError: as there.
     """
-    text = starting_configuration(path)
+    text = starting_configuration(path, path)
     said = parent_files(path)
     assert said is not None, "it has a configuration to start from"
     return load_config(None, base={**yaml.safe_load(text), "model": dict(said.model)}).config

@@ -66,7 +66,9 @@ class Server:
         self.folder, self.config = folder, write_run(folder, steps, **model)
         root = Path(__file__).resolve().parent
         path = os.pathsep.join(map(str, (root.parent, root)))
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+        # Megatron leaves its choice of attention in the environment of the tests that ran before.
+        own = {name: value for name, value in os.environ.items() if not name.startswith("NVTE_")}
+        environment = own | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
         self.process = subprocess.Popen(
             [python, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )

@@ -46,7 +46,7 @@ STABLE = {
     "megatron.core.transformer.enums": {"AttnBackend", "AttnMaskType"},
     "megatron.core.transformer.mlp": {"MLP", "MLPSubmodules"},
     "megatron.core.transformer.module": {"param_is_not_shared"},
-    "megatron.core.transformer.spec_utils": {"ModuleSpec"},
+    "megatron.core.transformer.spec_utils": {"ModuleSpec", "build_module"},
     "megatron.core.transformer.transformer_config": {"TransformerConfig"},
     "megatron.core.transformer.transformer_layer": {"TransformerLayer", "TransformerLayerSubmodules"},
     "megatron.core.transformer.utils": {"make_sharded_tensors_for_checkpoint"},

@@ -67,15 +67,15 @@ class ChosenLayer:
         cls, *, own: ModuleSpec, borrowed: dict[int, ModuleSpec], number: str, config: Any, layer_number: int,
         pg_collection: Any, **more: Any
     ) -> Any:  # fmt: skip
-        """Arguments are Megatron's for a layer; `layer_number` starts at 1, in the net or in the pipeline stage."""
+        """Arguments are Megatron's for a layer of the slot; `layer_number` starts at 1, in the net or in the stage.
+
+        Later lines (0.19) number in the net everywhere and say so by `add_layer_offset=False`.
+        """
         place = layer_number - 1
-        if number == "stage":
+        if number == "stage" and more.get("add_layer_offset", True):
             place += pg_collection.pp.rank() * (config.num_layers // pg_collection.pp.size())
         spec = borrowed.get(place, own)
-        return build_module(
-            spec, config=config, layer_number=layer_number, pg_collection=pg_collection,
-            **({} if place in borrowed else more)
-        )  # fmt: skip
+        return build_module(spec, config=config, layer_number=layer_number, pg_collection=pg_collection, **more)
 
 
 def norm_keys(kind: Kind) -> dict[str, str]:

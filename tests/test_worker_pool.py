@@ -41,7 +41,7 @@ def facts(pid: int) -> tuple[str, float]:
 
 
 def wait_for(state: str, pids: Iterable[int]) -> None:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while left := [pid for pid in pids if facts(pid)[0] != state]:
         assert time.monotonic() < deadline, f"still there: {left}"
         time.sleep(0.02)
@@ -95,7 +95,7 @@ def test_no_process_stays_behind(tmp_path: Path) -> None:
     running["killed"].kill()
     running["interrupted"].send_signal(signal.SIGINT)
     try:
-        codes = {end: tests.wait(20) for end, tests in running.items()}
+        codes = {end: tests.wait(90) for end, tests in running.items()}
         assert codes == {"killed": -signal.SIGKILL, "interrupted": 2, "forgotten": 0}
         wait_for("Z", pids.values())
     finally:

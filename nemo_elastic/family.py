@@ -1,11 +1,16 @@
-"""A configured family: the parent's architecture, the space of its children, and the budgets they have to meet."""
+"""A configured family: the parent's architecture, the space of its children, and the budgets they have to meet.
 
-from collections.abc import Iterable, Mapping
+A verb makes a `Configured` of the configuration it was given and hands that on: the family, and once there are scores
+the ranked one, are made in one place and once.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from .config.load import Resolved
 from .config.model_fields import architecture_of
 from .config.sections import RunConfig, TrainConfig
 from .cost.budget import BudgetCost
@@ -53,6 +58,36 @@ class Family:
                 return budget
         known = ", ".join(b.name for b in self.budgets)
         raise ProblemsError([Problem("--budget", f"{name!r} is no budget of this family; known: {known}")])
+
+
+class Configured:
+    """A checked configuration, and the families it means: before ranking, and by a measured one."""
+
+    def __init__(self, resolved: Resolved) -> None:
+        self.resolved = resolved
+        self._families: dict[tuple[int, ...] | None, Family] = {}
+
+    @property
+    def config(self) -> RunConfig:
+        """Its sections."""
+        return self.resolved.config
+
+    def family(self, depth_ranking: Sequence[int] | None = None) -> Family:
+        """The family; the same object for the same ranking.
+
+        Raises:
+            ProblemsError: as `family_of`.
+        """
+        key = None if depth_ranking is None else tuple(depth_ranking)
+        if key not in self._families:
+            self._families[key] = family_of(self.config, key)
+        return self._families[key]
+
+    def settled(self, resolved: Resolved) -> "Configured":
+        """The same with other values of keys that no family depends on (`mcore.runtime.automatic`)."""
+        other = Configured(resolved)
+        other._families = self._families
+        return other
 
 
 def family_of(config: RunConfig, depth_ranking: tuple[int, ...] | None = None) -> Family:

@@ -50,11 +50,11 @@ def test_channels_that_causal_conv1d_refuses_are_named(monkeypatch: pytest.Monke
     assert f"{15 * 77 + 256} (mamba_num_heads 120, mamba_head_dim 77)" in note and "TP 8" in note
     assert f"{16 * 77 + 256} " not in note and note in plan(run)["notes"]
     assert convolution_notes(family_of(load_config(NANO).config).space, 8) == []
-    assert checks.kernel_problems(run) == []
+    assert checks.kernel_problems(run, family_of(run)) == []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert checks.kernel_problems(run) == []  # our own kernels take any width
+    assert checks.kernel_problems(run, family_of(run)) == []  # our own kernels take any width
     monkeypatch.setattr(checks, "has_mamba_kernels", lambda: True)
-    assert [p.message for p in checks.kernel_problems(run)] == [note]
+    assert [p.message for p in checks.kernel_problems(run, family_of(run))] == [note]
 
 
 def test_ratios_of_a_large_parent_round_to_tiles() -> None:

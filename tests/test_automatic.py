@@ -9,6 +9,7 @@ import torch
 from nemo_elastic.config import load_config
 from nemo_elastic.config.sections import DistillConfig
 from nemo_elastic.distill.fused import fused_chunk_length
+from nemo_elastic.family import Configured
 from nemo_elastic.mcore.runtime.automatic import settled, settled_run
 from nemo_elastic.nemo.pipeline import Run
 from nemo_elastic.problems import ProblemsError
@@ -35,7 +36,7 @@ def test_the_machine_decides(request: pytest.FixtureRequest) -> None:
 
 def test_what_goes_on_takes_what_the_run_began_with(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     resolved = load_config("tiny_parent.yaml")
-    begun = Run(resolved, tmp_path, begins=True)
+    begun = Run(Configured(resolved), tmp_path, begins=True)
     begun.write_config()
     written = json.loads((tmp_path / "config.json").read_text())
     assert written["values"]["train"]["precision"] == "32"

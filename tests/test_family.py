@@ -1,8 +1,11 @@
 """A configured family: choices resolved once, budgets parsed, every problem of a config in one error."""
 
+import ast
+from pathlib import Path
+
 import pytest
 
-from nemo_elastic.config.load import load_values
+from nemo_elastic.config.load import load_config, load_values
 from nemo_elastic.config.sections import TrainConfig
 from nemo_elastic.family import Family, family_of, parallel_problems, parse_budget
 from nemo_elastic.problems import ProblemsError
@@ -100,3 +103,36 @@ def test_a_layout_that_cannot_be_trained_is_refused_with_every_reason() -> None:
 def test_a_percentage_is_not_a_number_of_parameters(value: object) -> None:
     with pytest.raises(ProblemsError, match=r"elastic\.budgets\.small: .* is neither a fraction .* 60% is 0\.6"):
         parse_budget("small", value)
+
+
+def test_a_verb_makes_its_family_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nemo_elastic import family as module
+
+    made = []
+    stock = module.family_of
+    monkeypatch.setattr(module, "family_of", lambda *given: made.append(given[1]) or stock(*given))
+    resolved = load_config("tiny_parent.yaml")
+    run = module.Configured(resolved)
+    ranking = list(range(16))
+    assert run.family() is run.family() is run.settled(resolved).family()
+    assert run.family(ranking) is run.family(tuple(ranking)) is not run.family()
+    assert run.family(ranking).space.depth_ranking == tuple(ranking)
+    assert made == [None, tuple(ranking)]
+
+
+# Who may make a family of a configuration: those that change it first, or are handed plain values by somebody else.
+MAKERS = {
+    "family.py", "plan/of_run.py", "plan/proposals.py", "plan/starting.py", "report/run_folder.py",
+    "nemo/export/verify_parent.py", "nemo/run/elastic_model.py",
+}  # fmt: skip
+
+
+def test_everybody_else_is_handed_one() -> None:
+    package = Path(__file__).parents[1] / "nemo_elastic"
+    found = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) == "family_of"
+    }
+    assert found == MAKERS

@@ -123,6 +123,7 @@ def test_what_a_configuration_leaves_open_is_taken_as_it_was_ranked(own, tmp_pat
 
 def test_a_sorted_parent_must_be_sorted_by_these_scores(own, capsys):
     from nemo_elastic.config import load_config as load
+    from nemo_elastic.family import Configured
     from nemo_elastic.nemo.pipeline import Run
     from nemo_elastic.nemo.run.ranking import stored_importance
     from nemo_elastic.problems import ProblemsError
@@ -133,7 +134,8 @@ def test_a_sorted_parent_must_be_sorted_by_these_scores(own, capsys):
     moved = ["parent.path=builtin:tiny_parent"]  # the same weights at another place
     for more, fits in (([], True), (moved, True), (["elastic.ffn_groups=16"], False)):
         resolved = load("tiny_parent.yaml", [*words[4:], *SMALL, *more])
-        work, importance = Run(resolved, run), stored_importance(resolved, run)
+        configured = Configured(resolved)
+        work, importance = Run(configured, run), stored_importance(configured, run)
         if fits:
             assert work.sort(importance) == run / "sorted"
         else:

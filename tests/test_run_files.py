@@ -9,6 +9,7 @@ import pytest
 from nemo_elastic.cli.main import main
 from nemo_elastic.config import load_config
 from nemo_elastic.data.tokenizer import DEFAULT_TOKENIZER
+from nemo_elastic.family import Configured
 from nemo_elastic.files import folder_problems
 from nemo_elastic.problems import ProblemsError
 from nemo_elastic.processes.runlog import MetricsFile, RunLog
@@ -59,11 +60,11 @@ def test_a_logger_that_is_unknown_or_not_installed_is_a_problem(monkeypatch: pyt
         load_config("tiny_parent.yaml", ["train.loggers=[tensorbord]"])
     from nemo_elastic.mcore.family import checks
 
-    config = load_config("tiny_parent.yaml", ["train.loggers=[wandb]"]).config
+    run = Configured(load_config("tiny_parent.yaml", ["train.loggers=[wandb]"]))
     stock = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else stock(name))
     with pytest.raises(ProblemsError, match=r"train\.loggers: wandb is not installed here; `pip install wandb`"):
-        checks.check_inputs(config)
+        checks.check_inputs(run)
 
 
 def test_a_folder_is_tried_before_work_is_done_for_it(tmp_path: Path) -> None:

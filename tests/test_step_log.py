@@ -142,13 +142,14 @@ def test_a_resumed_run_appends_without_loss_or_repetition(small_runs: Server) ->
 def test_wandb_without_a_key_is_refused_before_anything_is_paid_for(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     from nemo_elastic.config import load_config
+    from nemo_elastic.family import Configured
     from nemo_elastic.mcore.family.checks import check_inputs
     from nemo_elastic.problems import ProblemsError
 
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", "/nowhere")
-    run = load_config("tiny_parent.yaml", ["train.loggers=[wandb]"]).config
+    run = Configured(load_config("tiny_parent.yaml", ["train.loggers=[wandb]"]))
     with pytest.raises(ProblemsError, match=r"train\.loggers: wandb has no API key"):
         check_inputs(run)
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..family import Configured
 from ..problems import raise_if_any
 from .arguments import configuration, folders, run_folder, verb_parser
 from .console import quiet_libraries
@@ -32,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..nemo.pipeline import Run
     from ..processes.runlock import locked
 
-    work = Run(resolved, out)
+    work = Run(Configured(resolved), out)
     raise_if_any(changed_keys(out, resolved.config, resolved.values, FAMILY))
     with locked(out):
         nested = work.nest(Path(given[0]) if given else None, force=arguments.force)

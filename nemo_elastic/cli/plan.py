@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,19 +113,21 @@ def _misplaced(arguments: argparse.Namespace) -> list[Problem]:
 
 def _of_configuration(arguments: argparse.Namespace) -> dict[str, Any]:
     """The plan, what training it will cost, and with `--train` the resolved run."""
-    from ..family import family_of
+    from ..family import Configured, Family
     from ..plan.of_run import plan
 
-    config, ranking = configuration(arguments).config, _depth_ranking(arguments)
+    resolved, ranking = configuration(arguments), _depth_ranking(arguments)
+    config = resolved.config
     if arguments.ranking and config.router.searches:
         from ..plan.proposals import with_searched_shapes
 
         with suppress(ProblemsError):  # the plan says it, too
             config = with_searched_shapes(config, arguments.ranking)
-    result = plan(config, ranking)
-    try:
-        family = family_of(config, ranking)
-    except ProblemsError:  # the plan has said it
+    family: Family | None = None
+    with suppress(ProblemsError):  # the plan says it
+        family = Configured(replace(resolved, config=config)).family(ranking)
+    result = plan(config, ranking, family=family)
+    if family is None:
         return result | {"training": None} | ({"run": None} if arguments.train else {})
     from ..distill.training_cost import training_cost
     from ..distill.training_plan import training_plan
@@ -169,12 +172,13 @@ def _score(arguments: argparse.Namespace, resolved: Any, result: dict[str, Any])
     from .console import quiet_libraries
 
     quiet_libraries(arguments.verbose)
-    from ..family import family_of
+    from ..family import Configured
     from ..nemo.pipeline import Run
 
-    space = family_of(resolved.config).space
+    configured = Configured(resolved)
+    space = configured.family().space
     keyed = {str(i): space.subnet_from_dict(b["subnet"]) for i, b in enumerate(result["budgets"])}
-    losses = Run(resolved, run).zero_shot(run / "sorted", keyed)
+    losses = Run(configured, run).zero_shot(run / "sorted", keyed)
     for i, row in enumerate(result["budgets"]):
         row["heldout_loss"] = losses[str(i)]
 

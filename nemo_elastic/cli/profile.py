@@ -35,13 +35,14 @@ def add_parser(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Measure and write; answers with the table."""
     folders(arguments)
-    config = configuration(arguments).config
+    resolved = configuration(arguments)
+    config = resolved.config
     out = Path(arguments.output)
     raise_if_any(_problems(arguments, out))
     quiet_libraries(arguments.verbose)
-    from ..family import family_of
+    from ..family import Configured
 
-    family = family_of(config)
+    family = Configured(resolved).family()
     import torch
 
     from ..config.model_fields import arithmetic_of

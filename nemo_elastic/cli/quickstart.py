@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from ..family import Configured
 from .arguments import configuration, folders, run_folder, start_workers, verb_parser
 from .console import is_first_rank, progress_bar, quiet_libraries
 
@@ -64,13 +65,14 @@ def run(arguments: argparse.Namespace) -> int:
     from ..processes.launchers import started_processes
 
     processes = started_processes() if arguments.nproc is None else arguments.nproc
-    check_train(resolved, out, processes, force=arguments.force, remedy=remedy(out))
+    configured = Configured(resolved)
+    check_train(configured, out, processes, force=arguments.force, remedy=remedy(out))
     start_workers(arguments)
     quiet_libraries(arguments.verbose)
     from ..nemo.pipeline import Run, quickstart
 
     with progress_bar() as bar:
-        work = Run(resolved, out, bar.update, begins=True)
+        work = Run(configured, out, bar.update, begins=True)
         bar.say("loading Megatron and NeMo")
         result = quickstart(work, force=arguments.force)
     if not is_first_rank():

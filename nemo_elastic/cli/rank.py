@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from ..family import Configured
 from .arguments import configuration, folders, run_folder, start_workers, verb_parser
 from .console import progress_bar, quiet_libraries
 
@@ -32,13 +33,14 @@ def run(arguments: argparse.Namespace) -> int:
     from ..nemo.run.start_checks import check_rank
     from ..processes.launchers import started_processes
 
-    check_rank(resolved, out, started_processes() if arguments.nproc is None else arguments.nproc)
+    configured = Configured(resolved)
+    check_rank(configured, out, started_processes() if arguments.nproc is None else arguments.nproc)
     start_workers(arguments)
     from ..nemo.run.ranking import FOLDER, rank_run
 
     with progress_bar() as bars:
         importance = rank_run(
-            resolved.config,
+            configured,
             out,
             resume=arguments.resume,
             report=lambda phase, done, total: bars.update(PHASES[phase], done, total),

@@ -43,7 +43,7 @@ def sort_run(resolved: Any, out: Path, *, force: bool = False) -> Path:
         ProblemsError: no scores, scores of another parent, or a folder that exists (without `force`) or that training
             checkpoints belong to.
     """
-    from ..family import family_of
+    from ..family import Configured
     from ..mcore.models.parents import open_parent, write_sorted
     from ..mcore.runtime import cpu
     from ..nemo.run.ranking import stored_importance
@@ -53,9 +53,10 @@ def sort_run(resolved: Any, out: Path, *, force: bool = False) -> Path:
         words = "has checkpoints that were trained from its sorted parent; choose another --out"
         raise ProblemsError([Problem(str(out), words)])
     cpu.install()
-    parent, layout = resolved.config.parent, family_of(resolved.config).layout
+    configured = Configured(resolved)
+    parent, layout = resolved.config.parent, configured.family().layout
     with locked(out):
-        importance = stored_importance(resolved, out)
+        importance = stored_importance(configured, out)
         return write_sorted(
             out / FOLDER, open_parent(parent, layout), layout, importance, source=parent.path, force=force
         )

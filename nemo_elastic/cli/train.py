@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from ..family import Configured
 from .arguments import configuration, folders, run_folder, start_workers, verb_parser
 from .console import progress_bar, quiet_libraries
 
@@ -31,14 +32,15 @@ def run(arguments: argparse.Namespace) -> int:
     from ..processes.launchers import started_processes
 
     processes = started_processes() if arguments.nproc is None else arguments.nproc
-    check_train(resolved, out, processes, resume=arguments.resume, force=arguments.force)
+    configured = Configured(resolved)
+    check_train(configured, out, processes, resume=arguments.resume, force=arguments.force)
     start_workers(arguments)
     from ..nemo import api
 
     with progress_bar() as bar:
         if arguments.resume and not any((out / "checkpoints").glob("*")):
             bar.say(f"{out}: no training checkpoint to go on from; this run begins at step 0")
-        done = api.train(resolved, out, resume=arguments.resume, force=arguments.force, progress=bar.update)
+        done = api.train(configured, out, resume=arguments.resume, force=arguments.force, progress=bar.update)
     if arguments.json:
         answer = {"nested": str(done.nested), "heldout_losses": done.heldout_losses, "tokens": done.tokens}
         arguments.answer.json(answer)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_elastic.config import Resolved, load_config
+from nemo_elastic.family import Configured
 from nemo_elastic.importance.store import Importance
 from nemo_elastic.mcore.runtime.one_run import one_run
 from nemo_elastic.nemo.pipeline import Progress, Run, quickstart
@@ -32,7 +33,7 @@ class Finished:
 
 
 def resolved_run(
-    config: str | Path | Resolved,
+    config: str | Path | Resolved | Configured,
     out: str | Path | None,
     overrides: Sequence[str],
     progress: Progress | None,
@@ -40,12 +41,13 @@ def resolved_run(
     begins: bool = False,
 ) -> Run:
     """A run folder's steps for a configuration (file, shipped name, or already resolved); `begins`: a new run."""
-    resolved = config if isinstance(config, Resolved) else load_config(config, list(overrides))
-    return Run(resolved, Path(out) if out else Path("runs") / resolved.config.name, progress, begins=begins)
+    if not isinstance(config, Configured):
+        config = Configured(config if isinstance(config, Resolved) else load_config(config, list(overrides)))
+    return Run(config, Path(out) if out else Path("runs") / config.config.name, progress, begins=begins)
 
 
 def rank(
-    config: str | Path | Resolved,
+    config: str | Path | Resolved | Configured,
     out: str | Path | None = None,
     *,
     overrides: Sequence[str] = (),
@@ -58,12 +60,12 @@ def rank(
         ProblemsError: anything wrong with configuration, layout or parent.
     """
     run = resolved_run(config, out, overrides, progress)
-    check_rank(run.resolved, run.out, started_processes(), once=True)
+    check_rank(run.configured, run.out, started_processes(), once=True)
     return run.importance(resume=resume)
 
 
 def train(
-    config: str | Path | Resolved,
+    config: str | Path | Resolved | Configured,
     out: str | Path | None = None,
     *,
     overrides: Sequence[str] = (),
@@ -77,7 +79,7 @@ def train(
         ProblemsError: anything wrong with configuration, layout, parent, or a run folder that is in use.
     """
     run = resolved_run(config, out, overrides, progress, begins=not resume)
-    check_train(run.resolved, run.out, started_processes(), resume=resume, force=force)
+    check_train(run.configured, run.out, started_processes(), resume=resume, force=force)
     run.start()
     with one_run(run.out):
         if force:

@@ -21,8 +21,9 @@ from nemo_elastic.checkpoint.comparison import ChildCheck
 from nemo_elastic.checkpoint.manifest import Manifest
 from nemo_elastic.checkpoint.unpadded import UnpaddedReader
 from nemo_elastic.config.load import Resolved, leaves, plain
+from nemo_elastic.config.sections import RunConfig
 from nemo_elastic.data.of_run import end_of_text_name, tokenizer_source
-from nemo_elastic.family import family_of
+from nemo_elastic.family import Configured
 from nemo_elastic.files import write_json
 from nemo_elastic.importance.store import Importance
 from nemo_elastic.mcore.checkpoint.dist_checkpoint import TorchDistReader
@@ -55,13 +56,17 @@ class Run:
     """A run folder and what is in it: `importance/ sorted/ checkpoints/ logs/ nested/ children/ results.json`."""
 
     def __init__(
-        self, resolved: Resolved, out: Path, progress: Progress | None = None, *, begins: bool = False
+        self, configured: Configured, out: Path, progress: Progress | None = None, *, begins: bool = False
     ) -> None:
         """`begins`: a new run, which decides what `auto` means; else what the run in `out` decided holds."""
-        self.resolved, self.out = settled_run(resolved, out, begins=begins), out
-        self.config = self.resolved.config
+        self.configured, self.out = configured.settled(settled_run(configured.resolved, out, begins=begins)), out
         self.progress = progress or (lambda name, done, total, text: None)
         self.seconds: dict[str, float] = {}
+
+    @property
+    def config(self) -> RunConfig:
+        """The run's sections, without `auto`."""
+        return self.configured.config
 
     def start(self) -> None:
         """Process groups at the run's layout."""
@@ -81,7 +86,8 @@ class Run:
     def write_config(self) -> None:
         """`OUT/config.json`: every value and its origin."""
         if process_groups.rank() == 0:
-            write_json(self.out / "config.json", {"values": self.resolved.values, "origins": self.resolved.origins})
+            resolved = self.configured.resolved
+            write_json(self.out / "config.json", {"values": resolved.values, "origins": resolved.origins})
 
     def timed(self, name: str, step: Callable[[], Any]) -> Any:
         """Run a step and note its seconds."""
@@ -93,9 +99,9 @@ class Run:
     def importance(self, *, resume: bool = False) -> Importance:
         """Measured importance, from disk when it is there."""
         if process_groups.on_first_rank(lambda: is_ranked(self.out)):  # others may still see what was removed
-            return stored_importance(self.resolved, self.out)
+            return stored_importance(self.configured, self.out)
         return rank_run(
-            self.config,
+            self.configured,
             self.out,
             resume=resume,
             report=lambda phase, done, total: self.progress(f"rank {phase}", done, total, ""),
@@ -106,10 +112,10 @@ class Run:
         if not self.config.router.searches:
             return
         given = self.config.elastic.subnets
-        self.config = with_searched_shapes(self.config, str(self.out))
-        new = {name: subnet for name, subnet in self.config.elastic.subnets.items() if name not in given}
+        config = with_searched_shapes(self.config, str(self.out))
+        new = {name: subnet for name, subnet in config.elastic.subnets.items() if name not in given}
         origins = {key: f"router.shapes, by {self.out / 'importance'}" for key, _ in leaves(new, "elastic.subnets")}
-        self.resolved = Resolved(self.config, plain(self.config), self.resolved.origins | origins)
+        self.configured = Configured(Resolved(config, plain(config), self.configured.resolved.origins | origins))
         self.write_config()
 
     def sort(self, importance: Importance, *, force: bool = False) -> Path:
@@ -118,7 +124,7 @@ class Run:
         Raises:
             ProblemsError: it is there, but sorted by other scores or groups: these would cut it in the wrong places.
         """
-        folder, layout = self.out / "sorted", family_of(self.config).layout
+        folder, layout = self.out / "sorted", self.configured.family().layout
         if process_groups.rank() == 0 and (force or not folder.is_dir()):
             reader = open_parent(self.config.parent, layout)
             write_sorted(folder, reader, layout, importance, source=str(self.config.parent.path), force=force)
@@ -136,7 +142,7 @@ class Run:
         def show(step: int, total: int, text: str) -> None:
             self.progress("train", step, total, text)
 
-        trained = train(self.config, self.out, sorted_folder, resume_from=resume_from, progress=show)
+        trained = train(self.configured, self.out, sorted_folder, resume_from=resume_from, progress=show)
         gc.collect()  # model, optimizer and teacher: what comes next builds its own
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -161,9 +167,11 @@ class Run:
         folder, parent = self.out / "nested", sorted_parent(self.out / "sorted")
         checkpoint = checkpoint or process_groups.on_first_rank(lambda: latest_checkpoint(self.out))
         if process_groups.rank() == 0:
-            family = family_of(self.config, parent.depth_ranking)
+            family = self.configured.family(parent.depth_ranking)
             record = self._record_of(checkpoint)
-            config = with_subnets_of(self.config, record["subnets"]) if self.config.router.searches else self.config
+            config = self.config
+            if config.router.searches:
+                config = with_subnets_of(config, family, record["subnets"])
             with TorchDistReader(checkpoint) as reader:
                 router = {k.removeprefix(ROUTER_PREFIX): k for k in reader.other_keys() if k.startswith(ROUTER_PREFIX)}
                 write_nested(
@@ -226,7 +234,7 @@ class Run:
     def zero_shot(self, sorted_folder: Path, subnets: Mapping[str, Subnet]) -> dict[str, float]:
         """Held-out loss of the same children cut from the sorted parent before any training."""
         self.start()
-        family = family_of(self.config, sorted_parent(sorted_folder).depth_ranking)
+        family = self.configured.family(sorted_parent(sorted_folder).depth_ranking)
         groups = family.space.ffn_groups
         model = build_elastic_model(
             self.config.model, ffn_groups=groups, sequence_parallel=self.config.train.sequence_parallel

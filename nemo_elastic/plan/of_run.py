@@ -22,15 +22,20 @@ from ..space.subnet import Subnet
 from .deployment import deployment, fp8_problems, low_precision_problems
 
 
-def plan(run: RunConfig, depth_ranking: tuple[int, ...] | None = None) -> dict[str, Any]:
+def plan(
+    run: RunConfig, depth_ranking: tuple[int, ...] | None = None, *, family: Family | None = None
+) -> dict[str, Any]:
     """The plan as plain values (`plan --json` prints exactly this). Its `problems` are not raised.
+
+    Args:
+        family: of `run`, where it has been made.
 
     Raises:
         ProblemsError: when not even the parent can be described.
     """
     found: list[Problem] = []
     try:
-        family = family_of(run, depth_ranking)
+        family = family or family_of(run, depth_ranking)
     except ProblemsError as error:
         found += error.problems
         bare = replace(run.elastic, dims={}, budgets={}, subnets={})

@@ -96,9 +96,9 @@ def with_searched_shapes(run: RunConfig, ranking: str) -> RunConfig:
     return replace(run, elastic=replace(run.elastic, subnets={**run.elastic.subnets, **found}))
 
 
-def with_subnets_of(run: RunConfig, subnets: Mapping[str, Any]) -> RunConfig:
+def with_subnets_of(run: RunConfig, family: Family, subnets: Mapping[str, Any]) -> RunConfig:
     """The configuration with the shapes that a run has searched, for those that its file does not give."""
-    searched = {b.name: subnets[b.name] for b in family_of(run).budgets if not b.is_full}
+    searched = {b.name: subnets[b.name] for b in family.budgets if not b.is_full}
     return replace(run, elastic=replace(run.elastic, subnets={**searched, **run.elastic.subnets}))
 
 

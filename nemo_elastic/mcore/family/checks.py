@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from ...config.sections import RunConfig
-from ...family import family_of
+from ...family import Configured, Family
 from ...files import folder_problems
 from ...plan.of_run import plan
 from ...problems import Problem, ProblemsError, raise_if_any
@@ -29,13 +30,16 @@ HOW_TO_GO_ON = "go on with --resume, start over with --force, or choose another 
 NO_STAGES = Problem("train.stages", "is empty; give at least one stage, e.g. [{steps: 100}]")
 
 
-def check_inputs(config: RunConfig) -> None:
+def check_inputs(run: Configured) -> None:
     """Layout, curriculum, budgets and the parent of a training run.
 
     Raises:
         ProblemsError: all that is wrong, at once.
     """
-    found = [Problem(p["key"], p["message"]) for p in plan(config)["problems"]]
+    config, family = run.config, None
+    with suppress(ProblemsError):  # the plan says it
+        family = run.family()
+    found = [Problem(p["key"], p["message"]) for p in plan(config, family=family)["problems"]]
     for name in config.train.loggers:
         if importlib.util.find_spec(name) is None:
             words = f"{name} is not installed here; `pip install {name}`, or leave it out"
@@ -49,21 +53,19 @@ def check_inputs(config: RunConfig) -> None:
         found.append(NO_STAGES)
     if not config.elastic.budgets:
         found.append(Problem("elastic.budgets", "is empty; name at least one, e.g. {full: 1.0, half: 0.5}"))
-    found += kernel_problems(config)
+    if family is not None:
+        found += kernel_problems(config, family)
     if not found:
         try:
-            open_parent(config.parent, family_of(config).layout)
+            open_parent(config.parent, run.family().layout)
         except ProblemsError as error:
             found += error.problems
     raise_if_any(found)
 
 
-def kernel_problems(config: RunConfig) -> list[Problem]:
+def kernel_problems(config: RunConfig, family: Family) -> list[Problem]:
     """Sizes that the GPU kernels of THIS machine refuse; nothing where our own run in their place."""
-    try:
-        notes = convolution_notes(family_of(config).space, config.train.tensor_model_parallel_size)
-    except ProblemsError:
-        return []  # said by `plan`
+    notes = convolution_notes(family.space, config.train.tensor_model_parallel_size)
     if not notes or not torch.cuda.is_available() or not has_mamba_kernels():
         return []
     return [Problem("elastic.dims", note) for note in notes]

@@ -70,7 +70,7 @@ class ElasticSSMConfig(llm.SSMConfig):
         """Student of the parent's size with the sorted weights, its router, and the teacher if the loss has one."""
         run = self.run_config()
         parent = sorted_parent(self.sorted_parent)
-        family = family_of(run, parent.depth_ranking)
+        family = self.family()
         layout = ParamLayout(
             family.architecture, ffn_groups=family.space.ffn_groups, tp_size=self.tensor_model_parallel_size
         )

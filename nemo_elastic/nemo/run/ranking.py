@@ -14,13 +14,13 @@ from torch import Tensor
 
 from nemo_elastic.data.of_run import check_text, text_tokenizer
 
-from ...config.load import Resolved, plain
+from ...config.load import plain
 from ...config.sections import RunConfig, TrainConfig
 from ...data.blend import Source
 from ...data.sources import open_windows
 from ...data.tokens import load_tokens
 from ...data.windows import Windows
-from ...family import family_of, parallel_problems
+from ...family import Configured, parallel_problems
 from ...importance.belongs import foreign_scores
 from ...importance.run_state import forget_states
 from ...importance.store import Importance
@@ -35,7 +35,7 @@ from ...problems import raise_if_any
 FOLDER = "importance"
 
 
-def rank_run(config: RunConfig, out: Path, *, resume: bool = False, report: Report | None = None) -> Importance:
+def rank_run(run: Configured, out: Path, *, resume: bool = False, report: Report | None = None) -> Importance:
     """Rank the parent of a run and save `out/importance/`; returns what was measured, the same on every rank.
 
     Args:
@@ -45,8 +45,8 @@ def rank_run(config: RunConfig, out: Path, *, resume: bool = False, report: Repo
     Raises:
         ProblemsError: a layout that cannot run, a missing parent, or samples that do not fill the ranks.
     """
-    config = settled(config)
-    family, train = family_of(config), config.train
+    config, family = settled(run.config), run.family()
+    train = config.train
     raise_if_any(parallel_problems(family.architecture, train, family.space.ffn_groups))
     process_groups.start(
         train.tensor_model_parallel_size,
@@ -112,13 +112,13 @@ def precision(train: TrainConfig) -> dict[str, Any]:
     return fields | ({"bf16": True, "params_dtype": torch.bfloat16} if half else {})
 
 
-def stored_importance(resolved: Resolved, out: Path) -> Importance:
+def stored_importance(run: Configured, out: Path) -> Importance:
     """What `rank` left in `out/importance/`, if it is of this run's parent, model and settings.
 
     Raises:
         ProblemsError: nothing there, damaged, or scores of something else; the same on every rank.
     """
-    config, family = resolved.config, family_of(resolved.config)
+    config, family = run.config, run.family()
     importance = Importance.load(out / FOLDER, family.architecture)
 
     def check() -> None:
@@ -128,7 +128,7 @@ def stored_importance(resolved: Resolved, out: Path) -> Importance:
                 importance.provenance,
                 config,
                 family,
-                given=resolved.origins,
+                given=run.resolved.origins,
                 digest=weights_digest(reader, family.layout),
                 tokenizer=text_tokenizer(config).sha256,
             )

@@ -16,14 +16,13 @@ import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from nemo_elastic.config.load import Resolved
 from nemo_elastic.config.sections import RunConfig
 from nemo_elastic.data.entries import entry_problems
 from nemo_elastic.data.of_run import check_text, text_tokenizer
 from nemo_elastic.data.tokens import default_cache_dir
 from nemo_elastic.distill.resume import changed_keys, stage_problems
 from nemo_elastic.distill.training_cost import checkpoint_bytes, checkpoints_kept, disk_bytes
-from nemo_elastic.family import family_of, parallel_problems
+from nemo_elastic.family import Configured, parallel_problems
 from nemo_elastic.files import folder_problems
 from nemo_elastic.importance.belongs import foreign_scores
 from nemo_elastic.importance.store import Importance
@@ -40,16 +39,16 @@ BOTH = "goes on with the run that --force would remove; leave one of the two out
 Check = Callable[[], Iterable[Problem] | None]
 
 
-def check_rank(resolved: Resolved, out: Path, processes: int, *, once: bool = False) -> None:
+def check_rank(run: Configured, out: Path, processes: int, *, once: bool = False) -> None:
     """Whether `rank` can run; with `once`, nothing is looked at where it has run.
 
     Raises:
         ProblemsError: all that is wrong, at once.
     """
-    config = resolved.config
+    config = run.config
 
     def parent() -> None:
-        family = family_of(config)
+        family = run.family()
         raise_if_any(parallel_problems(family.architecture, config.train, family.space.ffn_groups))
         open_parent(config.parent, family.layout)
 
@@ -67,7 +66,7 @@ def check_rank(resolved: Resolved, out: Path, processes: int, *, once: bool = Fa
 
 
 def check_train(
-    resolved: Resolved,
+    run: Configured,
     out: Path,
     processes: int,
     *,
@@ -83,19 +82,19 @@ def check_train(
     Raises:
         ProblemsError: all that is wrong, at once.
     """
-    config = resolved.config
+    config = run.config
 
     def shared() -> list[Problem]:
         again = is_ranked(out) and not force
         return collected(
-            lambda: check_inputs(config),
+            lambda: check_inputs(run),
             lambda: check_processes(config, processes, ranks=not again),
             *_surroundings(config, out),
             lambda: run_problems(out, force=force, resume=resume, remedy=remedy),
             lambda: [Problem("--resume", BOTH)] if force and resume else None,
-            lambda: _disk(config, out),
-            lambda: _stored(resolved, out) if again else None,
-            lambda: _kept(resolved, out) if resume else None,
+            lambda: _disk(run, out),
+            lambda: _stored(run, out) if again else None,
+            lambda: _kept(run, out) if resume else None,
         )
 
     own = _of_this_machine(config, out)
@@ -151,9 +150,9 @@ def _temporary(config: RunConfig) -> list[Problem]:
     return [Problem("data.num_workers", f"{words}{len(folder.encode())}; export TMPDIR=/tmp, or set it to 0")]
 
 
-def _disk(config: RunConfig, out: Path) -> list[Problem]:
+def _disk(run: Configured, out: Path) -> list[Problem]:
     """Room for the run: two training checkpoints at least, as one goes when the next is whole; a warning below all."""
-    family = family_of(config)
+    config, family = run.config, run.family()
     each = checkpoint_bytes(config, family, {})
     needed = disk_bytes(config, family, each)
     there = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
@@ -178,19 +177,19 @@ def _not_trained(out: Path) -> list[Problem]:
     return []
 
 
-def _stored(resolved: Resolved, out: Path) -> list[Problem]:
+def _stored(run: Configured, out: Path) -> list[Problem]:
     """Scores that `train` would go on from. Weights at another path than theirs are compared here, else when read."""
-    config, family = resolved.config, family_of(resolved.config)
+    config, family = run.config, run.family()
     provenance = Importance.load(out / "importance", family.architecture).provenance
     moved = provenance.get("source", {}).get("parent") != config.parent.path
     digest = weights_digest(open_parent(config.parent, family.layout), family.layout) if moved else None
     tokenizer = text_tokenizer(config).sha256
-    return foreign_scores(provenance, config, family, given=resolved.origins, digest=digest, tokenizer=tokenizer)
+    return foreign_scores(provenance, config, family, given=run.resolved.origins, digest=digest, tokenizer=tokenizer)
 
 
-def _kept(resolved: Resolved, out: Path) -> list[Problem]:
+def _kept(run: Configured, out: Path) -> list[Problem]:
     found = whole_checkpoints(out)
     if not found:
         return []
-    config, done = resolved.config, steps_done(found[-1])
-    return [*changed_keys(out, config, resolved.values), *stage_problems(out, config, done)]
+    config, done = run.config, steps_done(found[-1])
+    return [*changed_keys(out, config, run.resolved.values), *stage_problems(out, config, done)]

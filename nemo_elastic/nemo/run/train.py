@@ -18,7 +18,7 @@ from nemo_elastic.cost.conditions import serving_of
 from nemo_elastic.data.blend import spread
 from nemo_elastic.data.of_run import tokenizer_of
 from nemo_elastic.distill.curriculum import total_steps
-from nemo_elastic.family import Family, family_of, parallel_problems
+from nemo_elastic.family import Configured, Family, parallel_problems
 from nemo_elastic.mcore.checkpoint.held_checkpoint import HeldCheckpoint
 from nemo_elastic.mcore.elastic.model import refuse_overlap
 from nemo_elastic.mcore.family.checks import check_processes
@@ -61,7 +61,7 @@ class Trained:
 
 
 def train(
-    run: RunConfig,
+    configured: Configured,
     out: Path,
     sorted_folder: Path,
     *,
@@ -79,8 +79,8 @@ def train(
         ProblemsError: a layout or curriculum that cannot run; a NaN or Inf on the way.
         Stopped: a signal, or `train.max_time` is over; the state is saved.
     """
-    run, parent = settled(run), sorted_parent(sorted_folder)
-    family = family_of(run, parent.depth_ranking)
+    run, parent = settled(configured.config), sorted_parent(sorted_folder)
+    family = configured.family(parent.depth_ranking)
     raise_if_any(shapes_not_searched(run, family))
     raise_if_any(parallel_problems(family.architecture, run.train, family.space.ffn_groups))
     check_processes(run, started_processes())

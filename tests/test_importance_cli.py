@@ -121,7 +121,7 @@ def test_what_a_configuration_leaves_open_is_taken_as_it_was_ranked(own, tmp_pat
     assert found.key == "rank.samples"
 
 
-def test_a_sorted_parent_must_be_sorted_by_these_scores(own, capsys):
+def test_a_sorted_parent_must_be_sorted_by_these_scores(own, capfd):
     from nemo_elastic.config import load_config as load
     from nemo_elastic.family import Configured
     from nemo_elastic.nemo.pipeline import Run
@@ -143,6 +143,6 @@ def test_a_sorted_parent_must_be_sorted_by_these_scores(own, capsys):
                 work.sort(importance)
     (run / "checkpoints" / "step=9").mkdir(parents=True)
     assert main(["sort", *words, *SMALL, "--force"]) == 2
-    assert "has checkpoints that were trained from its sorted parent" in capsys.readouterr().err
+    assert "has checkpoints that were trained from its sorted parent" in capfd.readouterr().err
     assert main(["rank", *words, *SMALL]) == 2
-    assert "has checkpoints that were trained by its scores" in capsys.readouterr().err
+    assert "has checkpoints that were trained by its scores" in capfd.readouterr().err

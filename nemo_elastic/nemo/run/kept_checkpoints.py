@@ -29,14 +29,16 @@ class KeptCheckpoints(pl.Callback):
     def __init__(self, out: Path, last: int, every: int | None = None) -> None:
         self.out, self.last, self.every = out, last, every
         self._saved = False
-        self._worker = ThreadPoolExecutor(1, "deletes-checkpoints")
+        self._worker: ThreadPoolExecutor | None = None  # not before the trainer is made: NeMo copies its callbacks
         self._deleting: list[Future[None]] = []
 
     def __enter__(self) -> KeptCheckpoints:
+        self._worker = ThreadPoolExecutor(1, "deletes-checkpoints")
         return self
 
     def __exit__(self, *error: object) -> None:
         self._worker.shutdown(wait=True)
+        self._worker = None
 
     def on_save_checkpoint(self, *_: Any) -> None:
         """One is being written: there is something to look at when it is whole."""

@@ -35,6 +35,7 @@ ELSEWHERE = {
     "make quickstart ARGS=--json": "tests/test_quickstart.py",
     "make test": "the test suite itself",
     "make test-sweep": "the test suite itself; tests/test_sweep.py",
+    "make test-broken": "the test suite itself; tests/test_broken_inputs.py",
     "make setup": "tests/test_repository.py (its parts); .ci",
     "make setup-hf": "tests/test_hf.py (where that venv is)",
     "make setup-gguf": "tests/test_gguf.py (where that venv is)",

@@ -37,7 +37,8 @@ from nemo_elastic.mcore.elastic.plan import hard_plan
 from nemo_elastic.mcore.models.build import build_elastic_model, build_plain_model, load_weights
 from nemo_elastic.mcore.models.parents import open_parent, whole_state
 from nemo_elastic.mcore.ranking.collect import WidthSettings, collect_widths
-from nemo_elastic.mcore.ranking.depth import DepthAblation, cosine_scores
+from nemo_elastic.mcore.ranking.cosine import cosine_scores
+from nemo_elastic.mcore.ranking.depth import DepthAblation
 from nemo_elastic.mcore.runtime import process_groups
 from nemo_elastic.space.dims import WIDTH_DIMS, dim_groups
 from nemo_elastic.space.elastic_space import ElasticSpace

@@ -176,7 +176,7 @@ def ablation(arch=TINY, *, sp=False, dtype=torch.float32, batches=4, memory_byte
 
 def rank_depth(method, sp=False, **options):
     """(removed, scores, layer forwards, cosine scores) in the current layout."""
-    from nemo_elastic.mcore.ranking.depth import cosine_scores
+    from nemo_elastic.mcore.ranking.cosine import cosine_scores
 
     ranker = ablation(sp=sp, **options)
     progress = getattr(ranker, method)()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,15 +17,11 @@ from typing import Any
 import torch
 
 from nemo_elastic.checkpoint.comparison import ChildCheck
-from nemo_elastic.checkpoint.manifest import Manifest
-from nemo_elastic.checkpoint.unpadded import UnpaddedReader
 from nemo_elastic.config.load import Resolved, leaves, plain
 from nemo_elastic.config.sections import RunConfig
-from nemo_elastic.data.of_run import end_of_text_name, tokenizer_source
 from nemo_elastic.family import Configured
 from nemo_elastic.files import write_json
 from nemo_elastic.importance.store import Importance
-from nemo_elastic.mcore.checkpoint.dist_checkpoint import TorchDistReader
 from nemo_elastic.mcore.elastic.plan import hard_plan
 from nemo_elastic.mcore.family.checks import clear_run, is_ranked
 from nemo_elastic.mcore.models.build import build_elastic_model, load_weights
@@ -35,20 +30,19 @@ from nemo_elastic.mcore.models.parents import is_sorted_by, open_parent, sorted_
 from nemo_elastic.mcore.runtime import process_groups
 from nemo_elastic.mcore.runtime.automatic import settled_run
 from nemo_elastic.mcore.runtime.one_run import one_run
-from nemo_elastic.nemo.export.checkpoints import extract, open_nested, write_nested
-from nemo_elastic.nemo.export.results import RESULTS, provenance, results_of
+from nemo_elastic.nemo.export.checkpoints import extract, open_nested
+from nemo_elastic.nemo.export.from_training import nest_checkpoint
+from nemo_elastic.nemo.export.results import RESULTS, results_of
 from nemo_elastic.nemo.export.verify import verify
 from nemo_elastic.nemo.plain.logs import quiet
 from nemo_elastic.nemo.run.ranking import rank_run, stored_importance
 from nemo_elastic.nemo.run.train import Trained, data_module, heldout_batches, latest_checkpoint, train
-from nemo_elastic.plan.proposals import with_searched_shapes, with_subnets_of
+from nemo_elastic.plan.proposals import with_searched_shapes
 from nemo_elastic.problems import Problem, ProblemsError
-from nemo_elastic.processes.runlog import RunLog
 from nemo_elastic.processes.training_checkpoints import remove_unfinished, whole_checkpoints
 from nemo_elastic.space.subnet import Subnet
 
 logger = logging.getLogger(__name__)
-ROUTER_PREFIX = "module.router.net."
 Progress = Callable[[str, int, int, str], None]
 
 
@@ -164,45 +158,11 @@ class Run:
         Raises:
             ProblemsError: no such checkpoint, or the run's log does not know its children.
         """
-        folder, parent = self.out / "nested", sorted_parent(self.out / "sorted")
         checkpoint = checkpoint or process_groups.on_first_rank(lambda: latest_checkpoint(self.out))
         if process_groups.rank() == 0:
-            family = self.configured.family(parent.depth_ranking)
-            record = self._record_of(checkpoint)
-            config = self.config
-            if config.router.searches:
-                config = with_subnets_of(config, family, record["subnets"])
-            with TorchDistReader(checkpoint) as reader:
-                router = {k.removeprefix(ROUTER_PREFIX): k for k in reader.other_keys() if k.startswith(ROUTER_PREFIX)}
-                write_nested(
-                    folder,
-                    UnpaddedReader(reader, family.layout, checkpoint),
-                    Manifest(
-                        model=dict(self.config.model),
-                        space=family.space,
-                        budgets={b.name: b for b in family.budgets},
-                        subnets={n: family.space.subnet_from_dict(s) for n, s in record["subnets"].items()},
-                        rankings={"depth_ranking": list(parent.depth_ranking or ())},
-                        provenance=provenance(config) | {"step": record["step"], "tokens": record["tokens"]},
-                    ),
-                    tokenizer=tokenizer_source(self.config),
-                    end_of_text=end_of_text_name(self.config),
-                    permutations=dict(parent.permutations),
-                    router={name: reader.read_key(key) for name, key in router.items()},
-                    force=force,
-                )
+            nest_checkpoint(self.configured, self.out, checkpoint, force=force)
         process_groups.barrier()
-        return folder
-
-    def _record_of(self, checkpoint: Path) -> dict[str, Any]:
-        """What the run noted when it wrote `checkpoint` (`step=N` is the checkpoint after N + 1 steps)."""
-        found = re.match(r"step=(\d+)", checkpoint.name)
-        records = {r["step"]: r for r in RunLog(self.out / "logs").read("checkpoints")}
-        step = int(found.group(1)) + 1 if found else -1
-        if step not in records:
-            words = f"is no training checkpoint of the run in {self.out} (its log knows steps {sorted(records)})"
-            raise ProblemsError([Problem(str(checkpoint), words)])
-        return records[step]
+        return self.out / "nested"
 
     def extract_all(self, nested: Path, *, force: bool = False) -> dict[str, Path]:
         """One plain NeMo checkpoint per budget, cast as `export.dtype` says."""

@@ -23,7 +23,8 @@ from ...importance.store import Importance
 from ...problems import Problem, ProblemsError
 from ...space.layout import ParamLayout
 from .collect import WidthCollector, WidthSettings
-from .depth import DepthAblation, cosine_scores, total_candidates
+from .cosine import cosine_scores
+from .depth import DepthAblation, total_candidates
 from .stack_forward import Groups
 
 GIB = 1024**3

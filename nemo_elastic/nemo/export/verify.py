@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,31 +25,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nemo_elastic.checkpoint.comparison import NOTHING, ChildCheck, Comparison, compare_logits
-from nemo_elastic.checkpoint.extract import child_architecture, plain_model
-from nemo_elastic.checkpoint.huggingface import HuggingFaceReader
+from nemo_elastic.checkpoint.extract import plain_model
 from nemo_elastic.checkpoint.manifest import check_hashes
-from nemo_elastic.checkpoint.reader import TensorReader, check_against_layout
-from nemo_elastic.checkpoint.schemas import PlainChild, plain_child
 from nemo_elastic.config.sections import RunConfig
 from nemo_elastic.cost.counts import parameters
-from nemo_elastic.mcore.checkpoint.dist_checkpoint import TorchDistReader
 from nemo_elastic.mcore.elastic.plan import hard_plan
 from nemo_elastic.mcore.models.build import build_elastic_model, build_plain_model, load_weights
 from nemo_elastic.mcore.models.evaluate import heldout_loss, whole_logits
 from nemo_elastic.mcore.runtime import process_groups
-from nemo_elastic.nemo.export.checkpoints import FORMATS, Nested, describe_parent, open_nested
+from nemo_elastic.nemo.export.checkpoints import FORMATS, Nested, open_nested
 from nemo_elastic.nemo.export.first_difference import (
-    configuration_difference,
     hidden_difference,
     nested_trace,
     plain_trace,
-    tensor_difference,
 )
 from nemo_elastic.nemo.export.gguf_check import check_children, open_gguf
 from nemo_elastic.nemo.export.gguf_side import gguf_python
 from nemo_elastic.nemo.export.hf_side import hf_python, run_transformers
+from nemo_elastic.nemo.export.opened_child import Child, open_child, written_difference
 from nemo_elastic.problems import Problem, ProblemsError
-from nemo_elastic.space.subnet import Subnet
 
 logger = logging.getLogger(__name__)
 LOGIT_BATCHES = 2
@@ -60,19 +54,6 @@ KERNELS = {
     "gguf": "Megatron's local linears and fp32 products on the nested side, llama.cpp's on the child's",
 }
 Batches = Sequence[tuple[Tensor, ...]]
-
-
-@dataclass(frozen=True)
-class _Child:
-    """A child's folder, and what it should be."""
-
-    name: str
-    folder: Path
-    subnet: Subnet
-    expected: PlainChild
-    reader: TensorReader
-    model: Mapping[str, Any]
-    dtype: torch.dtype
 
 
 @contextmanager
@@ -120,7 +101,7 @@ def verify(
     if format == "gguf":
         files = [open_gguf(name, Path(folder), nested) for name, folder in children.items()]
     else:
-        opened = [_open(name, Path(folder), nested, format) for name, folder in children.items()]
+        opened = [open_child(name, Path(folder), nested, format) for name, folder in children.items()]
     report, total = report or (lambda what, done, total: None), 2 * len(children)
     sizes = (run.train.tensor_model_parallel_size, run.train.pipeline_model_parallel_size)
     process_groups.start(*sizes, seed=run.train.seed, wait_minutes=run.train.wait_minutes)
@@ -163,33 +144,8 @@ def elastic_from(nested: Nested, *, sequence_parallel: bool = False) -> Any:
     return model
 
 
-def _open(name: str, folder: Path, nested: Nested, format: str) -> _Child:
-    """A child's folder, whose tensors have the names and shapes of its subnet's."""
-    subnet = nested.manifest.subnet(name)
-    if not (folder / ("weights" if format == "nemo" else "config.json")).exists():
-        words = f"no child of format {format} here; run `nemo-elastic extract --format {format}` first"
-        raise ProblemsError([Problem(str(folder), words)])
-    if format == "nemo":
-        child_architecture(nested.layout.architecture, subnet)  # refuses what a plain config cannot say
-    expected = plain_child(nested.reader, nested.layout, subnet)
-    reader = TorchDistReader(folder) if format == "nemo" else HuggingFaceReader(folder)
-    model = describe_parent(str(folder)).model if format == "nemo" else reader.model
-    check_against_layout(reader, expected.layout, str(folder))
-    cast = {reader.dtype(t.name) for t in expected.tensors if reader.dtype(t.name) != t.dtype}
-    dtype = torch.bfloat16 if cast & {torch.bfloat16, torch.float16} else torch.float32
-    return _Child(name, folder, subnet, expected, reader, model or {}, dtype)
-
-
-def _written_difference(nested: Nested, child: _Child) -> str | None:
-    wanted = plain_model(nested.manifest.model, child.expected.architecture)
-    pattern = nested.layout.architecture.hybrid_override_pattern
-    return configuration_difference(child.model, wanted) or tensor_difference(
-        child.reader, child.expected.tensors, child.subnet, pattern
-    )
-
-
-def _nemo_check(nested: Nested, child: _Child, logits: list[Tensor], loss: float, batches: Batches) -> ChildCheck:
-    difference = _written_difference(nested, child)
+def _nemo_check(nested: Nested, child: Child, logits: list[Tensor], loss: float, batches: Batches) -> ChildCheck:
+    difference = written_difference(nested, child)
     architecture = child.expected.architecture
     plain = build_plain_model(plain_model(child.model, architecture), local=True, params_dtype=torch.float32)
     numel = sum(p.numel() for p in plain.parameters())
@@ -207,9 +163,9 @@ def _nemo_check(nested: Nested, child: _Child, logits: list[Tensor], loss: float
 
 
 def _hf_check(
-    nested: Nested, child: _Child, logits: list[Tensor], loss: float, batches: Batches, python: str
+    nested: Nested, child: Child, logits: list[Tensor], loss: float, batches: Batches, python: str
 ) -> ChildCheck:
-    difference = _written_difference(nested, child)
+    difference = written_difference(nested, child)
     tokens = [t for t, *_ in batches[:LOGIT_BATCHES]]
     (side,) = run_transformers(python, [child.folder], tokens)
     theirs = _loss(side.logits, batches)
@@ -220,14 +176,14 @@ def _hf_check(
     return replace(check, format="hf")
 
 
-def _hidden(nested: Nested, child: _Child, theirs: list[Tensor], batches: Batches) -> str:
+def _hidden(nested: Nested, child: Child, theirs: list[Tensor], batches: Batches) -> str:
     ours = nested_trace(elastic_from(nested).eval(), batches[0][0], child.subnet)
     return hidden_difference(ours, theirs, child.subnet, nested.layout.architecture.hybrid_override_pattern)
 
 
 def _check(
     nested: Nested,
-    child: _Child,
+    child: Child,
     numel: int,
     logits: tuple[list[Tensor], list[Tensor]] | None,
     loss_nested: float,

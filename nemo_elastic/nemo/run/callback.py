@@ -26,18 +26,16 @@ from nemo_elastic.mcore.runtime.parallel import broadcast_from_last_stage, data_
 from nemo_elastic.nemo.run.cached_teacher import CachedTeacher
 from nemo_elastic.nemo.run.elastic_model import BudgetStats, ElasticMambaModel
 from nemo_elastic.nemo.run.guard import FiniteGuard
-from nemo_elastic.nemo.run.metrics import Metrics
+from nemo_elastic.nemo.run.metrics import metrics_of
 from nemo_elastic.nemo.run.resume import save_checkpoint
 from nemo_elastic.nemo.run.step_record import (
     BUDGET_FIELDS,
     router_probabilities,
-    scalar_names,
     step_record,
     step_subnets,
 )
 from nemo_elastic.problems import Problem, raise_if_any
 from nemo_elastic.processes.runlog import RunLog
-from nemo_elastic.space.choices import choice_shapes
 from nemo_elastic.space.subnet import Subnet
 
 logger = logging.getLogger(__name__)
@@ -229,13 +227,6 @@ class ElasticCallback(pl.Callback):
             self.metrics.write(step, losses, trainer.loggers, "validation")
             logger.info("step %d held-out %s", step, {n: round(v, 4) for n, v in self.last_losses.items()})
         self._clock = _clocks()
-
-
-def metrics_of(run: RunConfig, planner: Planner, out: Path) -> Metrics:
-    """The scalars' file, with a column for everything that this family can log."""
-    shapes, full = list(choice_shapes(planner.family.space)), planner.family.space.full_subnet()
-    columns = scalar_names(dict.fromkeys(run.elastic.budgets, full), dict.fromkeys(planner.learned, shapes))
-    return Metrics(out / "logs", columns, every=run.train.log_every_steps, total_steps=planner.timeline.total)
 
 
 def _field(stats: BudgetStats | None, key: str) -> float:

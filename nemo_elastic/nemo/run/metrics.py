@@ -13,8 +13,11 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
-from nemo_elastic.nemo.run.step_record import BUDGET_FIELDS, scalars
+from nemo_elastic.config.sections import RunConfig
+from nemo_elastic.mcore.family.planner import Planner
+from nemo_elastic.nemo.run.step_record import BUDGET_FIELDS, scalar_names, scalars
 from nemo_elastic.processes.runlog import MetricsFile
+from nemo_elastic.space.choices import choice_shapes
 
 AVERAGED = tuple(key for key in BUDGET_FIELDS if key != "tokens")
 
@@ -77,3 +80,10 @@ class Metrics:
         """Go on with a checkpoint's sums."""
         self.sums = {n: dict(s) for n, s in values["sums"].items()}
         self.seconds = values["seconds"]
+
+
+def metrics_of(run: RunConfig, planner: Planner, out: Path) -> Metrics:
+    """The scalars' file, with a column for everything that this family can log."""
+    shapes, full = list(choice_shapes(planner.family.space)), planner.family.space.full_subnet()
+    columns = scalar_names(dict.fromkeys(run.elastic.budgets, full), dict.fromkeys(planner.learned, shapes))
+    return Metrics(out / "logs", columns, every=run.train.log_every_steps, total_steps=planner.timeline.total)

@@ -1,4 +1,4 @@
-"""A child's folder as `verify` judges it: its sizes, its tensors by canonical name, how they differ from its subnet's."""
+"""A child's folder as `verify` judges it: sizes, tensors by canonical name, how they differ from its subnet's."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -221,6 +222,15 @@ def test_the_page_shows_the_rule() -> None:
     assert [n for n in names if "." in n or n not in ("mcore", "nemo")] == [
         n for n in ORDER if n not in ("__init__", "__main__", "mcore", "nemo")
     ]
+
+
+def test_every_test_stands_with_its_wing() -> None:
+    lines = (ROOT / "tests" / "README.md").read_text().splitlines()
+    rows = [line.split("|")[1:3] for line in lines if line.startswith("| ") and "`test_" in line]
+    named = [name for _, tests in rows for name in re.findall(r"`(test_\w+\.py)`", tests)]
+    assert sorted(named) == sorted(path.name for path in (ROOT / "tests").glob("test_*.py"))
+    wings = {wing for wings, _ in rows for wing in wings.strip().split(", ")}
+    assert set(ORDER) - {"__init__", "__main__", "mcore", "nemo"} <= wings
 
 
 def test_every_wing_says_in_a_sentence_what_is_in_it() -> None:

@@ -184,7 +184,7 @@ ABLATION = {
 DEPTH = {
     "greedy": ABLATION,
     "one_shot": ABLATION,
-    "cosine": {("mcore/ranking/depth.py:cosine_scores", "wait")},
+    "cosine": {("mcore/ranking/cosine.py:cosine_scores", "wait")},
 }
 
 

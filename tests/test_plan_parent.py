@@ -44,6 +44,10 @@ def test_a_folder_without_its_weights_or_with_others_says_so(tmp_path: Path, cap
         ({"model_type": "llama", "hidden_size": 2048, "num_hidden_layers": 16}, "model_type: 'llama'"),
         ({"model_type": "granitemoehybrid", "num_local_experts": 64}, "model_type: 'granitemoehybrid'"),
         ({"model_type": None}, "model_type: None"),
+        (
+            json.loads((TINY / "config.json").read_text()) | {"hybrid_override_pattern": "MEM*" * 4},
+            "mixture of experts",
+        ),
     ],
 )
 def test_one_that_is_not_supported_gets_one_reason(

@@ -14,6 +14,7 @@ from test_sources import mixed
 
 from nemo_elastic.cli.main import main
 from nemo_elastic.config import load_config
+from nemo_elastic.data import preview as module
 from nemo_elastic.data.of_run import text_tokenizer
 from nemo_elastic.data.preview import SourcePreview, histogram, preview, spans
 from nemo_elastic.data.sources import open_windows
@@ -107,6 +108,36 @@ def test_what_is_not_read_to_its_end_is_not_given_as_whole(tmp_path: Path) -> No
     assert found["samples"] == [] and "--documents 0" in found["notes"][0]
     assert ["epochs" in row for row in found["stages"][0]["sources"]] == [True, False, False]
     assert preview(run, text_tokenizer(run), limit=0)["sources"][1]["whole"]
+
+
+def test_a_large_source_is_looked_at_for_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = blended(tmp_path)
+    tokenizer = text_tokenizer(run)
+    monkeypatch.setattr(module, "TOKENS", 3000)
+    _, text, chat = preview(run, tokenizer)["sources"]
+    longest = text["lengths"][-1]["to"]
+    assert not text["whole"] and 3000 <= text["tokens"] < 3000 + longest
+    assert chat["whole"] and preview(run, tokenizer, limit=0)["sources"][1]["whole"]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"messages": [{"role": "user"}]}', "chat.jsonl line 81 turn 1"),
+        ('{"text": "plain"}', "chat.jsonl line 81 has neither"),
+    ],
+)
+def test_a_bad_line_is_named_by_file_and_number(tmp_path: Path, capfd, line: str, words: str) -> None:
+    mixed(tmp_path)
+    with (tmp_path / "chat.jsonl").open("a") as file:
+        file.write("\n" + line)
+    assert main(["data", "--config", "tiny_parent.yaml", f"data.blend=[{{path: {tmp_path}/chat.jsonl}}]"]) == 2
+    assert words in capfd.readouterr().err
+    (tmp_path / "both").mkdir()
+    (tmp_path / "both" / "a.txt").write_text("text")
+    (tmp_path / "chat.jsonl").rename(tmp_path / "both" / "chat.jsonl")
+    assert main(["data", "--config", "tiny_parent.yaml", f"data.blend=[{{path: {tmp_path}/both}}]"]) == 2
+    assert "mixes conversations (chat.jsonl) and text (a.txt)" in capfd.readouterr().err
 
 
 def test_documents_are_counted_in_bins_that_double() -> None:

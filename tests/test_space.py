@@ -41,10 +41,13 @@ def problems_of(error: ProblemsError) -> dict[str, str]:
 def test_unsupported_layers_are_named_by_number(letter: str) -> None:
     with pytest.raises(ProblemsError) as caught:
         architecture(f"M-{letter}M-{letter}")
-    messages = [p.message for p in caught.value.problems]
-    assert len(messages) == 2 and all(p.key == "model.hybrid_override_pattern" for p in caught.value.problems)
-    assert messages[0].startswith("layer 2 of 6") and messages[1].startswith("layer 5 of 6")
-    assert "not supported yet" in messages[0] and "M (Mamba), * (attention), - (MLP)" in messages[0]
+    (problem,) = caught.value.problems
+    assert problem.key == "model.hybrid_override_pattern" and problem.message.startswith("layers 2, 5 of 6: ")
+    assert "not supported yet" in problem.message and "M (Mamba), * (attention), - (MLP)" in problem.message
+    with pytest.raises(ProblemsError) as caught:
+        architecture(f"M-{letter}" * 9 + "x")
+    one, other = (p.message for p in caught.value.problems)
+    assert one.startswith("layers 2, 5, 8, 11, ... (9 of them) of 28: ") and other.startswith("layer 27 of 28: 'x'")
 
 
 def test_an_unknown_letter_is_no_layer_kind() -> None:

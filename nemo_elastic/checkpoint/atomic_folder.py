@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ..files import folder_problems
 from ..problems import Problem, ProblemsError, raise_if_any
+from ..processes.run_parts import MARKS
 
 logger = logging.getLogger(__name__)
 PARTIAL = ".partial-"
@@ -66,7 +67,6 @@ def _refused_write(error: BaseException | None) -> OSError | None:
 
 # By one of these files a folder is told to be something that this program wrote, or would have.
 WRITTEN = ("elastic/manifest.json", "sorted.json", "weights/.metadata", "weights/metadata.json", "config.json")
-OF_A_RUN = ("checkpoints", "importance", "logs", "nested", "sorted")
 
 
 def check_target(out: str | os.PathLike[str], force: bool, source: str | os.PathLike[str] | None = None) -> None:
@@ -92,7 +92,7 @@ def check_target(out: str | os.PathLike[str], force: bool, source: str | os.Path
         return
     if not force:
         raise ProblemsError([Problem("--out", f"{out} exists; add --force to replace it, or give another path")])
-    run = [name for name in OF_A_RUN if (out / name).exists()]
+    run = [name for name in MARKS if (out / name).exists()]
     if run or not any((out / name).exists() for name in WRITTEN):
         what = f"a run folder ({', '.join(run)})" if run else "no checkpoint or child"
         words = f"{out} is {what}, and --force replaces nothing else; remove it yourself, or give another path"

@@ -21,7 +21,7 @@ def add_parser(subparsers: Any) -> None:
     help = "what training will read: tokens, lengths, epochs of every source, and the first samples with their loss"
     parser = verb_parser(subparsers, "data", run, help, ("--config", "--json"), epilog=EXAMPLES)
     parser.add_argument("--samples", type=int, default=2, metavar="N", help="first samples to show (default: 2)")
-    words = "documents of each source to tokenize at most (default: 20,000; 0: all, as training will)"
+    words = "documents of each source to tokenize at most (default: 20,000, and 4 M tokens; 0: all of them)"
     parser.add_argument("--documents", type=int, default=None, metavar="N", help=words)
 
 

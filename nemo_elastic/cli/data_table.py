@@ -69,7 +69,7 @@ def _stages(stages: list[Mapping[str, Any]]) -> Table:
         for i, row in enumerate(stage["sources"]):
             head = (f"{stage['steps']:,}", f"{stage['seq_length']:,}") if not i else ("", "")
             epochs = row.get("epochs")
-            shown = "unknown" if epochs is None else f"{epochs:.3g}"
+            shown = "unknown" if "epochs" not in row else "no sample" if epochs is None else f"{epochs:.3g}"
             table.add_row(*head, escape(row["path"]), f"{row['samples']:,}", f"{row['tokens']:,}", shown)
     return table
 

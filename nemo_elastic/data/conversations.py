@@ -76,7 +76,7 @@ def load_conversations(
 def _tokenize(split: str, files: Sequence[Path], encoded: Encoder) -> Iterator[tuple[list[int], list[int], list[int]]]:
     """(ids, mask, [where it ends in the stream]) of every conversation of a split."""
     silent = end = 0
-    for ids, mask in of_split(_every(files, encoded), split):
+    for ids, mask in of_split(every_conversation(files, encoded), split):
         if not any(mask):
             silent += 1
             continue
@@ -86,7 +86,12 @@ def _tokenize(split: str, files: Sequence[Path], encoded: Encoder) -> Iterator[t
         logger.warning("%s: %d %s conversations have no assistant's token and are left out", files[0], silent, split)
 
 
-def _every(files: Sequence[Path], encoded: Encoder) -> Iterator[tuple[list[int], list[int]]]:
+def every_conversation(files: Sequence[Path], encoded: Encoder) -> Iterator[tuple[list[int], list[int]]]:
+    """(ids, mask) of every conversation of some files, one after the other.
+
+    Raises:
+        ValueError: a record that is none; file and line are named.
+    """
     for file in files:
         for (_, place), record in records(file, CHAT_COLUMNS):
             try:

@@ -4,8 +4,8 @@
     read of a source      = steps x global_batch_size x weight / sum of weights       samples, over the whole curriculum
     epochs                = read / samples that the source has at that length
 
-At most `limit` documents of a source are tokenized; what holds more is counted so far (`whole: false`), unless its
-index says it all. NumPy only.
+At most `limit` documents and 4 M tokens of a source are tokenized; what holds more is counted so far (`whole: false`),
+unless its index says it all. NumPy only.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ import numpy as np
 from ..config.sections import BlendSource, RunConfig
 from .blend import Blend, shares
 from .chat import encode, template_for
-from .conversations import is_chat
+from .conversations import every_conversation
 from .corpus import DEFAULT_LIST, SPLITS, load_corpus_list, read_documents, standard_library, usable_files
 from .entries import CORPUS, prefix_of, text_files
 from .indexed_text import open_indexed
-from .records import CHAT_COLUMNS, blocks, records, texts
-from .sources import open_windows
-from .text_files import find_text_files, kind_of
+from .sources import hold_conversations, open_windows
+from .text_files import find_text_files
 from .tokenizer import BPETokenizer
-from .tokens import of_split
+from .tokens import every_document, of_split
 
-LIMIT = 20_000  # documents of a source that are tokenized for a preview
+LIMIT, TOKENS = 20_000, 1 << 22  # documents and tokens of a source that a preview tokenizes: seconds
+TOGETHER = 16  # documents that are tokenized at once
 
 
 @dataclass
@@ -117,7 +117,7 @@ def preview(run: RunConfig, tokenizer: BPETokenizer, *, limit: int = LIMIT, samp
     """Everything about a run's text as plain values.
 
     Args:
-        limit: documents of a source that are tokenized; 0: all, as training does (and its cache is made).
+        limit: documents of a source that are tokenized; 0: all, however many tokens they have.
         samples: of the first stage, in the order of training, as spans of text with and without loss.
 
     Raises:
@@ -145,8 +145,8 @@ def preview(run: RunConfig, tokenizer: BPETokenizer, *, limit: int = LIMIT, samp
     elif samples and lengths:
         partial = ", ".join(source.path for source in found if not source.whole)
         result["notes"].append(
-            f"samples are shown when every source was read to its end; {partial} has more than {limit:,} documents "
-            "(--documents 0 tokenizes all, and training then finds it done)"
+            f"samples are shown when every source was read to its end; {partial} holds more than {limit:,} documents "
+            f"or {TOKENS:,} tokens (--documents 0 reads all)"
         )
     return result
 
@@ -172,9 +172,10 @@ def _source(path: str, share: float, run: RunConfig, tokenizer: BPETokenizer, li
         found = SourcePreview(path, "corpus", share, len(listed), sum(sizes))
         counts, held = [], []
         for split in SPLITS:
-            lengths, found.whole = _lengths(read_documents(listed, split), tokenizer, limit)
-            counts += lengths
-            held += [split == "heldout"] * len(lengths)
+            rows, whole = _first(_lengths(read_documents(listed, split), tokenizer), limit)
+            found.whole = found.whole and whole
+            counts += [length for (length,) in rows]
+            held += [split == "heldout"] * len(rows)
         found.lengths, found.heldout = np.array(counts, np.int64), np.array(held, bool)
         return found
     prefix = prefix_of(path)
@@ -192,34 +193,37 @@ def _files(
     path: str, share: float, files: Sequence[Path], run: RunConfig, tokenizer: BPETokenizer, limit: int, *, chat: bool
 ) -> SourcePreview:
     found = SourcePreview(path, "text", share, len(files), sum(f.stat().st_size for f in files))
-    if chat and any(kind_of(f) != ".txt" and is_chat(f) for f in files):
-        found.kind = "conversations"
-        template = template_for(tokenizer, run.data.chat)
-        every = (encode(r, tokenizer, run.data.chat, template) for f in files for _, r in records(f, CHAT_COLUMNS))
-        read = list(islice(every, limit + 1 if limit else None))
-        found.whole = not limit or len(read) <= limit
-        masks = [np.asarray(mask, bool) for _, mask in (read if found.whole else read[:limit])]
-        found.lengths = np.array([len(mask) for mask in masks], np.int64)
-        found.trained = np.array([int(mask.sum()) for mask in masks], np.int64)
-        found.first = np.array([int(mask.argmax()) for mask in masks], np.int64)
+    if chat and hold_conversations(path, files):
+        found.kind, template = "conversations", template_for(tokenizer, run.data.chat)
+        every = every_conversation(files, lambda record: encode(record, tokenizer, run.data.chat, template))
+        # (tokens, those with loss, where loss begins) of each
+        facts = ((len(mask), sum(mask), mask.index(1) if 1 in mask else 0) for _, mask in every)
+        rows, found.whole = _first(facts, limit)
+        found.lengths, found.trained, found.first = np.array(rows, np.int64).reshape(-1, 3).T
     else:
-        documents = (d for f in files for d in (blocks(f) if kind_of(f) == ".txt" else texts(f)))
-        lengths, found.whole = _lengths(documents, tokenizer, limit)
-        found.lengths = np.array(lengths, np.int64)
+        rows, found.whole = _first(_lengths(every_document(files), tokenizer), limit)
+        found.lengths = np.array(rows, np.int64).reshape(-1, 1).T[0]
     found.heldout = np.zeros(len(found.lengths), bool)
     found.heldout[list(of_split(range(len(found.lengths)), "heldout"))] = True
     return found
 
 
-def _lengths(documents: Iterator[str], tokenizer: BPETokenizer, limit: int) -> tuple[list[int], bool]:
-    """Tokens of each document with its end of text, and whether these were all."""
-    found: list[int] = []
-    while not limit or len(found) <= limit:
-        some = list(islice(documents, 256))
-        if not some:
-            return found, True
-        found += [len(ids) + 1 for ids in tokenizer.encode_batch(some)]
-    return found[:limit], False
+def _lengths(documents: Iterator[str], tokenizer: BPETokenizer) -> Iterator[tuple[int]]:
+    """Tokens of each document with its end of text."""
+    while some := list(islice(documents, TOGETHER)):
+        yield from ((len(ids) + 1,) for ids in tokenizer.encode_batch(some))
+
+
+def _first(rows: Iterator[tuple[int, ...]], limit: int) -> tuple[list[tuple[int, ...]], bool]:
+    """The first rows (tokens, ...), `limit` documents or about `TOKENS` tokens at most, and whether these were all."""
+    found: list[tuple[int, ...]] = []
+    tokens = 0
+    for row in rows:
+        if limit and (len(found) == limit or tokens >= TOKENS):
+            return found, False
+        found.append(row)
+        tokens += row[0]
+    return found, True
 
 
 def _samples(run: RunConfig, tokenizer: BPETokenizer, seq_length: int, count: int) -> list[dict[str, Any]]:

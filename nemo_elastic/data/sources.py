@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -100,6 +101,19 @@ def open_windows(
     return Blend(found, [entry.weight for entry in blend], seed=seed if shuffle else None)
 
 
+def hold_conversations(path: str, files: Sequence[Path]) -> bool:
+    """Whether the files of an entry are conversations, or text.
+
+    Raises:
+        ValueError: they are both.
+    """
+    chats = [f for f in files if kind_of(f) != ".txt" and is_chat(f)]
+    if chats and len(chats) < len(files):
+        plain = next(f for f in files if f not in chats)
+        raise ValueError(f"{path} mixes conversations ({chats[0].name}) and text ({plain.name}); make two sources")
+    return bool(chats)
+
+
 def _open(
     path: str,
     split: str,
@@ -121,12 +135,8 @@ def _open(
             logger.warning("%s.bin: documents do not end with end-of-text (id %d)", prefix, tokenizer.eod)
         return IndexedWindows(prefix, text.split(split), vocab_size, seq_length, **how)
     files = text_files(path)
-    chats = [f for f in files if kind_of(f) != ".txt" and is_chat(f)]
-    if not chats:
+    if not hold_conversations(path, files):
         return Windows(load_tokens(split, tokenizer, paths=[path], cache_dir=cache_dir), seq_length, **how)
-    if len(chats) < len(files):
-        plain = next(f for f in files if f not in chats)
-        raise ValueError(f"{path} mixes conversations ({chats[0].name}) and text ({plain.name}); make two sources")
     conversations = load_conversations(split, tokenizer, files, chat, cache_dir)
     if chat.layout == "packed":
         return PackedChat(conversations, seq_length, **how)

@@ -144,8 +144,13 @@ def user_documents(files: Iterable[Path], split: str) -> Iterator[str]:
 
     Every 33rd document, counted over all files, is held out; of less than 33, the last one.
     """
-    every = (d for file in files for d in (blocks(file) if kind_of(file) == ".txt" else texts(file)))
-    yield from of_split(every, split)
+    yield from of_split(every_document(files), split)
+
+
+def every_document(files: Iterable[Path]) -> Iterator[str]:
+    """Documents of a user's files, of both splits."""
+    for file in files:
+        yield from blocks(file) if kind_of(file) == ".txt" else texts(file)
 
 
 def of_split(every: Iterable[T], split: str) -> Iterator[T]:

@@ -11,10 +11,9 @@ from typing import Any
 
 from ..config.parent_files import BUILTIN, folder_of
 from ..config.stored_rows import stored_parameters
+from ..processes.run_parts import MARKS
 from .of_run import plan
 from .starting import starting_run
-
-OF_A_RUN = ("checkpoints", "importance", "nested", "sorted")
 
 
 def is_parent(path: str) -> bool:
@@ -23,7 +22,7 @@ def is_parent(path: str) -> bool:
         return True
     folder = Path(path).expanduser()
     described = (folder / "config.json").is_file() or (folder / "context").is_dir()
-    other = (folder / "elastic" / "manifest.json").is_file() or any((folder / name).is_dir() for name in OF_A_RUN)
+    other = (folder / "elastic" / "manifest.json").is_file() or any((folder / name).is_dir() for name in MARKS)
     return described and not other
 
 

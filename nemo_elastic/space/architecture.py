@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, make_dataclass
 from ..kinds import kinds, sizes
 from ..problems import Problem, raise_if_any
 
+MOST_LAYERS = 4  # that a problem lists
 KIND_NAMES = {kind.letter: kind.name for kind in kinds()}
 UNSUPPORTED_KINDS = {
     "E": "mixture of experts",
@@ -74,18 +75,21 @@ class Architecture(_OfKinds):
 
 
 def pattern_problems(pattern: str) -> list[Problem]:
-    """Every letter of a `hybrid_override_pattern` that cannot be elastic here, by its layer number."""
+    """Every letter of a `hybrid_override_pattern` that cannot be elastic here, with the numbers of its layers."""
     key = "model.hybrid_override_pattern"
     if not isinstance(pattern, str) or not pattern:
         *first, last = KIND_NAMES
         return [Problem(key, f"{pattern!r} must be a non-empty string of {', '.join(first)} and {last}")]
     found, known = [], ", ".join(f"{kind.letter} ({kind.words})" for kind in kinds())
-    for layer, letter in enumerate(pattern):
+    for letter in dict.fromkeys(pattern):
         if letter in KIND_NAMES:
             continue
+        layers = [str(layer) for layer, other in enumerate(pattern) if other == letter]
+        more = f", ... ({len(layers)} of them)" if len(layers) > MOST_LAYERS else ""
+        where = f"layer{'s' * (len(layers) > 1)} {', '.join(layers[:MOST_LAYERS])}{more} of {len(pattern)}"
         if letter in UNSUPPORTED_KINDS:
             what = f"{UNSUPPORTED_KINDS[letter]} ({letter!r}) is not supported yet"
         else:
             what = f"{letter!r} is no layer kind"
-        found.append(Problem(key, f"layer {layer} of {len(pattern)}: {what}; supported: {known}"))
+        found.append(Problem(key, f"{where}: {what}; supported: {known}"))
     return found

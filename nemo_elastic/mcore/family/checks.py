@@ -16,14 +16,10 @@ from ...files import folder_problems
 from ...plan.of_run import plan
 from ...problems import Problem, ProblemsError, raise_if_any
 from ...processes.launchers import data_parallel_size
+from ...processes.run_parts import PARTS
 from ...space.alignment import convolution_notes
 from ..models.parents import open_parent
 from ..runtime.cpu import has_mamba_kernels
-
-RUN_PARTS = (
-    "checkpoints", "nested", "children", "logs", "sorted", "importance", "results.json", "evaluations", "report",
-    "config.json",
-)  # fmt: skip
 
 HOW_TO_GO_ON = "go on with --resume, start over with --force, or choose another --out"
 
@@ -128,6 +124,6 @@ def run_problems(out: Path, *, force: bool, resume: bool = False, remedy: str = 
 
 def clear_run(out: Path) -> None:
     """Remove what a run wrote in `out`, and nothing else."""
-    for part in (out / name for name in RUN_PARTS):
+    for part in (out / name for name in PARTS):
         shutil.rmtree(part, ignore_errors=True)
         part.unlink(missing_ok=True)

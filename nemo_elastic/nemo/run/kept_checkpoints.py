@@ -56,7 +56,10 @@ class KeptCheckpoints(pl.Callback):
             return
         for path in superfluous(whole_checkpoints(self.out), self.last, self.every):
             logger.info("%s: newer checkpoints are whole, it goes (train.keep_checkpoints)", path)
-            self._deleting.append(self._worker.submit(shutil.rmtree, set_aside(path)))
+            try:
+                self._deleting.append(self._worker.submit(shutil.rmtree, set_aside(path)))
+            except OSError as error:  # the run is worth more than the room
+                logger.warning("an old checkpoint cannot be deleted: %s", error)
         for done in [future for future in self._deleting if future.done()]:
             self._deleting.remove(done)
             if (error := done.exception()) is not None:

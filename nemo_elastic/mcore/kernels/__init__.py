@@ -1,1 +1,4 @@
-"""What a plain layer computes with: Transformer Engine and mamba-ssm where they are, plain torch where not."""
+"""What a layer computes with: kernels (Transformer Engine's and mamba-ssm's, or plain torch), specs, the seam to kinds.
+
+Also what every stack needs at its ends: the vocabulary's padding.
+"""

@@ -15,7 +15,8 @@ import yaml
 
 from nemo_elastic.cli.main import main
 from nemo_elastic.config import load_config
-from nemo_elastic.config.model_fields import ARITHMETIC, FUNCTION, ONLY, REQUIRED, known_fields
+from nemo_elastic.config.function_fields import ARITHMETIC
+from nemo_elastic.config.model_fields import FUNCTION, ONLY, REQUIRED, known_fields
 from nemo_elastic.config.parent_files import parent_files
 from nemo_elastic.config.parent_hf import model_from_hf
 from nemo_elastic.config.parent_nemo import read_nemo_context

@@ -133,7 +133,9 @@ class Kind:
         colours: on light and on dark paper; each is one of its own in `report.palette`.
         sizes: the numbers that decide its tensors; `multiples_of`: (size, size that must divide it).
         dims: its elastic dims; `split_by`: sizes that every tensor-parallel size must divide.
+        flags: true or false of a plain model (fields of `TransformerConfig`) on which its rows depend.
         rows: parameter behind the layer's prefix -> names of its axes; `hidden`, `one` are everybody's.
+        only_with: row -> the flags of which one must be true for it to be there; others always are.
         axes: (architecture, elastic.ffn_groups, make a factor) -> its axes by name.
         norm: (row of its norm, the name of that row where Transformer Engine fuses it into the linear behind).
         stored_in_parts: rows that stock checkpoints hold segment by segment (of the first axis).
@@ -158,7 +160,9 @@ class Kind:
     multiples_of: tuple[tuple[str, str], ...] = ()
     dims: tuple[Dim, ...]
     split_by: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
     rows: Mapping[str, tuple[str, ...]]
+    only_with: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     axes: Callable[[Any, int, MakeFactor], dict[str, Axis]]
     norm: tuple[str, str]
     stored_in_parts: tuple[str, ...] = ()
@@ -175,6 +179,14 @@ class Kind:
     serving: str | None = None
     module: str
     slot: str
+
+    def rows_of(self, architecture: Any) -> tuple[str, ...]:
+        """The rows that its layers have in a model, in the order of the forward."""
+        return tuple(
+            row
+            for row in self.rows
+            if row not in self.only_with or any(getattr(architecture, flag) for flag in self.only_with[row])
+        )
 
 
 def size_of(architecture: Any, sizes: Sizes, name: str) -> Any:

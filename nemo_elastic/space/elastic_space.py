@@ -39,7 +39,7 @@ class ElasticSpace:
 
     def __post_init__(self) -> None:
         arch, found = self.architecture, []
-        if arch.ffn_hidden_size % self.ffn_groups:
+        if arch.layers_of(KIND_OF_DIM["ffn_hidden_size"]) and arch.ffn_hidden_size % self.ffn_groups:
             rule = f"must divide model.ffn_hidden_size={arch.ffn_hidden_size}"
             found.append(Problem("elastic.ffn_groups", f"{self.ffn_groups} {rule}"))
         if self.depth_ranking is not None and sorted(self.depth_ranking) != list(range(arch.num_layers)):

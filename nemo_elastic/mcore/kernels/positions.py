@@ -1,25 +1,19 @@
-"""Rotary positions: the angles `[s, 1, 1, d]` that attention turns the first d channels of queries and keys by.
+"""Rotary positions in Megatron: the angles `[s, 1, 1, d]` that attention turns the first d channels of q and k by.
 
-    angle(t, i) = t / interpolation * w_i,    w_i = rotary_base^(-2i/d)
-
-Scaled as Llama 3.1 does, `w = 2 pi / wavelength` with n = `rope_original_max_position_embeddings`:
-
-    w' = w / factor   where wavelength > n / low        w' = w   where wavelength < n / high
-    w' = (1 - m) w / factor + m w   between,    m = (n / wavelength - low) / (high - low)
-
-Megatron's module has `low`, `high` and n fixed, and its hybrid model takes no scaling at all; here all come from the
-configuration (`hybrid_config`).
+Megatron's module has three of the four values of Llama 3.1's scaling fixed, and its hybrid model takes no scaling at
+all; here all come from the configuration (`hybrid_config`), by the formula of `rotary`.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+
+from .rotary import scaled
 
 
 class Rotary(RotaryEmbedding):
@@ -47,13 +41,6 @@ class Rotary(RotaryEmbedding):
         """As Megatron's, which keeps what it made: angles made in inference mode could not take part in training."""
         with torch.inference_mode(False), torch.no_grad():
             return super().forward(*args, **kwargs)
-
-
-def scaled(frequencies: Tensor, *, factor: float, low: float, high: float, length: int) -> Tensor:
-    """Frequencies `[d/2]` of a longer context, from those of `length` tokens."""
-    turns = length * frequencies / (2 * math.pi)  # over the old context
-    mix = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 - mix) * frequencies / factor + mix * frequencies
 
 
 def position_arguments(config: TransformerConfig) -> dict[str, Any]:

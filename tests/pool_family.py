@@ -83,7 +83,6 @@ def build(
         vocab_size=layout.padded_vocab_size,
         max_sequence_length=64,
         **layer_pattern(arch.hybrid_override_pattern),
-        position_embedding_type="none",
         share_embeddings_and_output_weights=arch.share_embeddings_and_output_weights,
         pre_process=first,
         post_process=last,

@@ -30,11 +30,15 @@ PARENTS_OWN = ("seq_length",)
 
 @dataclass(frozen=True)
 class ParentFiles:
-    """A model section, the file that says it, and the names that fields have there (their own where not listed)."""
+    """A model section, the file that says it, and the names that fields have there (their own where not listed).
+
+    `depth_unit`: what its kind of model can drop (`space.blocks`).
+    """
 
     model: Mapping[str, Any]
     file: Path
     keys: Mapping[str, str]
+    depth_unit: str = "layer"
 
 
 def folder_of(path: str) -> Path:

@@ -6,6 +6,7 @@ from datetime import date
 from ..cost.conditions import byte_profile
 from ..kinds import kinds_by_dim
 from ..problems import Problem, ProblemsError, did_you_mean
+from ..space.blocks import DEPTH_UNITS
 from ..space.budget import name_problems
 from ..space.dims import DIMS, WIDTH_DIMS
 from .durations import seconds_of
@@ -18,6 +19,7 @@ ALLOWED = {
     "rank.aggregation": ("mean_l2", "l2_l2", "mean_mean"),
     "rank.depth": ("greedy", "one_shot", "cosine", "random"),
     "rank.depth_metric": ("centred_mse", "mse"),
+    "elastic.depth_unit": (None, *DEPTH_UNITS),
     "router.recipe": ("default", "paper"),
     "router.shapes": ("even", "greedy"),
     "distill.loss": ("forward_kl", "reverse_kl", "topk_kl"),

@@ -63,6 +63,7 @@ MLP = Kind(
     aligned={"ffn": "neurons"},
     fp8={"ffn": "ffn_hidden_size {width}"},
     ranking={"ffn_site": SITES},
+    ends_block=True,
     huggingface=HuggingFace(
         blocks=("mlp",),
         names={

@@ -355,7 +355,8 @@ def _families() -> Iterator[Broken]:
     for words in (
         ("--budget", "nobody"), (), ("--budget", "small", "--all"), ("--budget", "small", "--format", "onnx"),
         ("--budget", "small", "--out", "{w}/text.txt"), ("--budget", "small", "--out", "{w}/run"),
-        ("--subnet", "{w}/no.yaml"),
+        ("--subnet", "{w}/no.yaml"), ("--nested",), ("--nested", "--all", "--format", "hf"),
+        ("--nested", "--format", "hf", "--out", "{w}/run"),
         ("--budget", "small", "export.dtype=int3"), ("--budget", "small", "model.hidden_size=3"),
     ):  # fmt: skip
         yield Broken(f"extract {' '.join(words)}", ("extract", nested, *words))

@@ -2,9 +2,9 @@
 
 A kind's module has `layer(parts) -> Layer`: called on `[b, s, k]` and a cache it gives `x + sublayer(norm(x))`, and
 `cache(batch, room, position)` makes an empty cache (None where the layer remembers nothing; with the `position` of a
-step one that never grows). A cache makes a call on tokens
-`t .. t+s` equal to that part of a call on all of them. Batch first, one device, no training. Numbers as in the elastic
-layers: norms, convolution and scan in fp32 (fp64 stays), the rest in the weights' dtype.
+step one that never grows). A cache makes a call on tokens `t .. t+s` equal to that part of a call on all of them; it is
+a dataclass whose tensors have the batch first. Batch first, one device, no training. Numbers as in the elastic layers:
+norms, convolution and scan in fp32 (fp64 stays), the rest in the weights' dtype.
 """
 
 from __future__ import annotations

@@ -35,8 +35,8 @@ TRANSFORMER = "*-*-*-"  # no Mamba layer: a Llama's
 
 
 def parts(feature: str, pattern: str | None = None, **more: Any) -> tuple[Architecture, dict[str, Any]]:
-    """(sizes and flags, the rest of the function) of a small parent with a feature."""
-    said = FEATURES[feature]
+    """(sizes and flags, the rest of the function) of a small parent with a feature; '': none."""
+    said = FEATURES.get(feature, {})
     flags = {name: value for name, value in said.items() if name not in ARITHMETIC}
     arch = architecture(**({} if pattern is None else {"pattern": pattern}), **flags, **more)
     return arch, {name: value for name, value in said.items() if name in ARITHMETIC}

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from dense_features import parts
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -176,17 +177,24 @@ def micro_batches(arch: Architecture) -> list[Case]:
 
 
 def schedule_step(
-    *, sp: bool = False, tied: bool = False, ddp: bool = False, order: Iterable[int] | None = None, **more: Any
+    *,
+    sp: bool = False,
+    tied: bool = False,
+    ddp: bool = False,
+    order: Iterable[int] | None = None,
+    feature: str = "",
+    **more: Any,
 ) -> dict[str, Any]:
     """One step: losses (last stage), whole gradients of this stage, gate gradients summed over stages.
 
     Args:
         order: which of `micro_batches` to run, default all.
+        feature: one of dense parents (`dense_features`).
         more: config fields (recomputation).
     """
-    arch = architecture(share_embeddings_and_output_weights=tied)
+    arch, function = parts(feature, share_embeddings_and_output_weights=tied)
     layout = layout_of(arch, parallel_state.get_tensor_model_parallel_world_size())
-    model = elastic_model(arch, torch.float64, sequence_parallel=sp, **more).train()
+    model = elastic_model(arch, torch.float64, function=function, sequence_parallel=sp, **more).train()
     cases = micro_batches(arch)
     picked = list(range(len(cases)) if order is None else order)
     made = {i: plan_and_values(arch, layout, cases[i]) for i in picked}

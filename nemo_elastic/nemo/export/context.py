@@ -80,8 +80,7 @@ def write_context(
     fields["num_layers"] = len(fields["hybrid_override_pattern"])
     activation = fields.get("activation_func", "squared_relu")
     fields["activation_func"] = ACTIVATIONS.get(activation, activation)
-    if fields.get("position_embedding_type", "none") == "none":
-        fields["apply_rope_fusion"] = False  # nothing to fuse, and asking for it needs Transformer Engine
+    fields["apply_rope_fusion"] = False  # a matter of speed, and asking for it needs Transformer Engine
     tokens, tokenizer_config = None, None
     if tokenizer is None:
         logger.warning("no tokenizer for %s: NeMo needs one passed beside the checkpoint", checkpoint)

@@ -21,7 +21,7 @@ from .space.alignment import rounding_step
 from .space.architecture import Architecture
 from .space.blocks import DEPTH_UNITS, block_problems
 from .space.budget import Budget
-from .space.dims import DIMS, ElasticDim, dim_groups, parent_size, resolve_choices
+from .space.dims import DIMS, KIND_OF_DIM, ElasticDim, dim_groups, parent_size, resolve_choices
 from .space.elastic_space import ElasticSpace
 from .space.layout import ParamLayout
 from .space.subnet import Subnet
@@ -106,6 +106,8 @@ def family_of(config: RunConfig, depth_ranking: tuple[int, ...] | None = None) -
     notes: list[str] = []
     for name, dim in config.elastic.dims.items():
         full = parent_size(architecture, name)
+        if name in KIND_OF_DIM and not architecture.layers_of(KIND_OF_DIM[name]):
+            continue  # a shared file of choices may know kinds that this parent has no layer of
         try:
             step = rounding_step(name, dim.choices, full, groups[name], architecture, config.elastic.multiple_of)
             if step > full:

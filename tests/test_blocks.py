@@ -130,6 +130,13 @@ def test_a_configuration_asks_for_blocks():
         family_of(load_config("tiny_parent.yaml", ["elastic.depth_unit=block"]).config)
 
 
+def test_gated_neurons_are_not_ranked_where_they_are_two():
+    words = ["parent.path=null", "model.gated_linear_unit=true", "model.activation_func=silu"]
+    load_config("tiny_parent.yaml", words)
+    with pytest.raises(ProblemsError, match=r"rank\.ffn_site: linear_fc1_output has a gate and a neuron"):
+        load_config("tiny_parent.yaml", [*words, "rank.ffn_site=linear_fc1_output"])
+
+
 def test_the_damage_of_a_block_is_shared_by_its_layers():
     losses = {0: 9.0, 1: 9.0, 2: 1.0, 3: 1.0, 4: 3.0, 5: 3.0}
     made = {"config": {"depth": "greedy", "depth_unit": 2}, "removed": [3, 2, 5, 4]}

@@ -167,6 +167,9 @@ def _data_problems(config: RunConfig) -> Iterable[Problem]:
 
 
 def _elastic_problems(config: RunConfig) -> Iterable[Problem]:
+    if config.rank.ffn_site == "linear_fc1_output" and config.model.get("gated_linear_unit"):
+        words = "linear_fc1_output has a gate and a neuron for each unit of a gated MLP; rank by linear_fc2_input"
+        yield Problem("rank.ffn_site", words)
     if config.router.shapes == "greedy" and not config.router.frozen:
         yield Problem("router.shapes", "greedy needs router.frozen=true; else the router learns the shapes")
     for name in config.elastic.dims:

@@ -5,19 +5,19 @@ ones that its groups and kernels allow; budgets are three quarters and half of t
 can reach.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ..config.load import load_config, load_values
-from ..config.parent_files import folder_of, parent_files
+from ..config.parent_files import ParentFiles, folder_of, parent_files
 from ..config.sections import RunConfig
 from ..cost.counts import parameters
 from ..family import Family, family_of
 from ..kinds import dims
 from ..problems import Problem, ProblemsError
+from ..space.blocks import DEPTH_UNITS
 from ..space.dims import HIDDEN, KIND_OF_DIM
 
 RATIOS: dict[str, tuple[float, ...]] = {HIDDEN: (1.0, 0.875, 0.75), **{dim.name: dim.ratios for dim in dims()}}
@@ -35,7 +35,7 @@ def starting_configuration(path: str, key: str = "--from") -> str:
     if said is None:
         words = f"nothing in {path!r} describes a model (config.json, or context/ of a NeMo checkpoint)"
         raise ProblemsError([Problem(key, words)])
-    family = _family(path, said.model)
+    family = _family(path, said)
     sizes = {name: dim.choices for name, dim in family.space.dims.items() if len(dim.choices) > 1}
     arch, whole = family.architecture, parameters(family.layout, family.space.full_subnet())
     smallest = family.space.subnet(**{name: choices[-1] for name, choices in sizes.items()})
@@ -86,17 +86,19 @@ def starting_run(path: str) -> RunConfig:
     return load_config(None, base={**yaml.safe_load(text), "model": dict(said.model)}).config
 
 
-def _family(path: str, model: Mapping[str, Any]) -> Family:
+def _family(path: str, said: ParentFiles) -> Family:
+    model = said.model
     pattern = str(model.get("hybrid_override_pattern"))
     chosen: dict[str, Any] = {
         name: {"choices": list(ratios)}
         for name, ratios in RATIOS.items()
         if ratios and KIND_OF_DIM.get(name, pattern[:1]) in pattern
     }
-    layers = len(pattern)
+    unit = DEPTH_UNITS[said.depth_unit]
+    layers = len(pattern) // unit
     lowest = -int(-layers * SHALLOWEST // 1)
     step = max(1, -int(-(layers - lowest) // DEPTHS))
-    chosen["num_layers"] = {"choices": [layers, *range(layers - step, lowest - 1, -step)]}
+    chosen["num_layers"] = {"choices": [unit * n for n in (layers, *range(layers - step, lowest - 1, -step))]}
     return family_of(load_values({"parent": {"path": path}, "model": dict(model), "elastic": {"dims": chosen}}))
 
 

@@ -1,4 +1,4 @@
-"""Tiny random parents of every family, made by transformers' own classes, in a Python of its own; see test_hf_families.py.
+"""Tiny random parents of every family by transformers' own classes, in a Python of its own; see test_hf_families.py.
 
     .venv-hf/bin/python tests/hf_family_parents.py CONFIGS.json OUT
 

@@ -103,6 +103,7 @@ class Adapter:
         read: (file, model so far) -> more of the model section; `write`: whole model -> more keys.
         fixed: keys that are always written so, before fields.
         problems: whole model -> what else cannot be said.
+        together: dim -> the dim that children cut in the same proportion, where the family cannot say others.
         elsewhere: model field -> the keys that say it, where those are not of a field.
         unclamped: keys with which transformers computes what Megatron's kernels do, where a folder says otherwise.
     """
@@ -130,6 +131,7 @@ class Adapter:
     write: Callable[[Model], dict[str, Any]] = lambda model: {}
     fixed: Mapping[str, Any] = field(default_factory=dict)
     problems: Callable[[Model], list[Problem]] = lambda model: []
+    together: Mapping[str, str] = field(default_factory=dict)
     elsewhere: Mapping[str, str] = field(default_factory=lambda: BLOCKS_SAY)
     unclamped: Mapping[str, Any] = field(default_factory=dict)
 

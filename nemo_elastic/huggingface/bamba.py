@@ -17,6 +17,7 @@ from .blocks import (
     NO_WINDOW,
     OUTER,
     PACKED,
+    TOGETHER,
     activation,
     attention_fields,
     block_count,
@@ -112,4 +113,5 @@ BAMBA = Adapter(
         "initializer_range": 0.02,
     },
     problems=_problems,
+    together=TOGETHER,
 )

@@ -81,6 +81,7 @@ MAMBA_SIZES = (
     Field(ours="mamba_num_groups", keys=("mamba_n_groups",), default=1),
     Field(ours="mamba_state_dim", keys=("mamba_d_state",), default=256),
 )
+TOGETHER = {"mamba_num_heads": "hidden_size"}  # by mamba_expand, a whole number
 MAMBA_ONLY = (
     Only(keys=("mamba_d_conv",), allowed=(4,), why="as Megatron has it"),
     Only(keys=("mamba_conv_bias",), allowed=(True,), why="Megatron's convolution always has a bias"),

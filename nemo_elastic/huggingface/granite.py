@@ -20,6 +20,7 @@ from .blocks import (
     NO_WINDOW,
     OUTER,
     PACKED,
+    TOGETHER,
     activation,
     attention_fields,
     block_count,
@@ -152,4 +153,5 @@ GRANITE = Adapter(
         "initializer_range": 0.02,
     },
     problems=_problems,
+    together=TOGETHER,
 )

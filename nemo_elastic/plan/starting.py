@@ -12,6 +12,7 @@ import yaml
 
 from ..config.load import load_config, load_values
 from ..config.parent_files import ParentFiles, folder_of, parent_files
+from ..config.parent_hf import adapter_of_model
 from ..config.sections import RunConfig
 from ..cost.counts import parameters
 from ..family import Family, family_of
@@ -50,6 +51,7 @@ def starting_configuration(path: str, key: str = "--from") -> str:
         f"  path: {_quoted(path)}",
         "",
         "elastic:",
+        *([f"  depth_unit: {said.depth_unit} # of a mixer and its MLP"] if said.depth_unit != "layer" else []),
         "  dims: # sizes; the parent's own first",
         *(f"    {name}: {{choices: {list(choices)}}}" for name, choices in sizes.items()),
         "  budgets: # fractions of the parent's parameters; also a number of them, or {kind: memory_gb, value: 12}",
@@ -88,9 +90,10 @@ def starting_run(path: str) -> RunConfig:
 
 def _family(path: str, said: ParentFiles) -> Family:
     model = said.model
+    together = adapter_of_model(model).together
     pattern = str(model.get("hybrid_override_pattern"))
     chosen: dict[str, Any] = {
-        name: {"choices": list(ratios)}
+        name: {"choices": list(RATIOS[together.get(name, name)])}
         for name, ratios in RATIOS.items()
         if ratios and KIND_OF_DIM.get(name, pattern[:1]) in pattern
     }
@@ -99,7 +102,11 @@ def _family(path: str, said: ParentFiles) -> Family:
     lowest = -int(-layers * SHALLOWEST // 1)
     step = max(1, -int(-(layers - lowest) // DEPTHS))
     chosen["num_layers"] = {"choices": [unit * n for n in (layers, *range(layers - step, lowest - 1, -step))]}
-    return family_of(load_values({"parent": {"path": path}, "model": dict(model), "elastic": {"dims": chosen}}))
+    return family_of(
+        load_values(
+            {"parent": {"path": path}, "model": dict(model), "elastic": {"depth_unit": said.depth_unit, "dims": chosen}}
+        )
+    )
 
 
 def _budgets(smallest: float) -> tuple[float, float]:

@@ -64,7 +64,9 @@ def divisible_problems(model: Model) -> list[Problem]:
     hidden, heads = model["hidden_size"], model["num_attention_heads"]
     if hidden % heads == 0:
         return []
-    words = f"{hidden} must be a multiple of num_attention_heads {heads}, or transformers 5 refuses the Llama; choose such sizes"
+    words = (
+        f"{hidden} must be a multiple of num_attention_heads {heads}, or transformers 5 refuses the Llama; choose such"
+    )
     return [Problem("model.hidden_size", words)]
 
 

@@ -40,13 +40,16 @@ FOREIGN = (
         why="quantized weights cannot be pruned or trained; give the bf16 folder",
     ),
     *(
-        Only(keys=(key,), allowed=(None, False), why=_SEES_ALL)
+        Only(keys=(key,), allowed=(False, None), why=_SEES_ALL)
         for key in ("use_sliding_window", "sliding_window_pattern")
     ),
     *(Only(keys=(key,), allowed=(None, 0), why=_CAP) for key in ("attn_logit_softcapping", "final_logit_softcapping")),
-    *(Only(keys=(key,), allowed=(None, False), why="no ALiBi") for key in ("alibi", "use_alibi")),
     *(
-        Only(keys=(key,), allowed=(None, False), why="a layer is added behind the one before it, not beside it")
+        Only(keys=(key,), allowed=(False,), why="positions turn channels, or there are none")
+        for key in ("alibi", "use_alibi")
+    ),
+    *(
+        Only(keys=(key,), allowed=(False,), why="a layer is added behind the one before it, not beside it")
         for key in ("parallel_attn", "parallel_residual", "use_parallel_residual")
     ),
     *(
@@ -180,4 +183,4 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _word(value: Any) -> str:
-    return {None: "null", True: "true", False: "false"}.get(value, repr(value)) if not value else repr(value).lower()
+    return "null" if value is None else repr(value).lower()

@@ -92,6 +92,7 @@ PARENTS: dict[str, dict[str, Any]] = {
         "layer_types": ["attention"] * 4,
         "shared_intermediate_size": 80,
         "num_local_experts": 0,
+        "mamba_n_heads": 12,
         "attention_multiplier": 8**-0.5,
         "rms_norm_eps": 1e-5,
         "residual_multiplier": 0.5,

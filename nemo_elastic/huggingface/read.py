@@ -44,10 +44,7 @@ FOREIGN = (
         for key in ("use_sliding_window", "sliding_window_pattern")
     ),
     *(Only(keys=(key,), allowed=(None, 0), why=_CAP) for key in ("attn_logit_softcapping", "final_logit_softcapping")),
-    *(
-        Only(keys=(key,), allowed=(False,), why="positions turn channels, or there are none")
-        for key in ("alibi", "use_alibi")
-    ),
+    *(Only(keys=(key,), allowed=(False,), why="no bias of scores by distance") for key in ("alibi", "use_alibi")),
     *(
         Only(keys=(key,), allowed=(False,), why="a layer is added behind the one before it, not beside it")
         for key in ("parallel_attn", "parallel_residual", "use_parallel_residual")

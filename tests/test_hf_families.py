@@ -15,6 +15,7 @@ import torch
 from checkpoint_family import TOKENIZER
 from safetensors.torch import load_file
 
+from nemo_elastic.checkpoint.hf_config import hf_config
 from nemo_elastic.checkpoint.huggingface import HuggingFaceReader
 from nemo_elastic.checkpoint.manifest import Manifest
 from nemo_elastic.checkpoint.reader import lazy_tensors
@@ -23,6 +24,7 @@ from nemo_elastic.config import load_config
 from nemo_elastic.config.load import plain
 from nemo_elastic.config.model_fields import architecture_of
 from nemo_elastic.config.parent_files import parent_files
+from nemo_elastic.config.parent_hf import model_from_hf
 from nemo_elastic.nemo.export.checkpoints import extract_all, write_nested
 from nemo_elastic.space.blocks import DEPTH_UNITS
 from nemo_elastic.space.budget import Budget
@@ -106,6 +108,54 @@ pytestmark = [
     pytest.mark.skipif(not HF_PYTHON.is_file(), reason="make setup-hf makes the venv with transformers 5"),
     pytest.mark.usefixtures("one_rank"),
 ]
+
+
+# Fields of the configuration classes that we leave out, because nothing that is computed without experts reads them.
+LEFT_OUT = {
+    "num_logits_to_keep": "which logits are returned",
+    "z_loss_coefficient": "of a loss",
+    "output_router_logits": "experts",
+    "router_aux_loss_coef": "experts",
+    "max_window_layers": "of windows, which use_sliding_window=False leaves out",
+    "layer_types": "of windows; Granite's are written",
+    "rope_parameters": "of a Granite without positions",
+}
+TOKEN_IDS = {"bos_token_id", "eos_token_id", "pad_token_id"}
+ASKED = """
+import json, sys, transformers as t
+said = [t.CONFIG_MAPPING[c["model_type"]] for c in json.loads(sys.argv[1])]
+print(json.dumps([[k.from_dict(c).to_dict(), list(k.__annotations__)] for k, c in zip(said, json.loads(sys.argv[1]))]))
+"""
+
+
+@pytest.mark.slow
+def test_what_a_file_does_not_say_is_what_its_class_takes() -> None:
+    """read(what a class makes of a file) == read(the file); and no field of a class is left to its default by us."""
+    needed = (
+        "model_type",
+        "hidden_size",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "intermediate_size",
+        "vocab_size",
+    )
+    bare = {"num_local_experts": 0, "rms_norm_eps": 1e-5, "max_position_embeddings": 64}
+    files = {
+        kind: {"model_type": kind, "hidden_size": 64, "num_attention_heads": 32, **{n: ATTENTION[n] for n in sizes}}
+        for kind in ("llama", "qwen2", "qwen3", "bamba", "granitemoehybrid")
+    }
+    files["granitemoehybrid"] |= {"num_local_experts": 0, "rms_norm_eps": 1e-5}  # what else it takes is refused
+    command = [HF_PYTHON, "-I", "-c", ASKED, json.dumps(list(files.values()))]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for (kind, file), (whole, fields) in zip(files.items(), json.loads(done.stdout), strict=True):
+        model = model_from_hf(file)
+        known = {name: value for name, value in model_from_hf(whole).items() if name in model}
+        assert known == {**known, **model}, kind
+        assert set(model_from_hf(whole)) - set(model) <= {"init_method_std", "attention_dropout"}
+        written = hf_config(model, torch.float32, {})
+        assert len(fields) > 15 and set(fields) - set(written) - TOKEN_IDS <= set(LEFT_OUT), kind
+        assert model_from_hf(written) == {**model_from_hf(written), **model}, kind
 
 
 def made(folder: Path, name: str) -> tuple[Path, dict[str, torch.Tensor]]:

@@ -204,7 +204,10 @@ def test_a_family_goes_there_and_back(name: str, tmp_path: Path) -> None:
     from nemo_elastic.mcore.checkpoint.dist_checkpoint import TorchDistReader
     from nemo_elastic.mcore.checkpoint.dist_save import write_torch_dist
     from nemo_elastic.mcore.models.build import build_plain_model, load_weights
+    from nemo_elastic.nemo.export.first_difference import plain_trace
+    from nemo_elastic.nemo.export.hf_side import run_transformers
     from nemo_elastic.nemo.export.verify import verify
+    from nemo_elastic.nemo.export.verify_parent import verify_parent
 
     parent, theirs = made(tmp_path, name)
     reader = HuggingFaceReader(parent)
@@ -217,6 +220,11 @@ def test_a_family_goes_there_and_back(name: str, tmp_path: Path) -> None:
     error = float((ours - wanted).abs().max() / wanted.abs().max())
     print(f"{name}: parent {error:.2g}")
     assert error < 1e-4
+    (traced,) = run_transformers(str(HF_PYTHON), [parent], [tokens], trace=True)  # where a difference begins
+    scale, behind = reader.model.get("logits_scaling") or 1.0, plain_trace(megatron, tokens)
+    assert len(behind) == len(traced.hidden) == arch.num_layers
+    for layer, (mine, hidden) in enumerate(zip(behind, traced.hidden, strict=True)):
+        assert float((mine - hidden / scale).abs().max() / mine.abs().max()) < 1e-4, layer
 
     write_torch_dist(tmp_path / "weights", lazy_tensors(reader), ParamLayout(arch))
     manifest = family(parent)
@@ -228,6 +236,8 @@ def test_a_family_goes_there_and_back(name: str, tmp_path: Path) -> None:
         x, y = before.read(tensor), after.read(tensor)
         assert x.dtype == y.dtype and torch.equal(x.view(-1).view(torch.uint8), y.view(-1).view(torch.uint8)), tensor
 
+    check = verify_parent(load_config(None, [f"parent.path={parent}"]).config, batches(2048), str(HF_PYTHON))
+    assert check.ok and abs(check.loss - check.loss_transformers) < 1e-5, check
     run = load_config("tiny_parent.yaml", ["train.val_samples=4"]).config
     checks = verify(nested, children, run, batches(arch.vocab_size), format="hf", python=str(HF_PYTHON))
     assert len(checks) == 4 and len({check.numel for check in checks}) == 3  # what is filled up is as large as `large`

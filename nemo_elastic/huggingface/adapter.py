@@ -52,9 +52,8 @@ class Only:
     """Names of one key that must have a value that means the same in Megatron, and why no other does.
 
     Attributes:
-        allowed: the first is written.
+        allowed: the first is written, unless `unsaid`: other families have that key, or `Adapter.write` writes it.
         default: what the configuration class takes where the file does not say, if that is not allowed.
-        unsaid: never written: the family has no such key, but forks and relatives do.
     """
 
     keys: tuple[str, ...]
@@ -101,8 +100,9 @@ class Adapter:
         has: fields that every model of the family has, beside `PLAIN`.
         speaks: fields that `read` and `write` handle.
         read: (file, model so far) -> more of the model section; `write`: whole model -> more keys.
-        fixed: keys that are always written so, before fields.
+        fixed: further keys that are always written so.
         problems: whole model -> what else cannot be said.
+        divides: dim -> the dim that a child's size of it has to divide.
         together: dim -> the dim that children cut in the same proportion, where the family cannot say others.
         elsewhere: model field -> the keys that say it, where those are not of a field.
         unclamped: keys with which transformers computes what Megatron's kernels do, where a folder says otherwise.
@@ -131,6 +131,7 @@ class Adapter:
     write: Callable[[Model], dict[str, Any]] = lambda model: {}
     fixed: Mapping[str, Any] = field(default_factory=dict)
     problems: Callable[[Model], list[Problem]] = lambda model: []
+    divides: Mapping[str, str] = field(default_factory=dict)
     together: Mapping[str, str] = field(default_factory=dict)
     elsewhere: Mapping[str, str] = field(default_factory=lambda: BLOCKS_SAY)
     unclamped: Mapping[str, Any] = field(default_factory=dict)

@@ -94,6 +94,7 @@ LLAMA = Adapter(
     speaks=(*FIELDS, "add_bias_linear", "add_qkv_bias"),
     read=_read,
     write=_write,
-    fixed={"pretraining_tp": 1, "use_cache": True, "attention_dropout": 0.0, "initializer_range": 0.02},
+    fixed={"use_cache": True, "attention_dropout": 0.0, "initializer_range": 0.02},
     problems=_problems,
+    divides={"num_attention_heads": "hidden_size"},
 )

@@ -32,28 +32,25 @@ ONLY = (
         allowed=("silu", "swish"),
         why="Megatron's Mamba mixer has no other activation of its convolution",
     ),
-    Only(keys=("conv_kernel", "mamba_d_conv"), allowed=(4,), why="as Megatron has it"),
+    Only(keys=("conv_kernel", "mamba_d_conv"), allowed=(4,), why="as Megatron has it", unsaid=True),
     Only(keys=("use_conv_bias", "mamba_conv_bias"), allowed=(True,), why="Megatron's convolution always has a bias"),
     *(
         Only(keys=(key,), allowed=(False,), why=_NO_ROWS)
         for key in ("use_bias", "mlp_bias", "attention_bias", "mamba_proj_bias")
     ),
     Only(keys=("sliding_window",), allowed=(None,), why="attention sees everything before a token"),
-    Only(keys=("num_nextn_predict_layers",), allowed=(0, None), why="multi-token prediction is not supported yet"),
+    Only(
+        keys=("num_nextn_predict_layers",),
+        allowed=(0, None),
+        why="multi-token prediction is not supported yet",
+        unsaid=True,
+    ),
 )
 # What a NemotronH out of Megatron always is. The step of the scan is softplus(dt + dt_bias), unclamped, in Megatron's
 # kernels. transformers' prefill (not its decode) raises it to `time_step_min`, other readers clamp it to
 # `time_step_limit`; these values do nothing to any step that matters, and 0 and infinity are no choice: the first has
 # no logarithm, the second is no JSON.
 FIXED = {
-    "layer_norm_epsilon": EPSILON,
-    "mamba_hidden_act": "silu",
-    "use_conv_bias": True,
-    "use_bias": False,
-    "mlp_bias": False,
-    "attention_bias": False,
-    "mamba_proj_bias": False,
-    "sliding_window": None,
     "chunk_size": 128,
     "mamba_ssm_cache_dtype": "float32",
     "time_step_min": NO_STEP_BELOW,

@@ -59,6 +59,6 @@ QWEN3 = Adapter(
     speaks=FIELDS,
     read=read_positions,
     write=write_rotary,
-    fixed={**NO_WINDOWS, "attention_bias": False, "attention_dropout": 0.0, "initializer_range": 0.02},
+    fixed={**NO_WINDOWS, "attention_dropout": 0.0, "initializer_range": 0.02},
     problems=rotary_problems,
 )

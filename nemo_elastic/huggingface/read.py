@@ -102,6 +102,7 @@ def config_of(adapter: Adapter, model: Model, dtype: str, token_ids: Mapping[str
         "dtype": dtype,
         "torch_dtype": dtype,
         **adapter.layers(model["hybrid_override_pattern"]),
+        **{only.keys[0]: only.allowed[0] for only in adapter.only if not only.unsaid},
         **adapter.fixed,
         **{one.keys[0]: _written(one, model[one.ours]) for one in fields if model.get(one.ours) is not None},
         **adapter.write(model),

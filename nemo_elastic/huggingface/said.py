@@ -36,9 +36,9 @@ class Said:
                 self.wrong(name, words)
         return first
 
-    def number(self, key: str, value: Any, *, above: float = 0) -> float | None:
+    def number(self, key: str, value: Any) -> float | None:
         """A number of a key, above 0; None and a problem where it is none."""
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= above:
-            self.wrong(key, "is not given" if value is None else f"{value!r} must be a number above {above}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            self.wrong(key, "is not given" if value is None else f"{value!r} must be a number above 0")
             return None
         return float(value)

@@ -10,18 +10,25 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_family import random_weights
 from family_configs import BAMBA_9B, GRANITE_4_H_MICRO, LLAMA3, PUBLISHED, QWEN2_5_7B
 
-from nemo_elastic.checkpoint.hf_config import hf_config
+from nemo_elastic.checkpoint.hf_config import check_hf, hf_config
+from nemo_elastic.checkpoint.reader import MemoryReader
+from nemo_elastic.checkpoint.schemas import plain_child
 from nemo_elastic.config import load_config
 from nemo_elastic.config.function_fields import ARITHMETIC
-from nemo_elastic.config.model_fields import FLAGS, FUNCTION, whole_model
+from nemo_elastic.config.model_fields import FLAGS, FUNCTION, architecture_of, whole_model
 from nemo_elastic.config.parent_files import parent_files
 from nemo_elastic.config.parent_hf import adapter_of_model, model_from_hf
 from nemo_elastic.huggingface import ADAPTERS
 from nemo_elastic.huggingface.read import PLAIN
 from nemo_elastic.plan.of_parent import plan_parent
+from nemo_elastic.plan.starting import starting_configuration
 from nemo_elastic.problems import ProblemsError
+from nemo_elastic.space.dims import ElasticDim
+from nemo_elastic.space.elastic_space import ElasticSpace
+from nemo_elastic.space.layout import ParamLayout
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 LLAMA, QWEN3 = PUBLISHED["llama_3_2_1b"][0], PUBLISHED["qwen3_4b"][0]
@@ -153,3 +160,76 @@ def test_what_a_class_takes_for_a_missing_key_counts_as_said() -> None:
     with pytest.raises(ProblemsError, match="num_local_experts: is not given, which means 8"):
         model_from_hf(bare)
     assert model_from_hf({n: v for n, v in LLAMA.items() if n != "rms_norm_eps"})["layernorm_epsilon"] == 1e-6
+
+
+TINY = {
+    "hybrid_override_pattern": "*-*-*-",
+    "hidden_size": 48,
+    "ffn_hidden_size": 80,
+    "num_attention_heads": 12,
+    "num_query_groups": 4,
+    "kv_channels": 8,
+    "vocab_size": 64,
+    "gated_linear_unit": True,
+    "activation_func": "silu",
+    "position_embedding_type": "rope",
+}
+
+
+@pytest.mark.parametrize(
+    ("more", "sizes", "schema", "key", "words"),
+    [
+        ({}, {"layers": [0, 1, 2, 4, 5]}, "uniform", "model.hybrid_override_pattern", "knows only whole blocks"),
+        ({}, {"ffn_hidden_size": [80, 40, 40]}, "per_layer_config", "--hf-schema", "uniform is the only one"),
+        ({}, {"ffn_hidden_size": [80, 40, 40]}, "list", "--hf-schema", "uniform is the only one"),
+        ({}, {"hidden_size": 40}, "uniform", "model.hidden_size", "40 must be a multiple of num_attention_heads 12"),
+        ({"qk_layernorm": True, "logits_scaling": 3.0}, {}, "uniform", "model.logits_scaling", "Hugging Face's Qwen3"),
+        ({"add_qkv_bias": True, "add_bias_linear": True}, {"hidden_size": 32}, "uniform", "model.hidden_size", "32"),
+    ],
+)
+def test_what_a_family_cannot_say_of_a_child_is_refused(
+    more: dict[str, Any], sizes: dict[str, Any], schema: str, key: str, words: str
+) -> None:
+    model = {**TINY, **more}
+    arch = architecture_of(model)
+    dims = {"hidden_size": ElasticDim(name="hidden_size", full=48, groups=1, choices=(40, 32))}
+    space = ElasticSpace(architecture=arch, dims=dims, ffn_groups=8)
+    layout = ParamLayout(arch, ffn_groups=8)
+    child = plain_child(MemoryReader(random_weights(model)), layout, space.subnet(**sizes), schema=schema)
+    with pytest.raises(ProblemsError) as error:
+        check_hf(model, child)
+    (problem,) = error.value.problems
+    assert problem.key == key and words in problem.message
+
+
+@pytest.mark.parametrize(
+    ("more", "family"),
+    [
+        ({}, "llama"),
+        ({"add_bias_linear": True}, "llama"),
+        ({"add_qkv_bias": True}, "qwen2"),
+        ({"qk_layernorm": True}, "qwen3"),
+        ({"residual_multiplier": 0.5}, "granitemoehybrid"),
+        ({"position_embedding_type": "none"}, "granitemoehybrid"),
+        ({"position_embedding_type": "none", "gated_linear_unit": False}, "nemotron_h"),
+        ({"hybrid_override_pattern": "*-*"}, "nemotron_h"),
+    ],
+)
+def test_a_model_from_elsewhere_is_of_the_first_family_that_can_say_it(more: dict[str, Any], family: str) -> None:
+    assert adapter_of_model({**TINY, **more}).model_type == family
+
+
+@pytest.mark.parametrize("name", ["llama_3_1_8b", "qwen3_4b", "granite_4_h_micro"])
+def test_what_config_writes_for_a_family_drops_whole_blocks(name: str, tmp_path: Path) -> None:
+    text = starting_configuration(str(folder(tmp_path / "hf", PUBLISHED[name][0])))
+    (tmp_path / "mine.yaml").write_text(text)
+    assert "depth_unit: block" in text
+    run = load_config(tmp_path / "mine.yaml").config
+    assert all(depth % 2 == 0 for depth in run.elastic.dims["num_layers"].choices)
+    plain = folder(tmp_path / "again", PUBLISHED[name][0])
+    assert load_config(None, [f"parent.path={plain}"]).config.elastic.depth_unit == "block"
+    if (
+        name != "granite_4_h_micro"
+    ):  # whose heads of Mamba a search may cut otherwise than its hidden size; plan says so
+        notes = [b["deployment"]["hugging_face"] for b in plan_parent(str(plain))["budgets"]]
+        assert {note.split()[0] for note in notes} == {"loads"}

@@ -40,7 +40,8 @@ def starting_configuration(path: str, key: str = "--from") -> str:
     sizes = {name: dim.choices for name, dim in family.space.dims.items() if len(dim.choices) > 1}
     for name, of in adapter_of_model(said.model).divides.items():
         if name in sizes:
-            sizes[name] = tuple(n for n in sizes[name] if all(size % n == 0 for size in sizes.get(of, ())))
+            own, *less = sizes[name]
+            sizes[name] = (own, *(n for n in less if all(size % n == 0 for size in sizes.get(of, ()))))
     arch, whole = family.architecture, parameters(family.layout, family.space.full_subnet())
     smallest = family.space.subnet(**{name: choices[-1] for name, choices in sizes.items()})
     large, small = _budgets(parameters(family.layout, smallest) / whole)

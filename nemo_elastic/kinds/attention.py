@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .axis import Axis, MakeFactor, Segment
-from .kind import Dim, Gguf, HuggingFace, Kind, Packed, PerLayer, Size, Sizes, size_of
+from .kind import Dim, Gguf, HuggingFace, Kind, Packed, PerLayer, Ran, Size, Sizes, size_of
 
 
 def _axes(arch: Any, ffn_groups: int, factor: MakeFactor) -> dict[str, Axis]:
@@ -28,6 +28,27 @@ def _flops(arch: Any, sizes: Sizes, length: int, chunk_size: int) -> Any:
 
 def _caches(arch: Any, sizes: Sizes, length: int) -> dict[str, Any]:
     return {"kv_cache": 2 * arch.num_query_groups * arch.kv_channels * length}
+
+
+def _saved(arch: Any, sizes: Sizes, ran: Ran) -> dict[str, float]:
+    """The packed product (keys and values are views of it), the queries once more where several share a key, and the
+    result with a row's log-sum-exp in fp32; a kernel that keeps no scores, as torch's and the CUDA ones are.
+    """
+    heads = size_of(arch, sizes, "num_attention_heads")
+    queries = ran.element * heads * arch.kv_channels / ran.ranks
+    keys_values = ran.element * 2 * arch.num_query_groups * arch.kv_channels / ran.ranks
+    kept = {"qkv": queries + keys_values, "into proj": queries}
+    kept |= {"queries": queries} if heads > arch.num_query_groups else {}
+    kept |= {"gathered keys and values": keys_values * ran.context} if ran.context > 1 else {}
+    kept |= {} if ran.selective else {"log-sum-exp": 4 * heads / ran.ranks}
+    return kept | (
+        {"in front of masks and gates": queries} if ran.soft or ran.gates or (ran.cut and not ran.selective) else {}
+    )
+
+
+def _exchanged(arch: Any, sizes: Sizes, context: int) -> float:
+    """Keys and values of all other ranks."""
+    return 2 * arch.num_query_groups * arch.kv_channels * (context - 1)
 
 
 def _gguf_keys(arch: Any) -> dict[str, Any]:
@@ -68,6 +89,8 @@ ATTENTION = Kind(
     extra_states=("self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.core_attention"),
     flops=_flops,
     caches=_caches,
+    saved=_saved,
+    exchanged=_exchanged,
     aligned={"qkv": "qkv rows", "q": "proj columns"},
     fewest="min_attention_layers",
     huggingface=HuggingFace(

@@ -66,6 +66,32 @@ class Dim:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Ran:
+    """How a layer is trained, as far as it decides which tensors are kept for the backward.
+
+    Attributes:
+        element: bytes of an activation: 2, or 4 in fp32.
+        ranks: the tensor-parallel size.
+        length: tokens of a sequence.
+        context: the context-parallel size.
+        soft, gates: soft masks; the straight-through gates of a hard choice that is being learned.
+        cut: masked mode, and a subnet without all of the kind's units.
+        selective: what `recompute_granularity: selective` computes again is not kept.
+        kernels: `cuda` (mamba-ssm, causal-conv1d, flash attention) or `torch` (the ones of this package).
+    """
+
+    element: int
+    ranks: int
+    length: int
+    context: int = 1
+    soft: bool = False
+    gates: bool = False
+    cut: bool = False
+    selective: bool = False
+    kernels: str = "cuda"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Packed:
     """A fused parameter that others store in parts: per group of `groups` the rows `[rest, 1, 1, ...] x channels`.
 
@@ -141,6 +167,10 @@ class Kind:
         flops: (architecture, sizes, sequence length, chunk) -> forward FLOPs of one layer for one sequence.
         caches: (architecture, sizes, sequence length) -> cached elements of one layer for one sequence, by
             `cost.CACHES`.
+        saved: (architecture, sizes, how it ran) -> what its layers keep for the backward, behind their first linear and
+            to the input of the last one: bytes a token on one rank, by what it is.
+        exchanged: (architecture, sizes, context-parallel size) -> elements of a token that its forward gets from, and
+            gives to, other context-parallel ranks, over all tensor-parallel ones.
         aligned: axis of a linear -> how notes call it; `conv_axis`: the axis that the causal convolution runs over.
         fp8: axis that FP8 wants in multiples of 16 -> words, in which `{width}` and dims are put.
         ranking: field of `RankConfig` -> its choices and their meanings: which activation ranks its dims.
@@ -165,6 +195,8 @@ class Kind:
     extra_states: tuple[str, ...] = ()
     flops: Callable[[Any, Sizes, int, int], Any]
     caches: Callable[[Any, Sizes, int], dict[str, Any]] = lambda arch, sizes, length: {}
+    saved: Callable[[Any, Sizes, Ran], dict[str, float]]
+    exchanged: Callable[[Any, Sizes, int], float] = lambda arch, sizes, context: 0.0
     aligned: Mapping[str, str] = field(default_factory=dict)
     conv_axis: str | None = None
     fp8: Mapping[str, str] = field(default_factory=dict)

@@ -19,8 +19,9 @@ from .problems import Problem, ProblemsError, raise_if_any
 from .shapes.search import propose_uniform
 from .space.alignment import rounding_step
 from .space.architecture import Architecture
+from .space.blocks import DEPTH_UNITS, block_problems
 from .space.budget import Budget
-from .space.dims import DIMS, ElasticDim, dim_groups, parent_size, resolve_choices
+from .space.dims import DIMS, KIND_OF_DIM, ElasticDim, dim_groups, parent_size, resolve_choices
 from .space.elastic_space import ElasticSpace
 from .space.layout import ParamLayout
 from .space.subnet import Subnet
@@ -97,12 +98,16 @@ def family_of(config: RunConfig, depth_ranking: tuple[int, ...] | None = None) -
         ProblemsError: with every illegal choice, budget and forced subnet.
     """
     architecture = architecture_of(config.model)
-    groups = dim_groups(architecture, config.elastic.ffn_groups)
+    unit = DEPTH_UNITS[config.elastic.depth_unit or "layer"]
+    raise_if_any(block_problems(architecture.hybrid_override_pattern) if unit > 1 else [])
+    groups = dim_groups(architecture, config.elastic.ffn_groups, unit)
     found: list[Problem] = []
     dims: dict[str, ElasticDim] = {}
     notes: list[str] = []
     for name, dim in config.elastic.dims.items():
         full = parent_size(architecture, name)
+        if name in KIND_OF_DIM and not architecture.layers_of(KIND_OF_DIM[name]):
+            continue  # a shared file of choices may know kinds that this parent has no layer of
         try:
             step = rounding_step(name, dim.choices, full, groups[name], architecture, config.elastic.multiple_of)
             if step > full:
@@ -122,7 +127,11 @@ def family_of(config: RunConfig, depth_ranking: tuple[int, ...] | None = None) -
             found += error.problems
     try:
         space = ElasticSpace(
-            architecture=architecture, dims=dims, ffn_groups=config.elastic.ffn_groups, depth_ranking=depth_ranking
+            architecture=architecture,
+            dims=dims,
+            ffn_groups=config.elastic.ffn_groups,
+            depth_ranking=depth_ranking,
+            depth_unit=unit,
         )
     except ProblemsError as error:
         raise ProblemsError((*found, *error.problems)) from error

@@ -335,6 +335,7 @@ def _families() -> Iterator[Broken]:
         ("extract", nested, "--budget", "small", "--out", "{w}/new"), ("verify", nested),
         ("plan", nested, "--budget", "0.6"),
         ("extract", nested, "--all", "--format", "hf", "--out", "{w}/new"),
+        ("generate", nested, "--prompt", "x", "--budget", "small"),
     )  # fmt: skip
     keys = {
         "format": (99, "x", None), "model": ({}, 3, None), "space": ({}, [], None), "budgets": ([], {"small": 3}),
@@ -342,11 +343,11 @@ def _families() -> Iterator[Broken]:
         "files": ([], {"a": 3}),
     }  # fmt: skip
     for number, (name, spoil) in enumerate((*json_spoils(manifest), *key_spoils(manifest, keys))):
-        yield Broken(name, verbs[number % 4], spoil, codes=(1, 2))
+        yield Broken(name, verbs[number % 5], spoil, codes=(1, 2))
     weights = "family/nested/weights"
     for file in (f"{weights}/.metadata", f"{weights}/__0_0.distcp"):
         for number, (name, spoil) in enumerate(binary_spoils(file, "a huge header")):
-            yield Broken(name, verbs[(0, 3, 1)[number % 3]], spoil, codes=(1, 2))
+            yield Broken(name, verbs[(0, 3, 1, 4)[number % 4]], spoil, codes=(1, 2))
     child = "family/children/small/weights"
     for file in (f"{child}/.metadata", f"{child}/__0_0.distcp"):
         for name, spoil in binary_spoils(file, "a huge header"):
@@ -354,7 +355,8 @@ def _families() -> Iterator[Broken]:
     for words in (
         ("--budget", "nobody"), (), ("--budget", "small", "--all"), ("--budget", "small", "--format", "onnx"),
         ("--budget", "small", "--out", "{w}/text.txt"), ("--budget", "small", "--out", "{w}/run"),
-        ("--subnet", "{w}/no.yaml"),
+        ("--subnet", "{w}/no.yaml"), ("--nested",), ("--nested", "--all", "--format", "hf"),
+        ("--nested", "--format", "hf", "--out", "{w}/run"),
         ("--budget", "small", "export.dtype=int3"), ("--budget", "small", "model.hidden_size=3"),
     ):  # fmt: skip
         yield Broken(f"extract {' '.join(words)}", ("extract", nested, *words))
@@ -367,6 +369,8 @@ def _families() -> Iterator[Broken]:
         ("--format", "x"), ("{w}/run", "--budget", "small"), ("train.stages=3",),
     ):  # fmt: skip
         yield Broken(f"verify {' '.join(words)}", ("verify", nested, *words))
+    for words in ((), ("--budget", "nobody"), ("--think", "small"), ("--think", "small", "--answer", "3")):
+        yield Broken(f"generate {' '.join(words)}", ("generate", nested, "--prompt", "x", *words))
     for words in (
         ("--budget", "x"),
         ("--budget", "-1"),
@@ -375,8 +379,8 @@ def _families() -> Iterator[Broken]:
         ("--output", "{w}/run"),
     ):
         yield Broken(f"plan NESTED {' '.join(words)}", ("plan", nested, *words))
-    for verb in ("extract", "verify", "plan"):
-        more = ("--all",) if verb == "extract" else ()
+    asked = ("--prompt", "x", "--budget", "small")
+    for verb, more in {"extract": ("--all",), "verify": (), "plan": (), "generate": asked}.items():
         for path in ("{w}/nothing", "{w}/text.txt", "{w}/parent", "", "/dev/null", "/"):
             if (verb, path) != ("plan", "{w}/parent"):  # which is a parent, and is planned
                 yield Broken(f"{verb} of {path}", (verb, path, *more))

@@ -4,6 +4,7 @@ A plain config has one width a dim. A child whose layers differ is put together 
 with that layer's widths.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,10 +19,21 @@ from nemo_elastic.space.slicing import take
 from nemo_elastic.space.subnet import Subnet
 
 
-def plain_child(arch: Architecture, subnet: Subnet, **more: Any) -> torch.nn.Module:
-    """The child's modules, weights as Megatron initialises them. `more`: fields of the config."""
+def plain_child(
+    arch: Architecture, subnet: Subnet, function: Mapping[str, Any] | None = None, **more: Any
+) -> torch.nn.Module:
+    """The child's modules, weights as Megatron initialises them.
+
+    Args:
+        function: what a model section says beside the sizes.
+        more: fields of the config.
+    """
+
+    def build(architecture: Architecture) -> torch.nn.Module:
+        return build_plain_model({**vars(architecture), **(function or {})}, **more)
+
     if all(subnet.is_uniform(n) for n in WIDTH_DIMS):
-        return build_plain_model(child_architecture(arch, subnet), **more)
+        return build(child_architecture(arch, subnet))
     layout, built = ParamLayout(arch, ffn_groups=1), {}
     fields = {f: getattr(arch, f) for f in arch.__dataclass_fields__} | {
         "hybrid_override_pattern": child_pattern(arch, subnet),
@@ -30,7 +42,7 @@ def plain_child(arch: Architecture, subnet: Subnet, **more: Any) -> torch.nn.Mod
     }
     for number, layer in enumerate(subnet.layers):
         widths = {n: s for n, s in layout.sizes(subnet, layer).items() if n in KIND_OF_DIM and n in PER_LAYER_DIMS}
-        built[number] = build_plain_model(Architecture(**(fields | widths)), **more)
+        built[number] = build(Architecture(**(fields | widths)))
     child = built[0]
     for number, model in built.items():
         child.decoder.layers[number] = model.decoder.layers[number]

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from dense_features import parts
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -61,9 +62,16 @@ def tokens(arch: Architecture, seed: int = 1, batch: int = 2, length: int = 16) 
     return torch.randint(0, arch.vocab_size, (batch, length), generator=generator)
 
 
-def elastic_model(arch: Architecture, dtype: torch.dtype = torch.float32, seed: int = 0, **more: Any) -> Any:
-    """This rank's elastic model with the random weights of `seed`."""
-    model = build_elastic_model(arch, ffn_groups=FFN_GROUPS, params_dtype=dtype, **more)
+def elastic_model(
+    arch: Architecture,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    function: Mapping[str, Any] | None = None,
+    **more: Any,
+) -> Any:
+    """This rank's elastic model with the random weights of `seed`; `function`: what a section says beside the sizes."""
+    section = {**vars(arch), **(function or {})}
+    model = build_elastic_model(section, ffn_groups=FFN_GROUPS, params_dtype=dtype, **more)
     load_weights(model, random_weights(arch, dtype, seed), arch, ffn_groups=FFN_GROUPS)
     return model
 
@@ -92,6 +100,7 @@ def refusal_of(pattern: str, plain: str = "") -> str:
 def gates(arch: Architecture, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     """Straight-through scalars of value 1 for every dim, per layer where a dim can be."""
     rows = {n: len(arch.layers_of(KIND_OF_DIM[n])) if n in PER_LAYER_DIMS else 1 for n in WIDTH_DIMS}
+    rows = {n: k for n, k in rows.items() if k and (n not in KIND_OF_DIM or arch.layers_of(KIND_OF_DIM[n]))}
     return {n: torch.ones(k, dtype=dtype, requires_grad=True) for n, k in {**rows, DEPTH: arch.num_layers}.items()}
 
 
@@ -114,6 +123,8 @@ def one_hot_masks(arch: Architecture, subnet: Subnet, dtype: torch.dtype = torch
     """The soft masks that mean exactly `subnet`."""
     found = {}
     for name, count in units(arch).items():
+        if name not in gates(arch):
+            continue
         row = getattr(subnet, name)
         row, full = row if isinstance(row, tuple) else (row,), getattr(arch, name)
         found[name] = torch.stack([(torch.arange(count) < size * count // full).to(dtype) for size in row])
@@ -166,17 +177,24 @@ def micro_batches(arch: Architecture) -> list[Case]:
 
 
 def schedule_step(
-    *, sp: bool = False, tied: bool = False, ddp: bool = False, order: Iterable[int] | None = None, **more: Any
+    *,
+    sp: bool = False,
+    tied: bool = False,
+    ddp: bool = False,
+    order: Iterable[int] | None = None,
+    feature: str = "",
+    **more: Any,
 ) -> dict[str, Any]:
     """One step: losses (last stage), whole gradients of this stage, gate gradients summed over stages.
 
     Args:
         order: which of `micro_batches` to run, default all.
+        feature: one of dense parents (`dense_features`).
         more: config fields (recomputation).
     """
-    arch = architecture(share_embeddings_and_output_weights=tied)
+    arch, function = parts(feature, share_embeddings_and_output_weights=tied)
     layout = layout_of(arch, parallel_state.get_tensor_model_parallel_world_size())
-    model = elastic_model(arch, torch.float64, sequence_parallel=sp, **more).train()
+    model = elastic_model(arch, torch.float64, function=function, sequence_parallel=sp, **more).train()
     cases = micro_batches(arch)
     picked = list(range(len(cases)) if order is None else order)
     made = {i: plan_and_values(arch, layout, cases[i]) for i in picked}

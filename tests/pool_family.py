@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from dense_features import FEATURES
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig
@@ -48,8 +49,9 @@ DIMS = {
 }
 
 
-def run_config(*, tied: bool = False, vocab_size: int = 64, **distill: Any) -> RunConfig:
-    sizes = SMALL | {"vocab_size": vocab_size}
+def run_config(*, tied: bool = False, vocab_size: int = 64, feature: str = "", **distill: Any) -> RunConfig:
+    """`feature`: one of dense parents (`dense_features`)."""
+    sizes = SMALL | {"vocab_size": vocab_size} | FEATURES.get(feature, {})
     return load_values(
         {
             "model": sizes | {"hybrid_override_pattern": PATTERN, "share_embeddings_and_output_weights": tied},
@@ -73,7 +75,7 @@ def build(
     arch, groups = family.architecture, family.space.ffn_groups
     tp = parallel_state.get_tensor_model_parallel_world_size()
     layout = ParamLayout(arch, ffn_groups=groups, tp_size=tp)
-    teacher = build_plain_model(arch, params_dtype=dtype, **more)  # its configuration is the family's, too
+    teacher = build_plain_model(run.model, params_dtype=dtype, **more)  # its configuration is the family's, too
     teacher.config.has_cond_embedder = True  # as `ElasticSSMConfig` says
     first, last = stage_ends()
     model = FamilyModel(
@@ -83,7 +85,6 @@ def build(
         vocab_size=layout.padded_vocab_size,
         max_sequence_length=64,
         **layer_pattern(arch.hybrid_override_pattern),
-        position_embedding_type="none",
         share_embeddings_and_output_weights=arch.share_embeddings_and_output_weights,
         pre_process=first,
         post_process=last,
@@ -106,6 +107,7 @@ def train_steps(
     sp: bool = False,
     tied: bool = False,
     vocab_size: int = 64,
+    feature: str = "",
     distill: dict[str, Any] | None = None,
     half: int | None = None,
     cache: str | None = None,
@@ -119,7 +121,7 @@ def train_steps(
         cache: folder of the teacher's states, filled first where it is not whole.
         optimize: take Adam steps in between (else the weights stay).
     """
-    run = run_config(tied=tied, vocab_size=vocab_size, **(distill or {}))
+    run = run_config(tied=tied, vocab_size=vocab_size, feature=feature, **(distill or {}))
     model, planner = build(run, dtype, sequence_parallel=sp, variable_seq_lengths=True,
                            moe_token_dispatcher_type="alltoall", pipeline_dtype=dtype, **more)  # fmt: skip
     config = model.config

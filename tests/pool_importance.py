@@ -180,7 +180,7 @@ def rank_depth(method, sp=False, **options):
 
     ranker = ablation(sp=sp, **options)
     progress = getattr(ranker, method)()
-    cosine = cosine_scores(ranker.stack.model, ranker.batches)
+    cosine = cosine_scores(ranker.stack.model, ranker.batches, unit=ranker.rules.unit)
     return progress.removed, progress.scores, ranker.layer_forwards, cosine
 
 

@@ -1,6 +1,7 @@
 """A small parent with every kind of layer, and random children of it, for tests of the elastic core (no torch)."""
 
 import random
+from dataclasses import replace
 from typing import Any
 
 from nemo_elastic.space.architecture import Architecture
@@ -37,8 +38,7 @@ def child_architecture(arch: Architecture, subnet: Subnet) -> Architecture:
     widths = {n: getattr(subnet, n) for n in WIDTH_DIMS}
     assert all(subnet.is_uniform(n) for n in WIDTH_DIMS)
     sizes = {n: (w[0] if w else SMALL[n]) if isinstance(w, tuple) else w for n, w in widths.items()}
-    fields = {f: getattr(arch, f) for f in (*SMALL, "share_embeddings_and_output_weights")}
-    return Architecture(**(fields | sizes), hybrid_override_pattern=child_pattern(arch, subnet))
+    return replace(arch, **sizes, hybrid_override_pattern=child_pattern(arch, subnet))
 
 
 def child_pattern(arch: Architecture, subnet: Subnet) -> str:

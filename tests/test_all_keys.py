@@ -219,7 +219,7 @@ OF_OTHER_VERBS = [
 def other(key: str, value: object) -> object:
     """Another legal-looking value of a key; None where its kind says too little."""
     if key in ALLOWED:
-        return next(word for word in ALLOWED[key] if word != value)
+        return [word for word in ALLOWED[key] if word != value][-1]
     if isinstance(value, bool):
         return not value
     if isinstance(value, int):

@@ -14,7 +14,6 @@ import pytest
 
 from nemo_elastic.config import load_config
 from nemo_elastic.config.load import leaves
-from nemo_elastic.config.model_fields import architecture_of
 from nemo_elastic.plan.of_run import plan
 from nemo_elastic.problems import ProblemsError
 
@@ -29,7 +28,15 @@ PUBLISHED = {  # integers: elements of the released weights; otherwise the maker
     "nemotron_h_8b.yaml": 8.1e9,
     "nemotron_h_47b.yaml": 47e9,
     "nemotron_h_56b.yaml": 56e9,
-    "bamba_sized_9b.yaml": 9.78e9,  # of Bamba 9B itself; the file says why the totals agree
+    "nemotron_3_nano_4b.yaml": 3_973_556_832,
+    "nemotron_nano_9b_to_4b.yaml": 8_888_227_328,
+    "llama_3_2_1b.yaml": 1_235_814_400,
+    "llama_3_1_8b.yaml": 8_030_261_248,
+    "qwen3_4b.yaml": 4_022_468_096,
+    "qwen3_8b.yaml": 8_190_735_360,
+    "qwen2_5_7b.yaml": 7_615_616_512,
+    "bamba_9b.yaml": 9_780_235_392,  # the makers round; the formula's
+    "granite_4_h_micro.yaml": 3_191_396_096,  # likewise
 }
 KINDS = {  # Mamba, attention, MLP layers
     "nemotron_nano_12b_v2.yaml": (28, 6, 28),
@@ -39,7 +46,15 @@ KINDS = {  # Mamba, attention, MLP layers
     "nemotron_h_8b.yaml": (24, 4, 24),
     "nemotron_h_47b.yaml": (45, 5, 48),
     "nemotron_h_56b.yaml": (54, 10, 54),
-    "bamba_sized_9b.yaml": (29, 3, 32),
+    "nemotron_3_nano_4b.yaml": (21, 4, 17),
+    "nemotron_nano_9b_to_4b.yaml": (27, 4, 25),
+    "llama_3_2_1b.yaml": (0, 16, 16),
+    "llama_3_1_8b.yaml": (0, 32, 32),
+    "qwen3_4b.yaml": (0, 36, 36),
+    "qwen3_8b.yaml": (0, 36, 36),
+    "qwen2_5_7b.yaml": (0, 28, 28),
+    "bamba_9b.yaml": (29, 3, 32),
+    "granite_4_h_micro.yaml": (36, 4, 40),
     "tiny_parent.yaml": (7, 2, 7),
 }
 NEMO = {  # NeMo's own class of the same model
@@ -73,7 +88,7 @@ def test_plan_counts_what_megatron_builds(name: str, on_meta: None) -> None:
     run = load_config(CONF / name).config
     found = plan(run)
     assert found["problems"] == []
-    model = build_plain_model(architecture_of(run.model), perform_initialization=False)
+    model = build_plain_model(run.model, perform_initialization=False)
     devices = {p.device.type for p in model.parameters()}
     assert devices == {"meta"}
     assert found["parent"]["parameters"] == sum(p.numel() for p in model.parameters())
@@ -97,6 +112,14 @@ def test_plan_of_every_parent_meets_its_budgets(name: str) -> None:
     names = set(run.elastic.budgets)
     for stage in run.train.stages:
         assert stage.budget_probabilities is None or set(stage.budget_probabilities) == names
+
+
+def test_the_published_4b_is_a_child_of_the_9b() -> None:
+    child = plan(load_config(CONF / "nemotron_nano_9b_to_4b.yaml").config)["budgets"][-1]
+    model = load_config(CONF / "nemotron_3_nano_4b.yaml").config.model
+    pattern = load_config(CONF / "nemotron_nano_9b_v2.yaml").config.model["hybrid_override_pattern"]
+    assert child["parameters"] == PUBLISHED["nemotron_3_nano_4b.yaml"] and child["error"] == 0
+    assert "".join(pattern[i] for i in child["subnet"]["layers"]) == model["hybrid_override_pattern"]
 
 
 @pytest.mark.slow
@@ -187,7 +210,7 @@ def test_the_wheel_carries_the_configurations(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "word",
-    ["gated_linear_unit=true", "position_embedding_type=rope", "add_bias_linear=true", "num_moe_experts=4"],
+    ["rotary_interleaved=true", "position_embedding_type=learned_absolute", "window_size=[16,0]", "num_moe_experts=4"],
 )
 def test_what_would_be_counted_wrongly_is_refused(word: str) -> None:
     with pytest.raises(ProblemsError, match=f"model.{word.partition('=')[0]}: .*not supported"):

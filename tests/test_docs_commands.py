@@ -54,6 +54,8 @@ ELSEWHERE = {
     "python benchmarks/gpu/build.py": "tests/test_gpu_kit.py (its parts); it downloads and compiles for minutes",
     "python benchmarks/gpu/checks.py scan_triton": "tests/test_gpu_kit.py, on the CPU",
     "python benchmarks/gpu/pages.py": "tests/test_gpu_kit.py",
+    "python runs/mine/hf_nested/from_nested.py": "tests/test_hf_nested.py",
+    "python runs/mine/hf_nested/from_nested.py --budget small --out runs/mine/small_hf": "tests/test_hf_nested.py",
     "python examples/paper_small/run.py --out runs/paper_small": "tests/test_paper_small.py, --quick",
     "python examples/paper_small/results.py": "tests/test_paper_small.py",
 }

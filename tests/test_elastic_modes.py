@@ -387,23 +387,6 @@ def test_overlapped_communication_is_refused() -> None:
         refuse_overlap(DistributedDataParallelConfig(overlap_grad_reduce=True, overlap_param_gather=True))
 
 
-def test_positions_are_refused() -> None:
-    arch = architecture("M-")
-    model = build_elastic_model(arch, ffn_groups=FFN_GROUPS)
-    from nemo_elastic.mcore.elastic.spec import elastic_stack_spec
-
-    with pytest.raises(ValueError, match="position_embedding_type='rope' is not supported"):
-        type(model)(
-            model.config,
-            elastic_stack_spec(),
-            vocab_size=64,
-            max_sequence_length=32,
-            hybrid_override_pattern="M-",
-            position_embedding_type="rope",
-            layout=layout_of(arch),
-        )
-
-
 def test_the_scan_gates_in_every_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without its gate z, mamba-ssm before 2.3 gets the gradient of D wrong; the fused kernel has the gate inside."""
     arch, gated, kernel = architecture(), [], mamba_mixer.mamba_chunk_scan_combined

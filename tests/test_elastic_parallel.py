@@ -22,6 +22,7 @@ def tied(request: pytest.FixtureRequest) -> bool:
 
 
 _references: dict[bool, list[dict[str, Any]]] = {}
+_features: dict[str, list[dict[str, Any]]] = {}
 
 
 @pytest.fixture
@@ -77,6 +78,20 @@ CASES = [
     for name in LAYOUTS
     for kind in ("ddp", "autograd", "ddp_recompute")
 ]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "ddp_recompute"])
+@pytest.mark.parametrize("name", ["tp2", "tp2_pp2_sp", "tp4"])
+def test_a_layout_changes_nothing_of_a_dense_parents_features(
+    request: pytest.FixtureRequest, one_rank: None, name: str, kind: str
+) -> None:
+    """Gates, scaled rotary positions, norms of heads (whose gradient every rank has a part of), biases, multipliers."""
+    if "all" not in _features:
+        count = len(pool_elastic.micro_batches(pool_elastic.architecture()))
+        _features["all"] = [pool_elastic.schedule_step(feature="all", order=[i]) for i in range(count)]
+    layout, more = LAYOUTS[name], FULL if kind == "ddp_recompute" else {}
+    pool: WorkerPool = request.getfixturevalue(f"pool{layout.get('tp', 1) * layout.get('pp', 1)}")
+    assert_same(pool.run(pool_elastic.schedule_step, **layout, feature="all", ddp=True, **more), _features["all"])
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)

@@ -15,7 +15,8 @@ import yaml
 
 from nemo_elastic.cli.main import main
 from nemo_elastic.config import load_config
-from nemo_elastic.config.model_fields import ARITHMETIC, FUNCTION, ONLY, REQUIRED, known_fields
+from nemo_elastic.config.function_fields import ARITHMETIC, OWN
+from nemo_elastic.config.model_fields import FUNCTION, ONLY, REQUIRED, known_fields
 from nemo_elastic.config.parent_files import parent_files
 from nemo_elastic.config.parent_hf import model_from_hf
 from nemo_elastic.config.parent_nemo import read_nemo_context
@@ -207,6 +208,7 @@ MODEL = {
     "mamba_state_dim": 16, "vocab_size": 512, "seq_length": 2048,
 }  # fmt: skip
 SILU = {"_target_": "torch.nn.functional.silu", "_call_": False}
+STOCK = {name: value for name, value in ARITHMETIC.items() if name not in OWN}  # as NeMo's own class writes
 # Field -> (what the file says, what the model section must then say).
 CONTEXT_TAKEN = {
     "hybrid_override_pattern": ("M-M*M", "M-M*M"), "hidden_size": (128, 128), "ffn_hidden_size": (64, 64),
@@ -215,11 +217,18 @@ CONTEXT_TAKEN = {
     "share_embeddings_and_output_weights": (True, True), "activation_func": (SILU, "silu"),
     "layernorm_epsilon": (1e-6, 1e-6), "softmax_scale": (0.1, 0.1), "fp32_residual_connection": (True, True),
     "seq_length": (4096, 4096), "hidden_dropout": (0.1, 0.1), "attention_dropout": (0.1, 0.1),
-    "init_method_std": (0.01, 0.01),
+    "init_method_std": (0.01, 0.01), "gated_linear_unit": (True, True), "add_bias_linear": (True, True),
+    "add_qkv_bias": (True, True), "qk_layernorm": (True, True),
+    "embedding_multiplier": (12.0, 12.0), "residual_multiplier": (0.22, 0.22), "logits_scaling": (8.0, 8.0),
+}  # fmt: skip
+# The same of fields that only mean something beside others.
+CONTEXT_WITH_ROPE = {
+    "rotary_percent": 0.5, "rotary_base": 500000.0, "seq_len_interpolation_factor": 2.0, "rope_scaling_factor": 8.0,
+    "rope_low_freq_factor": 2.0, "rope_high_freq_factor": 8.0, "rope_original_max_position_embeddings": 4096,
 }  # fmt: skip
 CONTEXT_REFUSED = {
-    "num_layers": 4, "gated_linear_unit": True, "position_embedding_type": "rope", "add_bias_linear": True,
-    "add_qkv_bias": True, "normalization": "LayerNorm", "num_moe_experts": 4, "qk_layernorm": True,
+    "num_layers": 4, "normalization": "LayerNorm", "num_moe_experts": 4,
+    "glu_linear_offset": 1.0, "no_rope_freq": 4, "rotary_interleaved": True,
     "multi_latent_attention": True, "mtp_num_layers": 1, "activation_func_clamp_value": 7.0,
     "apply_residual_connection_post_layernorm": True, "heterogeneous_block_specs": True,
     "layernorm_zero_centered_gamma": True, "softmax_type": "off-by-one", "window_attn_skip_freq": 2,
@@ -247,8 +256,8 @@ CONTEXT_NO_MATTER = (
     "calculate_per_token_loss", "data_step_fn", "embedding_init", "forward_step_fn", "init_m", "output_layer_init",
     "perform_init", "test_mode", "mtp_loss",
     "mtp_standalone", "qk_clip",
-    # of parts that a pattern of M, * and - has none of: experts, gates, rotary positions, other attentions
-    "moe_", "glu_linear_offset", "mrope", "no_rope", "rotary_", "seq_len_interpolation",
+    # of parts that a pattern of M, * and - has none of: experts, other positions and attentions
+    "moe_", "mrope",
     "dsa_", "linear_",
     # ratios of layers that hybrid_override_pattern overrides; names of classes, which are never called here
     "hybrid_attention_ratio", "hybrid_mlp_ratio", "is_hybrid_model", "mamba_stack_spec", "make_vocab_size",
@@ -259,7 +268,7 @@ CONTEXT_NO_MATTER = (
 def write_context(folder: Path, change: dict, *, form: str = "yaml", kind: str = "x") -> Path:
     """A context as NeMo writes it, with one field changed; the weights beside it are not there."""
     squared = {"_target_": "megatron.core.activations.squared_relu", "_call_": False}
-    fields = {**MODEL, "num_layers": len(PATTERN), **ONLY, **ARITHMETIC, "activation_func": squared, **change}
+    fields = {**MODEL, "num_layers": len(PATTERN), **ONLY, **STOCK, "activation_func": squared, **change}
     (folder / "context").mkdir(parents=True, exist_ok=True)
     if form == "yaml":
         text = yaml.safe_dump(
@@ -283,11 +292,20 @@ def _fiddle(value: object) -> dict:
 def test_every_field_of_a_nemo_context(tmp_path: Path, form: str) -> None:
     before = dict(read_nemo_context(write_context(tmp_path, {}, form=form)).model)
     assert before == MODEL | {
-        "activation_func": "squared_relu", "layernorm_epsilon": 1e-5, "fp32_residual_connection": False
+        "activation_func": "squared_relu", "layernorm_epsilon": 1e-5, "fp32_residual_connection": False,
+        "position_embedding_type": "none",
     }  # fmt: skip
     assert not {*CONTEXT_TAKEN} & {*CONTEXT_REFUSED}
+    rope = {"position_embedding_type": "rope", "rope_scaling_factor": 4.0}
+    with_rope = dict(read_nemo_context(write_context(tmp_path, rope, form=form)).model)
     for name in sorted(known_fields() | {"vocab_size"}):
-        if name in CONTEXT_TAKEN:
+        if name == "position_embedding_type":
+            assert with_rope[name] == "rope" and before[name] == "none"
+        elif name in CONTEXT_WITH_ROPE:
+            value = CONTEXT_WITH_ROPE[name]
+            after = dict(read_nemo_context(write_context(tmp_path, {**rope, name: value}, form=form)).model)
+            assert after == with_rope | {name: value} != with_rope, name
+        elif name in CONTEXT_TAKEN:
             value, wanted = CONTEXT_TAKEN[name]
             after = dict(read_nemo_context(write_context(tmp_path, {name: value}, form=form)).model)
             assert after == before | {name: wanted} != before, name

@@ -300,8 +300,8 @@ def test_linear_by_views_is_linear_of_the_cut(data: st.DataObject) -> None:
 
 def test_what_is_not_implemented_is_refused() -> None:
     with pytest.raises(ProblemsError) as error:
-        ElasticFamily(random_weights(), MANIFEST.layout, {**MODEL, "qk_layernorm": True}, MANIFEST.subnets)
-    assert [p.key for p in error.value.problems] == ["model.qk_layernorm"]
+        ElasticFamily(random_weights(), MANIFEST.layout, {**MODEL, "qk_l2_norm": True}, MANIFEST.subnets)
+    assert [p.key for p in error.value.problems] == ["model.qk_l2_norm"]
     with pytest.raises(ProblemsError, match="did you mean 'small'"):
         family().switch("smal")
     for wrong in ({"prompt": []}, {"max_new_tokens": 0}, {"temperature": -1.0}, {"top_k": 0}):

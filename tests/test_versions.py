@@ -27,6 +27,8 @@ STABLE = {
     "megatron.core.optimizer.distrib_optimizer": {"DistributedOptimizer"},
     "megatron.core.pipeline_parallel": {"get_forward_backward_func"},
     "megatron.core.process_groups_config": {"ProcessGroupCollection"},
+    "megatron.core.models.common.embeddings.rope_utils": {"apply_rotary_pos_emb"},
+    "megatron.core.models.common.embeddings.rotary_pos_embedding": {"RotaryEmbedding"},
     "megatron.core.ssm.mamba_layer": {"MambaLayer", "MambaLayerSubmodules"},
     "megatron.core.ssm.mamba_mixer": {"MambaMixer", "MambaMixerSubmodules"},
     "megatron.core.ssm.mlp_layer": {"MLPLayer"},

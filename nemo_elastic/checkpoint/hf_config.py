@@ -32,6 +32,9 @@ ONLY = {
     "gated_linear_unit": False,
     "qk_layernorm": False,
     "softmax_scale": None,
+    "embedding_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "logits_scaling": 1.0,
 }
 # What a NemotronH out of Megatron always is. The step of the scan is softplus(dt + dt_bias), unclamped, in Megatron's
 # kernels. transformers' prefill (not its decode) raises it to `time_step_min`, other readers clamp it to

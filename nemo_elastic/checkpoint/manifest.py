@@ -81,6 +81,7 @@ class Manifest:
             "model": dict(self.model),
             "space": {
                 "ffn_groups": space.ffn_groups,
+                "depth_unit": space.depth_unit,
                 "depth_ranking": None if space.depth_ranking is None else list(space.depth_ranking),
                 "dims": {
                     name: {"choices": list(dim.choices), "per_layer": dim.per_layer} for name, dim in space.dims.items()
@@ -145,7 +146,9 @@ def manifest_from_dict(data: Any) -> Manifest:
 
 
 def _space(model: Mapping[str, Any], space: Mapping[str, Any]) -> ElasticSpace:
-    bare = ElasticSpace(architecture=architecture_of(model), ffn_groups=space["ffn_groups"])
+    bare = ElasticSpace(
+        architecture=architecture_of(model), ffn_groups=space["ffn_groups"], depth_unit=space.get("depth_unit", 1)
+    )
     ranking = space["depth_ranking"]
     unknown = sorted(set(space["dims"]) - set(bare.dims))
     raise_if_any(Problem(f"space.dims.{n}", f"is no elastic dim{did_you_mean(n, bare.dims)}") for n in unknown)

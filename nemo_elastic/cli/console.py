@@ -53,16 +53,16 @@ class Stdout:
             os.close(self._saved)
             self._saved = None
 
-    def write(self, text: str) -> None:
+    def write(self, text: str, *, end: str = "\n") -> None:
         """Print to the real stdout, from the first rank only."""
         if not is_first_rank():
             return
         with suppress(BrokenPipeError):  # nobody reads any more (`| head`): what was done is done
             if self._saved is None or not _is_real(self._shown):
-                self._shown.write(text + "\n")
+                self._shown.write(text + end)
                 self._shown.flush()
                 return
-            rest = (text + "\n").encode()
+            rest = (text + end).encode()
             while rest:
                 rest = rest[os.write(self._saved, rest) :]
 

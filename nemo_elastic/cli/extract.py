@@ -17,6 +17,7 @@ EXAMPLES = """examples:
   nemo-elastic extract runs/tiny/nested --budget small --out runs/tiny/children/small
   nemo-elastic extract runs/tiny/nested --subnet subnet.yaml
   nemo-elastic extract runs/tiny/nested --all --format hf --out runs/tiny/hf export.dtype=bfloat16
+  nemo-elastic extract runs/tiny/nested --nested --format hf --out runs/tiny/hf_nested   # every budget in one folder
   nemo-elastic extract runs/tiny/nested --all --format gguf --out runs/tiny/gguf --dtype float16   # for llama.cpp"""
 
 
@@ -32,6 +33,8 @@ def add_parser(subparsers: Any) -> None:
         help="how a Hugging Face folder says sizes that differ per layer (default: export.hf_schema of the run)",
     )
     parser.add_argument("--subnet", metavar="YAML", help="children that `plan NESTED --output YAML` wrote")
+    words = "with --format hf: the parent's folder, elastic.json, and a script that cuts any budget out of it"
+    parser.add_argument("--nested", action="store_true", help=words)
     dtypes = ("bfloat16", "float32", "float16")
     words = "cast the weights (default: export.dtype of the run; float16: gguf only)"
     parser.add_argument("--dtype", choices=dtypes, help=words)
@@ -46,7 +49,11 @@ def run(arguments: argparse.Namespace) -> int:
     (nested,) = folders(arguments, "NESTED")
     if arguments.format != "hf" and arguments.hf_schema:
         raise ProblemsError([Problem("--hf-schema", "says how a Hugging Face folder is written; add --format hf")])
-    if sum(map(bool, (arguments.budget, arguments.all, arguments.subnet))) != 1:
+    if arguments.nested and arguments.format != "hf":
+        raise ProblemsError([Problem("--nested", "writes a Hugging Face folder; add --format hf")])
+    if arguments.nested and (arguments.budget or arguments.all):
+        raise ProblemsError([Problem("--nested", "holds every budget; leave --budget and --all out")])
+    if not arguments.nested and sum(map(bool, (arguments.budget, arguments.all, arguments.subnet))) != 1:
         raise ProblemsError([Problem("--budget", "give one budget by --budget NAME, or --all, or --subnet YAML")])
     quiet_libraries(arguments.verbose)
     import torch
@@ -65,6 +72,8 @@ def run(arguments: argparse.Namespace) -> int:
         "dtype": getattr(torch, export.dtype) if export.dtype else None,
         "force": arguments.force,
     }
+    if arguments.nested:
+        return write_nested_folder(opened, how, arguments)
     with progress_bar() as bar:
         if not arguments.budget:
             targets = extract_all(
@@ -80,6 +89,19 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         for name, target in written.items():
             arguments.answer.write(f"{name}: {target}")
+    return 0
+
+
+def write_nested_folder(opened: Any, how: dict[str, Any], arguments: argparse.Namespace) -> int:
+    """`--nested`: one folder of all budgets."""
+    from ..nemo.export.hf_nested import extract_hf_nested
+
+    target = Path(arguments.out) if arguments.out else opened.path.parent / "hf_nested"
+    extract_hf_nested(opened, target, **{name: value for name, value in how.items() if name != "format"})
+    if arguments.json:
+        arguments.answer.json({"format": "hf", "nested": str(target), "budgets": list(opened.manifest.subnets)})
+    else:
+        arguments.answer.write(f"nested: {target}")
     return 0
 
 

@@ -30,6 +30,7 @@ VERBS = (
     "profile",
     "extract",
     "verify",
+    "generate",
     "report",
     "quickstart",
 )

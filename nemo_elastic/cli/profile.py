@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     family = Configured(resolved).family()
     import torch
 
-    from ..config.model_fields import arithmetic_of
+    from ..config.function_fields import arithmetic_of
     from ..mcore.models.profile import Timing, profile
     from ..mcore.runtime.automatic import settled
 

@@ -119,6 +119,10 @@ def _with_parent(values: dict[str, Any], origins: dict[str, str], problems: list
     model, found = with_parents_words(given, said, parent.get("output_weights"))
     problems += found
     origins |= {f"model.{n}": str(said.file) for n, value in model.items() if given.get(n) != value}
+    elastic = values.get("elastic") or {}
+    if isinstance(elastic, Mapping) and elastic.get("depth_unit") is None and said.depth_unit != "layer":
+        values = {**values, "elastic": {**elastic, "depth_unit": said.depth_unit}}
+        origins["elastic.depth_unit"] = str(said.file)
     return {**values, "model": model}
 
 

@@ -1,4 +1,4 @@
-"""The `model` section: NeMo `SSMConfig` field names, known without importing NeMo.
+"""The `model` section: NeMo `SSMConfig` field names, known without importing NeMo, and what those cannot say.
 
 `assets/ssm_config_fields.json` lists them (a test compares it with the installed NeMo).
 """
@@ -9,9 +9,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..kinds import sizes
+from ..kinds import flags, kinds, sizes
 from ..problems import Problem, ProblemsError, did_you_mean
 from ..space.architecture import Architecture, pattern_problems
+from .function_fields import ARITHMETIC, OWN, arithmetic_problems
 
 _FIELDS_FILE = Path(__file__).resolve().parent.parent / "assets" / "ssm_config_fields.json"
 REQUIRED = (
@@ -20,17 +21,14 @@ REQUIRED = (
     *(size.name for size in sizes() if size.required),
     "vocab_size",
 )
+# What a kind that the pattern has no layer of is said to be like, where nobody says it: nothing is built of it.
+ABSENT = 1
 # Of the kinds of layer, what a model section may leave out: kv_channels follows from others as in Megatron.
 OPTIONAL = tuple(size.name for size in sizes() if not size.required and not size.fixed)
 # What the one parameter table describes; another value would be counted, cut and exported wrongly.
 ONLY: dict[str, Any] = {
-    "gated_linear_unit": False,
-    "position_embedding_type": "none",
-    "add_bias_linear": False,
-    "add_qkv_bias": False,
     "normalization": "RMSNorm",
     "num_moe_experts": None,
-    "qk_layernorm": False,
     "multi_latent_attention": False,
     "mtp_num_layers": None,
     "activation_func_clamp_value": None,
@@ -39,26 +37,22 @@ ONLY: dict[str, Any] = {
     "experimental_attention_variant": None,
     "heterogeneous_block_specs": False,
     "layernorm_zero_centered_gamma": False,
+    "glu_linear_offset": 0.0,
+    "no_rope_freq": None,
     "qk_l2_norm": False,
+    "rotary_interleaved": False,
     "softmax_type": "vanilla",
     "window_attn_skip_freq": None,
     "window_size": None,
 }
-# What else decides the function, with what Megatron's plain stack here takes where a model section does not say it.
-ARITHMETIC: dict[str, Any] = {
-    "activation_func": "squared_relu",
-    "layernorm_epsilon": 1e-5,
-    "softmax_scale": None,
-    "fp32_residual_connection": False,
-}
-ACTIVATIONS = ("squared_relu", "relu", "gelu", "silu")
-FUNCTION = (*REQUIRED, *OPTIONAL, "share_embeddings_and_output_weights", *ARITHMETIC)
+FLAGS = ("share_embeddings_and_output_weights", *flags())
+FUNCTION = (*REQUIRED, *OPTIONAL, *FLAGS, *ARITHMETIC)
 
 
 @lru_cache(maxsize=1)
 def known_fields() -> frozenset[str]:
-    """Every field name of `SSMConfig`, and `vocab_size`, the padded size, which NeMo derives from the tokenizer."""
-    return frozenset((*json.loads(_FIELDS_FILE.read_text())["fields"], "vocab_size"))
+    """Every field name of `SSMConfig`, `vocab_size`, which NeMo derives from the tokenizer, and what it cannot say."""
+    return frozenset((*json.loads(_FIELDS_FILE.read_text())["fields"], "vocab_size", *OWN))
 
 
 def model_problems(model: Any) -> list[Problem]:
@@ -75,9 +69,10 @@ def model_problems(model: Any) -> list[Problem]:
         for name, only in ONLY.items()
         if name in model and model[name] != only
     ]
-    found += _arithmetic_problems(model)
-    found += [Problem(f"model.{name}", "is required") for name in REQUIRED if model.get(name) is None]
-    if any(p.key in {f"model.{name}" for name in REQUIRED} for p in found):
+    found += arithmetic_problems(model)
+    required = required_of(model)
+    found += [Problem(f"model.{name}", "is required") for name in required if model.get(name) is None]
+    if any(p.key in {f"model.{name}" for name in required} for p in found):
         return found
     pattern, layers = model["hybrid_override_pattern"], model.get("num_layers")
     if isinstance(pattern, str) and layers is not None and layers != len(pattern) and not pattern_problems(pattern):
@@ -90,24 +85,13 @@ def model_problems(model: Any) -> list[Problem]:
     return found
 
 
-def _arithmetic_problems(model: Mapping[str, Any]) -> list[Problem]:
-    found, values = [], arithmetic_of(model)
-    if values["activation_func"] not in ACTIVATIONS:
-        words = f"{values['activation_func']!r} must be one of {', '.join(ACTIVATIONS)}"
-        found.append(Problem("model.activation_func", words))
-    for name in ("layernorm_epsilon", "softmax_scale"):
-        value = values[name]
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
-            found.append(Problem(f"model.{name}", f"{value!r} must be a number above 0"))
-    if not isinstance(values["fp32_residual_connection"], bool):
-        words = f"{values['fp32_residual_connection']!r} must be true or false"
-        found.append(Problem("model.fp32_residual_connection", words))
-    return found
-
-
-def arithmetic_of(model: Mapping[str, Any]) -> dict[str, Any]:
-    """What a model section says of the function beside the sizes, defaults filled in."""
-    return {n: default if model.get(n) is None else model[n] for n, default in ARITHMETIC.items()}
+def required_of(model: Mapping[str, Any]) -> tuple[str, ...]:
+    """The fields that this model section has to give: not the sizes of kinds that its pattern has no layer of."""
+    pattern = model.get("hybrid_override_pattern")
+    if not isinstance(pattern, str):
+        return REQUIRED
+    of_others = {size.name for kind in kinds() if kind.letter not in pattern for size in kind.sizes}
+    return tuple(name for name in REQUIRED if name not in of_others)
 
 
 def architecture_of(model: Mapping[str, Any]) -> Architecture:
@@ -116,16 +100,14 @@ def architecture_of(model: Mapping[str, Any]) -> Architecture:
     Raises:
         ProblemsError: with every illegal value.
     """
-    given = {name: model[name] for name in REQUIRED}
+    given = {name: ABSENT if model.get(name) is None else model[name] for name in REQUIRED}
     given |= {name: model[name] for name in OPTIONAL if model.get(name) is not None}
     if "kv_channels" not in given:
-        hidden, heads = model["hidden_size"], model["num_attention_heads"]
+        hidden, heads = given["hidden_size"], given["num_attention_heads"]
         ints = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in (hidden, heads))
         if not ints or hidden % heads:
             words = f"is missing and {hidden!r} is no multiple of {heads!r} attention heads; give it"
             raise ProblemsError([Problem("model.kv_channels", words)])
         given["kv_channels"] = hidden // heads
-    return Architecture(
-        **given,
-        share_embeddings_and_output_weights=bool(model.get("share_embeddings_and_output_weights", False)),
-    )
+    given |= {name: model[name] for name in FLAGS if model.get(name) is not None}
+    return Architecture(**given)

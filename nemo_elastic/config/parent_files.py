@@ -11,24 +11,34 @@ from pathlib import Path
 from typing import Any
 
 from ..problems import Problem, ProblemsError, raise_if_any
-from .model_fields import FUNCTION, model_problems
+from .function_fields import ARITHMETIC, OWN, ROTARY
+from .model_fields import FLAGS, FUNCTION, model_problems
 from .parent_hf import keys_of_hf, model_from_hf
 from .parent_nemo import CONTEXT_FILES, read_nemo_context
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 BUILTIN = "builtin:"
 TIED = "share_embeddings_and_output_weights"
+# What a parent's files that do not say it mean: positions, multipliers and parts that a model has not by default.
+UNSAID = {
+    **{flag: False for flag in FLAGS},
+    **{name: value for name, value in ARITHMETIC.items() if name in (*OWN, *ROTARY, "position_embedding_type")},
+}
 # Said by the parent alone: for how long a context it was made. Lengths of training are in train.stages.
 PARENTS_OWN = ("seq_length",)
 
 
 @dataclass(frozen=True)
 class ParentFiles:
-    """A model section, the file that says it, and the names that fields have there (their own where not listed)."""
+    """A model section, the file that says it, and the names that fields have there (their own where not listed).
+
+    `depth_unit`: what its kind of model can drop (`space.blocks`).
+    """
 
     model: Mapping[str, Any]
     file: Path
     keys: Mapping[str, str]
+    depth_unit: str = "layer"
 
 
 def folder_of(path: str) -> Path:
@@ -108,14 +118,15 @@ def with_parents_words(
         problems.append(Problem("parent.output_weights", words))
     elif output_weights == "lm_head":
         parent = replace(parent, model={**parent.model, TIED: False})
+    said = {**UNSAID, **parent.model}
     problems += [
         Problem(
             f"model.{name}",
-            f"{given[name]!r} is not what {parent.file} says, {parent.keys.get(name, name)}: {parent.model[name]!r}; "
+            f"{given[name]!r} is not what {parent.file} says, {parent.keys.get(name, name)}: {said[name]!r}; "
             "remove it here, or give the parent's own",
         )
         for name in FUNCTION
-        if given.get(name) is not None and name in parent.model and not _equal(given[name], parent.model[name])
+        if given.get(name) is not None and name in said and not _equal(given[name], said[name])
     ]
     own = {name: parent.model[name] for name in PARENTS_OWN if name in parent.model}
     stated = {name: value for name, value in given.items() if value is not None}

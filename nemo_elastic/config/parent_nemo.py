@@ -14,7 +14,8 @@ import yaml
 
 from ..files import read_json, read_yaml
 from ..problems import Problem, ProblemsError, raise_if_any
-from .model_fields import FUNCTION, ONLY, REQUIRED, model_problems
+from .function_fields import ROTARY
+from .model_fields import FUNCTION, ONLY, model_problems, required_of
 from .stored_rows import embedding_rows
 
 CONTEXT_FILES = YAML_FILE, JSON_FILE = "model.yaml", "io.json"
@@ -79,7 +80,11 @@ def _model(fields: Mapping[str, Any], path: Path, rows: int | None) -> dict[str,
     raise_if_any(found)
     model |= {name: value for name, value in _defaults(model).items() if name in fields and name not in model}
     model |= {} if rows is None else {"vocab_size": rows}
-    if all(model.get(name) is not None for name in REQUIRED):  # else the configuration says the rest, and is checked
+    if model.get("position_embedding_type", "none") == "none":  # NeMo writes their defaults all the same
+        model = {name: value for name, value in model.items() if name not in ROTARY}
+    if all(
+        model.get(name) is not None for name in required_of(model)
+    ):  # else the configuration says the rest, and is checked
         raise_if_any(Problem(f"{path}: {p.key.removeprefix('model.')}", p.message) for p in model_problems(model))
     return {name: value for name, value in model.items() if name not in ONLY and name != "num_layers"}
 

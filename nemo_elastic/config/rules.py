@@ -6,6 +6,7 @@ from datetime import date
 from ..cost.conditions import byte_profile
 from ..kinds import kinds_by_dim
 from ..problems import Problem, ProblemsError, did_you_mean
+from ..space.blocks import DEPTH_UNITS
 from ..space.budget import name_problems
 from ..space.dims import DIMS, WIDTH_DIMS
 from .durations import seconds_of
@@ -18,6 +19,7 @@ ALLOWED = {
     "rank.aggregation": ("mean_l2", "l2_l2", "mean_mean"),
     "rank.depth": ("greedy", "one_shot", "cosine", "random"),
     "rank.depth_metric": ("centred_mse", "mse"),
+    "elastic.depth_unit": (None, *DEPTH_UNITS),
     "router.recipe": ("default", "paper"),
     "router.shapes": ("even", "greedy"),
     "distill.loss": ("forward_kl", "reverse_kl", "topk_kl"),
@@ -167,6 +169,9 @@ def _data_problems(config: RunConfig) -> Iterable[Problem]:
 
 
 def _elastic_problems(config: RunConfig) -> Iterable[Problem]:
+    if config.rank.ffn_site == "linear_fc1_output" and config.model.get("gated_linear_unit"):
+        words = "linear_fc1_output has a gate and a neuron for each unit of a gated MLP; rank by linear_fc2_input"
+        yield Problem("rank.ffn_site", words)
     if config.router.shapes == "greedy" and not config.router.frozen:
         yield Problem("router.shapes", "greedy needs router.frozen=true; else the router learns the shapes")
     for name in config.elastic.dims:

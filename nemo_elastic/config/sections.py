@@ -33,6 +33,7 @@ class ElasticConfig:
 
     dims: Mapping[str, DimConfig] = field(default_factory=dict)  # dim name (TransformerConfig field) -> choices
     multiple_of: Mapping[str, int] = field(default_factory=dict)  # dim -> what ratios round to, as kernels like
+    depth_unit: str | None = None  # layer or block (a mixer and its MLP); empty: as the parent's files say, else layer
     ffn_groups: int = 8  # groups that FFN neurons are dealt to; every TP size must divide it
     budgets: Mapping[str, Any] = field(default_factory=dict)  # name -> fraction, parameters, or {kind:, value:}
     subnets: Mapping[str, Any] = field(default_factory=dict)  # name -> forced sizes: that budget is not learned

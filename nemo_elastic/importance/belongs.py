@@ -12,6 +12,7 @@ from ..config.load import plain
 from ..config.sections import RunConfig
 from ..family import Family
 from ..problems import Problem
+from ..space.blocks import DEPTH_UNITS
 
 # Settings of `rank` that no score depends on, and lengths that the model's function does not depend on.
 OF_NO_MATTER = frozenset({"micro_batch_size", "activation_memory_gb", "min_layers"})
@@ -61,6 +62,11 @@ def foreign_scores(
     if fewest < settings.get("min_layers", fewest):
         words = f"go down to {fewest} layers, but the parent was ranked down to {settings['min_layers']}; {REMEDY}"
         found.append(Problem("elastic.dims.num_layers.choices", words))
+    if family.space.depth_unit != settings.get("depth_unit", 1):
+        names = {layers: name for name, layers in DEPTH_UNITS.items()}
+        before, now = names[settings.get("depth_unit", 1)], names[family.space.depth_unit]
+        words = f"{now}, but depth was ranked by {before}; give that, or {REMEDY}"
+        found.append(Problem("elastic.depth_unit", words))
     if channels != (settings.get("top_channels") or channels):
         words = f"go down to {channels}, but heads were ranked by their first {settings['top_channels']}; {REMEDY}"
         found.append(Problem("elastic.dims.mamba_head_dim.choices", words))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from ..kinds import kinds
 from ..problems import Problem, raise_if_any
+from ..space.blocks import units_of
 from .ranking import depth_ranking
 
 DEPTH_METHODS = {
@@ -35,12 +36,14 @@ class DepthRules:
         min_layers: stop removing at this depth.
         protected_layers: never removed.
         min_attention_layers: at least so many attention layers stay.
+        unit: layers that go as one (`space.blocks`). Candidates are named by a unit's first layer.
     """
 
     pattern: str
     min_layers: int = 1
     protected_layers: tuple[int, ...] = ()
     min_attention_layers: int = 0
+    unit: int = 1
 
     def __post_init__(self) -> None:
         depth = len(self.pattern)
@@ -58,13 +61,19 @@ class DepthRules:
         raise_if_any(found)
 
     def removable(self, removed: Sequence[int]) -> list[int]:
-        """Layers that may go next, ascending; none when the wanted depth is reached."""
+        """First layers of the units that may go next, ascending; none when the wanted depth is reached."""
         left = [layer for layer in range(len(self.pattern)) if layer not in removed]
-        if len(left) <= self.min_layers:
+        if len(left) - self.unit < self.min_layers:
             return []
         count = Counter(self.pattern[layer] for layer in left)
         keep = {kind.letter for kind in kinds() if kind.fewest and count[kind.letter] <= getattr(self, kind.fewest)}
-        return [layer for layer in left if layer not in self.protected_layers and self.pattern[layer] not in keep]
+        stay = {layer for layer in left if layer in self.protected_layers or self.pattern[layer] in keep}
+        units = (unit for unit in units_of(len(self.pattern), self.unit) if unit[0] not in removed)
+        return [unit[0] for unit in units if not stay.intersection(unit)]
+
+    def layers_of(self, candidate: int) -> tuple[int, ...]:
+        """The layers of the unit that starts with `candidate`."""
+        return tuple(range(candidate, candidate + self.unit))
 
 
 @dataclass
@@ -74,16 +83,21 @@ class DepthProgress:
     removed: list[int] = field(default_factory=list)
     scores: dict[int, float] = field(default_factory=dict)
 
+    def take(self, scores: Mapping[int, float], rules: DepthRules) -> None:
+        """Note the scores of candidates: each layer of a unit has the unit's."""
+        self.scores.update({layer: score for first, score in scores.items() for layer in rules.layers_of(first)})
+
     def remove_worst(self, rules: DepthRules) -> int:
-        """Remove the layer with the lowest score among those that may go; the later one when scores are equal."""
+        """Remove the unit with the lowest score among those that may go; the later one when scores are equal."""
         worst = min(rules.removable(self.removed), key=lambda layer: (self.scores[layer], -layer))
-        self.removed.append(worst)
+        self.removed.extend(reversed(rules.layers_of(worst)))
         return worst
 
     def ranking(self, rules: DepthRules) -> tuple[int, ...]:
         """All layers, most important first. Layers that were never scored (protected ones) count as the best."""
         scores = {layer: self.scores.get(layer, float("inf")) for layer in range(len(rules.pattern))}
-        return depth_ranking(self.removed, scores, rules.protected_layers)
+        protected = [unit for unit in units_of(len(rules.pattern), rules.unit) if set(unit) & {*rules.protected_layers}]
+        return depth_ranking(self.removed, scores, [layer for unit in protected for layer in unit])
 
 
 def rank_greedy(
@@ -94,14 +108,15 @@ def rank_greedy(
     """Remove layer after layer; `score(removed, candidates)` gives the score of removing each candidate as well."""
     progress = progress or DepthProgress()
     while candidates := rules.removable(progress.removed):
-        progress.scores.update(score(tuple(progress.removed), candidates))
+        progress.take(score(tuple(progress.removed), candidates), rules)
         progress.remove_worst(rules)
     return progress
 
 
 def rank_by(scores: Mapping[int, float], rules: DepthRules) -> DepthProgress:
-    """Remove by scores that are never measured again (`one_shot`, `cosine`)."""
-    progress = DepthProgress(scores=dict(scores))
+    """Remove by scores of units that are never measured again (`one_shot`, `cosine`)."""
+    progress = DepthProgress()
+    progress.take(scores, rules)
     while rules.removable(progress.removed):
         progress.remove_worst(rules)
     return progress
@@ -110,10 +125,10 @@ def rank_by(scores: Mapping[int, float], rules: DepthRules) -> DepthProgress:
 def rank_randomly(rules: DepthRules, seed: int) -> DepthProgress:
     """The `random` baseline under the same rules."""
     draw = random.Random(seed)
-    return rank_by({layer: draw.random() for layer in range(len(rules.pattern))}, rules)
+    return rank_by({unit[0]: draw.random() for unit in units_of(len(rules.pattern), rules.unit)}, rules)
 
 
 def rounds(rules: DepthRules) -> list[int]:
     """Number of candidates in every round of a greedy ranking, an upper bound under `min_attention_layers`."""
     removable = len(rules.removable(()))
-    return [removable - r for r in range(min(removable, len(rules.pattern) - rules.min_layers))]
+    return [removable - r for r in range(min(removable, (len(rules.pattern) - rules.min_layers) // rules.unit))]

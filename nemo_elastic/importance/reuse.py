@@ -28,10 +28,11 @@ class ActivationIndex:
     Args:
         stage_of: layer -> pipeline stage; an entry lives on the stage of its layer.
         capacity: entries that a stage can hold.
+        unit: layers that are left out as one.
     """
 
-    def __init__(self, stage_of: Mapping[int, int], capacity: int) -> None:
-        self.stage_of, self.capacity = stage_of, max(0, capacity)
+    def __init__(self, stage_of: Mapping[int, int], capacity: int, unit: int = 1) -> None:
+        self.stage_of, self.capacity, self.unit = stage_of, max(0, capacity), unit
         self._kinds: dict[Entry, str] = {}  # in the order of their arrival
         self._held = dict.fromkeys(sorted(set(stage_of.values())), 0)
         self.evicted: list[Entry] = []
@@ -78,7 +79,7 @@ class ActivationIndex:
         for entry in list(self._kinds):
             below = frozenset(layer for layer in removed if layer < entry.layer)
             extra = entry.removed - below
-            if not below <= entry.removed or len(extra) > 1:
+            if not below <= entry.removed or len(extra) > self.unit:
                 self._drop(entry)
             else:
                 self._kinds[entry] = CANDIDATE if extra else BASE

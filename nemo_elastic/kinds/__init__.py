@@ -11,7 +11,20 @@ from .kind import Dim, Kind, Size
 from .mamba import MAMBA
 from .mlp import MLP
 
-__all__ = ["Dim", "Kind", "Size", "dims", "kind_of", "kind_of_dim", "kinds", "kinds_by_dim", "register", "sizes"]
+__all__ = [
+    "Dim",
+    "Kind",
+    "Size",
+    "dims",
+    "flags",
+    "kind_of",
+    "kind_of_dim",
+    "kinds",
+    "kinds_by_dim",
+    "kinds_of",
+    "register",
+    "sizes",
+]
 
 _registered: list[Kind] = [MAMBA, ATTENTION, MLP]
 _read = False
@@ -56,6 +69,11 @@ def kind_of(letter: str) -> Kind:
     return _by_letter()[letter]
 
 
+def kinds_of(pattern: str) -> tuple[Kind, ...]:
+    """The kinds that a pattern has layers of, in the order of `kinds`."""
+    return tuple(kind for kind in kinds() if kind.letter in pattern)
+
+
 @cache
 def dims() -> tuple[Dim, ...]:
     """Every elastic dim that belongs to a kind, by its `place`."""
@@ -84,3 +102,8 @@ def kinds_by_dim() -> tuple[Kind, ...]:
 def sizes() -> tuple[Size, ...]:
     """Every size of a kind, as `Architecture` and config.json list them."""
     return tuple(size for kind in reversed(kinds()) for size in kind.sizes)
+
+
+def flags() -> tuple[str, ...]:
+    """Every true or false of a kind, each once."""
+    return tuple(dict.fromkeys(flag for kind in kinds() for flag in kind.flags))

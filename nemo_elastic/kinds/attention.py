@@ -1,4 +1,7 @@
-"""Causal self attention with grouped query heads and no positions; query heads are cut, keys and values never."""
+"""Causal self attention with grouped query heads; query heads are cut, keys and values and channels never.
+
+Positions (rotary) turn the channels of a head and have no parameters, so that no row knows of them.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ def _axes(arch: Any, ffn_groups: int, factor: MakeFactor) -> dict[str, Axis]:
     return {
         "qkv": (Segment("qkv", (queries_keys_values, channels)),),
         "q": (Segment("q", (queries, channels)),),
+        "head_channels": (Segment("head_channels", (channels,)),),
     }
 
 
@@ -79,10 +83,21 @@ ATTENTION = Kind(
         ),
     ),
     split_by=("num_query_groups",),
+    flags=("add_qkv_bias", "qk_layernorm", "add_bias_linear"),
     rows={
         "input_layernorm.weight": ("hidden",),
         "self_attention.linear_qkv.weight": ("qkv", "hidden"),
+        "self_attention.linear_qkv.bias": ("qkv",),
+        "self_attention.q_layernorm.weight": ("head_channels",),
+        "self_attention.k_layernorm.weight": ("head_channels",),
         "self_attention.linear_proj.weight": ("hidden", "q"),
+        "self_attention.linear_proj.bias": ("hidden",),
+    },
+    only_with={
+        "self_attention.linear_qkv.bias": ("add_qkv_bias", "add_bias_linear"),
+        "self_attention.q_layernorm.weight": ("qk_layernorm",),
+        "self_attention.k_layernorm.weight": ("qk_layernorm",),
+        "self_attention.linear_proj.bias": ("add_bias_linear",),
     },
     axes=_axes,
     norm=("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"),

@@ -159,7 +159,9 @@ class Kind:
         colours: on light and on dark paper; each is one of its own in `report.palette`.
         sizes: the numbers that decide its tensors; `multiples_of`: (size, size that must divide it).
         dims: its elastic dims; `split_by`: sizes that every tensor-parallel size must divide.
+        flags: true or false of a plain model (fields of `TransformerConfig`) on which its rows depend.
         rows: parameter behind the layer's prefix -> names of its axes; `hidden`, `one` are everybody's.
+        only_with: row -> the flags of which one must be true for it to be there; others always are.
         axes: (architecture, elastic.ffn_groups, make a factor) -> its axes by name.
         norm: (row of its norm, the name of that row where Transformer Engine fuses it into the linear behind).
         stored_in_parts: rows that stock checkpoints hold segment by segment (of the first axis).
@@ -174,6 +176,7 @@ class Kind:
         aligned: axis of a linear -> how notes call it; `conv_axis`: the axis that the causal convolution runs over.
         fp8: axis that FP8 wants in multiples of 16 -> words, in which `{width}` and dims are put.
         ranking: field of `RankConfig` -> its choices and their meanings: which activation ranks its dims.
+        ends_block: a feed-forward layer, with which a block of models that know only whole blocks ends.
         fewest: the field of `RankConfig` with the number of its layers that depth ranking keeps, if there is one.
         huggingface, gguf, serving: None where it cannot be said, or run, there. `serving` is a module.
         module: computes it. `slot`: the letter of Megatron's own stack in whose place it is built.
@@ -188,7 +191,9 @@ class Kind:
     multiples_of: tuple[tuple[str, str], ...] = ()
     dims: tuple[Dim, ...]
     split_by: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
     rows: Mapping[str, tuple[str, ...]]
+    only_with: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     axes: Callable[[Any, int, MakeFactor], dict[str, Axis]]
     norm: tuple[str, str]
     stored_in_parts: tuple[str, ...] = ()
@@ -201,12 +206,21 @@ class Kind:
     conv_axis: str | None = None
     fp8: Mapping[str, str] = field(default_factory=dict)
     ranking: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    ends_block: bool = False
     fewest: str | None = None
     huggingface: HuggingFace | None = None
     gguf: Gguf | None = None
     serving: str | None = None
     module: str
     slot: str
+
+    def rows_of(self, architecture: Any) -> tuple[str, ...]:
+        """The rows that its layers have in a model, in the order of the forward."""
+        return tuple(
+            row
+            for row in self.rows
+            if row not in self.only_with or any(getattr(architecture, flag) for flag in self.only_with[row])
+        )
 
 
 def size_of(architecture: Any, sizes: Sizes, name: str) -> Any:

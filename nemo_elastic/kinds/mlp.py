@@ -1,4 +1,7 @@
-"""The feed-forward layer: two products and an elementwise activation (squared ReLU); neurons are cut."""
+"""The feed-forward layer: neurons between two products, with a gate or without one; neurons are cut.
+
+fc2(act(fc1(x)))        gated: fc2(act(gate(x)) * up(x)), where fc1's rows are [gate; up]
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,13 @@ SITES = {
 
 def _axes(arch: Any, ffn_groups: int, factor: MakeFactor) -> dict[str, Axis]:
     neurons = factor("ffn_hidden_size", ffn_groups, arch.ffn_hidden_size // ffn_groups, tp=True)
-    return {"ffn": (Segment("ffn", (neurons,)),)}
+    rows = ("gate", "up") if arch.gated_linear_unit else ("ffn",)
+    return {"ffn": (Segment("ffn", (neurons,)),), "fc1": tuple(Segment(name, (neurons,)) for name in rows)}
 
 
 def _flops(arch: Any, sizes: Sizes, length: int, chunk_size: int) -> Any:
-    return 2 * length * 2 * size_of(arch, sizes, "hidden_size") * size_of(arch, sizes, "ffn_hidden_size")
+    products = 3 if arch.gated_linear_unit else 2
+    return 2 * length * products * size_of(arch, sizes, "hidden_size") * size_of(arch, sizes, "ffn_hidden_size")
 
 
 def _saved(arch: Any, sizes: Sizes, ran: Ran) -> dict[str, float]:
@@ -51,11 +56,15 @@ MLP = Kind(
             schemas=("uniform", "list", "per_layer_config"),
         ),
     ),
+    flags=("gated_linear_unit", "add_bias_linear"),
     rows={
         "pre_mlp_layernorm.weight": ("hidden",),
-        "mlp.linear_fc1.weight": ("ffn", "hidden"),
+        "mlp.linear_fc1.weight": ("fc1", "hidden"),
+        "mlp.linear_fc1.bias": ("fc1",),
         "mlp.linear_fc2.weight": ("hidden", "ffn"),
+        "mlp.linear_fc2.bias": ("hidden",),
     },
+    only_with={"mlp.linear_fc1.bias": ("add_bias_linear",), "mlp.linear_fc2.bias": ("add_bias_linear",)},
     axes=_axes,
     norm=("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
     extra_states=("mlp.linear_fc1", "mlp.linear_fc2"),
@@ -64,6 +73,7 @@ MLP = Kind(
     aligned={"ffn": "neurons"},
     fp8={"ffn": "ffn_hidden_size {width}"},
     ranking={"ffn_site": SITES},
+    ends_block=True,
     huggingface=HuggingFace(
         blocks=("mlp",),
         names={

@@ -10,7 +10,7 @@ No torch here.
 from collections.abc import Mapping
 from typing import Any
 
-from ..kinds import dims, kind_of, kinds
+from ..kinds import dims, kind_of, kinds_of
 from ..problems import Problem
 from ..space.alignment import FP8_MULTIPLE
 from ..space.architecture import Architecture
@@ -24,7 +24,7 @@ LARGEST = 16
 def deployment(layout: ParamLayout, subnet: Subnet) -> dict[str, Any]:
     """Legal parallel sizes (up to 16), whether FP8 linears fit, and what a stock Hugging Face config can say."""
     arch = layout.architecture
-    groups = tuple(getattr(arch, name) for kind in kinds() for name in kind.split_by)
+    groups = tuple(getattr(arch, name) for kind in kinds_of(arch.hybrid_override_pattern) for name in kind.split_by)
     return {
         "tensor_parallel": [n for n in range(1, LARGEST + 1) if all(g % n == 0 for g in groups)],
         "pipeline_parallel": [n for n in range(1, LARGEST + 1) if subnet.num_layers % n == 0],

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..mcore.kernels.grouped_heads import ungrouped
+from ..mcore.kernels.rotary import frequencies, turned
 from .linear import Linear
 from .parts import Parts, rms_norm
 
@@ -23,6 +24,11 @@ class AttentionCache:
     keys: Tensor
     values: Tensor
     length: int = 0
+
+    @property
+    def seen(self) -> int:
+        """How many tokens are before the next."""
+        return self.length
 
     def extended(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Take in `[b, g, s, d]`; returns all that is there, and which of it the new tokens see, `[s, all]`.
@@ -60,6 +66,11 @@ class FixedAttentionCache:
     values: Tensor
     position: Tensor
 
+    @property
+    def seen(self) -> Tensor:
+        """How many tokens are before the next, `[1]` on the device."""
+        return self.position
+
     def extended(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Take in one token `[b, g, 1, d]`; returns all memory, and which of it that token sees, `[1, room]`."""
         self.keys.index_copy_(2, self.position, keys)
@@ -76,7 +87,10 @@ class FixedAttentionCache:
 
 @dataclass(frozen=True)
 class Attention:
-    """Causal attention without positions; `kv` groups share their keys among the kept query heads."""
+    """Causal attention; `kv` groups share their keys among the kept query heads.
+
+    `head_norms`: weights `[d]` of the norms of queries and keys; `frequencies` `[d/2]` of rotary positions; None: none.
+    """
 
     norm: Tensor
     eps: float
@@ -85,6 +99,8 @@ class Attention:
     groups: int
     channels: int
     scale: float | None
+    head_norms: tuple[Tensor, Tensor] | None = None
+    frequencies: Tensor | None = None
 
     def cache(self, batch: int, room: int = 0, position: Tensor | None = None) -> AttentionCache | FixedAttentionCache:
         """An empty one with room for so many tokens; with the `position` of a step, one that never grows."""
@@ -96,6 +112,11 @@ class Attention:
         packed = self.qkv(rms_norm(x, self.norm, self.eps))
         grid = packed.unflatten(-1, (self.groups, -1, self.channels)).transpose(1, 2)  # [b, g, s, r + 2, d]
         q, k, v, mask = grid[..., :-2, :], grid[..., -2, :], grid[..., -1, :], None
+        if self.head_norms is not None:
+            q, k = (rms_norm(t, weight, self.eps) for t, weight in zip((q, k), self.head_norms, strict=True))
+        if self.frequencies is not None:
+            angles = self._positions(x.shape[1], cache).unsqueeze(-1) * self.frequencies
+            q, k = turned(q, angles.unsqueeze(-2)), turned(k, angles)
         if cache is not None:
             k, v, mask = cache.extended(k, v)
         if x.shape[1] == 1:  # its r query heads stand where tokens would, so that a group's keys are read once
@@ -109,15 +130,25 @@ class Attention:
         )
         return x + self.proj(y.transpose(1, 2).flatten(2))
 
+    def _positions(self, new: int, cache: AttentionCache | FixedAttentionCache | None) -> Tensor:
+        """`[s]`: where the new tokens stand."""
+        places = torch.arange(new, device=self.norm.device, dtype=torch.float32)
+        return places if cache is None else places + cache.seen
+
 
 def layer(parts: Parts) -> Attention:
     """A layer from its parameters."""
+    arch, function, norm = parts.architecture, parts.function, parts.vector("input_layernorm.weight")
+    names = ("self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight")
+    turns = function["position_embedding_type"] != "none"
     return Attention(
-        norm=parts.vector("input_layernorm.weight"),
+        norm=norm,
         eps=parts.eps,
         qkv=parts.matrix("self_attention.linear_qkv.weight"),
         proj=parts.matrix("self_attention.linear_proj.weight"),
-        groups=parts.architecture.num_query_groups,
-        channels=parts.architecture.kv_channels,
-        scale=parts.softmax_scale,
+        groups=arch.num_query_groups,
+        channels=arch.kv_channels,
+        scale=function["softmax_scale"],
+        head_norms=tuple(parts.vector(name) for name in names) if arch.qk_layernorm else None,
+        frequencies=frequencies(function, arch.kv_channels, norm.device) if turns else None,
     )

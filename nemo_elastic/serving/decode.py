@@ -9,7 +9,7 @@ memory of one size, and where the next one goes is a number on the device that t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,14 @@ class Cache:
     batch: int
     layers: list[Any]
     length: int = 0
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Forget all rows but these (a layer's cache is a dataclass of tensors whose first dim is the batch)."""
+        for layer in filter(None, self.layers):
+            for name, value in vars(layer).items():
+                if isinstance(value, Tensor):
+                    setattr(layer, name, value[list(rows)])
+        self.batch = len(rows)
 
 
 @dataclass(eq=False)

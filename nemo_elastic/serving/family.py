@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint.hf_config import ONLY
+from ..config.model_fields import ONLY
 from ..cost.counts import parameters
 from ..kinds import kinds
 from ..nemo.export.nested import open_nested
@@ -200,10 +200,9 @@ class ElasticFamily:
 
 
 def _unsupported(model: Mapping[str, Any]) -> list[Problem]:
-    wanted = {name: value for name, value in ONLY.items() if name != "softmax_scale"}
     found = [
         Problem(f"model.{name}", f"{model[name]!r} is not implemented in serving, which has {value!r}; use NeMo")
-        for name, value in wanted.items()
+        for name, value in ONLY.items()
         if model.get(name, value) != value
     ]
     pattern = model.get("hybrid_override_pattern", "")

@@ -62,6 +62,20 @@ class _Block:
         return packed.as_strided(size, strides, packed.storage_offset() + self.offset)
 
 
+@dataclass(frozen=True)
+class Affine:
+    """`(linear(x) + bias) * scale`; None and 1: neither."""
+
+    linear: Linear
+    bias: Tensor | None
+    scale: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        y = y if self.bias is None else y + self.bias
+        return y if self.scale == 1.0 else y * self.scale
+
+
 class _GroupedRows:
     """Rows (outputs) in groups: one batched product a block, put where the child's packed output has it."""
 

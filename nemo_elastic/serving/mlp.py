@@ -1,4 +1,4 @@
-"""The MLP of a child."""
+"""The MLP of a child, gated or not."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from .parts import Parts, rms_norm
 
 @dataclass(frozen=True)
 class MLP:
-    """Two products and an elementwise activation; it remembers nothing."""
+    """Neurons between two products; it remembers nothing. `gated`: `up` gives `[gate; up]`."""
 
     norm: Tensor
     eps: float
     up: Linear
     down: Linear
     activation: Callable[[Tensor], Tensor]
+    gated: bool
 
     def cache(self, batch: int, room: int = 0, position: Tensor | None = None) -> None:
         """Nothing."""
@@ -27,7 +28,11 @@ class MLP:
 
     def __call__(self, x: Tensor, cache: None) -> Tensor:
         """`[b, s, k]` -> `[b, s, k]`."""
-        return x + self.down(self.activation(self.up(rms_norm(x, self.norm, self.eps))))
+        y = self.up(rms_norm(x, self.norm, self.eps))
+        if not self.gated:
+            return x + self.down(self.activation(y))
+        gate, up = y.chunk(2, dim=-1)
+        return x + self.down(self.activation(gate) * up)
 
 
 def layer(parts: Parts) -> MLP:
@@ -38,4 +43,5 @@ def layer(parts: Parts) -> MLP:
         up=parts.matrix("mlp.linear_fc1.weight"),
         down=parts.matrix("mlp.linear_fc2.weight"),
         activation=parts.activation,
+        gated=parts.architecture.gated_linear_unit,
     )

@@ -12,11 +12,12 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..config.function_fields import arithmetic_of
 from ..kinds import kind_of
 from ..space.layout import ParamLayout, ParamSpec
 from ..space.slicing import take
 from ..space.subnet import Subnet
-from .linear import Linear, linear
+from .linear import Affine, Linear, linear
 from .parts import Layer, Parts, build_layer, rms_norm
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -32,7 +33,7 @@ class Network:
 
     Args:
         weights: the parent's whole tensors by canonical name, on the device and in the dtype to run in.
-        model: the parent's model section (`layernorm_epsilon`, `activation_func`, `softmax_scale` are read).
+        model: the parent's model section, of which all that decides the function is followed.
         compact: copy the kept parts of the projections instead of viewing them.
     """
 
@@ -46,9 +47,9 @@ class Network:
         compact: bool,
     ) -> None:
         self._weights, self._layout, self._compact = weights, layout, compact
-        self.subnet, self.eps = subnet, float(model.get("layernorm_epsilon", 1e-5))
-        self._scale = model.get("softmax_scale")
-        self._activation = ACTIVATIONS[model.get("activation_func", "squared_relu")]
+        self._function = function = arithmetic_of(model)
+        self.subnet, self.eps = subnet, float(function["layernorm_epsilon"])
+        self._activation = ACTIVATIONS[function["activation_func"]]
         outer = layout.sizes(subnet, None)
         table = layout.table
         self.embedding = self._matrix("embedding.word_embeddings.weight", outer)
@@ -64,12 +65,14 @@ class Network:
 
     def logits(self, tokens: Tensor, caches: list[Any] | None = None, *, last_only: bool = False) -> Tensor:
         """Tokens `[b, s]` -> `[b, s, v]` (`[b, 1, v]` with `last_only`); `caches` are brought up to date."""
-        x = F.embedding(tokens, self.embedding)
+        x, factor = F.embedding(tokens, self.embedding), self._function["embedding_multiplier"]
+        x = x if factor == 1.0 else x * factor
         for number, layer in enumerate(self.layers):
             x = layer(x, None if caches is None else caches[number])
         if last_only:
             x = x[:, -1:]
-        return F.linear(rms_norm(x, self.final_norm, self.eps), self.output)
+        x = rms_norm(x, self.final_norm, self.eps, scale=1.0 / self._function["logits_scaling"])
+        return F.linear(x, self.output)
 
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor that this network holds, views included."""
@@ -100,7 +103,13 @@ class Network:
 
         def matrix(name: str) -> Linear:
             spec = self._layout.table[prefix + name]
-            return linear(self._weights[spec.name], spec, sizes, compact=self._compact)
+            found = linear(self._weights[spec.name], spec, sizes, compact=self._compact)
+            row = self._layout.table.get(spec.name.removesuffix("weight") + "bias")
+            into_stream = spec.axes[0] == self._layout.axes["hidden"]
+            scale = self._function["residual_multiplier"] if into_stream else 1.0
+            if row is None and scale == 1.0:
+                return found
+            return Affine(found, None if row is None else self._vector(row, sizes), scale)
 
-        parts = Parts(arch, sizes, vector, matrix, self.eps, self._activation, self._scale)
+        parts = Parts(arch, sizes, vector, matrix, self.eps, self._activation, self._function)
         return build_layer(kind_of(arch.hybrid_override_pattern[number]), parts)

@@ -2,9 +2,9 @@
 
 A kind's module has `layer(parts) -> Layer`: called on `[b, s, k]` and a cache it gives `x + sublayer(norm(x))`, and
 `cache(batch, room, position)` makes an empty cache (None where the layer remembers nothing; with the `position` of a
-step one that never grows). A cache makes a call on tokens
-`t .. t+s` equal to that part of a call on all of them. Batch first, one device, no training. Numbers as in the elastic
-layers: norms, convolution and scan in fp32 (fp64 stays), the rest in the weights' dtype.
+step one that never grows). A cache makes a call on tokens `t .. t+s` equal to that part of a call on all of them; it is
+a dataclass whose tensors have the batch first. Batch first, one device, no training. Numbers as in the elastic layers:
+norms, convolution and scan in fp32 (fp64 stays), the rest in the weights' dtype.
 """
 
 from __future__ import annotations
@@ -39,8 +39,10 @@ class Parts:
     """One layer of a child: its sizes and its parameters by the name of their row.
 
     Attributes:
-        vector, matrix: row -> a tensor cut to the child; a linear over the parent's weight.
-        eps: of its norm. `activation`: elementwise. `softmax_scale`: None: the usual one.
+        vector, matrix: row -> a tensor cut to the child; a linear over the parent's weight, with its bias, and of what
+            goes into the residual stream the multiple that the model says.
+        eps: of its norm. `activation`: elementwise.
+        function: what the model section says beside the sizes (`arithmetic_of`).
     """
 
     architecture: Architecture
@@ -49,7 +51,7 @@ class Parts:
     matrix: Callable[[str], Linear]
     eps: float
     activation: Callable[[Tensor], Tensor]
-    softmax_scale: float | None
+    function: Mapping[str, Any]
 
 
 def build_layer(kind: Kind, parts: Parts) -> Layer:
@@ -57,8 +59,9 @@ def build_layer(kind: Kind, parts: Parts) -> Layer:
     return importlib.import_module(kind.serving).layer(parts)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`x * rsqrt(mean(x^2) + eps) * weight` over the last axis, in fp32 (fp64 for fp64)."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float, scale: float = 1.0) -> Tensor:
+    """`x * rsqrt(mean(x^2) + eps) * weight * scale` over the last axis, in fp32 (fp64 for fp64)."""
     y = x if x.dtype == torch.float64 else x.float()
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
-    return (y * weight.to(y.dtype)).to(x.dtype)
+    y = y * weight.to(y.dtype)
+    return (y if scale == 1.0 else y * scale).to(x.dtype)

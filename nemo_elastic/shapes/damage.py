@@ -66,14 +66,19 @@ def read_scores(folder: str | Path, architecture: Architecture) -> Scores:
 
 
 def _increments(losses: Mapping[int, float], made: Mapping[str, Any]) -> dict[int, float]:
-    """A greedy ranking scores a layer together with all that went before it: take the difference."""
-    if made.get("config", {}).get("depth") != "greedy":
-        return dict(losses)
-    removed, found, gone = list(made.get("removed", ())), {}, 0.0
-    for layer in removed:
-        found[layer] = max(losses[layer] - gone, 0.0)
+    """A greedy ranking scores a layer together with all that went before it: take the difference.
+
+    Where layers go in blocks, each has its block's score, and an equal part of what the block adds.
+    """
+    settings, removed = made.get("config", {}), list(made.get("removed", ()))
+    unit, found, gone = settings.get("depth_unit", 1), {}, 0.0
+    if settings.get("depth") != "greedy":
+        return {layer: score / unit for layer, score in losses.items()}
+    for layer in removed[::unit]:
+        added = max(losses[layer] - gone, 0.0) / unit
+        found |= dict.fromkeys((other for other in losses if other // unit == layer // unit), added)
         gone = max(gone, losses[layer])
-    return found | {layer: max(score - gone, 0.0) for layer, score in losses.items() if layer not in found}
+    return found | {layer: max(score - gone, 0.0) / unit for layer, score in losses.items() if layer not in found}
 
 
 def _check(scores: Scores, architecture: Architecture, folder: str | Path) -> None:

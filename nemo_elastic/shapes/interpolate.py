@@ -96,14 +96,15 @@ class _Line:
         self.cost, self.space, self.smaller, self.larger = cost, cost.space, smaller, larger
         self.rows = list(_rows(steps, smaller, larger))
         base = set(smaller.layers) & set(larger.layers)
-        ranking = cost.space.depth_ranking or even_thinning(cost.space.architecture)
+        ranking = cost.space.depth_ranking or even_thinning(cost.space.architecture, cost.space.depth_unit)
         self.always = base
         self.extra = [i for i in ranking if i in (set(smaller.layers) | set(larger.layers)) - base]
         self.depths = (len(smaller.layers) - len(base), len(larger.layers) - len(base))
 
     def best(self, tolerance: float) -> Subnet:
         """Per depth the nearest point of the line, improved by single steps; of all depths the best."""
-        found = [self._at_depth(extra, tolerance) for extra in range(min(self.depths), max(self.depths) + 1)]
+        depths = range(min(self.depths), max(self.depths) + 1, self.space.depth_unit)
+        found = [self._at_depth(extra, tolerance) for extra in depths]
         _, point, extra = min(found, key=lambda f: f[0])
         return self._subnet(point, extra)
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from math import gcd, lcm
 
-from ..kinds import dims, kind_of, kinds, kinds_by_dim
+from ..kinds import dims, kind_of, kinds_by_dim, kinds_of
 from ..problems import ProblemsError
 from .architecture import Architecture
 from .dims import HIDDEN, resolve_choices
@@ -32,8 +32,8 @@ LONGEST_LIST = 8
 def default_multiples(architecture: Architecture) -> dict[str, int]:
     """What ratios of a dim round to where `elastic.multiple_of` says nothing, before the dim's groups are asked."""
     large = architecture.hidden_size >= LARGE_HIDDEN_SIZE
-    split = (getattr(architecture, name) for kind in kinds() for name in kind.split_by)
-    widest = gcd(*split)
+    present = kinds_of(architecture.hybrid_override_pattern)
+    widest = gcd(*(getattr(architecture, name) for kind in present for name in kind.split_by))
     return {HIDDEN: 64 if large else BF16_MULTIPLE, **{dim.name: dim.multiple(large, widest) for dim in dims()}}
 
 

@@ -6,7 +6,7 @@ said by the kind (`kinds`). No torch here.
 
 from dataclasses import dataclass, field, fields, make_dataclass
 
-from ..kinds import kinds, sizes
+from ..kinds import flags, kinds, kinds_of, sizes
 from ..problems import Problem, raise_if_any
 
 MOST_LAYERS = 4  # that a problem lists
@@ -25,6 +25,7 @@ _OfKinds = make_dataclass(
         ("hybrid_override_pattern", str),
         ("hidden_size", int),
         *((s.name, int) if s.default is None else (s.name, int, field(default=s.default)) for s in sizes()),
+        *((flag, bool, field(default=False)) for flag in flags()),
     ],
     frozen=True,
     kw_only=True,
@@ -38,7 +39,8 @@ class Architecture(_OfKinds):
     Attributes:
         hybrid_override_pattern: the letter of each layer's kind.
         hidden_size: channels of the residual stream.
-        others: an integer for every size of every kind (`kinds.Size`), such as `ffn_hidden_size`.
+        others: an integer for every size of every kind (`kinds.Size`), such as `ffn_hidden_size`, and true or false for
+            every flag, such as `gated_linear_unit`.
 
     Raises:
         ProblemsError: with every illegal value, keyed `model.<field>`.
@@ -64,10 +66,17 @@ class Architecture(_OfKinds):
             for f in fields(self)
             if f.type is int and (not isinstance(getattr(self, f.name), int) or getattr(self, f.name) < 1)
         ]
+        found += [
+            Problem(f"model.{name}", f"{getattr(self, name)!r} must be true or false")
+            for name in flags()
+            if not isinstance(getattr(self, name), bool)
+        ]
         found += pattern_problems(self.hybrid_override_pattern)
         if found:
             return found
-        for whole, groups in (pair for kind in reversed(kinds()) for pair in kind.multiples_of):
+        for whole, groups in (
+            p for kind in reversed(kinds_of(self.hybrid_override_pattern)) for p in kind.multiples_of
+        ):
             n, g = getattr(self, whole), getattr(self, groups)
             if n % g:
                 found.append(Problem(f"model.{whole}", f"{n} must be a multiple of {groups}={g}"))

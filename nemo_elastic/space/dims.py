@@ -23,9 +23,14 @@ DEALT_DIMS = tuple(dim.name for dim in dims_of_kinds() if dim.dealt)  # ranked o
 DEFAULT_FFN_GROUPS = 8
 
 
-def dim_groups(architecture: Architecture, ffn_groups: int = DEFAULT_FFN_GROUPS) -> dict[str, int]:
-    """Number of groups whose first units a child keeps, per dim. A size must be a multiple of it."""
-    return {HIDDEN: 1, **{dim.name: dim.groups(architecture, ffn_groups) for dim in dims_of_kinds()}, DEPTH: 1}
+def dim_groups(architecture: Architecture, ffn_groups: int = DEFAULT_FFN_GROUPS, depth_unit: int = 1) -> dict[str, int]:
+    """Number of groups whose first units a child keeps, per dim. A size must be a multiple of it.
+
+    Args:
+        depth_unit: layers that depth drops as one (`blocks`).
+    """
+    of_kinds = {dim.name: dim.groups(architecture, ffn_groups) for dim in dims_of_kinds()}
+    return {HIDDEN: 1, **of_kinds, DEPTH: depth_unit}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..problems import Problem, did_you_mean, nearest_multiples, raise_if_any
 from .architecture import Architecture
+from .blocks import block_problems, units_of
 from .dims import (
     DEFAULT_FFN_GROUPS,
     DEPTH,
@@ -29,23 +30,29 @@ class ElasticSpace:
     """All legal subnets of one parent.
 
     `depth_ranking` lists layers from most to least important; a child of n layers keeps its first n. Without one
-    (before `rank` has run) an even thinning is assumed and `depth_is_assumed` says so.
+    (before `rank` has run) an even thinning is assumed and `depth_is_assumed` says so. `depth_unit` layers are dropped
+    as one (`blocks`).
     """
 
     architecture: Architecture
     dims: Mapping[str, ElasticDim] = field(default_factory=dict)
     ffn_groups: int = DEFAULT_FFN_GROUPS
     depth_ranking: tuple[int, ...] | None = None
+    depth_unit: int = 1
 
     def __post_init__(self) -> None:
         arch, found = self.architecture, []
-        if arch.ffn_hidden_size % self.ffn_groups:
+        if arch.layers_of(KIND_OF_DIM["ffn_hidden_size"]) and arch.ffn_hidden_size % self.ffn_groups:
             rule = f"must divide model.ffn_hidden_size={arch.ffn_hidden_size}"
             found.append(Problem("elastic.ffn_groups", f"{self.ffn_groups} {rule}"))
         if self.depth_ranking is not None and sorted(self.depth_ranking) != list(range(arch.num_layers)):
             found.append(Problem("depth_ranking", f"must name each of the {arch.num_layers} layers once"))
+        found += block_problems(arch.hybrid_override_pattern) if self.depth_unit > 1 else []
         raise_if_any(found)
-        groups = dim_groups(arch, self.ffn_groups)
+        if self.depth_ranking is not None and not self._whole_units(self.depth_ranking):
+            words = f"must list the {self.depth_unit} layers of a block one after the other; rank again"
+            raise_if_any([Problem("depth_ranking", words)])
+        groups = dim_groups(arch, self.ffn_groups, self.depth_unit)
         every = {
             n: self.dims.get(n) or ElasticDim(name=n, full=parent_size(arch, n), groups=groups[n], choices=())
             for n in DIMS
@@ -58,7 +65,7 @@ class ElasticSpace:
 
     def kept_layers(self, num_layers: int) -> tuple[int, ...]:
         """The layers a child of `num_layers` keeps, ascending."""
-        ranking = self.depth_ranking or even_thinning(self.architecture)
+        ranking = self.depth_ranking or even_thinning(self.architecture, self.depth_unit)
         return tuple(sorted(ranking[:num_layers]))
 
     def subnet(self, **sizes: Any) -> Subnet:
@@ -84,6 +91,12 @@ class ElasticSpace:
         depth, layers = sizes.get(DEPTH), sizes.get("layers")
         if depth is not None and not (is_integer(depth) and 0 < depth <= arch.num_layers):
             found.append(Problem(DEPTH, f"{depth!r} must be an integer between 1 and the parent's {arch.num_layers}"))
+            depth = None
+        elif depth is not None and depth % self.depth_unit:
+            near = nearest_multiples(depth, self.depth_unit, arch.num_layers)
+            found.append(
+                Problem(DEPTH, f"{depth} must be a multiple of {self.depth_unit}, whole blocks; nearest: {near}")
+            )
             depth = None
         if layers is None:
             layers = self.kept_layers(arch.num_layers if depth is None else depth)
@@ -125,15 +138,23 @@ class ElasticSpace:
             found.append(
                 Problem("layers", f"{list(layers)} must be one or more ascending layer numbers below {arch.num_layers}")
             )
+        elif not self._whole_units(layers):
+            found.append(Problem("layers", f"{list(layers)} must be whole blocks: layers 0 and 1, 2 and 3, ..."))
         return found
 
+    def _whole_units(self, layers: Sequence[int]) -> bool:
+        """Whether `layers`, taken `depth_unit` at a time, are the layers of one unit each."""
+        unit = self.depth_unit
+        runs = [{layer // unit for layer in layers[at : at + unit]} for at in range(0, len(layers), unit)]
+        return len(layers) % unit == 0 and all(len(run) == 1 for run in runs)
 
-def even_thinning(architecture: Architecture) -> tuple[int, ...]:
+
+def even_thinning(architecture: Architecture, depth_unit: int = 1) -> tuple[int, ...]:
     """A data-free ranking: first and last layers stay longest, what goes is spread evenly over depth and kinds.
 
     Only a stand-in for planning; `rank` measures the real one.
     """
-    n = architecture.num_layers
+    n = architecture.num_layers // depth_unit
 
     def bit_reversal(i: int) -> float:
         place, value = 0.5, 0.0
@@ -142,4 +163,5 @@ def even_thinning(architecture: Architecture) -> tuple[int, ...]:
         return value
 
     inner = sorted(range(1, n - 1), key=bit_reversal)
-    return (*dict.fromkeys((0, n - 1)), *inner)
+    units = units_of(architecture.num_layers, depth_unit)
+    return tuple(layer for unit in (*dict.fromkeys((0, n - 1)), *inner) for layer in units[unit])

@@ -17,7 +17,7 @@ from functools import cached_property
 from math import gcd
 from typing import Any
 
-from ..kinds import kind_of, kinds
+from ..kinds import kind_of, kinds, kinds_of
 from ..kinds.axis import Axis, Factor, Segment
 from ..problems import Problem, ProblemsError
 from .architecture import Architecture
@@ -71,9 +71,10 @@ class ParamLayout:
 
     def _check_tp(self) -> None:
         arch, key = self.architecture, "train.tensor_model_parallel_size"
+        pattern = arch.hybrid_override_pattern
         whole = {
             "elastic.ffn_groups": self.ffn_groups,
-            **{f"model.{name}": getattr(arch, name) for kind in kinds() for name in kind.split_by},
+            **{f"model.{name}": getattr(arch, name) for kind in kinds_of(pattern) for name in kind.split_by},
         }
         size = gcd(*whole.values())
         near = ", ".join(str(n) for n in range(1, min(size, 64) + 1) if size % n == 0)
@@ -121,7 +122,9 @@ class ParamLayout:
         """Canonical name -> row, in the order of the forward."""
         rows = [("embedding.word_embeddings.weight", None, "embedding")]
         for layer, kind in enumerate(self.architecture.hybrid_override_pattern):
-            rows += [(f"decoder.layers.{layer}.{suffix}", layer, kind) for suffix in kind_of(kind).rows]
+            rows += [
+                (f"decoder.layers.{layer}.{suffix}", layer, kind) for suffix in kind_of(kind).rows_of(self.architecture)
+            ]
         rows.append(("decoder.final_norm.weight", None, "norm"))
         if not self.architecture.share_embeddings_and_output_weights:
             rows.append(("output_layer.weight", None, "output"))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -21,7 +22,7 @@ from ...space.architecture import Architecture
 from ...space.layout import Axis, ParamSpec
 from ..kernels.attention import CausalAttention
 from ..kernels.kind_modules import norm_keys
-from ..kernels.norm import RMSNorm
+from ..kernels.norm import HeadNorm, RMSNorm
 from ..kernels.observing import Observer, WidthSettings
 from .call import LayerCall, MaskCache, inner_multiplier, times
 from .layers import ElasticLayer
@@ -48,18 +49,16 @@ class ElasticSelfAttention(SelfAttention):
     def elastic(self, x: Tensor, call: LayerCall, attention_mask: Tensor | None = None) -> Tensor:
         """`[s, b, h or k]` -> `[s, b, h or k]`."""
         parallel = {"sequence_parallel": self.config.sequence_parallel, "tp_group": self.elastic_tp_group}
-        if call.sliced:
-            packed = self.rows["self_attention.linear_qkv.weight"]
-            q, k, v = self._split(column_parallel(self.linear_qkv, x, packed, call.sizes, **parallel))
-            y = self._attend(self.sliced_attention, q, k, v, attention_mask)
-        else:
-            q, k, v = self.get_query_key_value_tensors(x, None)
-            y = self._attend(self.core_attention, q, k, v, attention_mask)
+        weight, bias = (self.rows.get(f"self_attention.linear_qkv.{part}") for part in ("weight", "bias"))
+        q, k, v = self._split(column_parallel(self.linear_qkv, x, weight, call.cut, bias=bias, **parallel))
+        if self.config.qk_layernorm:
+            q, k = self.q_layernorm(q), self.k_layernorm(k)
+        if call.rotary is not None:
+            q, k = (apply_rotary_pos_emb(t, call.rotary, self.config, cp_group=self.pg_collection.cp) for t in (q, k))
+        y = self._attend(self.sliced_attention if call.sliced else self.core_attention, q, k, v, attention_mask)
         y = times(y, inner_multiplier(call, self.axes["q"], ("num_attention_heads",), self.masks, y))
-        if call.sliced:
-            down = self.rows["self_attention.linear_proj.weight"]
-            return row_parallel(self.linear_proj, y, down, call.sizes, **parallel)
-        return self.linear_proj(y)[0]
+        weight, bias = (self.rows.get(f"self_attention.linear_proj.{part}") for part in ("weight", "bias"))
+        return row_parallel(self.linear_proj, y, weight, call.cut, bias=bias, **parallel)
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`[s, b, groups (r + 2) d]` -> queries `[s, b, groups r, d]`, keys and values `[s, b, groups, d]`."""
@@ -94,7 +93,11 @@ def plain_layer() -> ModuleSpec:
             module=SelfAttention,
             params={"attn_mask_type": AttnMaskType.causal},
             submodules=SelfAttentionSubmodules(
-                linear_qkv=ColumnParallelLinear, core_attention=CausalAttention, linear_proj=RowParallelLinear
+                linear_qkv=ColumnParallelLinear,
+                core_attention=CausalAttention,
+                linear_proj=RowParallelLinear,
+                q_layernorm=HeadNorm,
+                k_layernorm=HeadNorm,
             ),
         ),
         self_attn_bda=get_bias_dropout_add,

@@ -27,11 +27,13 @@ class LayerCall:
         values: `[2, n]` packed values of the plan or None. Row 0 enters activations that all tensor-parallel ranks
             hold in full, row 1 those of which a rank holds a part: its gradient is summed over the ranks.
         hidden_mask: `[h]` multiplier of the residual stream, None when sliced or all ones.
+        rotary: the angles `[s, 1, 1, d]` of positions (`kernels.positions`), None without positions.
     """
 
     plan: LayerPlan
     values: Tensor | None
     hidden_mask: Tensor | None
+    rotary: Tensor | None = None
 
     def with_tensors(self, values: Tensor | None, hidden_mask: Tensor | None) -> "LayerCall":
         """The same call on other tensors (recomputation hands in detached ones)."""
@@ -44,6 +46,11 @@ class LayerCall:
     @property
     def sizes(self) -> Mapping[str, int]:
         return self.plan.sizes
+
+    @property
+    def cut(self) -> Mapping[str, int]:
+        """The sizes that parameters are cut to: the subnet's when sliced, else nothing is."""
+        return self.plan.sizes if self.sliced else {}
 
     def replicated(self, dim: str) -> Tensor | None:
         """The value of a dim for activations that every tensor-parallel rank holds in full."""

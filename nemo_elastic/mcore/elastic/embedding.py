@@ -19,6 +19,7 @@ from torch import Tensor, autograd, nn, zeros_like
 
 from ...space.layout import ParamSpec
 from ...space.slicing import is_whole, take
+from ..kernels.multipliers import multiplier
 from .linear import Sizes
 
 
@@ -56,6 +57,8 @@ def embed(embedding: nn.Module, ids: Tensor, position_ids: Tensor | None, spec: 
         x = reduce_scatter_to_sequence_parallel_region(x, group=words.tp_group)
     else:
         x = reduce_from_tensor_model_parallel_region(x, group=words.tp_group)
+    factor = multiplier(config, "embedding_multiplier")  # on the module's own output it is a hook
+    x = x if factor == 1.0 else x * factor
     if config.fp32_residual_connection:
         x = x.float()
     if not config.sequence_parallel:

@@ -96,18 +96,22 @@ def column_parallel(
     sequence_parallel: bool,
     tp_group: Any,
     weight: Any = None,
+    bias: ParamSpec | None = None,
 ) -> Tensor:
-    """A column-parallel linear cut to `sizes`: `[s, b, k_in]` (`[s/tp, ...]`) -> `[s, b, k_out/tp]`.
+    """A column-parallel linear cut to `sizes`: `[s, b, k_in]` (`[s/tp, ...]`) -> `[s, b, k_out/tp]`, bias and all.
 
-    `weight` replaces the module's own (tied embeddings). A module that gathers its output does so here too.
+    `weight` replaces the module's own (tied embeddings); `bias` is the row of its bias, where it has one. A module that
+    gathers its output does so here too.
     """
     if is_whole(spec, sizes):
-        return module(x)[0] if weight is None else module(x, weight=weight)[0]
+        y, left = module(x) if weight is None else module(x, weight=weight)
+        return y if left is None else y + left
     if sequence_parallel:
         x = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=tp_group)
     else:
         x = copy_to_tensor_model_parallel_region(x, group=tp_group)
     y = _SlicedLinear.apply(x, module.weight if weight is None else weight, spec, sizes)
+    y = y if bias is None else y + taken(module.bias, bias, sizes)
     return gather_from_tensor_model_parallel_region(y, group=tp_group) if _gathers(module) else y
 
 
@@ -116,12 +120,25 @@ def _gathers(module: nn.Module) -> bool:
 
 
 def row_parallel(
-    module: nn.Module, x: Tensor, spec: ParamSpec, sizes: Sizes, *, sequence_parallel: bool, tp_group: Any
+    module: nn.Module,
+    x: Tensor,
+    spec: ParamSpec,
+    sizes: Sizes,
+    *,
+    sequence_parallel: bool,
+    tp_group: Any,
+    bias: ParamSpec | None = None,
 ) -> Tensor:
-    """A row-parallel linear cut to `sizes`: `[s, b, k_in/tp]` -> `[s, b, k_out]` (`[s/tp, ...]`), bias-free."""
+    """A row-parallel linear cut to `sizes`: `[s, b, k_in/tp]` -> `[s, b, k_out]` (`[s/tp, ...]`), bias and all.
+
+    `bias`: the row of its bias, where it has one; it is added once, behind the sum over ranks.
+    """
     if is_whole(spec, sizes):
-        return module(x)[0]
+        y, left = module(x)
+        return y if left is None else y + left
     y = _SlicedLinear.apply(x, module.weight, spec, sizes)
     if sequence_parallel:
-        return reduce_scatter_to_sequence_parallel_region(y, group=tp_group)
-    return reduce_from_tensor_model_parallel_region(y, group=tp_group)
+        y = reduce_scatter_to_sequence_parallel_region(y, group=tp_group)
+    else:
+        y = reduce_from_tensor_model_parallel_region(y, group=tp_group)
+    return y if bias is None else y + taken(module.bias, bias, sizes)

@@ -43,16 +43,18 @@ class ElasticMLP(MLP):
     def elastic(self, x: Tensor, call: LayerCall, attention_mask: Tensor | None = None) -> Tensor:
         """`[s, b, h or k]` -> `[s, b, h or k]`."""
         parallel = {"sequence_parallel": self.config.sequence_parallel, "tp_group": self.elastic_tp_group}
-        up, down = self.rows["mlp.linear_fc1.weight"], self.rows["mlp.linear_fc2.weight"]
-        if call.sliced:
-            y = column_parallel(self.linear_fc1, x, up, call.sizes, **parallel)
-        else:
-            y = self.linear_fc1(x)[0]
-        y = self.config.activation_func(y)
+        weight, bias = (self.rows.get(f"mlp.linear_fc1.{part}") for part in ("weight", "bias"))
+        y = self._activated(column_parallel(self.linear_fc1, x, weight, call.cut, bias=bias, **parallel))
         y = times(y, inner_multiplier(call, self.axes["ffn"], ("ffn_hidden_size",), self.masks, y))
-        if call.sliced:
-            return row_parallel(self.linear_fc2, y, down, call.sizes, **parallel)
-        return self.linear_fc2(y)[0]
+        weight, bias = (self.rows.get(f"mlp.linear_fc2.{part}") for part in ("weight", "bias"))
+        return row_parallel(self.linear_fc2, y, weight, call.cut, bias=bias, **parallel)
+
+    def _activated(self, y: Tensor) -> Tensor:
+        """`[s, b, f]` -> `[s, b, f]`; gated `[gate; up]` `[s, b, 2f]` -> `[s, b, f]`."""
+        if not self.config.gated_linear_unit:
+            return self.config.activation_func(y)
+        gate, up = y.chunk(2, dim=-1)
+        return self.config.activation_func(gate) * up
 
 
 def _not_about_mlp_type(record: logging.LogRecord) -> bool:

@@ -8,7 +8,9 @@ from torch import Tensor
 from ...plan.deployment import low_precision_problems
 from ...problems import raise_if_any
 from ...space.layout import ParamLayout
-from ..kernels.padded_vocabulary import PaddedModel, masked
+from ..kernels.padded_vocabulary import masked
+from ..kernels.plain_model import PlainModel
+from ..kernels.positions import angles
 from .census import refuse_plain_layers
 from .embedding import embed
 from .linear import column_parallel
@@ -33,7 +35,13 @@ def refuse_overlap(ddp_config: Any) -> None:
         )
 
 
-class ElasticMambaModel(PaddedModel):
+def run_stack(model: Any, x: Tensor | None, attention_mask: Tensor | None = None, **more: Any) -> Tensor:
+    """The stack of a hybrid model on embedded tokens `[s, b, k]`; None: on what the stage before sent."""
+    entering = model.decoder.input_tensor if x is None else x
+    return model.decoder(hidden_states=x, attention_mask=attention_mask, rotary_pos_emb=angles(model, entering), **more)
+
+
+class ElasticMambaModel(PlainModel):
     """Megatron's hybrid model at the parent's size whose forward takes a `Plan`.
 
     Args:
@@ -41,7 +49,6 @@ class ElasticMambaModel(PaddedModel):
         others: those of Megatron's model, its spec `elastic_stack_spec()`, its `vocab_size` the padded one.
 
     Raises:
-        ValueError: for a model with position embeddings.
         ProblemsError: Megatron built a layer that is not elastic, or not the table's layers; or FP8 or FP4 is wanted,
             which a plan never enters.
     """
@@ -49,11 +56,6 @@ class ElasticMambaModel(PaddedModel):
     def __init__(self, config: TransformerConfig, *args: Any, layout: ParamLayout, **kwargs: Any) -> None:
         raise_if_any(low_precision_problems(vars(config)))
         super().__init__(config, *args, layout=layout, **kwargs)
-        if self.position_embedding_type != "none":
-            raise ValueError(
-                f"model.position_embedding_type={self.position_embedding_type!r} is not supported by elastic models; "
-                "set it to none (hybrid models need no positions)"
-            )
         assert layout.tp_size == self.pg_collection.tp.size(), "the table must be that of one tensor-parallel shard"
         self.layout = layout
         refuse_plain_layers(self.decoder.layers, layout, self.pg_collection.pp)
@@ -83,7 +85,7 @@ class ElasticMambaModel(PaddedModel):
             sizes = elastic.outer.sizes if elastic is not None and elastic.mode == "sliced" else {}
             spec = self.layout.table["embedding.word_embeddings.weight"]
             x = embed(self.embedding, input_ids, position_ids, spec, sizes)
-        x = self.decoder(hidden_states=x, attention_mask=attention_mask, elastic=elastic)
+        x = run_stack(self, x, attention_mask, elastic=elastic)
         if not self.post_process or hidden_only:
             return x
         logits = self.logits(x, elastic)

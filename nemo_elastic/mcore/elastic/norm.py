@@ -22,12 +22,13 @@ class ElasticRMSNorm(RMSNorm):
     def elastic(self, x: Tensor, call: LayerCall, spec: ParamSpec) -> Tensor:
         """`x` `[s, b, h]` masked, or `[s, b, k]` sliced; the hidden gate of a hard plan multiplies the output."""
         weight = taken(self.weight, spec, call.sizes) if call.sliced else self.weight
-        y = rms_norm(x, weight, call.kept_hidden(), self.eps)
+        y = rms_norm(x, weight, call.kept_hidden(), self.eps, self.scale)
         return times(y, call.hidden_gate())
 
 
-def rms_norm(x: Tensor, weight: Tensor, kept: Tensor | int, eps: float) -> Tensor:
-    """`x * rsqrt(sum(x^2) / kept + eps) * weight` over the last axis, in fp32 (fp64 for fp64)."""
+def rms_norm(x: Tensor, weight: Tensor, kept: Tensor | int, eps: float, scale: float = 1.0) -> Tensor:
+    """`x * rsqrt(sum(x^2) / kept + eps) * weight * scale` over the last axis, in fp32 (fp64 for fp64)."""
     y = x if x.dtype == torch.float64 else x.float()
     y = y * torch.rsqrt(y.square().sum(-1, keepdim=True) / kept + eps)
-    return (y * weight.to(y.dtype)).to(x.dtype)
+    y = y * weight.to(y.dtype)
+    return (y if scale == 1.0 else y * scale).to(x.dtype)

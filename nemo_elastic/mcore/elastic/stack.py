@@ -36,15 +36,19 @@ class ElasticStack(LocalStack):
         hidden_states: Tensor,
         attention_mask: Tensor | None,
         *args: Any,
+        rotary_pos_emb: Tensor | None = None,
         elastic: Plan | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """`[s, b, h]`; sliced: `[s, b, k]` in and out. Without a plan: the stock forward."""
+        """`[s, b, h]`; sliced: `[s, b, k]` in and out. Without a plan: the stock forward.
+
+        `rotary_pos_emb`: the angles of positions, where the model has some.
+        """
         if elastic is None and not self._recomputes_all():
-            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+            return super().forward(hidden_states, attention_mask, *args, rotary_pos_emb=rotary_pos_emb, **kwargs)
         x = hidden_states if self.pre_process else self.input_tensor
         if elastic is None:
-            return self._whole(x, attention_mask)
+            return self._whole(x, attention_mask, rotary_pos_emb)
         plan, values = elastic, self._values(elastic)
         hidden_mask = self._hidden_mask(plan, values, x)
         outer = LayerCall(plan.outer, values, hidden_mask)
@@ -56,7 +60,7 @@ class ElasticStack(LocalStack):
             if layer_plan is None:
                 continue
             ran = True
-            call = LayerCall(layer_plan, values, hidden_mask)
+            call = LayerCall(layer_plan, values, hidden_mask, rotary_pos_emb)
             if self._recomputes_all():
                 run = _replayable(layer, call, attention_mask)
                 x = tensor_parallel.checkpoint(run, self.config.distribute_saved_activations, x, *packed(call))
@@ -68,12 +72,12 @@ class ElasticStack(LocalStack):
             x = x.clone()  # a stage without a kept layer must not hand on the very tensor it received
         return make_viewless_tensor(inp=x, requires_grad=x.requires_grad, keep_graph=True)
 
-    def _whole(self, x: Tensor, attention_mask: Tensor | None) -> Tensor:
+    def _whole(self, x: Tensor, attention_mask: Tensor | None, rotary_pos_emb: Tensor | None) -> Tensor:
         """The parent, with full recomputation."""
         for layer in self.layers:
 
             def run(x: Tensor, layer: Any = layer) -> Tensor:
-                y = layer(hidden_states=x, attention_mask=attention_mask)
+                y = layer(hidden_states=x, attention_mask=attention_mask, rotary_pos_emb=rotary_pos_emb)
                 return y[0] if isinstance(y, tuple) else y
 
             x = tensor_parallel.checkpoint(run, self.config.distribute_saved_activations, x)

@@ -22,7 +22,7 @@ from ...distill.fused import fused_kd_loss
 from ...distill.hidden_loss import hidden_loss
 from ...distill.losses import KDLoss, kd_loss
 from ..elastic.linear import taken_view
-from ..elastic.model import ElasticMambaModel
+from ..elastic.model import ElasticMambaModel, run_stack
 from ..elastic.plan import Plan
 from ..kernels.padded_vocabulary import masked, padding_of
 from ..runtime.parallel import tensor_parallel_group
@@ -76,7 +76,7 @@ def student_head(model: ElasticMambaModel, hidden: Tensor, plan: Plan | None) ->
 def teacher_head(model: nn.Module, ids: Tensor, position_ids: Tensor | None) -> Head | Tensor:
     """Head of a plain model on its last stage; the hidden states for the next stage elsewhere."""
     x = model.embedding(input_ids=ids, position_ids=position_ids) if model.pre_process else None
-    hidden = model.decoder(hidden_states=x, attention_mask=None)
+    hidden = run_stack(model, x)
     if not model.post_process:
         return hidden
     return _head(model, hidden, _output_weight(model), model.config.hidden_size)

@@ -43,7 +43,8 @@ class CausalAttention(nn.Module):
                 "leave model.window_size unset and set train.context_parallel_size=1"
             )
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
-        self.scale = softmax_scale  # apply_query_key_layer_scaling divides and multiplies again: nothing to do here
+        self.scale = config.softmax_scale if softmax_scale is None else softmax_scale
+        # apply_query_key_layer_scaling divides and multiplies again: nothing to do here
 
     def forward(
         self,

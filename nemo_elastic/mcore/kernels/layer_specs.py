@@ -23,9 +23,11 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from nemo_elastic.config.function_fields import beyond_stock
 from nemo_elastic.kinds import Kind
 from nemo_elastic.mcore.kernels.kind_modules import SLOTS, megatron_pattern, module_of, stack_submodules
-from nemo_elastic.mcore.kernels.norm import RMSNorm
+from nemo_elastic.mcore.kernels.multipliers import multiplier, scale_residuals
+from nemo_elastic.mcore.kernels.norm import HeadNorm, RMSNorm
 from nemo_elastic.mcore.versions import HybridStack, StackSubmodules, transformer_engine_spec
 
 
@@ -39,7 +41,10 @@ class Mixer(MambaMixer):
 
 
 class LocalStack(HybridStack):
-    """Megatron's hybrid stack with the local norm at its end, where Megatron's own insists on Transformer Engine's."""
+    """Megatron's hybrid stack with the local norm at its end, where Megatron's own insists on Transformer Engine's.
+
+    It follows the multipliers of a configuration.
+    """
 
     final_norm_class: type[RMSNorm] = RMSNorm
 
@@ -53,8 +58,10 @@ class LocalStack(HybridStack):
     ) -> None:
         super().__init__(config, submodules, *args, post_layer_norm=False, **kwargs)
         self.post_layer_norm = post_layer_norm
+        scale_residuals(self.layers, config)
         if self.post_process and post_layer_norm:
             self.final_norm = self.final_norm_class(config, config.hidden_size)
+            self.final_norm.scale = 1.0 / multiplier(config, "logits_scaling")
 
 
 def have_transformer_engine() -> bool:
@@ -84,24 +91,40 @@ def _plain_layer(kind: Kind) -> ModuleSpec:
     return module_of(kind).plain_layer()
 
 
-def transformer_engine_stack_spec(pattern: str = "") -> ModuleSpec:
-    """megatron-core's own spec of the hybrid stack (fused norm + linear), with our `Mixer`; `pattern` as above."""
+def transformer_engine_stack_spec(pattern: str = "", *, stock: bool = True) -> ModuleSpec:
+    """megatron-core's own spec of the hybrid stack (fused norm + linear), with our `Mixer`; `pattern` as above.
+
+    Args:
+        stock: False: with a stack that follows multipliers, and the norms of heads that `qk_layernorm` means.
+    """
     spec = transformer_engine_spec()
-    stack = spec.submodules
+    stack = spec.submodules if stock else with_head_norms(spec.submodules)
     layer = stack.mamba_layer.submodules
     marked = replace(layer, mixer=replace(layer.mixer, module=Mixer))
     stack = replace(stack, mamba_layer=replace(stack.mamba_layer, submodules=marked))
     if megatron_pattern(pattern) != pattern:
         ours = stack_submodules(_plain_layer, pattern, others=stack)
         stack = replace(stack, **{field: getattr(ours, field) for field, _ in SLOTS.values()})
-    return replace(spec, submodules=stack)
+    return replace(spec, submodules=stack) if stock else replace(spec, module=LocalStack, submodules=stack)
+
+
+def with_head_norms(stack: StackSubmodules) -> StackSubmodules:
+    """A stack's table whose attention norms queries and keys where `qk_layernorm` says so."""
+    layer = stack.attention_layer.submodules
+    attention = layer.self_attention
+    inner = replace(attention.submodules, q_layernorm=HeadNorm, k_layernorm=HeadNorm)
+    layer = replace(layer, self_attention=replace(attention, submodules=inner))
+    return replace(stack, attention_layer=replace(stack.attention_layer, submodules=layer))
 
 
 def hybrid_stack_spec(config: TransformerConfig | None = None, pattern: str = "") -> ModuleSpec:
     """The spec of a plain hybrid stack that fits this machine.
 
     Args:
-        config: unused by the choice today; accepted because Megatron and NeMo call spec factories with or without it.
+        config: with something that the stock stack would not follow, it is not the stock one. Megatron and NeMo call
+            spec factories with or without it.
         pattern: needed where it has kinds that Megatron has no letter for.
     """
-    return transformer_engine_stack_spec(pattern) if have_transformer_engine() else local_stack_spec(pattern)
+    if not have_transformer_engine():
+        return local_stack_spec(pattern)
+    return transformer_engine_stack_spec(pattern, stock=config is None or not beyond_stock(vars(config)))

@@ -24,6 +24,9 @@ class RMSNorm(nn.Module):
         config: gives dtype, `layernorm_epsilon` and `sequence_parallel`.
         hidden_size: h.
         eps: overrides `config.layernorm_epsilon` (Megatron's Mamba layer passes none, its transformer layer does).
+
+    Attributes:
+        scale: multiplies the output before it is rounded (`multipliers`).
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float | None = None) -> None:
@@ -35,6 +38,7 @@ class RMSNorm(nn.Module):
                 "model.normalization=RMSNorm and model.layernorm_zero_centered_gamma=false"
             )
         self.eps = config.layernorm_epsilon if eps is None else eps
+        self.scale = 1.0
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
         self.weight.sequence_parallel = config.sequence_parallel
@@ -42,7 +46,19 @@ class RMSNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return (y * self.weight.to(y.dtype)).to(x.dtype)
+        y = y * self.weight.to(y.dtype)
+        return (y if self.scale == 1.0 else y * self.scale).to(x.dtype)
+
+
+class HeadNorm:
+    """The norm of a head's queries or keys `[.., d]`, where `qk_layernorm` asks for one; else None.
+
+    Megatron builds what a spec names whatever the flag says, and nothing where it names none whatever the flag says.
+    """
+
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float | None = None) -> RMSNorm | None:
+        """Called as Megatron builds a norm."""
+        return RMSNorm(config, hidden_size, eps) if config.qk_layernorm else None
 
 
 class MixerNorm(RMSNormGated):

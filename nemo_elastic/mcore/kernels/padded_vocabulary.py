@@ -10,15 +10,11 @@ padding (`allow_shape_mismatch`).
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...distill.fused import NO_TOKEN
-from ...space.layout import ParamLayout
-from ..versions import HybridModel
 
 
 def masked(logits: Tensor, padding: int) -> Tensor:
@@ -37,27 +33,3 @@ def padding_of(model: nn.Module) -> int:
 def real_vocab_size(model: nn.Module) -> int:
     """Rows that stand for a token, over all ranks."""
     return getattr(model, "real_vocab_size", model.vocab_size)
-
-
-class PaddedModel(HybridModel):
-    """Megatron's hybrid model whose logits are those of the real vocabulary.
-
-    Args:
-        layout: the table of a tensor-parallel shard, which says how much is padding.
-        others: those of Megatron's model, its `vocab_size` the padded one.
-    """
-
-    def __init__(self, *args: Any, layout: ParamLayout, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        assert self.vocab_size == layout.padded_vocab_size, "the vocabulary must be the table's"
-        self.real_vocab_size = layout.architecture.vocab_size
-        self.vocab_padding = layout.vocab_padding(self.pg_collection.tp.rank())
-
-    def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """As Megatron's own."""
-        if not self.vocab_padding or not self.post_process:
-            return super().forward(*args, labels=labels, **kwargs)
-        logits = masked(super().forward(*args, **kwargs), self.vocab_padding)
-        if labels is None:
-            return logits
-        return self.compute_language_model_loss(labels, logits.transpose(0, 1).contiguous())

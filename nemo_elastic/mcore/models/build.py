@@ -13,17 +13,20 @@ from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from ...config.model_fields import architecture_of, arithmetic_of
-from ...kinds import sizes
+from ...config.function_fields import arithmetic_of, beyond_stock
+from ...config.model_fields import architecture_of
+from ...kinds import flags, sizes
 from ...space.architecture import Architecture
 from ...space.dims import DEFAULT_FFN_GROUPS
 from ...space.layout import ParamLayout
 from ...space.slicing import shard, unshard
 from ..elastic.model import ElasticMambaModel
 from ..elastic.spec import elastic_stack_spec
+from ..kernels.hybrid_config import HybridConfig
 from ..kernels.kind_modules import megatron_pattern
 from ..kernels.layer_specs import attention_backend, hybrid_stack_spec, local_stack_spec
-from ..kernels.padded_vocabulary import PaddedModel
+from ..kernels.plain_model import PlainModel
+from ..kernels.positions import position_arguments
 from ..versions import HybridModel, layer_pattern, parameter_name, squared_relu
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -34,7 +37,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def transformer_config(model: Architecture | Mapping[str, Any], **more: Any) -> TransformerConfig:
+def transformer_config(model: Architecture | Mapping[str, Any], **more: Any) -> HybridConfig:
     """Megatron's config of a model, for the layout that is initialised.
 
     Args:
@@ -48,8 +51,8 @@ def transformer_config(model: Architecture | Mapping[str, Any], **more: Any) -> 
         **{size.name: getattr(architecture, size.name) for size in sizes() if not size.fixed},
         "is_hybrid_model": True,
         "normalization": "RMSNorm",
+        **{flag: getattr(architecture, flag) for flag in flags()},
         **arithmetic(model),
-        "add_bias_linear": False,
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
         "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
@@ -61,10 +64,12 @@ def transformer_config(model: Architecture | Mapping[str, Any], **more: Any) -> 
         "masked_softmax_fusion": False,
         "gradient_accumulation_fusion": False,
         "persist_layer_norm": False,
+        "bias_activation_fusion": False,
+        "apply_rope_fusion": False,
         "attention_backend": attention_backend(),
     }
     dtype = more.get("params_dtype", torch.float32)
-    return TransformerConfig(**(settings | {"pipeline_dtype": dtype} | more))
+    return HybridConfig(**(settings | {"pipeline_dtype": dtype} | more))
 
 
 def sizes_of(model: Architecture | Mapping[str, Any]) -> Architecture:
@@ -85,7 +90,7 @@ def build_plain_model(
     local: bool = False,
     **more: Any,
 ) -> HybridModel:
-    """The stock Megatron model of this rank (no elastic class in it), its padded vocabulary masked where it has one.
+    """The stock Megatron model of this rank (no elastic class in it); a `PlainModel` where Megatron's cannot say it.
 
     Args:
         local: Megatron's own linears even where Transformer Engine is installed.
@@ -94,13 +99,15 @@ def build_plain_model(
     config = config or transformer_config(model, **more)
     architecture, size = sizes_of(model), config.tensor_model_parallel_size
     pattern = architecture.hybrid_override_pattern
-    spec = local_stack_spec(pattern) if local else hybrid_stack_spec(pattern=pattern)
-    if architecture.vocab_size % size == 0:
-        return HybridModel(config, spec, vocab_size=architecture.vocab_size, **_model_arguments(architecture))
-    layout = ParamLayout(architecture, ffn_groups=size, tp_size=size)  # its vocabulary alone is asked for
-    return PaddedModel(
-        config, spec, layout=layout, vocab_size=layout.padded_vocab_size, **_model_arguments(architecture)
-    )
+    spec = local_stack_spec(pattern) if local else hybrid_stack_spec(config, pattern)
+    arguments = _model_arguments(architecture)
+    if architecture.vocab_size % size:
+        layout = ParamLayout(architecture, ffn_groups=size, tp_size=size)  # its vocabulary alone is asked for
+        return PlainModel(config, spec, layout=layout, vocab_size=layout.padded_vocab_size, **arguments)
+    arguments["vocab_size"] = architecture.vocab_size
+    if beyond_stock(vars(config)):
+        return PlainModel(config, spec, **arguments)
+    return HybridModel(config, spec, **arguments, **position_arguments(config))
 
 
 def build_elastic_model(
@@ -127,7 +134,6 @@ def _model_arguments(architecture: Architecture) -> dict[str, Any]:
         "pre_process": parallel_state.is_pipeline_first_stage(),
         "post_process": parallel_state.is_pipeline_last_stage(),
         "share_embeddings_and_output_weights": architecture.share_embeddings_and_output_weights,
-        "position_embedding_type": "none",
     }
 
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ... import __version__
-from ...config.model_fields import ARITHMETIC
+from ...config.function_fields import ARITHMETIC
 from ...cost.latency import OUTER, Grid, LatencyTable, fixed_sizes
 from ...space.architecture import KIND_NAMES, Architecture
 from ...space.choices import layers_of_dim

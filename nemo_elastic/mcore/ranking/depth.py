@@ -61,7 +61,7 @@ class DepthAblation:
         self.groups = groups or Groups.from_megatron()
         self.stack = StackForward(model, self.groups)
         self.batches, self.rules, self.depth = batches, rules, len(rules.pattern)
-        self.index = ActivationIndex(self.stack.stage_of, int(memory_bytes // self._entry_bytes()))
+        self.index = ActivationIndex(self.stack.stage_of, int(memory_bytes // self._entry_bytes()), rules.unit)
         self.progress = DepthProgress()
         self.layer_forwards = self.naive_forwards = self.batches_done = self.candidates_done = 0
         self.on_batch, self.on_candidate = on_batch, on_candidate
@@ -74,7 +74,7 @@ class DepthAblation:
 
     def one_shot(self) -> DepthProgress:
         """Score every layer once against the full model."""
-        self.progress = rank_by(self.score((), range(self.depth)), self.rules)
+        self.progress = rank_by(self.score((), range(0, self.depth, self.rules.unit)), self.rules)
         return self.progress
 
     def greedy(self) -> DepthProgress:
@@ -88,10 +88,11 @@ class DepthAblation:
         self._free()
         if not self._sums:
             self._sums = dict.fromkeys((*candidates, self.depth), 0.0)  # key `depth`: the denominator
-        again = self._iterates and self.depth - len(removed) - 1 > self.rules.min_layers
+        left, unit = self.depth - len(removed), self.rules.unit
+        again = self._iterates and left - 2 * unit >= self.rules.min_layers
         for batch in range(self._next_batch, len(self.batches)):
             self._score_batch(batch, tuple(removed), sorted(candidates, reverse=True), keep=again)
-            self.naive_forwards += len(candidates) * (self.depth - len(removed) - 1) + (0 if removed else self.depth)
+            self.naive_forwards += len(candidates) * (left - unit) + (0 if removed else self.depth)
             self._next_batch, self.batches_done = batch + 1, self.batches_done + 1
             if self.on_batch is not None:
                 self.on_batch(self)
@@ -126,7 +127,7 @@ class DepthAblation:
         if self.stack.is_last:
             self._sums[self.depth] = self._sums[self.depth] + self._energy(self._full[batch])
         for candidate in candidates:
-            without = (*removed, candidate)
+            without = (*removed, *self.rules.layers_of(candidate))
             hidden = self._run(
                 batch, without, self.index.restart(batch, without), self.depth, CANDIDATE if keep else None
             )
@@ -233,5 +234,5 @@ class DepthAblation:
 
 def total_candidates(rules: DepthRules, method: str, batches: int) -> int:
     """Ablations that a ranking will make, for a progress bar."""
-    per_round = rounds(rules) if method == "greedy" else [len(rules.pattern)]
+    per_round = rounds(rules) if method == "greedy" else [len(rules.pattern) // rules.unit]
     return batches * sum(per_round)

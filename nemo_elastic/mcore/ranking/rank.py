@@ -39,6 +39,7 @@ def rank_parent(
     *,
     min_layers: int,
     top_channels: int | None = None,
+    depth_unit: int = 1,
     folder: str | Path | None = None,
     resume: bool = False,
     source: Mapping[str, Any] | None = None,
@@ -51,6 +52,7 @@ def rank_parent(
         sample: token ids `[s]` of calibration sample i, the same on every rank.
         min_layers: depth at which ranking stops.
         top_channels: Mamba head channels that count for a head's score (the smallest choice of head_dim).
+        depth_unit: layers that depth drops as one.
         folder: where states are kept for `resume`; None keeps none.
         source: what the scores belong to (parent's hash, data); part of the fingerprint and of the provenance.
         report: called after every batch and ablation.
@@ -67,10 +69,11 @@ def rank_parent(
         min_layers=min_layers,
         protected_layers=tuple(config.protected_layers),
         min_attention_layers=config.min_attention_layers,
+        unit=depth_unit,
     )
     parallel = {"tp": groups.tp.size(), "pp": groups.pp.size(), "dp": groups.dp.size()}
     provenance = {
-        "config": asdict(config) | {"min_layers": min_layers, "top_channels": top_channels},
+        "config": asdict(config) | {"min_layers": min_layers, "top_channels": top_channels, "depth_unit": depth_unit},
         "source": dict(source or {}),
         "parallel": parallel,
     }
@@ -138,7 +141,7 @@ def _rank_depth(
     if config.depth == "random":
         return rank_randomly(rules, config.seed), {}
     if config.depth == "cosine":
-        return rank_by(cosine_scores(model, batches, groups), rules), {}
+        return rank_by(cosine_scores(model, batches, groups, rules.unit), rules), {}
     method = config.depth if rules.removable(()) else "one_shot"  # nothing may go: score the layers all the same
     total = total_candidates(rules, method, len(batches))
     ranker = DepthAblation(

@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from ..kernels.padded_vocabulary import padding_of
+from ..kernels.positions import angles
 
 SENDS_IN_FLIGHT = 8
 
@@ -56,8 +57,6 @@ class StackForward:
         while not hasattr(model, "decoder"):
             model = model.module
         self.model, self.groups, self.config = model, groups, model.config
-        if model.position_embedding_type == "rope":
-            raise ValueError("model.position_embedding_type=rope: only hybrids without rotary positions can be ranked")
         self.layers: dict[int, nn.Module] = {layer.layer_number - 1: layer for layer in model.decoder.layers}
         self.stage, self.stages = groups.pp.rank(), groups.pp.size()
         self.is_first, self.is_last = self.stage == 0, self.stage == self.stages - 1
@@ -82,7 +81,7 @@ class StackForward:
         """One layer of this stage, residual included."""
         module = self.layers[number]
         if isinstance(module, TransformerLayer):
-            return module(hidden_states=hidden, attention_mask=None)[0]
+            return module(hidden_states=hidden, attention_mask=None, rotary_pos_emb=angles(self.model, hidden))[0]
         return module(hidden_states=hidden, attention_mask=None)
 
     @torch.no_grad()

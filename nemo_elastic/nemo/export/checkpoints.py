@@ -91,7 +91,7 @@ def extract(
     opened = nested if isinstance(nested, Nested) else open_nested(nested)
     check_target(out, force, opened.path)
     subnet = opened.manifest.subnet(budget)
-    child = _sayable_child(opened, subnet, format, hf_schema, dtype)
+    child = sayable_child(opened, subnet, format, hf_schema, dtype)
     if format == "gguf":
         written = gguf_child(opened, subnet, child, child_card(opened, budget, subnet), dtype)
         with atomic_folder(out, force=force, needs_bytes=sum(t.nbytes for t in written.tensors)) as folder:
@@ -103,9 +103,7 @@ def extract(
         if format == "nemo":
             _write_nemo_child(folder, child.tensors, child.layout, model, opened.tokenizer)
         else:
-            card = child_card(opened, budget, subnet)
             if child.padding:
-                card["sizes"]["padding (zeros)"] = f"{child.padding:,} parameters"
                 logger.warning("%s: %d zeros fill up layers that are smaller than others", budget, child.padding)
             write_hf_folder(
                 folder,
@@ -114,16 +112,18 @@ def extract(
                 model,
                 tokenizer=opened.tokenizer,
                 config=child.config,
-                card=card,
+                card=child_card(opened, budget, subnet, padding=child.padding),
             )
     logger.info("%s: child %s of %s, format %s", out, budget, opened.path, format)
     return Path(out)
 
 
-def _sayable_child(
-    nested: Nested, subnet: Subnet, format: str, hf_schema: str, dtype: torch.dtype | None
-) -> PlainChild:
-    """The child as `format` says it, or ProblemsError where it cannot."""
+def sayable_child(nested: Nested, subnet: Subnet, format: str, hf_schema: str, dtype: torch.dtype | None) -> PlainChild:
+    """The child as `format` says it.
+
+    Raises:
+        ProblemsError: it cannot.
+    """
     if dtype == torch.float16 and format != "gguf":
         raise ProblemsError([Problem("--dtype", "float16 is for --format gguf; give bfloat16 or float32")])
     if format == "nemo":
@@ -167,7 +167,7 @@ def extract_all(
         try:
             check_target(target, how.get("force", False), opened.path)
             said = how.get("format", "nemo"), how.get("hf_schema", "uniform"), how.get("dtype")
-            _sayable_child(opened, opened.manifest.subnet(name), *said)
+            sayable_child(opened, opened.manifest.subnet(name), *said)
         except ProblemsError as error:
             found += [replace(p, message=f"{p.message} (budget {name})") for p in error.problems]
     raise_if_any(found)
@@ -178,8 +178,8 @@ def extract_all(
     return targets
 
 
-def child_card(nested: Nested, budget: str, subnet: Subnet) -> dict[str, Any]:
-    """What a model card says of a child."""
+def child_card(nested: Nested, budget: str, subnet: Subnet, *, padding: int = 0) -> dict[str, Any]:
+    """What a model card says of a child; `padding`: zeros among its parameters."""
     layout = nested.layout
     count = parameters(layout, subnet)
     whole = sum(spec.numel({}) for spec in layout.table.values())
@@ -187,7 +187,10 @@ def child_card(nested: Nested, budget: str, subnet: Subnet) -> dict[str, Any]:
         "name": f"{nested.path.resolve().name} / {budget}",
         "parameters": count,
         "of_parent": count / whole,
-        "sizes": {name: value for name, value in subnet.to_dict().items() if name != "layers"},
+        "sizes": {
+            **{name: value for name, value in subnet.to_dict().items() if name != "layers"},
+            **({"padding (zeros)": f"{padding:,} parameters"} if padding else {}),
+        },
         "provenance": {
             "nested_checkpoint": nested.path.resolve().name,
             "budget": budget,

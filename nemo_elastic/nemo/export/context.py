@@ -1,7 +1,8 @@
 """Writes the `context/` of a plain NeMo checkpoint: `io.json`, `model.yaml` and the tokenizer.
 
 Everything in it is NeMo's own class (`llm.MambaModel`, `llm.SSMConfig`, NeMo's `AutoTokenizer` over local files), so a
-NeMo without this package loads it. Configurations are described, not built: no trainer and no model is made here.
+NeMo without this package loads it; a model that `SSMConfig` cannot say has a class of ours (`plain.hybrid_config`).
+Configurations are described, not built: no trainer and no model is made here.
 The padded vocabulary must come out as the embedding's rows in every layout, or NeMo loads it silently wrong:
 
     ceil(v / (d TP)) d TP == vocab_size,   d = make_vocab_size_divisible_by
@@ -26,6 +27,7 @@ from nemo.lightning.io.pl import TrainerContext
 from nemo_elastic.checkpoint.tokenizer_files import TOKENIZER_FILE, write_tokenizer
 from nemo_elastic.config.special_tokens import row_problems
 from nemo_elastic.mcore.models.build import ACTIVATIONS
+from nemo_elastic.nemo.plain.hybrid_config import config_class, fields_of
 from nemo_elastic.problems import raise_if_any
 
 logger = logging.getLogger(__name__)
@@ -73,12 +75,12 @@ def write_context(
     """
     folder = checkpoint / "context"
     folder.mkdir(parents=True)
-    fields = {n: v for n, v in model.items() if n != "vocab_size"}
+    of_class = config_class(model)
+    fields = {n: v for n, v in fields_of(model, of_class).items() if n != "vocab_size"}
     fields["num_layers"] = len(fields["hybrid_override_pattern"])
     activation = fields.get("activation_func", "squared_relu")
     fields["activation_func"] = ACTIVATIONS.get(activation, activation)
-    if fields.get("position_embedding_type", "none") == "none":
-        fields["apply_rope_fusion"] = False  # nothing to fuse, and asking for it needs Transformer Engine
+    fields["apply_rope_fusion"] = False  # a matter of speed, and asking for it needs Transformer Engine
     tokens, tokenizer_config = None, None
     if tokenizer is None:
         logger.warning("no tokenizer for %s: NeMo needs one passed beside the checkpoint", checkpoint)
@@ -88,7 +90,7 @@ def write_context(
         tokenizer_config = fdl.Config(AutoTokenizer, pretrained_model_name=TOKENIZER_FOLDER)
     is_bf16 = dtype is torch.bfloat16
     config = fdl.Config(
-        llm.SSMConfig,
+        of_class,
         **fields,
         is_hybrid_model=True,
         make_vocab_size_divisible_by=vocab_divisor(model["vocab_size"], tokens),

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from nemo_elastic.checkpoint.reader import LazyTensor, TensorReader
+from nemo_elastic.config.function_fields import ARITHMETIC
+from nemo_elastic.config.model_fields import FLAGS
 from nemo_elastic.mcore.elastic.plan import hard_plan
 from nemo_elastic.problems import ProblemsError
 from nemo_elastic.space.architecture import KIND_NAMES
@@ -24,22 +26,12 @@ from nemo_elastic.space.subnet import Subnet
 FUNCTION_FIELDS = (
     "hybrid_override_pattern",
     "kv_channels",
-    "share_embeddings_and_output_weights",
     "normalization",
-    "layernorm_epsilon",
     "layernorm_zero_centered_gamma",
-    "position_embedding_type",
-    "activation_func",
-    "gated_linear_unit",
-    "qk_layernorm",
-    "softmax_scale",
+    *FLAGS,
+    *(name for name in ARITHMETIC if name != "fp32_residual_connection"),
 )
-DEFAULTS = {
-    "normalization": "RMSNorm",
-    "layernorm_epsilon": 1e-5,
-    "position_embedding_type": "none",
-    "activation_func": "squared_relu",
-}
+DEFAULTS = {"normalization": "RMSNorm", **ARITHMETIC}
 HIDDEN_TOLERANCE = 1e-4
 
 

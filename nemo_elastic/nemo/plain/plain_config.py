@@ -21,7 +21,7 @@ from nemo.collections import llm
 
 from nemo_elastic.mcore.kernels.layer_specs import attention_backend, have_transformer_engine, hybrid_stack_spec
 from nemo_elastic.mcore.models.build import ACTIVATIONS
-from nemo_elastic.nemo.plain import cpu
+from nemo_elastic.nemo.plain import cpu, hybrid_config
 
 Precision = Literal["32", "bf16-mixed"]
 
@@ -44,7 +44,7 @@ def plain_model_config(
     pipeline_model_parallel_size: int = 1,
     sequence_parallel: bool = False,
     precision: Precision = "32",
-    config_class: type[llm.SSMConfig] = llm.SSMConfig,
+    config_class: type[llm.SSMConfig] | None = None,
     **more: Any,
 ) -> llm.SSMConfig:
     """NeMo's config of a plain hybrid model on this machine.
@@ -54,7 +54,7 @@ def plain_model_config(
             `num_layers` follows from `hybrid_override_pattern`; `activation_func` may be a name of `ACTIVATIONS`.
         sequence_parallel: takes effect where `tensor_model_parallel_size` is above one, as it divides that axis.
         precision: of parameters and of what pipeline stages exchange.
-        config_class: a subclass of `SSMConfig` to build instead (the elastic model's).
+        config_class: a subclass of `SSMConfig` to build instead (the elastic model's); None: what the model needs.
         more: further fields, stronger than `model` and than what a CPU needs.
 
     Raises:
@@ -62,7 +62,8 @@ def plain_model_config(
             refuses.
     """
     cpu.install()
-    given = dict(model)
+    of_class = config_class or hybrid_config.config_class(model)
+    given = hybrid_config.fields_of(model, of_class)
     vocab_size = given.pop("vocab_size")
     activation = given.get("activation_func", "squared_relu")
     if isinstance(activation, str) and activation not in ACTIVATIONS:
@@ -81,12 +82,13 @@ def plain_model_config(
         "bf16": dtype is torch.bfloat16,
         "mamba_stack_spec": hybrid_stack_spec,
         "attention_backend": attention_backend(),
+        "bias_activation_fusion": False,  # of an MLP that is not ours, for two activations only
     }
     settings |= given
     settings |= {} if have_transformer_engine() else WITHOUT_GPU
     settings |= more
-    _refuse_unknown(settings, config_class)
-    return config_class(**settings)
+    _refuse_unknown(settings, of_class)
+    return of_class(**settings)
 
 
 def _refuse_unknown(settings: Mapping[str, Any], config_class: type) -> None:

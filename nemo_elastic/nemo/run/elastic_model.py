@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from nemo.collections import llm
-from nemo.lightning import get_vocab_size
 from nemo.lightning.megatron_parallel import MegatronLossReduction
 from torch import Tensor
 
@@ -25,12 +24,11 @@ from nemo_elastic.mcore.elastic.spec import elastic_stack_spec
 from nemo_elastic.mcore.family.family_model import FamilyModel
 from nemo_elastic.mcore.family.heads import Heads, head_loss, no_hidden
 from nemo_elastic.mcore.family.planner import Planned
-from nemo_elastic.mcore.kernels.kind_modules import megatron_pattern
 from nemo_elastic.mcore.models.build import build_plain_model, load_weights
 from nemo_elastic.mcore.models.parents import sorted_parent
 from nemo_elastic.mcore.runtime import process_groups
-from nemo_elastic.mcore.runtime.parallel import data_parallel_group, stage_ends
-from nemo_elastic.mcore.versions import layer_pattern
+from nemo_elastic.mcore.runtime.parallel import data_parallel_group
+from nemo_elastic.nemo.plain.hybrid_config import HybridSSMConfig, model_arguments
 from nemo_elastic.router.model import Router
 from nemo_elastic.space.layout import ParamLayout
 
@@ -52,7 +50,7 @@ def elastic_forward_step(model: llm.MambaModel, batch: Mapping[str, Any]) -> Any
 
 
 @dataclass
-class ElasticSSMConfig(llm.SSMConfig):
+class ElasticSSMConfig(HybridSSMConfig):
     """NeMo's hybrid config plus what makes it a family.
 
     `run` are the plain values of a `RunConfig`; `sorted_parent` is the folder that `sort` wrote (weights, ranking).
@@ -74,19 +72,9 @@ class ElasticSSMConfig(llm.SSMConfig):
         layout = ParamLayout(
             family.architecture, ffn_groups=family.space.ffn_groups, tp_size=self.tensor_model_parallel_size
         )
-        first, last = stage_ends()
-        model = FamilyModel(
-            self,
-            elastic_stack_spec(self.hybrid_override_pattern),
-            layout=layout,
-            vocab_size=get_vocab_size(self, tokenizer.vocab_size, self.make_vocab_size_divisible_by),
-            max_sequence_length=self.seq_length,
-            **layer_pattern(megatron_pattern(self.hybrid_override_pattern)),
-            position_embedding_type=self.position_embedding_type,
-            share_embeddings_and_output_weights=self.share_embeddings_and_output_weights,
-            pre_process=first if pre_process is None else pre_process,
-            post_process=last if post_process is None else post_process,
-        )
+        spec = elastic_stack_spec(self.hybrid_override_pattern)
+        arguments = model_arguments(self, tokenizer, pre_process, post_process)
+        model = FamilyModel(self, spec, layout=layout, **arguments)
         teacher = build_plain_model(family.architecture, config=self) if run.distill.needs_teacher else None
         for module in (model,) if teacher is None else (model, teacher):
             load_weights(module, parent.reader, family.architecture, ffn_groups=family.space.ffn_groups)

@@ -70,6 +70,7 @@ def rank_run(run: Configured, out: Path, *, resume: bool = False, report: Report
             sample,
             min_layers=config.rank.min_layers or dims["num_layers"].choices[-1],
             top_channels=dims["mamba_head_dim"].choices[-1],
+            depth_unit=family.space.depth_unit,
             folder=out / FOLDER,
             resume=resume,
             source={"parent": config.parent.path, "weights": weights, "model": plain(config.model), **text},

@@ -35,10 +35,11 @@ def measured(
     element: int,
     sp: bool,
     tied: bool = False,
+    feature: str = "",
     distributed: bool = True,
 ) -> dict[str, Any]:
     """What is held; and per case (mode, subnet) the most that was kept at once, and what was exchanged."""
-    run, dtype = run_config(tied=tied), DTYPES[element]
+    run, dtype = run_config(tied=tied, feature=feature), DTYPES[element]
     model, planner = build(run, dtype, sequence_parallel=sp, **_recompute(recompute),
                            variable_seq_lengths=True, moe_token_dispatcher_type="alltoall",
                            pipeline_dtype=dtype, deallocate_pipeline_outputs=True)  # fmt: skip
@@ -52,7 +53,8 @@ def measured(
     for mode, subnet in cases:
         plan = _plan(mode, subnet, planner.layout)
         runs[mode] = _kept(model, wrapped, reduction, plan, planner.layout)
-    return {"held": held, "runs": runs}
+    model.retire_teacher()
+    return {"held": held | {"cached": _bytes(model.teacher.parameters())}, "runs": runs}
 
 
 def _recompute(kind: str | None) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from nemo_elastic.cli.main import main
 from nemo_elastic.config import load_config, sections
 from nemo_elastic.config.load import leaves, load_values
 from nemo_elastic.config.rules import ALLOWED, rule_problems
-from nemo_elastic.distill.layouts import Work, layouts
+from nemo_elastic.distill.gpu_work import Work
+from nemo_elastic.distill.layouts import layouts
 from nemo_elastic.distill.training_cost import training_cost
 from nemo_elastic.distill.training_plan import training_plan
 from nemo_elastic.family import family_of
@@ -173,7 +174,7 @@ def test_a_vocabulary_that_tensor_parallelism_does_not_divide_is_padded(capsys) 
     assert "at TP 2, model.vocab_size=2051 is padded to 2052 rows in training" in told
 
 
-# What `plan --train --gpus` does not show, because it decides how scores are measured or the run goes, not what it costs.
+# What `plan --train --gpus` does not show: it decides how scores are measured or the run goes, not what that costs.
 OF_OTHER_VERBS = [
     "parent.output_weights",
     "elastic.ffn_groups",

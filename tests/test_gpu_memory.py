@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from dense_features import FEATURES
 from pool_family import run_config
 from pool_memory import LENGTH, MICRO_BATCH, MICRO_BATCHES, measured
 from sweep import seed_of
@@ -19,7 +20,7 @@ from worker_pool import WorkerPool
 from nemo_elastic.cost.activation_memory import hand_over_bytes, saved_bytes
 from nemo_elastic.cost.gpu_layout import GpuLayout, Running
 from nemo_elastic.cost.held_memory import held_bytes, stage_rows
-from nemo_elastic.distill.layouts import router_elements
+from nemo_elastic.distill.gpu_work import rotary_percent, router_elements
 from nemo_elastic.family import Family, family_of
 from nemo_elastic.router.model import Router
 from nemo_elastic.space.layout import ParamLayout
@@ -41,8 +42,8 @@ LAYOUTS = [  # tensor, pipeline, sequence parallel; what remains of the processe
 ]
 
 
-def family(tied: bool = False) -> Family:
-    return family_of(run_config(tied=tied), tuple(range(8)))
+def family(tied: bool = False, feature: str = "") -> Family:
+    return family_of(run_config(tied=tied, feature=feature), tuple(range(8)))
 
 
 def child(of: Family):
@@ -66,10 +67,17 @@ def router_of(of: Family) -> list[int]:
 
 
 def check(
-    pool: WorkerPool, layout: tuple, recompute: str | None, modes: Sequence[str], *, element: int, tied: bool
+    pool: WorkerPool,
+    layout: tuple,
+    recompute: str | None,
+    modes: Sequence[str],
+    *,
+    element: int,
+    tied: bool,
+    feature: str = "",
 ) -> None:
     size, tp, pp, sp = layout
-    of = family(tied)
+    of = family(tied, feature)
     ways = {mode: way for mode, way in runnings(of).items() if mode in modes}
     distributed = element == 2
     results = pool.run(
@@ -79,6 +87,7 @@ def check(
         element=element,
         sp=sp,
         tied=tied,
+        feature=feature,
         distributed=distributed,
         tp=tp,
         pp=pp,
@@ -93,6 +102,7 @@ def check(
         micro_batch_size=MICRO_BATCH,
         use_distributed_optimizer=distributed,
         element=element,
+        rotary_percent=rotary_percent(FEATURES.get(feature, {})),
         kernels="torch",
     )
     states = {stage: 0.0 for stage in range(pp)}
@@ -101,6 +111,7 @@ def check(
         held, predicted = found["held"], held_bytes(table, how, stage, router=router)
         for name in ("weights", "gradients", "teacher"):
             assert held[name] == predicted[name], (rank, name)
+        assert held["cached"] == held_bytes(table, how, stage, cached=True)["teacher"], rank
         assert held["elements"] == sum(stage_rows(table, how, stage).values()) + sum(router)
         assert held["optimizer"] <= predicted["optimizer"]
         states[stage] += held["optimizer"] / tp
@@ -136,3 +147,14 @@ def test_a_layout_drawn_by_chance(pool4: WorkerPool, request: pytest.FixtureRequ
     layout = draw.choice([layout for layout in LAYOUTS if layout[0] == 4])
     recompute, modes = draw.choice([None, "selective", "full"]), draw.sample(MODES, 2)
     check(pool4, layout, recompute, modes, element=draw.choice([2, 4]), tied=draw.random() < 0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.sweep(8)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("recompute", [None, "selective", "full"])
+@pytest.mark.parametrize("feature", ["gated", "rotary", "qk_norm", "all"])
+def test_features_of_dense_parents(layout: tuple, recompute: Any, feature: str, request: pytest.FixtureRequest) -> None:
+    """Gate and up, turned queries and keys, norms of heads; one by one and together with biases and multipliers."""
+    pool, element = request.getfixturevalue(f"pool{layout[0]}"), 2 if sum(layout) % 2 else 4
+    check(pool, layout, recompute, MODES, element=element, tied=False, feature=feature)

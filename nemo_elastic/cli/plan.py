@@ -163,7 +163,8 @@ def _of_configuration(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _lay_out(arguments: argparse.Namespace, result: dict[str, Any], config: Any, family: Any, subnets: Any) -> None:
     """`--gpus`: what fits, into the plan; where nothing does, the plan's problem."""
-    from ..distill.layouts import Work, layouts
+    from ..distill.gpu_work import Work
+    from ..distill.layouts import layouts
 
     if result["training"] is None:
         words = "needs train.stages, and a subnet for every budget: without them nothing is known of a step"

@@ -21,6 +21,7 @@ class GpuLayout:
         data_parallel_size: replicas that have samples of their own. Gradients and optimizer shards go over these times
             `context_parallel_size`.
         element: bytes of a weight and of an activation: 2 in bf16-mixed, 4 in fp32.
+        rotary_percent: share of a head's channels that positions turn; 0 without positions.
         kernels: as of `kinds.kind.Ran`.
     """
 
@@ -33,6 +34,7 @@ class GpuLayout:
     recompute_granularity: str | None = None
     use_distributed_optimizer: bool = True
     element: int = 2
+    rotary_percent: float = 0.0
     kernels: str = "cuda"
 
     @property
@@ -117,6 +119,8 @@ def ran(how: GpuLayout, running: Running, architecture: Architecture, letter: st
         element=how.element,
         ranks=how.tensor_model_parallel_size,
         context=how.context_parallel_size,
+        sequences=how.micro_batch_size,
+        turned=int(how.rotary_percent * architecture.kv_channels) if how.rotary_percent else 0,
         soft=running.mode == "soft",
         gates=running.gates,
         cut=running.mode == "masked" and running.is_cut(architecture, letter),

@@ -3,7 +3,7 @@
     weights     element x n                       n: parameters of the stage's tensor-parallel shard
     gradients   4 x n                             Megatron sums them in fp32
     optimizer   (8 + 4 if bf16) x n / shards      Adam's two moments, and fp32 weights beside bf16 ones
-    teacher     element x n                       the parent again; with a cache its embedding and output layer alone
+    teacher     element x n                       the parent again; with a cache its output weights alone
 
 With the distributed optimizer weights and gradients lie in one buffer each: every parameter begins at a multiple of 64
 elements, and the buffer ends at one of 128 and of the shards, so n is a little more (`buffer_elements`); a tied
@@ -95,8 +95,8 @@ def held_bytes(
         found["weights"] += element * n
         found["gradients"] += WIDE * n
         found["optimizer"] += states * n / (how.shards if how.use_distributed_optimizer else 1)
-    kept = {name: n for name, n in rows.items() if name in (EMBEDDING, OUTPUT)} if cached else rows
-    return found | {"teacher": how.element * float(sum(kept.values())) if teacher else 0.0}
+    head = rows.get(OUTPUT, rows.get(EMBEDDING, 0)) if how.is_last(stage) else 0
+    return found | {"teacher": how.element * float(head if cached else sum(rows.values())) if teacher else 0.0}
 
 
 def _next(n: int, divisor: int) -> int:

@@ -36,15 +36,23 @@ def _caches(arch: Any, sizes: Sizes, length: int) -> dict[str, Any]:
 
 def _saved(arch: Any, sizes: Sizes, ran: Ran) -> dict[str, float]:
     """The packed product (keys and values are views of it), the queries once more where several share a key, and the
-    result with a row's log-sum-exp in fp32; a kernel that keeps no scores, as torch's and the CUDA ones are.
+    result with a row's log-sum-exp in fp32; a kernel that keeps no scores, as torch's and the CUDA ones are. Norms of
+    heads and positions each make queries and keys of their own.
     """
-    heads = size_of(arch, sizes, "num_attention_heads")
-    queries = ran.element * heads * arch.kv_channels / ran.ranks
-    keys_values = ran.element * 2 * arch.num_query_groups * arch.kv_channels / ran.ranks
-    kept = {"qkv": queries + keys_values, "into proj": queries}
-    kept |= {"queries": queries} if heads > arch.num_query_groups else {}
-    kept |= {"gathered keys and values": keys_values * ran.context} if ran.context > 1 else {}
-    kept |= {} if ran.selective else {"log-sum-exp": 4 * heads / ran.ranks}
+    heads, groups, e, wide = size_of(arch, sizes, "num_attention_heads"), arch.num_query_groups, ran.element, 4
+    queries = e * heads * arch.kv_channels / ran.ranks
+    keys = e * groups * arch.kv_channels / ran.ranks
+    kept = {"qkv": queries + 2 * keys, "into proj": queries}
+    kept |= {"gathered keys and values": 2 * keys * ran.context} if ran.context > 1 else {}
+    kept |= {} if ran.selective else {"log-sum-exp": wide * heads / ran.ranks}
+    if arch.qk_layernorm:  # in fp32: what each normed and the normed one, with a factor a head
+        taken = queries + keys if e != wide else queries if heads > groups else 0  # in fp32 already there, or copied
+        kept["norms of heads"] = taken * wide / e + wide * (heads + groups) * (arch.kv_channels + 1) / ran.ranks
+    if arch.qk_layernorm or ran.turned:
+        kept["queries and keys"] = queries + keys
+    elif heads > groups:
+        kept["queries"] = queries
+    kept |= {"cosines and sines": 4 * e * ran.turned / ran.sequences} if ran.turned else {}
     return kept | (
         {"in front of masks and gates": queries} if ran.soft or ran.gates or (ran.cut and not ran.selective) else {}
     )

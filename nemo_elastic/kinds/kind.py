@@ -74,6 +74,8 @@ class Ran:
         ranks: the tensor-parallel size.
         length: tokens of a sequence.
         context: the context-parallel size.
+        sequences: of a micro-batch; they share what depends on the position alone.
+        turned: channels of a head that rotary positions turn; 0 without positions.
         soft, gates: soft masks; the straight-through gates of a hard choice that is being learned.
         cut: masked mode, and a subnet without all of the kind's units.
         selective: what `recompute_granularity: selective` computes again is not kept.
@@ -84,6 +86,8 @@ class Ran:
     ranks: int
     length: int
     context: int = 1
+    sequences: int = 1
+    turned: int = 0
     soft: bool = False
     gates: bool = False
     cut: bool = False

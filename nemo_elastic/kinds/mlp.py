@@ -28,11 +28,14 @@ def _flops(arch: Any, sizes: Sizes, length: int, chunk_size: int) -> Any:
 
 
 def _saved(arch: Any, sizes: Sizes, ran: Ran) -> dict[str, float]:
-    """Nothing when it is computed again; else what stands in front of the square, and the square."""
+    """Nothing when it is computed again; else what the activation is taken of and what enters fc2; gated: gate and up,
+    the activated gate, and their product.
+    """
     if ran.selective:
         return {}
     neurons = ran.element * size_of(arch, sizes, "ffn_hidden_size") / ran.ranks
     kept = {"activation": neurons, "into fc2": neurons}
+    kept |= {"up": neurons, "activated gate": neurons} if arch.gated_linear_unit else {}
     return kept | ({"in front of gates": neurons} if ran.soft or ran.gates else {})
 
 

@@ -7,14 +7,16 @@ import re
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from nemo_elastic.cli.main import main
 from nemo_elastic.config import load_config
-from nemo_elastic.cost.gpu_layout import GpuLayout
-from nemo_elastic.cost.roofline import gather_seconds, link_gbs
+from nemo_elastic.cost.counts import flops
+from nemo_elastic.cost.gpu_layout import GpuLayout, Running
+from nemo_elastic.cost.roofline import gather_seconds, link_gbs, student_seconds
 from nemo_elastic.distill.gpu_work import Work
 from nemo_elastic.distill.layouts import candidates, layouts, memory_bytes, stage_seconds
 from nemo_elastic.family import family_of
@@ -61,8 +63,6 @@ def test_the_12b_on_eight_gpus_by_hand(work: Work) -> None:
 
 def test_seconds_by_hand(work: Work) -> None:
     """Products of a long step: FLOPs of teacher, students and recomputation over all GPUs; one gather of the stream."""
-    from nemo_elastic.cost.counts import flops
-
     found = stage_seconds(work, EIGHT, 1)["seconds"]
     arch, layout, total = work.family.architecture, work.family.layout, 0.0
     full = flops(layout, work.family.space.full_subnet(), sequence_length=49152)
@@ -77,6 +77,23 @@ def test_seconds_by_hand(work: Work) -> None:
     teacher_alone = 125 * gather
     assert found["tensor_parallel"] > 512 * teacher_alone
     assert found["bubble"] == found["context_parallel"] == found["gradients"] == 0
+
+
+def test_what_recomputation_does_again_by_hand(work: Work) -> None:
+    """Of the parent: all layers, or two products per MLP and attention's scores; the gathers of what is redone whole."""
+    full = Running(subnet=work.family.space.full_subnet())
+    pattern, layout = work.family.architecture.hybrid_override_pattern, work.table(8)
+    ways = [replace(EIGHT, recompute_granularity=way) for way in (None, "selective", "full")]
+    none, some, all_ = (student_seconds(layout, how, work.run.report.gpu, full, 0, 49152) for how in ways)
+    mlps, attentions = pattern.count("-"), pattern.count("*")
+    again = 4 * 49152 * 5120 * 20480 * mlps + 4 * 49152**2 * 5120 * attentions
+    gather = 2 * 49152 * 5120 * 7 / 8 / 360e9
+    assert some.product - none.product == pytest.approx(again / 8 / 660e12)
+    assert some.tensor - none.tensor == pytest.approx(2 * mlps * gather)
+    whole = flops(layout, full.subnet, sequence_length=49152) - 2 * 49152 * 5120 * 131072
+    assert all_.product - none.product == pytest.approx(whole / 8 / 660e12)
+    assert all_.tensor - none.tensor == pytest.approx(2 * 62 * gather)
+    assert some.context == 0 and none.memory < some.memory < all_.memory
 
 
 def test_links(work: Work) -> None:

@@ -1,9 +1,10 @@
-"""Seconds of a training step on a layout, from three ceilings: products, memory, links. All estimated. No torch here.
+"""Seconds of a training step on a layout, from three ceilings: products, memory, links. All estimated.
 
     product     FLOPs / TP / matmul_tflops, at least the time to read the weights once
     memory      memory_passes x what a layer keeps for its backward (without recomputation), at memory_tbs
     forward     product + memory of the layers, the head's products, what tensor and context parallelism exchange
-    backward    twice product and memory, and its own collectives; full recomputation: a forward more
+    backward    twice product and memory, and its own collectives; full recomputation: the layers' forward more,
+                selective: the MLPs', and the attention cores' without exchange
     micro-batch teacher's forward + the students' forwards and backwards; stages also exchange it
     step        (micro-batches + PP - 1) x the slowest stage's micro-batch + gradients + optimizer
 
@@ -23,7 +24,7 @@ from typing import Protocol
 from ..kinds import kind_of
 from ..space.layout import ParamLayout
 from .activation_memory import layer_bytes
-from .counts import layer_flops, layer_parameters
+from .counts import layer_flops, layer_parameters, layer_recomputed
 from .gpu_layout import GpuLayout, Running, alike
 from .held_memory import stage_rows
 
@@ -132,14 +133,29 @@ def head_product(
     )
 
 
+def again_seconds(
+    layout: ParamLayout, how: GpuLayout, machine: Machine, running: Running, layer: int, seq_length: int
+) -> Seconds:
+    """What recomputation does again of a layer's forward."""
+    forward = layer_forward(layout, how, machine, running, layer, seq_length)
+    if how.recompute_granularity != "selective":
+        return forward if how.recompute_granularity == "full" else Seconds()
+    letter, sizes = layout.architecture.hybrid_override_pattern[layer], running.sizes(layout, layer)
+    every = layer_flops(layout, letter, sizes, sequence_length=seq_length)
+    share = layer_recomputed(layout, letter, sizes, sequence_length=seq_length) / every
+    kept = [layer_bytes(layout, how, running, layer, seq_length, way) for way in (None, "selective")]
+    memory = machine.memory_passes * (kept[0] - kept[1]) * how.tokens(seq_length) / (machine.memory_tbs * 1e12)
+    return Seconds(share * forward.product, memory, forward.tensor if share == 1 else 0.0)
+
+
 def student_seconds(
     layout: ParamLayout, how: GpuLayout, machine: Machine, running: Running, stage: int, seq_length: int
 ) -> Seconds:
     """Forward and backward of one student's micro-batch on a stage, the head's part included."""
-    forward = stage_forward(layout, how, machine, running, stage, seq_length)
-    again = 2.0 if how.recompute_granularity == "full" else 1.0
-    tensor = forward.tensor * (again + _backward_share(how, running))
-    total = Seconds(forward.product * (again + 2), forward.memory * (again + 2), tensor, forward.context * (again + 1))
+    forward, back = stage_forward(layout, how, machine, running, stage, seq_length), _backward_share(how, running)
+    total = forward + Seconds(2 * forward.product, 2 * forward.memory, back * forward.tensor, forward.context)
+    for layer, count in alike(layout, how, running, stage):
+        total += again_seconds(layout, how, machine, running, layer, seq_length).times(count)
     if how.is_last(stage):
         total += head_product(layout, how, machine, running, seq_length, student=True)
     return total

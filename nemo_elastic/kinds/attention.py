@@ -27,7 +27,12 @@ def _flops(arch: Any, sizes: Sizes, length: int, chunk_size: int) -> Any:
     """Projections, and the whole score matrix, not its causal half, as kernels that skip no block compute it."""
     h, q = size_of(arch, sizes, "hidden_size"), size_of(arch, sizes, "num_attention_heads")
     d, kv = arch.kv_channels, arch.num_query_groups
-    return 2 * length * h * ((q + 2 * kv) * d + q * d) + 2 * 2 * length * length * q * d
+    return 2 * length * h * ((q + 2 * kv) * d + q * d) + _scores(arch, sizes, length, chunk_size)
+
+
+def _scores(arch: Any, sizes: Sizes, length: int, chunk_size: int) -> Any:
+    """Queries times keys, and the shares times values."""
+    return 2 * 2 * length * length * size_of(arch, sizes, "num_attention_heads") * arch.kv_channels
 
 
 def _caches(arch: Any, sizes: Sizes, length: int) -> dict[str, Any]:
@@ -111,6 +116,7 @@ ATTENTION = Kind(
     norm=("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"),
     extra_states=("self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.core_attention"),
     flops=_flops,
+    recomputed=_scores,
     caches=_caches,
     saved=_saved,
     exchanged=_exchanged,

@@ -171,6 +171,7 @@ class Kind:
         stored_in_parts: rows that stock checkpoints hold segment by segment (of the first axis).
         extra_states: modules of it that have a Transformer Engine state of their own in stock checkpoints.
         flops: (architecture, sizes, sequence length, chunk) -> forward FLOPs of one layer for one sequence.
+        recomputed: the same arguments -> those that selective recomputation does again.
         caches: (architecture, sizes, sequence length) -> cached elements of one layer for one sequence, by
             `cost.CACHES`.
         saved: (architecture, sizes, how it ran) -> what its layers keep for the backward, behind their first linear and
@@ -203,6 +204,7 @@ class Kind:
     stored_in_parts: tuple[str, ...] = ()
     extra_states: tuple[str, ...] = ()
     flops: Callable[[Any, Sizes, int, int], Any]
+    recomputed: Callable[[Any, Sizes, int, int], Any] = lambda arch, sizes, length, chunk: 0
     caches: Callable[[Any, Sizes, int], dict[str, Any]] = lambda arch, sizes, length: {}
     saved: Callable[[Any, Sizes, Ran], dict[str, float]]
     exchanged: Callable[[Any, Sizes, int], float] = lambda arch, sizes, context: 0.0

@@ -72,6 +72,7 @@ MLP = Kind(
     norm=("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
     extra_states=("mlp.linear_fc1", "mlp.linear_fc2"),
     flops=_flops,
+    recomputed=_flops,
     saved=_saved,
     aligned={"ffn": "neurons"},
     fp8={"ffn": "ffn_hidden_size {width}"},

@@ -80,7 +80,7 @@ def test_seconds_by_hand(work: Work) -> None:
 
 
 def test_what_recomputation_does_again_by_hand(work: Work) -> None:
-    """Of the parent: all layers, or two products per MLP and attention's scores; the gathers of what is redone whole."""
+    """Of the parent: all layers, or two products per MLP and attention's scores; gathers of what is redone whole."""
     full = Running(subnet=work.family.space.full_subnet())
     pattern, layout = work.family.architecture.hybrid_override_pattern, work.table(8)
     ways = [replace(EIGHT, recompute_granularity=way) for way in (None, "selective", "full")]

@@ -76,6 +76,10 @@ def test_seconds_by_hand(work: Work) -> None:
     assert gather_seconds(work.run.report.gpu, 1, 8, 2 * 49152 * 5120) == pytest.approx(gather)
     teacher_alone = 125 * gather
     assert found["tensor_parallel"] > 512 * teacher_alone
+    micro_batch = stage_seconds(work, EIGHT, 1)["step_seconds"] / 512
+    page = " ".join((ROOT / "docs" / "plan.md").read_text().split("**By hand**")[1].split())
+    words = f"{1e3 * gather:.2f} ms: a teacher's forward has 124 of them and one in front of the head"
+    assert f"{words}, {1e3 * teacher_alone:.0f} ms of a micro-batch's {micro_batch:.1f} s" in page
     assert found["bubble"] == found["context_parallel"] == found["gradients"] == 0
 
 

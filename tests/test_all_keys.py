@@ -18,8 +18,8 @@ from nemo_elastic.cli.main import main
 from nemo_elastic.config import load_config, sections
 from nemo_elastic.config.load import leaves, load_values
 from nemo_elastic.config.rules import ALLOWED, rule_problems
+from nemo_elastic.distill import layouts as gpu_layouts
 from nemo_elastic.distill.gpu_work import Work
-from nemo_elastic.distill.layouts import layouts
 from nemo_elastic.distill.training_cost import training_cost
 from nemo_elastic.distill.training_plan import training_plan
 from nemo_elastic.family import family_of
@@ -204,7 +204,6 @@ OF_OTHER_VERBS = [
     "distill.kd_weight",
     "distill.ce_weight",
     "distill.hidden_weight",
-    "distill.fuse_output_layer",
     "train.seed",
     "train.optimizer.weight_decay",
     "train.optimizer.clip_grad",
@@ -234,7 +233,7 @@ def shown(config: sections.RunConfig) -> str:
     subnets = {b["name"]: family.space.subnet_from_dict(b["subnet"]) for b in result["budgets"]}
     said = [result, training_plan(config, family), training_cost(config, family, subnets)]
     if said[2] is not None:  # over two nodes, so that every link is used
-        said.append(layouts(Work(config, family, subnets), 16, config.report.gpu.memory_gb))
+        said.append(gpu_layouts.layouts(Work(config, family, subnets), 16, config.report.gpu.memory_gb))
     return json.dumps(said, sort_keys=True, default=str)
 
 
@@ -253,7 +252,9 @@ def changes_nothing(stock: dict, key: str, new: object, before: str) -> bool:
         return False
 
 
-def test_every_key_that_plan_should_show_changes_it_or_is_refused() -> None:
+def test_every_key_that_plan_should_show_changes_it_or_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_layouts, "MICRO_BATCHES", (1,))  # fewer layouts, and all that they are made of
+    monkeypatch.setattr(gpu_layouts, "RECOMPUTES", (None,))
     stock = load_config("tiny_parent.yaml")
     before, silent = shown(stock.config), []
     for key, value in leaves(stock.values):

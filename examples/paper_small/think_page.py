@@ -42,10 +42,10 @@ def switch_table(result: Mapping[str, Any]) -> str:
 def sentence(result: Mapping[str, Any]) -> str:
     """What a switch takes, in CPU time."""
     times, think, answer = result["times"], result["switch"]["think"], result["switch"]["answer"]
-    filling, token = times[f"{answer}_filling_ms"], times[f"{answer}_token_ms"]
+    filling, token, less = (times[name] for name in (f"{answer}_filling_ms", f"{answer}_token_ms", f"{think}_token_ms"))
     return (
-        f"Filling {times['length']} tokens takes `{answer}` {filling:.1f} ms of CPU time, as {filling / token:.1f} of its "
-        f"decoded tokens do ({token:.2f} ms each; {times[f'{think}_token_ms']:.2f} ms of `{think}`)."
+        f"Filling a cache with {times['length']} tokens takes `{answer}` {filling:.1f} ms of CPU time, as "
+        f"{filling / token:.1f} decoded tokens do, at {token:.2f} ms; one of `{think}` takes {less:.2f} ms."
     )
 
 
@@ -55,8 +55,7 @@ def _numbers(row: Mapping[str, float]) -> tuple[float, float]:
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
     """Solved against FLOPs: those that a reader waits for, and all of them. The result's hash goes into the file."""
-    import matplotlib.pyplot as plt  # slow to import
-    from figures import STYLE
+    from figures import STYLE, plt  # slow to import
 
     colours = dict(zip(result["parameters"], ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#666666"), strict=False))
     dot = {"marker": "o", "s": 70, "lw": 2.5, "zorder": 3}

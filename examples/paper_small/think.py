@@ -119,8 +119,9 @@ def reused(
 ) -> dict[str, Any]:
     """Logits of the tokens of the answers, told from a cache filled anew and from one that was taken over."""
     think, answer = (phase.budget for phase in asked[0].phases)
-    pairs = zip(asked, found, strict=True)
-    rows = [([*one.prompt, *done.tokens], len(one.prompt) + done.parts[0].tokens) for one, done in pairs]
+    every = zip(asked, found, problems, strict=True)
+    every = [row for row in every if len(row[1].parts) > 1]  # the others ended before any answer began
+    rows = [([*one.prompt, *done.tokens], len(one.prompt) + done.parts[0].tokens) for one, done, _ in every]
     family.switch(think, compact=True)
     own, caches = [], []
     for tokens, start in rows:
@@ -129,7 +130,7 @@ def reused(
         family.logits(torch.tensor([tokens[: start - 1]]), caches[-1], last_only=True)
     family.switch(answer, compact=True)
     anew, over, right = [], [], 0
-    for problem, (tokens, start), cache in zip(problems, rows, caches, strict=True):
+    for (_, _, problem), (tokens, start), cache in zip(every, rows, caches, strict=True):
         anew.append(family.logits(torch.tensor([tokens[:-1]]))[0, start - 1 :])
         over.append(family.logits(torch.tensor([tokens[start - 1 : -1]]), carried(family, think, cache, answer))[0])
         taken, new = carried(family, think, cache, answer), [tokens[start - 1]]

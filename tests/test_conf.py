@@ -57,6 +57,7 @@ KINDS = {  # Mamba, attention, MLP layers
     "granite_4_h_micro.yaml": (36, 4, 40),
     "tiny_parent.yaml": (7, 2, 7),
 }
+HUGGING_FACE = {"llama": "Llama", "qwen3": "Qwen3", "qwen2": "Qwen2", "bamba": "Bamba", "granite": "Granite"}
 NEMO = {  # NeMo's own class of the same model
     "nemotron_nano_12b_v2.yaml": "NemotronNano12Bv2",
     "nemotron_nano_9b_v2.yaml": "NemotronNano9Bv2",
@@ -104,7 +105,7 @@ def test_plan_of_every_parent_meets_its_budgets(name: str) -> None:
     assert [b["name"] for b in found["budgets"]] == list(run.elastic.budgets) and len(found["budgets"]) == 3
     for budget in found["budgets"]:
         assert abs(budget["error"]) < 0.011, budget["name"]
-        assert budget["deployment"]["hugging_face"] == "loads as NemotronH"
+        assert budget["deployment"]["hugging_face"] == f"loads as {HUGGING_FACE.get(name.split('_')[0], 'NemotronH')}"
         tp = run.train.tensor_model_parallel_size
         assert tp in budget["deployment"]["tensor_parallel"]
     pattern = run.model["hybrid_override_pattern"]

@@ -126,6 +126,13 @@ def layer_flops(
     return kind_of(kind).flops(layout.architecture, sizes, sequence_length, chunk_size)
 
 
+def layer_recomputed(
+    layout: ParamLayout, kind: str, sizes: Mapping[str, Any], *, sequence_length: int, chunk_size: int = 128
+) -> Any:
+    """Of `layer_flops`, what selective recomputation does again."""
+    return kind_of(kind).recomputed(layout.architecture, sizes, sequence_length, chunk_size)
+
+
 def flops(layout: ParamLayout, subnet: Subnet, *, sequence_length: int, chunk_size: int = 128) -> int:
     """Forward FLOPs of a child for one sequence, output layer included.
 

@@ -96,7 +96,7 @@ def test_docs_say_what_the_file_gives() -> None:
     page = " ".join((ROOT / "docs" / "serving.md").read_text(encoding="utf-8").split())
     for part in (think_page.table(result), think_page.switch_table(result), think_page.sentence(result)):
         assert " ".join(part.split()) in page
-    pairs, many = result["pairs"], result["problems"]
+    pairs, many, moved = result["pairs"], result["problems"], result["switch"]["moved"]
     full, switched = pairs["full>full"], pairs["small>full"]
     totals = (f"{(row['decoded'] + row['filled']) / 1e6:.1f}" for row in (switched, full))
     for words in (
@@ -104,6 +104,8 @@ def test_docs_say_what_the_file_gives() -> None:
         f"takes {1 - switched['decoded'] / full['decoded']:.0%} of the decoded FLOPs off".replace("%", " %"),
         "{} MFLOPs against {}".format(*totals),
         f"the {result['switch']['tokens']:,} tokens of the answers",
+        f"moves by {moved['mean']:.0%} of the largest one".replace("%", " %"),
+        f"by {moved['largest']:.0%} at most".replace("%", " %"),
     ):
         assert words in page
     assert Image.open(think.FIGURE).info["Results"] == think_page.digest(result)

@@ -274,9 +274,9 @@ def _parents() -> Iterator[Broken]:
         said = {**next(config for config, _, _ in PUBLISHED.values() if config["model_type"] == kind), key: value}
         spoil = _to("hf/config.json", lambda old, said=said: json.dumps(said).encode())
         words = (
-            ("plan", "{w}/family"),
-            ("config", "--from", "{w}/family"),
-            (*_words("train"), "parent.path={w}/family"),
+            ("plan", "{w}/hf"),
+            ("config", "--from", "{w}/hf"),
+            (*_words("train"), "parent.path={w}/hf"),
         )
         yield Broken(f"{kind} has {key}={json.dumps(value)[:20]}", words[number % 3], spoil)
     for path in ("{w}/nothing", "{w}/text.txt", "{w}/run", "builtin:nobody", "/dev/null", "''", "'a\\0b'"):

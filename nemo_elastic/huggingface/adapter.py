@@ -102,6 +102,7 @@ class Adapter:
         read: (file, model so far) -> more of the model section; `write`: whole model -> more keys.
         fixed: further keys that are always written so.
         problems: whole model -> what else cannot be said.
+        transformers: the first line of it that may be asked: 4.57's Mamba and Granite classes lack what 5's have.
         divides: dim -> the dim that a child's size of it has to divide.
         together: dim -> the dim that children cut in the same proportion, where the family cannot say others.
         elsewhere: model field -> the keys that say it, where those are not of a field.
@@ -131,6 +132,7 @@ class Adapter:
     write: Callable[[Model], dict[str, Any]] = lambda model: {}
     fixed: Mapping[str, Any] = field(default_factory=dict)
     problems: Callable[[Model], list[Problem]] = lambda model: []
+    transformers: int = 4
     divides: Mapping[str, str] = field(default_factory=dict)
     together: Mapping[str, str] = field(default_factory=dict)
     elsewhere: Mapping[str, str] = field(default_factory=lambda: BLOCKS_SAY)

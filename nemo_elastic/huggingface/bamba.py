@@ -85,6 +85,7 @@ BAMBA = Adapter(
     words="Bamba",
     tags=("bamba", "mamba2", "hybrid"),
     depth_unit="block",
+    transformers=5,
     outer={**OUTER, "decoder.final_norm.weight": "model.final_layernorm.weight"},
     names=NAMES,
     packed=PACKED,

@@ -118,6 +118,7 @@ GRANITE = Adapter(
     words="Granite",
     tags=("granite", "granitemoehybrid", "mamba2", "hybrid"),
     depth_unit="block",
+    transformers=5,
     outer=OUTER,
     names=NAMES,
     packed={row: packed for row, packed in PACKED.items() if len(NAMES.get(row, ())) > 1},

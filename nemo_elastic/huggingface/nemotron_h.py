@@ -123,6 +123,7 @@ NEMOTRON_H = Adapter(
     architecture="NemotronHForCausalLM",
     words="NemotronH",
     tags=("nemotron_h", "mamba2", "hybrid"),
+    transformers=5,
     outer={
         "embedding.word_embeddings.weight": "backbone.embeddings.weight",
         "decoder.final_norm.weight": "backbone.norm_f.weight",

@@ -26,7 +26,10 @@ from nemo_elastic.problems import Problem, ProblemsError
 
 KEY = "--hf-python"
 FINAL_NORM = "decoder.final_norm.weight"
-KNOWS = "from importlib.util import find_spec as f; exit(not (f(t := 'transformers') and f(t + '.models.{}')))"
+KNOWS = (
+    "from importlib.util import find_spec as f; from importlib.metadata import version as v; "
+    "exit(not (f(t := 'transformers') and f(t + '.models.{}') and int(v(t).split('.')[0]) >= {}))"
+)
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,9 @@ def hf_python(given: str | None, adapter: Adapter) -> str:
     remedy = (
         f"it must be one whose transformers (5) knows {adapter.words}; `make setup-hf` makes one, .venv-hf/bin/python"
     )
-    return python_that(KEY, given, KNOWS.format(adapter.model_type), lacks="'s is older", remedy=remedy)
+    return python_that(
+        KEY, given, KNOWS.format(adapter.model_type, adapter.transformers), lacks="'s is older", remedy=remedy
+    )
 
 
 def run_transformers(

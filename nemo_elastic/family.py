@@ -21,7 +21,7 @@ from .space.alignment import rounding_step
 from .space.architecture import Architecture
 from .space.blocks import DEPTH_UNITS, block_problems
 from .space.budget import Budget
-from .space.dims import DIMS, KIND_OF_DIM, ElasticDim, dim_groups, parent_size, resolve_choices
+from .space.dims import DIMS, KIND_OF_DIM, ElasticDim, dim_groups, least_size, parent_size, resolve_choices
 from .space.elastic_space import ElasticSpace
 from .space.layout import ParamLayout
 from .space.subnet import Subnet
@@ -108,6 +108,8 @@ def family_of(config: RunConfig, depth_ranking: tuple[int, ...] | None = None) -
         full = parent_size(architecture, name)
         if name in KIND_OF_DIM and not architecture.layers_of(KIND_OF_DIM[name]):
             continue  # a shared file of choices may know kinds that this parent has no layer of
+        if not full:
+            continue  # nor a shared expert that this parent has not
         try:
             step = rounding_step(name, dim.choices, full, groups[name], architecture, config.elastic.multiple_of)
             if step > full:
@@ -115,7 +117,14 @@ def family_of(config: RunConfig, depth_ranking: tuple[int, ...] | None = None) -
                 found.append(Problem(f"elastic.multiple_of.{name}", f"{words} the parent's {full}"))
                 continue
             choices, rounded = resolve_choices(name, dim.choices, full, step)
-            dims[name] = ElasticDim(name=name, full=full, groups=groups[name], choices=choices, per_layer=dim.per_layer)
+            dims[name] = ElasticDim(
+                name=name,
+                full=full,
+                groups=groups[name],
+                choices=choices,
+                per_layer=dim.per_layer,
+                least=least_size(architecture, name),
+            )
             notes += rounded
         except ProblemsError as error:
             found += error.problems

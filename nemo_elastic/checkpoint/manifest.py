@@ -153,13 +153,7 @@ def _space(model: Mapping[str, Any], space: Mapping[str, Any]) -> ElasticSpace:
     unknown = sorted(set(space["dims"]) - set(bare.dims))
     raise_if_any(Problem(f"space.dims.{n}", f"is no elastic dim{did_you_mean(n, bare.dims)}") for n in unknown)
     dims = {
-        name: ElasticDim(
-            name=name,
-            full=bare.dims[name].full,
-            groups=bare.dims[name].groups,
-            choices=tuple(d["choices"]),
-            per_layer=d["per_layer"],
-        )
+        name: replace(bare.dims[name], choices=tuple(d["choices"]), per_layer=d["per_layer"])
         for name, d in space["dims"].items()
     }
     return replace(bare, dims=dims, depth_ranking=None if ranking is None else tuple(ranking))

@@ -28,7 +28,6 @@ OPTIONAL = tuple(size.name for size in sizes() if not size.required and not size
 # What the one parameter table describes; another value would be counted, cut and exported wrongly.
 ONLY: dict[str, Any] = {
     "normalization": "RMSNorm",
-    "num_moe_experts": None,
     "multi_latent_attention": False,
     "mtp_num_layers": None,
     "activation_func_clamp_value": None,

@@ -37,7 +37,7 @@ def dim_groups(architecture: Architecture, ffn_groups: int = DEFAULT_FFN_GROUPS,
 class ElasticDim:
     """One elastic dim: the parent's size and the legal sizes (`choices`, descending, the parent's size first).
 
-    `per_layer` lets every layer of the dim's kind have a size of its own.
+    `per_layer` lets every layer of the dim's kind have a size of its own; no child has less than `least`.
     """
 
     name: str
@@ -45,12 +45,14 @@ class ElasticDim:
     groups: int
     choices: tuple[int, ...]
     per_layer: bool = False
+    least: int = 1
 
     def __post_init__(self) -> None:
         key, found = f"elastic.dims.{self.name}", []
         for size in self.choices:
-            if not 0 < size <= self.full:
-                found.append(Problem(f"{key}.choices", f"{size} must be between 1 and the parent's {self.full}"))
+            if not self.least <= size <= self.full:
+                rule = f"must be between {self.least} and the parent's {self.full}"
+                found.append(Problem(f"{key}.choices", f"{size} {rule}"))
             elif size % self.groups:
                 near = nearest_multiples(size, self.groups, self.full)
                 found.append(Problem(f"{key}.choices", f"{size} must be a multiple of {self.groups}; nearest: {near}"))
@@ -68,6 +70,12 @@ def is_integer(value: Any) -> bool:
 def parent_size(architecture: Architecture, name: str) -> int:
     """The parent's size of an elastic dim."""
     return getattr(architecture, name)
+
+
+def least_size(architecture: Architecture, name: str) -> int:
+    """The smallest size of a child in a dim: its top-k of experts, 0 of what the parent has none of, else 1."""
+    own = next((dim.least(architecture) for dim in dims_of_kinds() if dim.name == name), 1)
+    return min(own, parent_size(architecture, name))
 
 
 def resolve_choices(

@@ -47,10 +47,11 @@ class Subnet(_Widths):
         return len(set(row_of(self, name))) <= 1
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form: uniform tuples collapse to one integer."""
+        """JSON form: uniform tuples collapse to one integer, dims of kinds without a layer are left out."""
         values = {
-            n: (row_of(self, n)[0] if self.is_uniform(n) and row_of(self, n) else list(row_of(self, n)))
+            n: row_of(self, n)[0] if self.is_uniform(n) else list(row_of(self, n))
             for n in WIDTH_DIMS
+            if row_of(self, n)
         }
         return {**values, DEPTH: self.num_layers, "layers": list(self.layers)}
 

@@ -18,7 +18,6 @@ from ..cost.counts import parameters
 from ..files import read_json
 from ..problems import Problem, ProblemsError, did_you_mean, raise_if_any
 from ..space.budget import Budget, name_problems
-from ..space.dims import ElasticDim
 from ..space.elastic_space import ElasticSpace
 from ..space.layout import ParamLayout
 from ..space.subnet import Subnet

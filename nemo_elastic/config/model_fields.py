@@ -37,6 +37,13 @@ ONLY: dict[str, Any] = {
     "heterogeneous_block_specs": False,
     "layernorm_zero_centered_gamma": False,
     "glu_linear_offset": 0.0,
+    "moe_apply_probs_on_input": False,
+    "moe_aux_loss_coeff": 0.0,
+    "moe_expert_capacity_factor": None,
+    "moe_input_jitter_eps": None,
+    "moe_layer_freq": 1,
+    "moe_shared_expert_gate": False,
+    "moe_z_loss_coeff": None,
     "no_rope_freq": None,
     "qk_l2_norm": False,
     "rotary_interleaved": False,
@@ -69,6 +76,14 @@ def model_problems(model: Any) -> list[Problem]:
         if name in model and model[name] != only
     ]
     found += arithmetic_problems(model)
+    found += [
+        Problem(f"model.{size}", f"{model[size]!r} is of {kind.words}, of which the pattern has no layer; remove it")
+        for kind in kinds()
+        for size in (size.name for size in kind.sizes if size.none_if_absent)
+        if model.get(size)
+        and isinstance(pattern := model.get("hybrid_override_pattern"), str)
+        and kind.letter not in pattern
+    ]
     required = required_of(model)
     found += [Problem(f"model.{name}", "is required") for name in required if model.get(name) is None]
     if any(p.key in {f"model.{name}" for name in required} for p in found):

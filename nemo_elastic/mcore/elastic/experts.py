@@ -11,7 +11,6 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.transformer import transformer_layer
@@ -23,7 +22,6 @@ from ...kinds import experts as facts
 from ...kinds.experts import COUNT, NEURONS, SHARED
 from ...space.architecture import Architecture
 from ...space.layout import Axis, ParamSpec
-from ..kernels.grouped_linear import of_one_expert
 from ..kernels.kind_modules import norm_keys
 from ..kernels.mixture import Mixture
 from ..kernels.norm import RMSNorm

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from dataclasses import fields
 from types import ModuleType
 from typing import Any
 
@@ -27,6 +28,8 @@ from ..versions import StackSubmodules
 
 # Letter of Megatron's stack -> (its slot, whether it is told the layer's number within the stage or in the net).
 SLOTS = {"M": ("mamba_layer", "net"), "*": ("attention_layer", "stage"), "-": ("mlp_layer", "stage")}
+if "moe_layer" in {slot.name for slot in fields(StackSubmodules)}:  # from 0.16 on
+    SLOTS["E"] = ("moe_layer", "stage")
 
 
 def module_of(kind: Kind) -> ModuleType:

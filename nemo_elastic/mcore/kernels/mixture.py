@@ -4,8 +4,8 @@
 
 Every tensor-parallel rank has all experts, with a part of each one's neurons: tokens are gathered once in front and
 summed once behind, as around an MLP, and none is sent anywhere. Experts lie in one tensor per linear, so that the table
-cuts them as any other axis, and a checkpoint has the keys and shapes of Megatron's own experts. Megatron's `MoELayer` is
-the judge in the tests; on the stock stack's modules a dropped expert could not be left out.
+cuts them as any other axis, and a checkpoint has the keys and shapes of Megatron's own experts. The tests hold it
+against Megatron's `MoELayer`, in whose dispatchers and experts a dropped expert could not be left out.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     sigmoid:  top-k of sigmoid(logits) + bias, weights sigmoid(logits) / their sum
     times `moe_router_topk_scaling_factor`; with groups, top-k within the groups of the best sums
 
-A test holds it against Megatron's own. Logits are fp32 (fp64 for fp64), whatever the parameters are. The bias decides the choice and never
-the weight, and has no gradient.
+A test holds it against Megatron's own. Logits are fp32 (fp64 for fp64), whatever the parameters are. The bias decides
+the choice and never the weight, and has no gradient.
 """
 
 from __future__ import annotations

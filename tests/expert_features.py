@@ -1,4 +1,4 @@
-"""Mixtures of experts as published parents have them, on the small parent: sizes and flags, the rest of the function."""
+"""Mixtures of experts as published parents have them, on the small parent: sizes, flags, the rest of the function."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from small_parent import architecture
 from nemo_elastic.config.function_fields import ARITHMETIC
 from nemo_elastic.space.architecture import Architecture
 
-PATTERN = "ME*EM-E"
+PATTERN = "ME*EM-*E"
 SIZES = {
     "num_moe_experts": 8,
     "moe_router_topk": 2,

@@ -82,9 +82,9 @@ EXPERTS = Kind(
     heading="experts",
     colours=("#a8324a", "#e8889a"),
     sizes=(
-        Size(name=COUNT, none_if_absent=True),
-        Size(name=NEURONS, none_if_absent=True),
-        Size(name=TOPK, none_if_absent=True),
+        Size(name=COUNT, default=1, none_if_absent=True),
+        Size(name=NEURONS, default=1, none_if_absent=True),
+        Size(name=TOPK, default=1, none_if_absent=True),
         Size(name=SHARED, required=False, default=0, none_if_absent=True),
         Size(name=LATENT, required=False, default=0, none_if_absent=True),
     ),

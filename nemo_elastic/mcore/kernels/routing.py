@@ -21,7 +21,11 @@ from torch import Tensor, nn
 
 
 class Router(MegatronModule):
-    """`weight` `[E, h]`; `expert_bias` `[E]`, frozen and always fp32, or None."""
+    """`weight` `[E, h]`; with a bias, `expert_bias` `[E]`, always fp32 and without a gradient.
+
+    Megatron moves the bias after a step by `local_tokens_per_expert`, which a plain forward counts. An elastic one does
+    not, so that the bias stays as it is: what each budget's tokens would ask of it is another thing.
+    """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config)
@@ -31,19 +35,29 @@ class Router(MegatronModule):
             config.init_method(self.weight)
         self.weight.sequence_parallel = config.sequence_parallel
         has_bias = config.moe_router_enable_expert_bias
-        self.expert_bias = nn.Parameter(torch.zeros(experts), requires_grad=False) if has_bias else None
+        if has_bias:
+            self.expert_bias = nn.Parameter(torch.zeros(experts), requires_grad=False)
+            self.register_buffer("local_tokens_per_expert", torch.zeros(experts), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         """A cast of the model to bf16 leaves the bias in fp32: near ties decide by its last bits."""
-        bias = None if self.expert_bias is None else self.expert_bias.detach()
+        bias = self.bias
         super()._apply(fn, recurse)
         if bias is not None and bias.dtype != self.expert_bias.dtype:
-            self.expert_bias.data = bias.to(self.expert_bias.device)
+            self.expert_bias.data = bias.detach().to(self.expert_bias.device)
         return self
+
+    @property
+    def bias(self) -> Tensor | None:
+        """`expert_bias`, where there is one."""
+        return getattr(self, "expert_bias", None)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`[n, h]` -> weights `[n, E]`, 0 where a token does not go, and where it goes `[n, E]`."""
-        return chosen(self.config, logits(x, self.weight), self.expert_bias)
+        weights, places = chosen(self.config, logits(x, self.weight), self.bias)
+        if self.bias is not None and self.training and torch.is_grad_enabled():
+            self.local_tokens_per_expert += places.sum(0)
+        return weights, places
 
 
 def logits(x: Tensor, weight: Tensor) -> Tensor:

@@ -210,7 +210,12 @@ def test_the_wheel_carries_the_configurations(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "word",
-    ["rotary_interleaved=true", "position_embedding_type=learned_absolute", "window_size=[16,0]", "num_moe_experts=4"],
+    [
+        "rotary_interleaved=true",
+        "position_embedding_type=learned_absolute",
+        "window_size=[16,0]",
+        "moe_z_loss_coeff=1e-3",
+    ],
 )
 def test_what_would_be_counted_wrongly_is_refused(word: str) -> None:
     with pytest.raises(ProblemsError, match=f"model.{word.partition('=')[0]}: .*not supported"):

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..kinds import kinds, sizes
+from ..kinds import kinds, kinds_of, sizes
 from ..problems import Problem, ProblemsError, raise_if_any
+from ..space.architecture import layers_with
 from .model_fields import model_problems
 
 _BLOCKS = {kind.letter: kind.huggingface.blocks for kind in kinds() if kind.huggingface}
@@ -143,6 +144,12 @@ def _pattern(config: Mapping[str, Any], file: str | Path, found: list[Problem]) 
         if pattern is not None and pattern != listed:
             found.append(Problem(key, f"{pattern} says other layers than layers_block_type, {listed}; one is stale"))
         pattern = listed
+    if isinstance(pattern, str):
+        for kind in kinds_of(pattern):
+            if kind.huggingface is None:
+                words = f"{layers_with(pattern, kind.letter)}: {kind.words} is not read from Hugging Face folders yet"
+                found.append(Problem(key, words))
+                return None
     if not isinstance(pattern, str) or not pattern:
         words = "is not given, nor layers_block_type" if pattern is None else f"{pattern!r} must be a string of letters"
         found.append(Problem(key, words))

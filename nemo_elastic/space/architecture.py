@@ -88,6 +88,13 @@ def _is_size(value: object, *, zero: bool) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= (0 if zero else 1)
 
 
+def layers_with(pattern: str, letter: str) -> str:
+    """The layers of one letter in words, `layers 1, 3 of 8`."""
+    layers = [str(layer) for layer, other in enumerate(pattern) if other == letter]
+    more = f", ... ({len(layers)} of them)" if len(layers) > MOST_LAYERS else ""
+    return f"layer{'s' * (len(layers) > 1)} {', '.join(layers[:MOST_LAYERS])}{more} of {len(pattern)}"
+
+
 def pattern_problems(pattern: str) -> list[Problem]:
     """Every letter of a `hybrid_override_pattern` that cannot be elastic here, with the numbers of its layers."""
     key = "model.hybrid_override_pattern"
@@ -98,9 +105,7 @@ def pattern_problems(pattern: str) -> list[Problem]:
     for letter in dict.fromkeys(pattern):
         if letter in KIND_NAMES:
             continue
-        layers = [str(layer) for layer, other in enumerate(pattern) if other == letter]
-        more = f", ... ({len(layers)} of them)" if len(layers) > MOST_LAYERS else ""
-        where = f"layer{'s' * (len(layers) > 1)} {', '.join(layers[:MOST_LAYERS])}{more} of {len(pattern)}"
+        where = layers_with(pattern, letter)
         if letter in UNSUPPORTED_KINDS:
             what = f"{UNSUPPORTED_KINDS[letter]} ({letter!r}) is not supported yet"
         else:

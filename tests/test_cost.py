@@ -21,8 +21,8 @@ from nemo_elastic.cost.counts import (
     parameters,
     parameters_by_kind,
 )
+from nemo_elastic.kinds.scan_chunk import scan_chunk_length
 from nemo_elastic.mcore.elastic.plan import hard_plan
-from nemo_elastic.mcore.kernels.chunk_scan import scan_chunk_length
 from nemo_elastic.mcore.models.build import build_elastic_model
 from nemo_elastic.space.architecture import Architecture
 from nemo_elastic.space.layout import ParamLayout

@@ -51,6 +51,7 @@ ELSEWHERE = {
     "nemo elastic train --factory tiny_parent": "tests/test_nemo_run.py, with --dryrun",
     "pip install wandb": "none: an optional package",
     "python scripts/reference.py": "tests/test_reference.py",
+    "python scripts/scale.py": "tests/test_reference.py",
     "python benchmarks/gpu/build.py": "tests/test_gpu_kit.py (its parts); it downloads and compiles for minutes",
     "python benchmarks/gpu/checks.py scan_triton": "tests/test_gpu_kit.py, on the CPU",
     "python benchmarks/gpu/pages.py": "tests/test_gpu_kit.py",

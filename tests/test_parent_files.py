@@ -16,7 +16,7 @@ import yaml
 from nemo_elastic.cli.main import main
 from nemo_elastic.config import load_config
 from nemo_elastic.config.function_fields import ARITHMETIC, OWN
-from nemo_elastic.config.model_fields import FUNCTION, ONLY, known_fields
+from nemo_elastic.config.model_fields import FUNCTION, ONLY, known_fields, required_of
 from nemo_elastic.config.parent_files import parent_files
 from nemo_elastic.config.parent_hf import model_from_hf
 from nemo_elastic.config.parent_nemo import read_nemo_context

@@ -14,7 +14,7 @@ import yaml
 
 from ..files import read_json, read_yaml
 from ..problems import Problem, ProblemsError, raise_if_any
-from .function_fields import ROTARY, ROUTING
+from .function_fields import ROTARY
 from .model_fields import FUNCTION, ONLY, model_problems, required_of
 from .stored_rows import embedding_rows
 
@@ -83,7 +83,7 @@ def _model(fields: Mapping[str, Any], path: Path, rows: int | None) -> dict[str,
     if model.get("position_embedding_type", "none") == "none":  # NeMo writes their defaults all the same
         model = {name: value for name, value in model.items() if name not in ROTARY}
     if not model.get("num_moe_experts"):
-        model = {name: value for name, value in model.items() if name not in ROUTING}
+        model = {name: value for name, value in model.items() if not name.startswith("moe_")}
     if all(
         model.get(name) is not None for name in required_of(model)
     ):  # else the configuration says the rest, and is checked

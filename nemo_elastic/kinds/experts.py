@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from .axis import Axis, MakeFactor, Segment
-from .kind import Dim, Kind, Size, Sizes, size_of
+from .kind import Dim, Kind, Ran, Size, Sizes, size_of
 
 COUNT, NEURONS, SHARED = "num_moe_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"
 LATENT, TOPK, BIAS = "moe_latent_size", "moe_router_topk", "moe_router_enable_expert_bias"
@@ -26,7 +26,7 @@ def _axes(arch: Any, ffn_groups: int, factor: MakeFactor) -> dict[str, Axis]:
     rows = ("gate", "up") if arch.gated_linear_unit else ("ffn",)
     latent, hidden = getattr(arch, LATENT), factor("hidden_size", 1, arch.hidden_size)
     return {
-        "experts": (Segment("experts", (factor(COUNT, ffn_groups, getattr(arch, COUNT) // ffn_groups),)),),
+        "expert": (Segment("expert", (factor(COUNT, ffn_groups, getattr(arch, COUNT) // ffn_groups),)),),
         "expert_ffn": (Segment("ffn", (neurons,)),),
         "expert_fc1": tuple(Segment(name, (neurons,)) for name in rows),
         "expert_hidden": (Segment("latent", (factor(None, 1, latent),)),)
@@ -48,6 +48,22 @@ def _flops(arch: Any, sizes: Sizes, length: int, chunk_size: int) -> Any:
     experts = _products(arch) * getattr(arch, TOPK) * width * size_of(arch, sizes, NEURONS)
     shared = _products(arch) * hidden * size_of(arch, sizes, SHARED)
     return 2 * length * (hidden * size_of(arch, sizes, COUNT) + experts + shared + 2 * hidden * latent)
+
+
+def _saved(arch: Any, sizes: Sizes, ran: Ran) -> dict[str, float]:
+    """Of every expert that a token goes to what enters it, what the activation is taken of, what enters fc2, and its
+    output; as much of the shared expert; the router's scores. Counted, not measured yet.
+    """
+    hidden, latent, e = size_of(arch, sizes, "hidden_size"), getattr(arch, LATENT), ran.element
+    rows = _products(arch) - 1
+    routed = getattr(arch, TOPK) * size_of(arch, sizes, NEURONS) / ran.ranks
+    shared = size_of(arch, sizes, SHARED) / ran.ranks
+    return {
+        "tokens of experts": 2 * e * getattr(arch, TOPK) * (latent or hidden) + e * latent,
+        "activation": e * rows * (routed + shared),
+        "into fc2": e * (2 * routed + shared),
+        "scores": 4 * 3 * size_of(arch, sizes, COUNT),
+    }
 
 
 def _met(arch: Any, sizes: Sizes) -> dict[str, tuple[int, Any]]:
@@ -110,11 +126,11 @@ EXPERTS = Kind(
     flags=("gated_linear_unit", BIAS),
     rows={
         "pre_mlp_layernorm.weight": ("hidden",),
-        "mlp.router.weight": ("experts", "hidden"),
-        "mlp.router.expert_bias": ("experts",),
+        "mlp.router.weight": ("expert", "hidden"),
+        "mlp.router.expert_bias": ("expert",),
         "mlp.fc1_latent_proj.weight": ("latent", "hidden"),
-        "mlp.experts.experts.linear_fc1.weight": ("experts", "expert_fc1", "expert_hidden"),
-        "mlp.experts.experts.linear_fc2.weight": ("experts", "expert_hidden", "expert_ffn"),
+        "mlp.experts.experts.linear_fc1.weight": ("expert", "expert_fc1", "expert_hidden"),
+        "mlp.experts.experts.linear_fc2.weight": ("expert", "expert_hidden", "expert_ffn"),
         "mlp.fc2_latent_proj.weight": ("hidden", "latent"),
         "mlp.shared_experts.linear_fc1.weight": ("shared_fc1", "hidden"),
         "mlp.shared_experts.linear_fc2.weight": ("hidden", "shared_ffn"),
@@ -129,6 +145,7 @@ EXPERTS = Kind(
     axes=_axes,
     norm=("pre_mlp_layernorm.weight", "pre_mlp_layernorm.weight"),
     flops=_flops,
+    saved=_saved,
     met=_met,
     broken=_broken,
     aligned={"expert_ffn": "neurons of an expert", "shared_ffn": "neurons of the shared expert"},

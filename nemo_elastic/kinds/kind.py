@@ -70,6 +70,36 @@ class Dim:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Ran:
+    """How a layer is trained, as far as it decides which tensors are kept for the backward.
+
+    Attributes:
+        element: bytes of an activation: 2, or 4 in fp32.
+        ranks: the tensor-parallel size.
+        length: tokens of a sequence.
+        context: the context-parallel size.
+        sequences: of a micro-batch; they share what depends on the position alone.
+        turned: channels of a head that rotary positions turn; 0 without positions.
+        soft, gates: soft masks; the straight-through gates of a hard choice that is being learned.
+        cut: masked mode, and a subnet without all of the kind's units.
+        selective: what `recompute_granularity: selective` computes again is not kept.
+        kernels: `cuda` (mamba-ssm, causal-conv1d, flash attention) or `torch` (the ones of this package).
+    """
+
+    element: int
+    ranks: int
+    length: int
+    context: int = 1
+    sequences: int = 1
+    turned: int = 0
+    soft: bool = False
+    gates: bool = False
+    cut: bool = False
+    selective: bool = False
+    kernels: str = "cuda"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Packed:
     """A fused parameter that others store in parts: per group of `groups` the rows `[rest, 1, 1, ...] x channels`.
 
@@ -147,8 +177,13 @@ class Kind:
         flops: (architecture, sizes, sequence length, chunk) -> forward FLOPs of one layer for one sequence.
         met: (architecture, sizes) -> for rows of which one token meets a part: (units met, units).
         broken: architecture -> (field, words) for each of its own rules that a model with such layers breaks.
+        recomputed: the same arguments -> those that selective recomputation does again.
         caches: (architecture, sizes, sequence length) -> cached elements of one layer for one sequence, by
             `cost.CACHES`.
+        saved: (architecture, sizes, how it ran) -> what its layers keep for the backward, behind their first linear and
+            to the input of the last one: bytes a token on one rank, by what it is.
+        exchanged: (architecture, sizes, context-parallel size) -> elements of a token that its forward gets from, and
+            gives to, other context-parallel ranks, over all tensor-parallel ones.
         aligned: axis of a linear -> how notes call it; `conv_axis`: the axis that the causal convolution runs over.
         fp8: axis that FP8 wants in multiples of 16 -> words, in which `{width}` and dims are put.
         ranking: field of `RankConfig` -> its choices and their meanings: which activation ranks its dims.
@@ -178,7 +213,10 @@ class Kind:
     flops: Callable[[Any, Sizes, int, int], Any]
     met: Callable[[Any, Sizes], Mapping[str, tuple[int, Any]]] = lambda arch, sizes: {}
     broken: Callable[[Any], Iterable[tuple[str, str]]] = lambda arch: ()
+    recomputed: Callable[[Any, Sizes, int, int], Any] = lambda arch, sizes, length, chunk: 0
     caches: Callable[[Any, Sizes, int], dict[str, Any]] = lambda arch, sizes, length: {}
+    saved: Callable[[Any, Sizes, Ran], dict[str, float]]
+    exchanged: Callable[[Any, Sizes, int], float] = lambda arch, sizes, context: 0.0
     aligned: Mapping[str, str] = field(default_factory=dict)
     conv_axis: str | None = None
     fp8: Mapping[str, str] = field(default_factory=dict)

@@ -59,7 +59,7 @@ class ElasticMixture(Mixture):
     def _routed(self, flat: Tensor, call: LayerCall) -> tuple[list[int], Tensor, Tensor]:
         """The kept experts, and of each token their weights and which are chosen, both `[n, kept]`."""
         row, bias = self.rows["mlp.router.weight"], self.router.bias
-        (segment,) = self.axes["experts"]
+        (segment,) = self.axes["expert"]
         (factor,) = segment.factors
         kept = factor.kept({} if call.plan.soft else call.sizes)
         experts = [group * factor.count + n for group in range(factor.groups) for n in range(kept)]

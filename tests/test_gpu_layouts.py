@@ -14,6 +14,7 @@ import pytest
 
 from nemo_elastic.cli.main import main
 from nemo_elastic.config import load_config
+from nemo_elastic.cost.activation_memory import saved_bytes
 from nemo_elastic.cost.counts import flops
 from nemo_elastic.cost.gpu_layout import GpuLayout, Running
 from nemo_elastic.cost.roofline import gather_seconds, link_gbs, student_seconds
@@ -31,8 +32,8 @@ def work() -> Work:
     return work_of()
 
 
-def work_of(*overrides: str) -> Work:
-    run = load_config(NANO, overrides).config
+def work_of(*overrides: str, parent: str = NANO) -> Work:
+    run = load_config(parent, overrides).config
     family = family_of(run)
     return Work(run, family, {b["name"]: family.space.subnet_from_dict(b["subnet"]) for b in plan(run)["budgets"]})
 
@@ -98,6 +99,37 @@ def test_what_recomputation_does_again_by_hand(work: Work) -> None:
     assert all_.product - none.product == pytest.approx(whole / 8 / 660e12)
     assert all_.tensor - none.tensor == pytest.approx(2 * 62 * gather)
     assert some.context == 0 and none.memory < some.memory < all_.memory
+
+
+def test_a_transformer_by_hand() -> None:
+    """Llama 3.1 8B, selective recomputation: gated MLPs keep nothing, attention its turned queries and keys."""
+    work = work_of(parent="llama_3_1_8b.yaml")
+    how = next(h for h in candidates(work, 8) if (h.tensor_model_parallel_size, h.micro_batch_size) == (8, 1)
+               and h.recompute_granularity == "selective")  # fmt: skip
+    layers = 32 * (4096 * (48 * 128 + 32 * 128) + 3 * 14336 * 4096)
+    n = (layers + 2 * 128256 * 4096) // 8 + 65 * 4096
+    full, long = Running(subnet=work.family.space.full_subnet()), 49152
+    assert memory_bytes(work, how)["teacher"] == 2 * n
+    norms = 65 * 4 * 8193 / 8 + 64 * 2 * 4096 / 8
+    heads = 32 * (2 * (3 * 32 + 3 * 8) * 128 / 8 + 8 * 128)
+    assert saved_bytes(work.table(8), how, full, 0, long, "selective") == long * (norms + heads + 9)
+    gated = saved_bytes(work.table(8), how, full, 0, long, None) - 32 * long * 4 * 32 / 8  # and a log-sum-exp a head
+    assert gated == long * (norms + heads + 9 + 32 * 8 * 14336 / 8)
+    every = student_seconds(work.table(8), replace(how, recompute_granularity=None), work.run.report.gpu, full, 0, long)
+    again = student_seconds(work.table(8), how, work.run.report.gpu, full, 0, long)
+    redone = long * 6 * 4096 * 14336 + 4 * long**2 * 4096
+    assert again.product - every.product == pytest.approx(32 * redone / 8 / 660e12)
+
+
+@pytest.mark.parametrize("pattern", ["M-M-", "M*M*", "*-*-", "MMMM"])
+def test_a_pattern_without_a_kind(pattern: str) -> None:
+    """What the model has no layer of costs nothing, and its sizes are not asked for."""
+    work = work_of(f"model.hybrid_override_pattern={pattern!r}", "elastic.dims.num_layers.choices=[4,3]",
+                   "elastic.budgets={12b: 1.0, 9b: 0.8, 6b: 0.7}")  # fmt: skip
+    found = memory_bytes(work, EIGHT)
+    assert found["activations"] == 49152 * (4 * 2 * 5120 / 8 + 4 * 10241 / 8 + 9)
+    kept = memory_bytes(work, replace(EIGHT, recompute_granularity=None))["activations"]
+    assert kept > 4 * found["activations"]
 
 
 def test_links(work: Work) -> None:

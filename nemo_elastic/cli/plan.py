@@ -157,34 +157,10 @@ def _of_configuration(arguments: argparse.Namespace) -> dict[str, Any]:
     subnets = {b["name"]: family.space.subnet_from_dict(b["subnet"]) for b in result["budgets"]}
     result["training"] = training_cost(config, family, subnets)
     if arguments.gpus is not None:
-        _lay_out(arguments, result, config, family, subnets)
+        from .plan_layouts import lay_out
+
+        lay_out(arguments, result, config, family, subnets)
     return result | {"run": training_plan(config, family)} if arguments.train else result
-
-
-def _lay_out(arguments: argparse.Namespace, result: dict[str, Any], config: Any, family: Any, subnets: Any) -> None:
-    """`--gpus`: what fits, into the plan; where nothing does, the plan's problem."""
-    from ..distill.gpu_work import Work
-    from ..distill.layouts import layouts
-
-    if result["training"] is None:
-        words = "needs train.stages, and a subnet for every budget: without them nothing is known of a step"
-        result["problems"].append({"key": "--gpus", "message": words})
-        return
-    memory = arguments.gpu_memory or config.report.gpu.memory_gb
-    found = layouts(Work(config, family, subnets), arguments.gpus, memory, context_parallel=arguments.context_parallel)
-    result["layouts"] = found.pop("layouts")
-    result["gpus"] = found
-    if not result["layouts"]:
-        result["problems"].append({"key": "--gpus", "message": _nothing_fits(found)})
-
-
-def _nothing_fits(found: dict[str, Any]) -> str:
-    least, count = found["leanest"], found["count"]
-    if least is None:
-        return f"{count} is filled by no layout: TP x PP x DP, with batches dealt in whole micro-batches; try 8, 16, 64"
-    sizes = ", ".join(f"{name} {least[name]}" for name in least if name.endswith("size") and least[name] != 1)
-    words = f"{count} GPUs of {found['memory_gb']:g} GB hold no layout; the leanest needs {least['memory_gb']:.1f} GB"
-    return f"{words} ({sizes or 'one GPU'}); take more GPUs, shorter sequences, or fewer budgets_per_batch"
 
 
 def _depth_ranking(arguments: argparse.Namespace) -> tuple[int, ...] | None:

@@ -1,15 +1,40 @@
-"""How the layouts of `plan --gpus` look on a terminal."""
+"""`plan --gpus`: the layouts that fit, as a part of the plan, and how they look on a terminal."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from rich.table import Table
+from ..distill.gpu_work import Work
+from ..distill.layouts import layouts
 
 Row = Mapping[str, Any]
 MOST = 10  # layouts that are shown; --json has all
 PARTS = ("weights", "gradients", "optimizer", "teacher", "activations", "hand_over", "at_work", "reserve")
+
+
+def lay_out(arguments: argparse.Namespace, result: dict[str, Any], config: Any, family: Any, subnets: Any) -> None:
+    """What fits, into the plan; where nothing does, the plan's problem."""
+    if result["training"] is None:
+        words = "needs train.stages, and a subnet for every budget: without them nothing is known of a step"
+        result["problems"].append({"key": "--gpus", "message": words})
+        return
+    memory = arguments.gpu_memory or config.report.gpu.memory_gb
+    found = layouts(Work(config, family, subnets), arguments.gpus, memory, context_parallel=arguments.context_parallel)
+    result["layouts"] = found.pop("layouts")
+    result["gpus"] = found
+    if not result["layouts"]:
+        result["problems"].append({"key": "--gpus", "message": _nothing_fits(found)})
+
+
+def _nothing_fits(found: dict[str, Any]) -> str:
+    least, count = found["leanest"], found["count"]
+    if least is None:
+        return f"{count} is filled by no layout: TP x PP x DP, with batches dealt in whole micro-batches; try 8, 16, 64"
+    sizes = ", ".join(f"{name} {least[name]}" for name in least if name.endswith("size") and least[name] != 1)
+    words = f"{count} GPUs of {found['memory_gb']:g} GB hold no layout; the leanest needs {least['memory_gb']:.1f} GB"
+    return f"{words} ({sizes or 'one GPU'}); take more GPUs, shorter sequences, or fewer budgets_per_batch"
 
 
 def layout_tables(result: Row) -> list[Any]:
@@ -17,6 +42,8 @@ def layout_tables(result: Row) -> list[Any]:
     rows, gpus = result["layouts"], result["gpus"]
     if not rows:
         return []
+    from rich.table import Table
+
     title = (
         f"layouts on {gpus['count']:,} GPUs of {gpus['memory_gb']:g} GB, the fastest first (estimated, never measured)"
     )

@@ -159,12 +159,13 @@ def baddbmm_flops(into: torch.Size, a: torch.Size, b: torch.Size, **_: object) -
 
 
 @pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("feature", ["", "all", "nemotron", "granite", "latent"])
 @pytest.mark.parametrize(("batch", "length"), [(1, 40), (2, 96)])
-def test_flops_are_those_of_a_sliced_step(batch: int, length: int) -> None:
+def test_flops_are_those_of_a_sliced_step(batch: int, length: int, feature: str) -> None:
     """Exact: forward, and a whole step as three forwards plus the scores that the scan's backward makes again."""
-    arch = architecture()
+    arch, function = parts(feature)
     space, layout, rng = space_of(arch), ParamLayout(arch, ffn_groups=FFN_GROUPS), random.Random(length)
-    model = build_elastic_model(arch, ffn_groups=FFN_GROUPS)
+    model = build_elastic_model({**vars(arch), **function}, ffn_groups=FFN_GROUPS)
     ids = torch.zeros(batch, length, dtype=torch.long)
     subnets = [random_subnet(space, rng, per_layer=i % 2 == 0) for i in range(10)]
     subnets += [space.full_subnet(), *(space.subnet(layers=(i,)) for i in (0, 1, 3))]

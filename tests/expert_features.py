@@ -21,7 +21,6 @@ FEATURES: dict[str, dict[str, Any]] = {
     "qwen": {"gated_linear_unit": True, "activation_func": "silu", "moe_shared_expert_intermediate_size": 0},
     "granite": {"gated_linear_unit": True, "activation_func": "silu", "moe_router_topk": 3},
     "softmax_first": {"moe_router_pre_softmax": True},
-    "grouped": {**SIGMOID, "moe_router_num_groups": 4, "moe_router_group_topk": 2},
     "one": {**SIGMOID, "moe_router_topk": 1},
 }
 

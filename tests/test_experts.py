@@ -88,14 +88,14 @@ def test_the_full_subnet_is_the_plain_model(feature: str) -> None:
 @pytest.mark.parametrize("feature", list(FEATURES))
 def test_routing_is_megatrons(feature: str) -> None:
     arch, function = parts(feature)
-    said = {"moe_router_score_function": "softmax", "moe_router_pre_softmax": False, "moe_router_num_groups": None,
-            "moe_router_group_topk": None, "moe_router_topk_scaling_factor": None, **function}  # fmt: skip
+    said = {"moe_router_score_function": "softmax", "moe_router_pre_softmax": False,
+            "moe_router_topk_scaling_factor": None, **function}  # fmt: skip
     config = SimpleNamespace(**said, moe_router_topk=arch.moe_router_topk)
     scores = torch.randn(64, arch.num_moe_experts, dtype=FP64)
     bias = torch.randn(arch.num_moe_experts, dtype=FP64) if arch.moe_router_enable_expert_bias else None
     weights, places = topk_routing_with_score_function(
-        scores, arch.moe_router_topk, said["moe_router_pre_softmax"], said["moe_router_num_groups"],
-        said["moe_router_group_topk"], said["moe_router_topk_scaling_factor"], said["moe_router_score_function"], bias,
+        scores, arch.moe_router_topk, said["moe_router_pre_softmax"], None, None,
+        said["moe_router_topk_scaling_factor"], said["moe_router_score_function"], bias,
     )  # fmt: skip
     ours, chosen_ones = chosen(config, scores, bias)
     assert torch.equal(chosen_ones, places) and difference(ours, weights) < 1e-6  # theirs goes through fp32

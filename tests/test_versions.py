@@ -49,7 +49,6 @@ STABLE = {
     "megatron.core.transformer.enums": {"AttnBackend", "AttnMaskType"},
     "megatron.core.transformer.mlp": {"MLP", "MLPSubmodules", "apply_swiglu_sharded_factory"},
     "megatron.core.transformer.module": {"MegatronModule", "param_is_not_shared"},
-    "megatron.core.transformer.moe.moe_utils": {"group_limited_topk"},
     "megatron.core.transformer.spec_utils": {"ModuleSpec", "build_module"},
     "megatron.core.transformer.transformer_config": {"TransformerConfig"},
     "megatron.core.transformer.transformer_layer": {"TransformerLayer", "TransformerLayerSubmodules"},

@@ -35,8 +35,6 @@ ARITHMETIC: dict[str, Any] = {
     "moe_router_score_function": "softmax",
     "moe_router_pre_softmax": False,
     "moe_router_topk_scaling_factor": None,
-    "moe_router_num_groups": None,
-    "moe_router_group_topk": None,
 }
 POSITIONS = ("none", "rope")
 ROTARY = ("rotary_percent", "rotary_base", "seq_len_interpolation_factor")
@@ -47,7 +45,7 @@ ROUTING = tuple(name for name in ARITHMETIC if name.startswith("moe_router_"))
 OWN = (*ROPE_SCALING, *MULTIPLIERS)
 ACTIVATIONS = ("squared_relu", "relu", "gelu", "silu")
 _NUMBERS = ("layernorm_epsilon", "softmax_scale", "rotary_base", "seq_len_interpolation_factor", *OWN)
-_OF_ROUTERS = ("moe_router_topk_scaling_factor", "moe_router_num_groups", "moe_router_group_topk")
+_OF_ROUTERS = ("moe_router_topk_scaling_factor",)
 
 
 def arithmetic_of(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,30 +80,7 @@ def arithmetic_problems(model: Mapping[str, Any]) -> list[Problem]:
     for name in ("fp32_residual_connection", "moe_router_pre_softmax"):
         if not isinstance(said[name], bool):
             found.append(Problem(f"model.{name}", f"{said[name]!r} must be true or false"))
-    return found + _position_problems(model, said) + ([] if found else _group_problems(model, said))
-
-
-def _group_problems(model: Mapping[str, Any], said: Mapping[str, Any]) -> list[Problem]:
-    """Routing in groups: of the experts' groups the best few, and the top-k within them."""
-    groups, best = said["moe_router_num_groups"], said["moe_router_group_topk"]
-    if (groups is None) != (best is None):
-        given, other = ("num_groups", "group_topk") if best is None else ("group_topk", "num_groups")
-        return [Problem(f"model.moe_router_{given}", f"is said without model.moe_router_{other}; give both or neither")]
-    if groups is None:
-        return []
-    found, experts, k = [], model.get("num_moe_experts"), model.get("moe_router_topk")
-    for name, n in (("num_groups", groups), ("group_topk", best)):
-        if not isinstance(n, int):
-            found.append(Problem(f"model.moe_router_{name}", f"{n!r} must be an integer"))
-    if found:
-        return found
-    if best > groups:
-        found.append(Problem("model.moe_router_group_topk", f"{best} must be at most moe_router_num_groups={groups}"))
-    if isinstance(experts, int) and experts % groups:
-        found.append(Problem("model.moe_router_num_groups", f"{groups} must divide num_moe_experts={experts}"))
-    if isinstance(k, int) and k % best:
-        found.append(Problem("model.moe_router_group_topk", f"{best} must divide moe_router_topk={k}"))
-    return found
+    return found + _position_problems(model, said)
 
 
 def _position_problems(model: Mapping[str, Any], said: Mapping[str, Any]) -> list[Problem]:

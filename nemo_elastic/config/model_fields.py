@@ -42,6 +42,8 @@ ONLY: dict[str, Any] = {
     "moe_expert_capacity_factor": None,
     "moe_input_jitter_eps": None,
     "moe_layer_freq": 1,
+    "moe_router_group_topk": None,  # experts would have to stay in their routing groups
+    "moe_router_num_groups": None,
     "moe_shared_expert_gate": False,
     "moe_z_loss_coeff": None,
     "no_rope_freq": None,

@@ -111,6 +111,7 @@ EXPERTS = Kind(
             51,
             "FFN size of an expert",
             "expert\nffn",
+            within=COUNT,
             multiple=lambda large, ranks: 64 if large else 8,
             ratios=(1.0, 0.75, 0.5),
         ),

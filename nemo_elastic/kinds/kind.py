@@ -46,6 +46,7 @@ class Dim:
         place: where it is listed among all dims; the seeds of a router and the columns of tables follow this order.
         groups: (architecture, elastic.ffn_groups) -> number of groups whose first units a child keeps.
         per_layer: layers of a child may differ in it; else it has one value per net.
+        within: the dim whose units have an order of this one's each: neurons, within experts.
         dealt: units belong to no group by nature: they are ranked over the whole layer and dealt to the groups.
         multiple: (large parent?, widest tensor-parallel size) -> what ratios round to by default.
         least: architecture -> the smallest size of a child.
@@ -59,6 +60,7 @@ class Dim:
     place: int = 1000
     groups: Callable[[Any, int], int] = lambda arch, ffn_groups: 1
     per_layer: bool = True
+    within: str | None = None
     dealt: bool = False
     multiple: Callable[[bool, int], int] = lambda large, ranks: 1
     least: Callable[[Any], int] = lambda arch: 1

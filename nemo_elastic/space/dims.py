@@ -20,6 +20,7 @@ DIMS = (*WIDTH_DIMS, DEPTH)
 KIND_OF_DIM = {dim.name: kind_of_dim(dim.name).letter for dim in dims_of_kinds()}  # dim -> letter of its layers
 PER_LAYER_DIMS = tuple(dim.name for dim in dims_of_kinds() if dim.per_layer)
 DEALT_DIMS = tuple(dim.name for dim in dims_of_kinds() if dim.dealt)  # ranked over the layer, then dealt to groups
+WITHIN = {dim.name: dim.within for dim in dims_of_kinds() if dim.within}  # an order for each unit of another dim
 DEFAULT_FFN_GROUPS = 8
 
 
@@ -70,6 +71,12 @@ def is_integer(value: Any) -> bool:
 def parent_size(architecture: Architecture, name: str) -> int:
     """The parent's size of an elastic dim."""
     return getattr(architecture, name)
+
+
+def score_shape(architecture: Architecture, name: str) -> tuple[int, ...]:
+    """Of the scores, and of the order, of a dim's units in a layer."""
+    outer = (parent_size(architecture, WITHIN[name]),) if name in WITHIN else ()
+    return (*outer, parent_size(architecture, name))
 
 
 def least_size(architecture: Architecture, name: str) -> int:

@@ -11,8 +11,10 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from megatron.core.transformer import transformer_layer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
@@ -31,6 +33,10 @@ from .call import LayerCall, MaskCache, inner_multiplier, times
 from .layers import ElasticLayer
 from .linear import column_parallel, row_parallel, taken
 from .norm import ElasticRMSNorm
+
+# What ranks them, in the state of an interrupted ranking: of every expert the norms that it added and its tokens, and
+# of its neurons.
+ADDED, TOKENS, INSIDE = "added", "tokens", "inside"
 
 
 class ElasticMixture(Mixture):
@@ -138,10 +144,33 @@ def elastic_layer(*, transformer_engine: bool = False) -> ModuleSpec:
 
 
 def observe(collector: Observer, number: int, layer: nn.Module) -> None:
-    """Not yet."""
-    raise NotImplementedError
+    """Watch a plain layer: what every expert adds to the tokens that go to it, and by which of its neurons."""
+    mixture, arch = layer.mlp, collector.local.architecture
+    collector.watch_norm(number, layer.pre_mlp_layernorm, mixture)
+
+    def watch(experts: Tensor, neurons: Tensor, outputs: Tensor) -> None:
+        def per_expert(values: Tensor) -> Tensor:
+            empty = values.new_zeros(arch.num_moe_experts, *values.shape[1:])
+            return empty.index_add(0, experts, values)
+
+        # A copy: the sum over ranks is taken in place.
+        whole = reduce_from_tensor_model_parallel_region(outputs.double().clone(), group=mixture.tp_group)
+        if mixture.config.moe_latent_size:
+            whole = whole @ mixture.fc2_latent_proj.weight.detach().double().t()
+        collector.add(ADDED, number, per_expert(whole.norm(dim=-1)))
+        collector.add(TOKENS, number, per_expert(torch.ones_like(whole[:, 0])))
+        collector.add(INSIDE, number, per_expert(neurons.double().abs()), split=1)
+
+    mixture.watch = watch
+    collector.at_the_end(lambda: setattr(mixture, "watch", None))
+    if mixture.shared_experts is not None:
+        collector.on_input(mixture.shared_experts.linear_fc2, lambda a: collector.see(SHARED, number, a))
 
 
 def unit_scores(sites: Mapping[str, Tensor], architecture: Architecture, settings: WidthSettings) -> dict[str, Tensor]:
-    """Not yet."""
-    raise NotImplementedError
+    """REAP for experts `[E]`: the mean over their tokens of weight x norm of the output (arXiv 2510.13999).
+
+    Neurons `[E, f]`: the sum over tokens of |activation| x weight; of the shared expert as of an MLP.
+    """
+    found = {COUNT: sites[ADDED] / sites[TOKENS].clamp_min(1), NEURONS: sites[INSIDE]}
+    return found | ({SHARED: sites[SHARED]} if SHARED in sites else {})

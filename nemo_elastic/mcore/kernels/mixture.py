@@ -10,6 +10,7 @@ against Megatron's `MoELayer`, in whose dispatchers and experts a dropped expert
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,6 +28,10 @@ from torch import Tensor, nn
 
 from .grouped_linear import GroupedLinear, grouped
 from .routing import Router
+
+Watch = Callable[
+    [Tensor, Tensor, Tensor], None
+]  # experts [m], their weighted neurons [m, f/tp], a rank's outputs [m, h]
 
 
 class SharedExpert(MegatronModule):
@@ -77,6 +82,7 @@ class Mixture(MegatronModule):
         count, neurons, gated = config.num_moe_experts, config.moe_ffn_hidden_size, config.gated_linear_unit
         width, more = latent or hidden, {"tp_group": self.tp_group}
         self.router = Router(config)
+        self.watch: Watch | None = None
         if latent:
             self.fc1_latent_proj = Duplicated(config, latent, hidden, config.init_method)
             self.fc2_latent_proj = Duplicated(config, hidden, latent, config.output_layer_init_method)
@@ -131,8 +137,10 @@ class Mixture(MegatronModule):
         counts = chosen.sum(0).tolist()
         first, second = self.experts.experts.linear_fc1.weight, self.experts.experts.linear_fc2.weight
         y = inner(self.activated(grouped(tokens[of_token], first, counts, experts, fc1, sizes)))
-        y = y * weights[of_token, of_expert].unsqueeze(-1).to(y.dtype)
+        y = neurons = y * weights[of_token, of_expert].unsqueeze(-1).to(y.dtype)
         y = grouped(y, second, counts, experts, fc2, sizes)
+        if self.watch is not None:
+            self.watch(of_expert, neurons.detach(), y.detach())
         out = torch.zeros_like(tokens).index_add(0, of_token, y)
         if parallel:
             return reduce_scatter_to_sequence_parallel_region(out, group=self.tp_group)

@@ -2,7 +2,7 @@
 
     softmax:  top-k of the logits, softmax over them (with `moe_router_pre_softmax`: top-k of the softmax over all)
     sigmoid:  top-k of sigmoid(logits) + bias, weights sigmoid(logits) / their sum
-    times `moe_router_topk_scaling_factor`; with groups, top-k within the groups of the best sums
+    times `moe_router_topk_scaling_factor`
 
 A test holds it against Megatron's own. Logits are fp32 (fp64 for fp64), whatever the parameters are. The bias decides
 the choice and never the weight, and has no gradient.
@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.moe.moe_utils import group_limited_topk
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
@@ -83,7 +82,7 @@ def chosen(config: Any, scores: Tensor, bias: Tensor | None, mask: Tensor | None
     else:
         scores = scores if barrier is None else scores + barrier
         by = scores = torch.softmax(scores, dim=-1) if config.moe_router_pre_softmax else scores
-    places = _top(config, by.detach())
+    places = by.detach().topk(config.moe_router_topk, dim=1).indices
     weights = scores.gather(1, places)
     if sigmoid and config.moe_router_topk > 1:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
@@ -93,12 +92,3 @@ def chosen(config: Any, scores: Tensor, bias: Tensor | None, mask: Tensor | None
         weights = weights * config.moe_router_topk_scaling_factor
     nothing = torch.zeros_like(scores)
     return nothing.scatter(1, places, weights), nothing.bool().scatter(1, places, True)
-
-
-def _top(config: Any, by: Tensor) -> Tensor:
-    """Places `[n, k]` of the best of `[n, E]`."""
-    groups, k = config.moe_router_num_groups, config.moe_router_topk
-    if not config.moe_router_group_topk:
-        return by.topk(k, dim=1).indices
-    sizes = {"num_tokens": len(by), "num_experts": by.shape[1], "num_groups": groups}
-    return group_limited_topk(by, k, **sizes, group_topk=config.moe_router_group_topk)[1]

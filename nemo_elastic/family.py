@@ -31,7 +31,7 @@ from .space.subnet import Subnet
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """Parent, space and budgets. `forced` holds the subnets of budgets that are given instead of learned (all of them
-    when `router.frozen`).
+    when `router.frozen`). `model`: the parent's model section.
     """
 
     architecture: Architecture
@@ -39,6 +39,7 @@ class Family:
     budgets: tuple[Budget, ...]
     forced: Mapping[str, Subnet]
     notes: tuple[str, ...] = ()
+    model: Mapping[str, Any] | None = None
 
     @cached_property
     def layout(self) -> ParamLayout:
@@ -165,7 +166,14 @@ def family_of(config: RunConfig, depth_ranking: tuple[int, ...] | None = None) -
         forced |= _uniform(config, space, free)
         if config.router.searches:
             notes.append("router.shapes=greedy finds shapes once there is a ranking; even shrinking stands in for them")
-    return Family(architecture=architecture, space=space, budgets=tuple(budgets), forced=forced, notes=tuple(notes))
+    return Family(
+        architecture=architecture,
+        space=space,
+        budgets=tuple(budgets),
+        forced=forced,
+        notes=tuple(notes),
+        model=config.model,
+    )
 
 
 def _uniform(config: RunConfig, space: ElasticSpace, budgets: Iterable[Budget]) -> dict[str, Subnet]:

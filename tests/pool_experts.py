@@ -13,7 +13,7 @@ from nemo_elastic.importance.ranking import random_orders
 from nemo_elastic.mcore.models.build import build_plain_model, load_weights, named_global_parameters, whole_tensors
 from nemo_elastic.mcore.ranking.collect import collect_widths
 from nemo_elastic.mcore.ranking.sort_live import sort_model
-from nemo_elastic.space.dims import WIDTH_DIMS
+from nemo_elastic.space.dims import present_dims
 
 FP64 = torch.float64
 SAMPLES = 4
@@ -38,13 +38,8 @@ def scores(feature: str, sp: bool = False) -> dict[str, dict[int, Tensor]]:
 def sorted_weights(feature: str, sp: bool = False) -> dict[str, Tensor]:
     """Whole weights of this stage, put in a random order in place."""
     arch, _ = parts(feature)
-    orders = random_orders(layout_of(arch), dims_of(arch), torch.Generator().manual_seed(3))
+    orders = random_orders(layout_of(arch), present_dims(arch), torch.Generator().manual_seed(3))
     model = plain(feature, sp)
     sort_model(model, layout_of(arch), orders)
     local = layout_of(arch, parallel_state.get_tensor_model_parallel_world_size())
     return {n: w.detach() for n, w in whole_tensors(named_global_parameters(model, local), local)}
-
-
-def dims_of(arch: Any) -> list[str]:
-    """Dims that the parent has units of."""
-    return [dim for dim in WIDTH_DIMS if getattr(arch, dim)]

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from nemo_elastic.space.architecture import Architecture
-from nemo_elastic.space.dims import KIND_OF_DIM, PER_LAYER_DIMS, WIDTH_DIMS, dim_groups, least_size
+from nemo_elastic.space.dims import KIND_OF_DIM, PER_LAYER_DIMS, WIDTH_DIMS, dim_groups, least_size, present_dims
 from nemo_elastic.space.elastic_space import ElasticSpace
 from nemo_elastic.space.subnet import Subnet
 
@@ -49,9 +49,7 @@ def random_subnet(space: ElasticSpace, rng: random.Random, *, per_layer: bool = 
     """A legal subnet, any size of any dim and any kept layers."""
     arch, groups = space.architecture, dim_groups(space.architecture, space.ffn_groups)
     sizes: dict[str, Any] = {}
-    for name in WIDTH_DIMS:
-        if name in KIND_OF_DIM and not (arch.layers_of(KIND_OF_DIM[name]) and getattr(arch, name)):
-            continue
+    for name in present_dims(arch):
         rows = len(arch.layers_of(KIND_OF_DIM[name])) if per_layer and name in PER_LAYER_DIMS else 1
         step, least = groups[name], -(-least_size(arch, name) // groups[name])
         row = [step * rng.randint(least, getattr(arch, name) // step) for _ in range(rows)]

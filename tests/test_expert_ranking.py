@@ -15,6 +15,7 @@ from nemo_elastic.mcore.elastic.plan import hard_plan
 from nemo_elastic.mcore.kernels.routing import chosen, logits
 from nemo_elastic.mcore.models.build import build_elastic_model, build_plain_model, load_weights
 from nemo_elastic.mcore.ranking.collect import collect_widths
+from nemo_elastic.space.dims import present_dims
 
 FP64 = torch.float64
 COUNT, NEURONS, SHARED = "num_moe_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"
@@ -26,8 +27,8 @@ def test_a_sorted_parent_is_the_parent(feature: str) -> None:
     arch, function = parts(feature)
     layout, ids, weights = layout_of(arch), tokens(arch), random_weights(arch, FP64)
     found = {}
-    for dim in ("", *pool_experts.dims_of(arch), "all"):
-        dims = pool_experts.dims_of(arch) if dim == "all" else [dim] if dim else []
+    for dim in ("", *present_dims(arch), "all"):
+        dims = present_dims(arch) if dim == "all" else [dim] if dim else []
         orders = random_orders(layout, dims, torch.Generator().manual_seed(3))
         in_order = dict(sort_tensors(weights.items(), layout, orders))
         assert bool(dims) == any(not torch.equal(in_order[name], weights[name]) for name in weights)

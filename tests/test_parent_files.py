@@ -64,7 +64,7 @@ TAKEN = {
     "attention_dropout": (0.1, "attention_dropout", 0.1),
 }
 REFUSED = {
-    "model_type": "llama",
+    "model_type": "mpt",
     "layers_block_type": TAKEN.pop("layers_block_type")[0],
     "num_hidden_layers": 4,
     "mamba_hidden_act": "gelu",
@@ -447,7 +447,7 @@ def test_a_parent_that_is_not_there_is_not_asked(tmp_path: Path) -> None:
         (b"3", "'3' must be a mapping"),
         (b'{"a": "\xff"}', "byte 7 is no UTF-8"),
         (b"[" * 100_000, "cannot be read as JSON"),
-        (b'{"architectures": ["X"]}', "model_type: None must be 'nemotron_h'"),
+        (b'{"architectures": ["X"]}', "model_type: None must be one of nemotron_h"),
         (b'{"hidden_size": 3}', "hybrid_override_pattern: is required"),
     ],
 )

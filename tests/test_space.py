@@ -7,7 +7,7 @@ import pytest
 from nemo_elastic.problems import ProblemsError
 from nemo_elastic.space.architecture import Architecture
 from nemo_elastic.space.budget import Budget
-from nemo_elastic.space.dims import DEPTH, KIND_OF_DIM, WIDTH_DIMS, ElasticDim, dim_groups, resolve_choices
+from nemo_elastic.space.dims import DEPTH, ElasticDim, dim_groups, present_dims, resolve_choices
 from nemo_elastic.space.elastic_space import ElasticSpace, even_thinning
 
 SIZES = {
@@ -28,7 +28,7 @@ def architecture(pattern: str = "M-M*M-*-", **more: int) -> Architecture:
     return Architecture(hybrid_override_pattern=pattern, **(SIZES | more))
 
 
-USUAL_WIDTHS = [n for n in WIDTH_DIMS if n not in KIND_OF_DIM or architecture().layers_of(KIND_OF_DIM[n])]
+USUAL_WIDTHS = present_dims(architecture())
 
 
 @pytest.fixture

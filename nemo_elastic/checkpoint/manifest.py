@@ -18,7 +18,7 @@ from ..cost.counts import parameters
 from ..files import read_json
 from ..problems import Problem, ProblemsError, did_you_mean, raise_if_any
 from ..space.budget import Budget, name_problems
-from ..space.dims import KIND_OF_DIM
+from ..space.dims import DEPTH, present_dims
 from ..space.elastic_space import ElasticSpace
 from ..space.layout import ParamLayout
 from ..space.subnet import Subnet
@@ -86,7 +86,7 @@ class Manifest:
                 "dims": {
                     name: {"choices": list(dim.choices), "per_layer": dim.per_layer}
                     for name, dim in space.dims.items()
-                    if name not in KIND_OF_DIM or (space.architecture.layers_of(KIND_OF_DIM[name]) and dim.full)
+                    if name in (*present_dims(space.architecture), DEPTH)
                 },
             },
             "budgets": {name: {"kind": b.kind, "value": b.value} for name, b in self.budgets.items()},

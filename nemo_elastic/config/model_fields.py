@@ -12,7 +12,7 @@ from typing import Any
 from ..kinds import flags, kinds, sizes
 from ..problems import Problem, ProblemsError, did_you_mean
 from ..space.architecture import Architecture, pattern_problems
-from .function_fields import ARITHMETIC, OWN, arithmetic_problems
+from .function_fields import ARITHMETIC, OWN, arithmetic_of, arithmetic_problems
 
 _FIELDS_FILE = Path(__file__).resolve().parent.parent / "assets" / "ssm_config_fields.json"
 REQUIRED = (
@@ -127,3 +127,12 @@ def architecture_of(model: Mapping[str, Any]) -> Architecture:
         given["kv_channels"] = hidden // heads
     given |= {name: model[name] for name in FLAGS if model.get(name) is not None}
     return Architecture(**given)
+
+
+def whole_model(model: Mapping[str, Any]) -> dict[str, Any]:
+    """A model section with everything that it leaves out: sizes, flags and the rest of the function.
+
+    Raises:
+        ProblemsError: with every illegal value.
+    """
+    return {**model, **arithmetic_of(model), **vars(architecture_of(model))}

@@ -120,7 +120,7 @@ def budget_row(family: Family, serving: Serving, budget: Budget, subnet: Subnet,
         **about,
         "percent_of_parent": 100 * about["parameters"] / total,
         "subnet": subnet.to_dict(),
-        "deployment": deployment(family.layout, subnet),
+        "deployment": deployment(family.layout, subnet, family.model),
     }
 
 

@@ -73,6 +73,15 @@ def parent_size(architecture: Architecture, name: str) -> int:
     return getattr(architecture, name)
 
 
+def present_dims(architecture: Architecture) -> tuple[str, ...]:
+    """The width dims that a parent has units of."""
+    return tuple(
+        name
+        for name in WIDTH_DIMS
+        if name not in KIND_OF_DIM or (architecture.layers_of(KIND_OF_DIM[name]) and parent_size(architecture, name))
+    )
+
+
 def score_shape(architecture: Architecture, name: str) -> tuple[int, ...]:
     """Of the scores, and of the order, of a dim's units in a layer."""
     outer = (parent_size(architecture, WITHIN[name]),) if name in WITHIN else ()

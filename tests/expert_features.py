@@ -23,6 +23,11 @@ FEATURES: dict[str, dict[str, Any]] = {
     "softmax_first": {"moe_router_pre_softmax": True},
     "one": {**SIGMOID, "moe_router_topk": 1},
 }
+DIMS = {
+    "num_moe_experts": {"choices": [8, 4], "per_layer": True},
+    "moe_ffn_hidden_size": {"choices": [16, 12, 8], "per_layer": True},
+    "moe_shared_expert_intermediate_size": {"choices": [24, 12]},
+}
 
 
 def parts(feature: str, pattern: str = PATTERN, **more: Any) -> tuple[Architecture, dict[str, Any]]:

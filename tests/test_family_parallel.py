@@ -195,6 +195,16 @@ def test_six_steps_of_adam_with_a_dense_parents_features_end_alike(
         assert_same_run(rank, expected, 1e-3)
 
 
+@pytest.mark.parametrize("name", ["tp2_pp2_sp"])
+def test_six_steps_of_adam_with_experts_end_alike(request: pytest.FixtureRequest, one_rank: None, name: str) -> None:
+    settings = ALL_STEPS | {"feature": "nemotron"}
+    expected, pool = pool_family.train_steps(**settings), request.getfixturevalue(f"pool{SIZES[name]}")
+    for rank in pool.run(pool_family.train_steps, **LAYOUTS[name], **settings):
+        for ours, theirs in zip(rank["steps"], expected["steps"], strict=True):
+            assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-4, abs=1e-5)
+        assert_same_run(rank, expected, 1e-3)
+
+
 @pytest.mark.slow
 def test_six_steps_of_adam_with_a_padded_vocabulary_end_alike(pool4: WorkerPool, one_rank: None) -> None:
     settings = ALL_STEPS | {"vocab_size": 61, "tied": True}

@@ -8,7 +8,7 @@ from nemo_elastic.kinds import Dim, Kind, Size
 from nemo_elastic.kinds.axis import Segment
 from nemo_elastic.kinds.kind import size_of
 
-RANK, GROUPS = "moe_shared_expert_intermediate_size", 4
+RANK, GROUPS = "cuda_graph_warmup_steps", 4
 
 
 def _flops(arch, sizes, length, chunk_size):

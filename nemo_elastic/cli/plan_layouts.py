@@ -6,9 +6,6 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from ..distill.gpu_work import Work
-from ..distill.layouts import layouts
-
 Row = Mapping[str, Any]
 MOST = 10  # layouts that are shown; --json has all
 PARTS = ("weights", "gradients", "optimizer", "teacher", "activations", "hand_over", "at_work", "reserve")
@@ -20,6 +17,9 @@ def lay_out(arguments: argparse.Namespace, result: dict[str, Any], config: Any, 
         words = "needs train.stages, and a subnet for every budget: without them nothing is known of a step"
         result["problems"].append({"key": "--gpus", "message": words})
         return
+    from ..distill.gpu_work import Work
+    from ..distill.layouts import layouts
+
     memory = arguments.gpu_memory or config.report.gpu.memory_gb
     found = layouts(Work(config, family, subnets), arguments.gpus, memory, context_parallel=arguments.context_parallel)
     result["layouts"] = found.pop("layouts")

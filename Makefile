@@ -69,8 +69,9 @@ format: setup  ## let ruff mend and format
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-docs: setup  ## write docs/cli.md, docs/config.md and docs/gpu.md from the code and the results
+docs: setup  ## write docs/cli.md, config.md, scale.md and gpu.md from the code and the results
 	@$(BIN)/python scripts/reference.py
+	@$(BIN)/python scripts/scale.py
 	@$(BIN)/python benchmarks/gpu/pages.py
 
 clean:  ## remove build products and caches; keeps runs/ and the venvs

@@ -16,7 +16,7 @@ import yaml
 from nemo_elastic.cli.main import main
 from nemo_elastic.config import load_config
 from nemo_elastic.config.function_fields import ARITHMETIC, OWN
-from nemo_elastic.config.model_fields import FUNCTION, ONLY, REQUIRED, known_fields
+from nemo_elastic.config.model_fields import FUNCTION, ONLY, known_fields, required_of
 from nemo_elastic.config.parent_files import parent_files
 from nemo_elastic.config.parent_hf import model_from_hf
 from nemo_elastic.config.parent_nemo import read_nemo_context
@@ -488,7 +488,8 @@ def test_shipped_configuration_only_for_a_bare_name(tmp_path: Path) -> None:
 
 
 def test_required_is_said_by_hugging_face() -> None:
-    assert {*REQUIRED} <= {*model_from_hf(CONFIG)}
+    model = model_from_hf(CONFIG)
+    assert {*required_of(model)} <= {*model}
 
 
 # --- the configuration to start from

@@ -46,8 +46,8 @@ def test_a_folder_without_its_weights_or_with_others_says_so(tmp_path: Path, cap
         ({**GRANITE_4_H_MICRO, "num_local_experts": 64}, "num_local_experts: 64"),
         ({"model_type": None}, "model_type: None"),
         (
-            json.loads((TINY / "config.json").read_text()) | {"hybrid_override_pattern": "MEM*" * 4},
-            "mixture of experts",
+            json.loads((TINY / "config.json").read_text()) | {"hybrid_override_pattern": "MGM*" * 4},
+            "gated delta net",
         ),
     ],
 )

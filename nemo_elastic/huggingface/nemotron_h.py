@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..kinds import kind_of, kinds, sizes
+from ..kinds import kind_of, kinds, kinds_of, sizes
 from ..problems import Problem
+from ..space.architecture import layers_with
 from .adapter import Adapter, Field, Model, Only
 from .said import Said
 from .scan import EPSILON, NO_STEP_ABOVE, NO_STEP_BELOW, epsilon_problems, one_epsilon, read_step_limit
@@ -82,6 +83,11 @@ def _pattern(said: Said) -> str | None:
         words = "is not given, nor layers_block_type" if pattern is None else f"{pattern!r} must be a string of letters"
         said.wrong(key, words)
         return None
+    for kind in kinds_of(pattern):
+        if kind.huggingface is None:
+            words = f"{layers_with(pattern, kind.letter)}: {kind.words} is not read from Hugging Face folders yet"
+            said.wrong(key, words)
+            return None
     layers = said.config.get("num_hidden_layers")
     if layers is not None and layers != len(pattern):
         words = f"{layers!r} says another depth than the {len(pattern)} layers of {pattern}; one of them is stale"

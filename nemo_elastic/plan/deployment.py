@@ -62,6 +62,9 @@ def fp8_problems(layout: ParamLayout, subnet: Subnet, key: str) -> list[Problem]
 
 def hugging_face_note(model: Mapping[str, Any], subnet: Subnet) -> str:
     """Whether a stock Hugging Face config can say the child of a parent with this model section, in words."""
+    for kind in kinds_of(model["hybrid_override_pattern"]):
+        if kind.huggingface is None:
+            return f"no: {kind.words} is not written as a Hugging Face folder yet"
     adapter, architecture = adapter_of_model(model), architecture_of(model)
     ragged = [name for name in PER_LAYER_DIMS if not subnet.is_uniform(name)]
     if found := unsayable(adapter, _child(model, architecture, subnet)):

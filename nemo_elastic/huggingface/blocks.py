@@ -173,7 +173,7 @@ def whole_blocks(names: Names, needs: Names | None = None) -> Callable[[str, str
 
 
 def _feed_forward(names: Names) -> str:
-    return next(kind.letter for kind in kinds() if kind.ends_block and kind.norm[0] in names)
+    return next(kind.letter for kind in kinds() if kind.huggingface and kind.ends_block and kind.norm[0] in names)
 
 
 def _other(listed: Any, word: str) -> str:

@@ -15,11 +15,10 @@ from .config.model_fields import architecture_of
 from .config.sections import RunConfig, TrainConfig
 from .cost.budget import BudgetCost
 from .cost.conditions import serving_of
-from .kinds import kinds_of
 from .problems import Problem, ProblemsError, raise_if_any
 from .shapes.search import propose_uniform
 from .space.alignment import rounding_step
-from .space.architecture import Architecture, layers_with
+from .space.architecture import Architecture
 from .space.blocks import DEPTH_UNITS, block_problems
 from .space.budget import Budget
 from .space.dims import DIMS, KIND_OF_DIM, ElasticDim, dim_groups, least_size, parent_size, resolve_choices
@@ -224,16 +223,6 @@ def parse_budget(name: str, target: Any) -> Budget:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value == value
-
-
-def runnable_problems(architecture: Architecture) -> list[Problem]:
-    """Kinds of layer that can be planned, and not be ranked or trained yet."""
-    pattern, rule = architecture.hybrid_override_pattern, "can be planned, and not be ranked or trained yet"
-    return [
-        Problem("model.hybrid_override_pattern", f"{layers_with(pattern, kind.letter)}: {kind.words} {rule}")
-        for kind in kinds_of(pattern)
-        if kind.only_planned
-    ]
 
 
 def parallel_problems(architecture: Architecture, train: TrainConfig, ffn_groups: int) -> list[Problem]:

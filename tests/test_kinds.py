@@ -49,8 +49,8 @@ def test_rows_axes_and_dims_agree(kind):
 
 @KINDS
 def test_every_row_has_a_name_in_hugging_face_and_llama_cpp(kind):
-    if kind.only_planned:
-        assert kind.huggingface is None and kind.gguf is None
+    if kind.huggingface is None:
+        assert kind.gguf is None
         return
     assert list(kind.huggingface.names) == [row for row in kind.rows if row not in kind.only_with]
     theirs = [name for names in kind.huggingface.names.values() for name in names]
@@ -69,7 +69,7 @@ def test_its_module_and_its_settings_are_there(kind):
     defined |= {name.id for node in source.body if isinstance(node, ast.Assign) for name in ast.walk(node)
                 if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)}  # fmt: skip
     assert {"LAYER", "SUBLAYER", "plain_layer", "elastic_layer", "observe", "unit_scores"} <= defined
-    assert kind.only_planned or (ROOT / kind.serving.replace(".", "/")).with_suffix(".py").is_file()
+    assert kind.serving is None or (ROOT / kind.serving.replace(".", "/")).with_suffix(".py").is_file()
     for name, choices in kind.ranking.items():
         assert getattr(RankConfig(), name) in choices
     assert kind.fewest is None or getattr(RankConfig(), kind.fewest) == 0

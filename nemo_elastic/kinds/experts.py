@@ -152,7 +152,6 @@ EXPERTS = Kind(
     aligned={"expert_ffn": "neurons of an expert", "shared_ffn": "neurons of the shared expert"},
     fp8={"expert_ffn": "moe_ffn_hidden_size {width}"},
     ends_block=True,
-    only_planned=True,
     module="nemo_elastic.mcore.elastic.experts",
     slot="E",
 )

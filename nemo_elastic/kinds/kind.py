@@ -190,7 +190,6 @@ class Kind:
         fp8: axis that FP8 wants in multiples of 16 -> words, in which `{width}` and dims are put.
         ranking: field of `RankConfig` -> its choices and their meanings: which activation ranks its dims.
         ends_block: a feed-forward layer, with which a block of models that know only whole blocks ends.
-        only_planned: it is counted and planned, and not ranked or trained yet.
         fewest: the field of `RankConfig` with the number of its layers that depth ranking keeps, if there is one.
         huggingface, gguf, serving: None where it cannot be said, or run, there. `serving` is a module.
         module: computes it. `slot`: the letter of Megatron's own stack in whose place it is built.
@@ -224,7 +223,6 @@ class Kind:
     fp8: Mapping[str, str] = field(default_factory=dict)
     ranking: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     ends_block: bool = False
-    only_planned: bool = False
     fewest: str | None = None
     huggingface: HuggingFace | None = None
     gguf: Gguf | None = None

@@ -1,0 +1,49 @@
+"""A family with experts on its way: nested, read out, opened by NeMo, verified; refused where nothing can say experts."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import expert_features
+import pytest
+from checkpoint_family import MODEL, TOKENIZER, manifest, random_weights
+from test_dense_checkpoints import batches
+
+from nemo_elastic.config import load_config
+from nemo_elastic.config.load import plain
+from nemo_elastic.nemo.export.checkpoints import extract_all, write_nested
+from nemo_elastic.problems import ProblemsError
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+
+def nested_family(folder: Path, feature: str) -> Path:
+    """`small` has half of the neurons of each expert, and lacks two layers."""
+    said = expert_features.SIZES | expert_features.FEATURES[feature]
+    model = {**MODEL, "hybrid_override_pattern": "ME*-MEM*", **{name: value for name, value in said.items() if value}}
+    config = load_config("tiny_parent.yaml", ["train.val_samples=4"]).config
+    family = replace(manifest(model), provenance={"config": plain(config)})
+    small = family.space.subnet(hidden_size=32, moe_ffn_hidden_size=8, mamba_num_heads=8, num_layers=6)
+    family = replace(family, subnets=family.subnets | {"small": small})
+    return write_nested(folder / "nested", random_weights(model), family, tokenizer=TOKENIZER)
+
+
+@pytest.mark.parametrize("feature", ["nemotron", "granite", "qwen"])
+def test_nemo_opens_a_child_as_the_function_that_was_trained(tmp_path: Path, feature: str) -> None:
+    from nemo_elastic.nemo.export.verify import verify
+
+    nested = nested_family(tmp_path, feature)
+    extract_all(nested, tmp_path / "children")
+    config = load_config("tiny_parent.yaml", ["train.val_samples=4"]).config
+    children = {name: tmp_path / "children" / name for name in ("large", "small")}
+    for check in verify(nested, children, config, batches()):
+        assert check.ok and check.difference is None, check
+        assert check.comparison.relative < 1e-6
+
+
+@pytest.mark.parametrize(("format", "reader"), [("hf", "Hugging Face's NemotronH"), ("gguf", "llama.cpp's nemotron_h")])
+def test_who_cannot_say_experts_refuses_them(tmp_path: Path, format: str, reader: str) -> None:
+    nested = nested_family(tmp_path, "nemotron")
+    with pytest.raises(ProblemsError) as error:
+        extract_all(nested, tmp_path / "out", format=format)
+    assert f"'E' (mixture of experts) cannot be said in {reader}" in str(error.value)
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())

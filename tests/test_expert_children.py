@@ -1,4 +1,4 @@
-"""A family with experts on its way: nested, read out, opened by NeMo, verified; refused where nothing can say experts."""
+"""A family with experts on its way: nested, read out, opened by NeMo, verified; refused where none can say experts."""
 
 from dataclasses import replace
 from pathlib import Path

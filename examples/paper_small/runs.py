@@ -1,9 +1,9 @@
 """Every run of the small reproduction, as overrides of a parent's YAML: what the paper claims, and what was tried.
 
 A seed is of everything that is drawn in a run, and belongs to one parent (PARENTS): settings were chosen on the first
-hybrid, the second confirms them, and the third parent asks whether they hold for a transformer. A step is 2,048 tokens of student text in every run. STEPS are those of the family of
-three budgets; a child alone gets as many steps as the family spent on it (equal tokens per child), or as many as the
-family took (equal total steps).
+hybrid, the second confirms them, the third parent asks whether they hold for a transformer. A step is 2,048 tokens of
+student text in every run. STEPS are those of the family of three budgets; a child alone gets as many steps as the
+family spent on it (equal tokens per child), or as many as the family took (equal total steps).
 """
 
 from __future__ import annotations
@@ -44,6 +44,11 @@ class Parent:
     name: str
     seeds: Seeds
     config: str = "parent.yaml"
+
+    @property
+    def hybrid(self) -> bool:
+        """As the paper's."""
+        return self.config == "parent.yaml"
 
 
 PARENTS = {  # by a parent's own seed
@@ -237,6 +242,10 @@ def ablations() -> Iterator[Run]:
         yield Run(name=f"depth-{base.removeprefix('depth_')}", group="depth", what=what, budgets={"shallow": 0.8},
                   stages=stages(60, 0), words=("elastic.subnets.shallow={num_layers: 9}", "train.val_every_steps=20"),
                   base=base)  # fmt: skip
+    for what, base in {"blocks, greedy (default)": "parent", "blocks, random": "depth_random"}.items():
+        yield Run(name=f"depth-blocks-{base.removeprefix('depth_')}", group="depth", what=what,
+                  budgets={"shallow": 0.7}, stages=stages(60, 0), base=base, seeds=TRANSFORMER,
+                  words=("elastic.subnets.shallow={num_layers: 8}", "train.val_every_steps=20"))  # fmt: skip
     for what, base in {"group by group": "parent", "flat over all heads": "mamba_flat"}.items():
         yield Run(name=f"mamba-{'grouped' if base == 'parent' else 'flat'}", group="mamba", what=what,
                   budgets={"half": 0.9}, stages=stages(60, 0), base=base,

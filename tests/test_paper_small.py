@@ -303,6 +303,30 @@ def test_tokens_to_equal_loss_are_read_off_runs_that_ended() -> None:
     assert family_ratio(Results(runs, {}), "family", ("large", "small"))["children"] == "more than 0.80"
 
 
+def test_a_claim_holds_or_not_on_each_kind_of_parent() -> None:
+    """Budget by budget, on the mean over seeds; hybrids together, the transformer by itself."""
+    from claims import claims
+    from readings import Results
+
+    def of(seed: int, **losses: tuple[float, float]) -> Results:
+        members = {name.replace("_", "-"): {"large": a, "small": b, "full": 1.1} for name, (a, b) in losses.items()}
+        scores = {n: {b: {"heldout_loss": loss} for b, loss in row.items()} for n, row in members.items()}
+        return Results({(name, seed): {"score": score} for name, score in scores.items()}, {"heldout_loss": 1.0})
+
+    first = of(1, family=(2.0, 3.0), shapes_even=(2.2, 3.3))
+    second = of(4, family=(2.0, 3.0), greedy_family=(1.8, 2.7))
+    assert claims({1: first, 2: second}) == []  # no transformer, nothing to say
+    rows = claims({1: first, 2: second, 3: of(7, family=(2.0, 3.0), shapes_even=(2.2, 2.7), greedy_family=(2.2, 3.3))})
+    even, greedy, *others = rows
+    assert (even["1"], even["2"]) == ("`large` +10.00% (1 seed), `small` +10.00% (1 seed)", "–")
+    assert even["3"] == "`large` +10.00% (1 seed), `small` -10.00% (1 seed)"
+    assert (even["hybrid"], even["transformer"]) == ("yes", "in part")
+    assert (greedy["1"], greedy["hybrid"], greedy["transformer"]) == ("–", "yes", "no")
+    full = [row for row in others if "`full`" in row["3"]]
+    assert {(row["3"], row["transformer"]) for row in full} == {("`full` +10.00% (1 seed)", "yes")} and len(full) == 2
+    assert {row["transformer"] for row in others if row not in full} == {"–"}
+
+
 def test_the_page_is_what_the_files_give(tmp_path: Path) -> None:
     """Nothing in docs/results.md was typed by hand."""
     command = [sys.executable, str(FOLDER / "results.py"), "--docs", str(tmp_path)]
@@ -361,14 +385,19 @@ def test_two_processes_do_not_do_the_same_run(tmp_path: Path, capsys: pytest.Cap
 def test_the_series_runs_and_does_nothing_twice(tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, str(FOLDER / "run.py"), "--out", str(out), "--quick", "--jobs", "1"]
-    parts = {"4": "family,alone-small,greedy-family", "1": "scratch-small,mamba-flat,shapes-random-1"}
+    parts = {
+        "4": "family,alone-small,greedy-family",
+        "1": "scratch-small,mamba-flat,shapes-random-1",
+        "7": "greedy-family",
+    }
     for seed, names in parts.items():
         done = subprocess.run([*command, "--seeds", seed, "--only", names], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
     files = {path.stem: json.loads(path.read_text()) for path in (out / "quick" / "results").glob("*.json")}
-    first, second = (files.pop(f"parent-{number}")["sha256"] for number in (1, 2))
+    first, second, third = (files.pop(f"parent-{number}")["sha256"] for number in PARENTS)
     assert set(files) == {f"{name}-{seed}" for seed, names in parts.items() for name in names.split(",")}
     assert {files[f"{name}-4"]["parent_sha256"] for name in parts["4"].split(",")} == {second} != {first}
+    assert files["greedy-family-7"]["parent_sha256"] == third not in (first, second)
     assert files["mamba-flat-1"]["parent_sha256"] == first != files["scratch-small-1"]["parent_sha256"]
     assert files["alone-small-4"]["subnets"]["small"] == files["family-4"]["subnets"]["small"]
     assert files["family-4"]["curve"][-1]["cpu"] > 0 and set(files["family-4"]["score"]) == set(BUDGETS)

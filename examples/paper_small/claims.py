@@ -74,6 +74,7 @@ def across(*ways: Pairs) -> Pairs:
 CLAIMS = (
     Claim("Shapes matter: evenly shrunk children end above those with learned shapes",
           over("shapes-even", "family"), below=False),
+    Claim("Learned shapes end lower when they are given from the first step", over("shapes-own", "family")),
     Claim("Greedy search ends below learned shapes", over("greedy-family", "family")),
     Claim("A child whose shape is learned ends within 0.5 % of itself alone on equal tokens, or below",
           over("family", "alone-BUDGET"), limit=0.005),
@@ -85,6 +86,10 @@ CLAIMS = (
     Claim("The full member has not come back to its parent, learned shapes",
           over_parent("family"), below=False, budgets=("full",)),
     Claim("The same with greedy search", over_parent("greedy-family"), below=False, budgets=("full",)),
+    Claim("With greedy search, all budgets in every micro-batch and a low rate (*gentle*) a child ends within 1 % of "
+          "itself alone for all steps", over("greedy-gentle", "greedy-whole-BUDGET"), limit=0.01),
+    Claim("*Gentle*, the full member ends below that of the default family",
+          over("greedy-gentle", "family"), budgets=("full",)),
     Claim("Layers (blocks) by what the logits lose end below random ones",
           across(over("depth-parent", "depth-random"), over("depth-blocks-parent", "depth-blocks-random")),
           budgets=("shallow",)),
@@ -109,6 +114,6 @@ def found_shapes(results: Results) -> list[dict[str, str]]:
                 row = {"what": RUNS[name].what, "seed": str(seed), "child": child}
                 row["dropped"] = ", ".join(str(n) for n in range(LAYERS) if n not in kept) or "none"
                 for dim in ("hidden_size", "ffn_hidden_size", "mamba_num_heads", "num_attention_heads"):
-                    row[dim] = str(subnet.get(dim, NONE))
+                    row[dim] = str(subnet.get(dim) or NONE)  # an empty list: no such layer
                 rows.append(row)
     return rows

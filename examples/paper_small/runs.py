@@ -192,7 +192,7 @@ def searched() -> Iterator[Run]:
         ("best", "`small` drawn most (0.3, 0.25, 0.45), learning rate 7e-4", SMALL_FIRST, 7e-4, THERE),
         ("slow", "`small` drawn most, learning rate 4e-4", SMALL_FIRST, 4e-4, THERE),
         ("full-first", "`full` drawn most (0.55, 0.15, 0.3), learning rate 4e-4", FULL_FIRST, 4e-4, THERE),
-        ("gentle", "`full` drawn most, learning rate 3e-4", FULL_FIRST, 3e-4, SECOND),
+        ("gentle", "`full` drawn most, learning rate 3e-4", FULL_FIRST, 3e-4, (*SECOND, *TRANSFORMER)),
     ):
         words = (EVEN, *SHARED, f"train.optimizer.lr={rate:g}")
         what = f"greedy search, all budgets in every micro-batch, {what}"
@@ -225,7 +225,7 @@ def shapes() -> Iterator[Run]:
     """(d) other shapes, forced from the first step; and the family's own, so that only the shape differs."""
     yield Run(name="shapes-own", group="shapes", what="the family's final shapes from the first step", budgets=BUDGETS,
               stages=stages(*STEPS, WEIGHTS), words=(EVEN,), shapes_of="family",
-              seeds=(*ONCE, *THERE))  # fmt: skip
+              seeds=(*ONCE, *THERE, *TRANSFORMER))  # fmt: skip
     yield Run(name="shapes-even", group="shapes", what="even shrinking", budgets=BUDGETS,
               stages=stages(*STEPS, WEIGHTS), words=(EVEN,), seeds=(*ONCE, *TRANSFORMER))  # fmt: skip
     yield Run(name="shapes-random-1", group="shapes", what="random shapes that fit", budgets=BUDGETS,

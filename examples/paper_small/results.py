@@ -45,7 +45,10 @@ def page(parents: Mapping[int, Results], figures: list[str]) -> str:
         keep_trailing_newline=True,
         undefined=jinja2.StrictUndefined,
     )
-    parts = [{"parent": PARENTS[number].name, "number": number, **part(results)} for number, results in parents.items()]
+    parts = [
+        {"parent": PARENTS[number].name, "number": number, "hybrid": PARENTS[number].hybrid, **part(results)}
+        for number, results in parents.items()
+    ]
     runs = [run for results in parents.values() for run in results.runs.values()]
     return environment.get_template("results.md.j2").render(
         figures=figures,

@@ -76,6 +76,7 @@ def part(results: Results) -> dict[str, Any]:
         "full": full_row(results),
         "longer_full": full_row(results, "long-family"),
         "greedy_full": full_row(results, "greedy-family"),
+        "gentle": full_row(results, "greedy-gentle")["over"].split()[0].strip(f"+{NONE}"),
         "greedy_longer_full": full_row(results, "greedy-long-family"),
         "classes": by_class(results),
         "families": {row["family"]: row for row in tables["families"]},

@@ -13,7 +13,7 @@ PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-hf setup-gguf setup-vllm quickstart test test-slow test-sweep test-broken test-engine smoke-engine \
-	test-gpu test-vllm lint format docs clean
+	test-gpu test-vllm test-families lint format docs clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,7 +41,7 @@ test: lint  ## lint and every test that takes under 20 seconds
 	@$(PYTEST) -m "not slow and not gpu" $(ARGS)
 
 test-slow: setup setup-hf setup-gguf  ## the tests that take over 20 seconds, Hugging Face's and llama.cpp's among them; a sample of every sweep
-	@$(PYTEST) -m "slow and not gpu and not vllm" $(ARGS) || [ $$? -eq 5 ]  # 5: there is none
+	@$(PYTEST) -m "slow and not gpu and not vllm and not families" $(ARGS) || [ $$? -eq 5 ]  # 5: there is none
 
 test-sweep: setup  ## every case of the sweeps that test-slow draws a sample of
 	@$(PYTEST) -m "sweep" --sweep all $(ARGS)
@@ -62,12 +62,16 @@ test-gpu: setup  ## the tests that need a CUDA device
 test-vllm: setup setup-vllm  ## children in vLLM against their family (not in CI)
 	@$(BIN)/python -m pytest -m vllm tests/test_vllm.py -rP $(ARGS)
 
+test-families: setup setup-hf  ## every family of Hugging Face models against transformers (test-slow runs one of them)
+	@$(PYTEST) -m "families" tests/test_hf_families.py -rP $(ARGS)
+
 format: setup  ## let ruff mend and format
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-docs: setup  ## write docs/cli.md, docs/config.md and docs/gpu.md from the code and the results
+docs: setup  ## write docs/cli.md, config.md, scale.md and gpu.md from the code and the results
 	@$(BIN)/python scripts/reference.py
+	@$(BIN)/python scripts/scale.py
 	@$(BIN)/python benchmarks/gpu/pages.py
 
 clean:  ## remove build products and caches; keeps runs/ and the venvs

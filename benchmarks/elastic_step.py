@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_leaves
 from nemo_elastic.cost.counts import flops, parameters
 from nemo_elastic.mcore.runtime import cpu
 from nemo_elastic.space.architecture import Architecture
-from nemo_elastic.space.dims import WIDTH_DIMS, dim_groups
+from nemo_elastic.space.dims import dim_groups, present_dims
 from nemo_elastic.space.elastic_space import ElasticSpace
 from nemo_elastic.space.layout import ParamLayout
 from nemo_elastic.space.subnet import Subnet
@@ -85,7 +85,7 @@ def subnet_for(space: ElasticSpace, fraction: float) -> Subnet:
     steps = dim_groups(arch, space.ffn_groups) | {"hidden_size": 16, "ffn_hidden_size": 64, "mamba_head_dim": 4}
     parent = parameters(layout, space.full_subnet())
     for scale in range(1000, 0, -1):
-        sizes = {n: max(1, round(scale / 1000 * getattr(arch, n) / steps[n])) * steps[n] for n in WIDTH_DIMS}
+        sizes = {n: max(1, round(scale / 1000 * getattr(arch, n) / steps[n])) * steps[n] for n in present_dims(arch)}
         subnet = space.subnet(**sizes)
         if parameters(layout, subnet) <= fraction * parent:
             return subnet
@@ -94,7 +94,7 @@ def subnet_for(space: ElasticSpace, fraction: float) -> Subnet:
 
 def child_of(arch: Architecture, subnet: Subnet) -> Architecture:
     fields = {f: getattr(arch, f) for f in arch.__dataclass_fields__}
-    widths = {n: getattr(subnet, n) for n in WIDTH_DIMS}
+    widths = {n: getattr(subnet, n) for n in present_dims(arch)}
     return Architecture(**(fields | {n: w[0] if isinstance(w, tuple) else w for n, w in widths.items()}))
 
 

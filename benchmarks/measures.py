@@ -121,6 +121,11 @@ def compact_over_views(result: Result) -> list[float]:
     return [row["compact_token_ms"] / row["views_token_ms"] for row in rows]
 
 
+def child_shares(result: Result) -> list[float]:
+    """Tokens per second of the wide parent's children over the parent's, as shares of what FLOPs promise."""
+    return [row["compact_share"] for name, row in result["wide"]["decoding"].items() if name != "full"]
+
+
 MEASURES = (
     Measure("ssd", "time / transformers' torch path", "cases.*.time_ratio", "required_time_ratio"),
     Measure(
@@ -166,6 +171,7 @@ MEASURES = (
     Measure("serving", "memory / parent", "memory_ratio_to_parent", "goals.memory_ratio_to_parent"),
     Measure("serving", "switch with its first token", "switch_ms", "goals.switch_ms", unit="ms"),
     Measure("serving", "decoding, compact / views", compact_over_views),
+    Measure("serving", "child / parent, over FLOPs", child_shares, "goals.decode_share", least=True),
     Measure("extract", "time / copy", "children.*.time_ratio_to_copy", "goals.time_ratio_to_copy"),
     Measure(
         "extract",

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from harness import finish, interleaved, least, median, parser, start, timer
 
-from nemo_elastic.mcore.kernels.chunk_scan import chunk_scan, scan_chunk_length
+from nemo_elastic.kinds.scan_chunk import scan_chunk_length
+from nemo_elastic.mcore.kernels.chunk_scan import chunk_scan
 from nemo_elastic.mcore.kernels.gated_norm import gated_rms_norm
 from nemo_elastic.mcore.kernels.ssd import mamba_split_conv1d_scan_combined
 

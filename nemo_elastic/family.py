@@ -15,13 +15,14 @@ from .config.model_fields import architecture_of
 from .config.sections import RunConfig, TrainConfig
 from .cost.budget import BudgetCost
 from .cost.conditions import serving_of
+from .kinds import kinds_of
 from .problems import Problem, ProblemsError, raise_if_any
 from .shapes.search import propose_uniform
 from .space.alignment import rounding_step
-from .space.architecture import Architecture
+from .space.architecture import Architecture, layers_with
 from .space.blocks import DEPTH_UNITS, block_problems
 from .space.budget import Budget
-from .space.dims import DIMS, KIND_OF_DIM, ElasticDim, dim_groups, parent_size, resolve_choices
+from .space.dims import DIMS, KIND_OF_DIM, ElasticDim, dim_groups, least_size, parent_size, resolve_choices
 from .space.elastic_space import ElasticSpace
 from .space.layout import ParamLayout
 from .space.subnet import Subnet
@@ -30,7 +31,7 @@ from .space.subnet import Subnet
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """Parent, space and budgets. `forced` holds the subnets of budgets that are given instead of learned (all of them
-    when `router.frozen`).
+    when `router.frozen`). `model`: the parent's model section.
     """
 
     architecture: Architecture
@@ -38,6 +39,7 @@ class Family:
     budgets: tuple[Budget, ...]
     forced: Mapping[str, Subnet]
     notes: tuple[str, ...] = ()
+    model: Mapping[str, Any] | None = None
 
     @cached_property
     def layout(self) -> ParamLayout:
@@ -108,6 +110,8 @@ def family_of(config: RunConfig, depth_ranking: tuple[int, ...] | None = None) -
         full = parent_size(architecture, name)
         if name in KIND_OF_DIM and not architecture.layers_of(KIND_OF_DIM[name]):
             continue  # a shared file of choices may know kinds that this parent has no layer of
+        if not full:
+            continue  # nor a shared expert that this parent has not
         try:
             step = rounding_step(name, dim.choices, full, groups[name], architecture, config.elastic.multiple_of)
             if step > full:
@@ -115,7 +119,14 @@ def family_of(config: RunConfig, depth_ranking: tuple[int, ...] | None = None) -
                 found.append(Problem(f"elastic.multiple_of.{name}", f"{words} the parent's {full}"))
                 continue
             choices, rounded = resolve_choices(name, dim.choices, full, step)
-            dims[name] = ElasticDim(name=name, full=full, groups=groups[name], choices=choices, per_layer=dim.per_layer)
+            dims[name] = ElasticDim(
+                name=name,
+                full=full,
+                groups=groups[name],
+                choices=choices,
+                per_layer=dim.per_layer,
+                least=least_size(architecture, name),
+            )
             notes += rounded
         except ProblemsError as error:
             found += error.problems
@@ -155,7 +166,14 @@ def family_of(config: RunConfig, depth_ranking: tuple[int, ...] | None = None) -
         forced |= _uniform(config, space, free)
         if config.router.searches:
             notes.append("router.shapes=greedy finds shapes once there is a ranking; even shrinking stands in for them")
-    return Family(architecture=architecture, space=space, budgets=tuple(budgets), forced=forced, notes=tuple(notes))
+    return Family(
+        architecture=architecture,
+        space=space,
+        budgets=tuple(budgets),
+        forced=forced,
+        notes=tuple(notes),
+        model=config.model,
+    )
 
 
 def _uniform(config: RunConfig, space: ElasticSpace, budgets: Iterable[Budget]) -> dict[str, Subnet]:
@@ -206,6 +224,16 @@ def parse_budget(name: str, target: Any) -> Budget:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+
+
+def runnable_problems(architecture: Architecture) -> list[Problem]:
+    """Kinds of layer that can be planned, and not be ranked or trained yet."""
+    pattern, rule = architecture.hybrid_override_pattern, "can be planned, and not be ranked or trained yet"
+    return [
+        Problem("model.hybrid_override_pattern", f"{layers_with(pattern, kind.letter)}: {kind.words} {rule}")
+        for kind in kinds_of(pattern)
+        if kind.only_planned
+    ]
 
 
 def parallel_problems(architecture: Architecture, train: TrainConfig, ffn_groups: int) -> list[Problem]:

@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,7 +50,8 @@ A configuration is YAML under the keys below; every key is a dotted override on 
 here, the files named under `base:` (beside the file, else of the shipped `conf/`), the file itself, the command line.
 `nemo-elastic config` shows which one set each value. An unknown key is an error that names the nearest known one.
 """
-MODEL_WORDS = """NeMo `SSMConfig` field names verbatim, and `vocab_size` (rows of the embedding). Required: {required}.
+MODEL_WORDS = """NeMo `SSMConfig` field names verbatim, and `vocab_size` (rows of the embedding). Required: {required};
+and of every kind of layer in the pattern its sizes: {of_kinds}.
 Everything else has SSMConfig's default; `nemo-elastic config` shows what was set.
 """
 
@@ -73,14 +74,27 @@ def _help(heading: str, parser: argparse.ArgumentParser) -> str:
 def config_reference() -> str:
     """docs/config.md."""
     from nemo_elastic.config.model_fields import REQUIRED
+    from nemo_elastic.kinds import kinds
 
     classes, comments = _classes(), _comments()
     parts = [CONFIG_HEAD]
     for prefix, node in _walk(classes, "RunConfig", ""):
         parts.append(_section(prefix, node, comments, classes))
         if not prefix:
-            parts.append("## `model`\n\n" + MODEL_WORDS.format(required=", ".join(f"`{r}`" for r in REQUIRED)))
+            of_kinds = {kind: [size.name for size in kind.sizes if size.required] for kind in kinds()}
+            always = [name for name in REQUIRED if name not in {n for names in of_kinds.values() for n in names}]
+            words = {
+                "required": _listed(always),
+                "of_kinds": "; ".join(
+                    f"{kind.words} (`{kind.letter}`) {_listed(names)}" for kind, names in of_kinds.items()
+                ),
+            }
+            parts.append("## `model`\n\n" + MODEL_WORDS.format(**words))
     return "\n".join(parts)
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def _walk(classes: dict[str, ast.ClassDef], name: str, prefix: str) -> Iterator[tuple[str, ast.ClassDef]]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from family_configs import PUBLISHED
 
 ROOT = Path(__file__).resolve().parent.parent
 ASSETS = ROOT / "nemo_elastic" / "assets" / "tiny_parent"
@@ -238,6 +239,22 @@ def _flags() -> Iterator[Broken]:
         yield Broken(f"plan {' '.join(words)}", (*_words("plan"), *words))
 
 
+# model_type, a key and what makes it another function, or none.
+OF_FAMILIES = (
+    ("llama", "attn_logit_softcapping", 50.0), ("llama", "rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
+    ("llama", "rope_scaling", "x"), ("llama", "rope_parameters", {"a": {}}), ("llama", "rope_theta", "x"),
+    ("llama", "mlp_bias", True), ("llama", "head_dim", [64]), ("llama", "num_key_value_heads", 5),
+    ("llama", "layer_types", 3), ("llama", "model_type", "opt"), ("llama", "pretraining_tp", 2),
+    ("qwen2", "use_sliding_window", True), ("qwen2", "layer_types", ["sliding_attention"] * 28),
+    ("qwen2", "num_hidden_layers", 0), ("qwen2", "partial_rotary_factor", 0.5), ("qwen3", "alibi", True),
+    ("qwen3", "attention_bias", True), ("qwen3", "rms_norm_eps", 0), ("qwen3", "num_experts", 128),
+    ("bamba", "attn_layer_indices", [99]), ("bamba", "mamba_d_head", "x"), ("bamba", "time_step_limit", [0, 1]),
+    ("bamba", "mamba_expand", 1.5), ("bamba", "hidden_act", "gelu"), ("granitemoehybrid", "num_local_experts", 72),
+    ("granitemoehybrid", "layer_types", ["mamba"]), ("granitemoehybrid", "residual_multiplier", "x"),
+    ("granitemoehybrid", "position_embedding_type", "learned"), ("granitemoehybrid", "attention_multiplier", 0),
+)  # fmt: skip
+
+
 def _parents() -> Iterator[Broken]:
     verbs = ("train", "rank", "quickstart")
     config = {
@@ -253,6 +270,15 @@ def _parents() -> Iterator[Broken]:
     ]
     for number, (name, spoil) in enumerate(spoils):
         yield Broken(name, _words(verbs[number % 3]), spoil)
+    for number, (kind, key, value) in enumerate(OF_FAMILIES):
+        said = {**next(config for config, _, _ in PUBLISHED.values() if config["model_type"] == kind), key: value}
+        spoil = _to("hf/config.json", lambda old, said=said: json.dumps(said).encode())
+        words = (
+            ("plan", "{w}/hf"),
+            ("config", "--from", "{w}/hf"),
+            (*_words("train"), "parent.path={w}/hf"),
+        )
+        yield Broken(f"{kind} has {key}={json.dumps(value)[:20]}", words[number % 3], spoil)
     for path in ("{w}/nothing", "{w}/text.txt", "{w}/run", "builtin:nobody", "/dev/null", "''", "'a\\0b'"):
         yield Broken(f"parent.path={path}", (*_words("train"), f"parent.path={path}"))
         yield Broken(f"parent.path={path}", (*_words("rank"), f"parent.path={path}"))

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import expert_features
 from small_parent import architecture
 
 from nemo_elastic.config.function_fields import ARITHMETIC
@@ -35,7 +36,9 @@ TRANSFORMER = "*-*-*-"  # no Mamba layer: a Llama's
 
 
 def parts(feature: str, pattern: str | None = None, **more: Any) -> tuple[Architecture, dict[str, Any]]:
-    """(sizes and flags, the rest of the function) of a small parent with a feature; '': none."""
+    """(sizes and flags, the rest of the function) of a small parent with a feature, or with experts; '': none."""
+    if feature in expert_features.FEATURES:
+        return expert_features.parts(feature, **more)
     said = FEATURES.get(feature, {})
     flags = {name: value for name, value in said.items() if name not in ARITHMETIC}
     arch = architecture(**({} if pattern is None else {"pattern": pattern}), **flags, **more)

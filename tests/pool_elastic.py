@@ -100,7 +100,8 @@ def refusal_of(pattern: str, plain: str = "") -> str:
 def gates(arch: Architecture, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     """Straight-through scalars of value 1 for every dim, per layer where a dim can be."""
     rows = {n: len(arch.layers_of(KIND_OF_DIM[n])) if n in PER_LAYER_DIMS else 1 for n in WIDTH_DIMS}
-    rows = {n: k for n, k in rows.items() if k and (n not in KIND_OF_DIM or arch.layers_of(KIND_OF_DIM[n]))}
+    there = {n for n in rows if n not in KIND_OF_DIM or (arch.layers_of(KIND_OF_DIM[n]) and getattr(arch, n))}
+    rows = {n: k for n, k in rows.items() if k and n in there}
     return {n: torch.ones(k, dtype=dtype, requires_grad=True) for n, k in {**rows, DEPTH: arch.num_layers}.items()}
 
 

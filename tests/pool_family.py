@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import expert_features
 import pytest
 import torch
 from dense_features import FEATURES
@@ -50,14 +51,18 @@ DIMS = {
 
 
 def run_config(*, tied: bool = False, vocab_size: int = 64, feature: str = "", **distill: Any) -> RunConfig:
-    """`feature`: one of dense parents (`dense_features`)."""
+    """`feature`: one of dense parents (`dense_features`), or experts (`expert_features`)."""
     sizes = SMALL | {"vocab_size": vocab_size} | FEATURES.get(feature, {})
+    pattern, dims = PATTERN, DIMS
+    if feature in expert_features.FEATURES:
+        sizes |= expert_features.SIZES | expert_features.FEATURES[feature]
+        pattern, dims = expert_features.PATTERN, DIMS | expert_features.DIMS
     return load_values(
         {
-            "model": sizes | {"hybrid_override_pattern": PATTERN, "share_embeddings_and_output_weights": tied},
+            "model": sizes | {"hybrid_override_pattern": pattern, "share_embeddings_and_output_weights": tied},
             "elastic": {
                 "ffn_groups": FFN_GROUPS,
-                "dims": DIMS,
+                "dims": dims,
                 "budgets": {"full": 1.0, "large": 0.75, "small": 0.5},
             },
             "router": {"hidden_size": 16, "init_std": 0.5},
@@ -241,7 +246,8 @@ def _numbers(reduction: ElasticLossReduction, outputs: list[Any]) -> list[float]
 
 
 def _gradients(model: FamilyModel, layout: ParamLayout) -> dict[str, Tensor]:
-    named = ((name, p.main_grad) for name, p in named_global_parameters(model, layout))
+    own = ((name, p) for name, p in named_global_parameters(model, layout) if p.requires_grad)
+    named = ((name, p.main_grad) for name, p in own)
     return {name: g.clone() for name, g in whole_tensors(named, layout)}
 
 

@@ -231,7 +231,7 @@ def sorting_errors(sp: bool = False) -> dict[str, tuple[float, float]]:
     largest value of the tensor: every dim alone in fp64, all together in fp64 and fp32."""
     from nemo_elastic.importance.ranking import random_orders
     from nemo_elastic.importance.sorting import sort_tensor, sort_tensors
-    from nemo_elastic.space.dims import WIDTH_DIMS
+    from nemo_elastic.space.dims import present_dims
 
     def difference(a, b):
         return ((a - b).abs().max() / b.abs().max().clamp_min(1e-3)).item()
@@ -240,7 +240,7 @@ def sorting_errors(sp: bool = False) -> dict[str, tuple[float, float]]:
     for dtype in (torch.float32, torch.float64):
         tensors = whole_tensors(TINY, dtype)
         logits, gradients = whole_gradients(TINY, tensors, dtype, sp)
-        for dims in [(dim,) for dim in WIDTH_DIMS if dtype == torch.float64] + [WIDTH_DIMS]:
+        for dims in [(dim,) for dim in present_dims(TINY) if dtype == torch.float64] + [present_dims(TINY)]:
             orders = random_orders(layout, dims, torch.Generator().manual_seed(3))
             in_order = dict(sort_tensors(tensors.items(), layout, orders))
             assert any(not torch.equal(in_order[name], tensors[name]) for name in tensors)

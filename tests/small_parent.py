@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from nemo_elastic.space.architecture import Architecture
-from nemo_elastic.space.dims import KIND_OF_DIM, PER_LAYER_DIMS, WIDTH_DIMS, dim_groups
+from nemo_elastic.space.dims import KIND_OF_DIM, PER_LAYER_DIMS, WIDTH_DIMS, dim_groups, least_size, present_dims
 from nemo_elastic.space.elastic_space import ElasticSpace
 from nemo_elastic.space.subnet import Subnet
 
@@ -37,7 +37,7 @@ def child_architecture(arch: Architecture, subnet: Subnet) -> Architecture:
     """The plain architecture of a child with uniform widths."""
     widths = {n: getattr(subnet, n) for n in WIDTH_DIMS}
     assert all(subnet.is_uniform(n) for n in WIDTH_DIMS)
-    sizes = {n: (w[0] if w else SMALL[n]) if isinstance(w, tuple) else w for n, w in widths.items()}
+    sizes = {n: (w[0] if w else getattr(arch, n)) if isinstance(w, tuple) else w for n, w in widths.items()}
     return replace(arch, **sizes, hybrid_override_pattern=child_pattern(arch, subnet))
 
 
@@ -49,9 +49,10 @@ def random_subnet(space: ElasticSpace, rng: random.Random, *, per_layer: bool = 
     """A legal subnet, any size of any dim and any kept layers."""
     arch, groups = space.architecture, dim_groups(space.architecture, space.ffn_groups)
     sizes: dict[str, Any] = {}
-    for name in WIDTH_DIMS:
+    for name in present_dims(arch):
         rows = len(arch.layers_of(KIND_OF_DIM[name])) if per_layer and name in PER_LAYER_DIMS else 1
-        row = [groups[name] * rng.randint(1, getattr(arch, name) // groups[name]) for _ in range(rows)]
+        step, least = groups[name], -(-least_size(arch, name) // groups[name])
+        row = [step * rng.randint(least, getattr(arch, name) // step) for _ in range(rows)]
         sizes[name] = row if per_layer and name in PER_LAYER_DIMS else row[0]
     layers = sorted(rng.sample(range(arch.num_layers), rng.randint(1, arch.num_layers)))
     return space.subnet(**sizes, layers=layers)

@@ -82,7 +82,7 @@ def test_an_impossible_budget_names_what_is_reachable(capsys):
         (["plan", *TINY, "rank.depth=gredy"], "'gredy' must be one of greedy, one_shot, cosine, random"),
         (["plan", *TINY, "train.micro_batch_size=four"], "'four' must be an integer"),
         (["plan", *TINY, "model.mamba_num_heads=50"], "50 must be a multiple of mamba_num_groups=4"),
-        (["plan", *TINY, "model.hybrid_override_pattern=M-ME"], "layer 3 of 4: mixture of experts ('E')"),
+        (["plan", *TINY, "model.hybrid_override_pattern=M-MG"], "layer 3 of 4: gated delta net ('G')"),
         (["plan", *TINY, "some/folder"], "1 given (some/folder), wanted: none"),
         (["train", *TINY, "parent.path=/no/such/parent"], "nothing at '/no/such/parent'"),
         (["extract", "/no/such/nested", "--all"], "/no/such/nested"),

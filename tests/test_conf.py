@@ -37,8 +37,18 @@ PUBLISHED = {  # integers: elements of the released weights; otherwise the maker
     "qwen2_5_7b.yaml": 7_615_616_512,
     "bamba_9b.yaml": 9_780_235_392,  # the makers round; the formula's
     "granite_4_h_micro.yaml": 3_191_396_096,  # likewise
+    "nemotron_3_nano_30b_a3b.yaml": 31_577_940_288,
+    "star_elastic.yaml": 31_577_940_288,
+    "granite_4_h_small.yaml": 32_207_337_984,
+    "qwen3_30b_a3b.yaml": 30_532_122_624,
 }
-KINDS = {  # Mamba, attention, MLP layers
+ACTIVE = {  # what one token passes through
+    "nemotron_3_nano_30b_a3b.yaml": 3_580_076_352,
+    "star_elastic.yaml": 3_580_076_352,
+    "granite_4_h_small.yaml": 8_803_121_664,
+    "qwen3_30b_a3b.yaml": 3_353_032_704,
+}
+KINDS = {  # Mamba, attention, MLP, experts layers
     "nemotron_nano_12b_v2.yaml": (28, 6, 28),
     "nemotron_elastic_paper.yaml": (28, 6, 28),
     "nemotron_nano_9b_v2.yaml": (27, 4, 25),
@@ -55,8 +65,13 @@ KINDS = {  # Mamba, attention, MLP layers
     "qwen2_5_7b.yaml": (0, 28, 28),
     "bamba_9b.yaml": (29, 3, 32),
     "granite_4_h_micro.yaml": (36, 4, 40),
+    "nemotron_3_nano_30b_a3b.yaml": (23, 6, 0, 23),
+    "star_elastic.yaml": (23, 6, 0, 23),
+    "granite_4_h_small.yaml": (36, 4, 0, 40),
+    "qwen3_30b_a3b.yaml": (0, 48, 0, 48),
     "tiny_parent.yaml": (7, 2, 7),
 }
+HUGGING_FACE = {"llama": "Llama", "qwen3": "Qwen3", "qwen2": "Qwen2", "bamba": "Bamba", "granite": "Granite"}
 NEMO = {  # NeMo's own class of the same model
     "nemotron_nano_12b_v2.yaml": "NemotronNano12Bv2",
     "nemotron_nano_9b_v2.yaml": "NemotronNano9Bv2",
@@ -92,9 +107,44 @@ def test_plan_counts_what_megatron_builds(name: str, on_meta: None) -> None:
     devices = {p.device.type for p in model.parameters()}
     assert devices == {"meta"}
     assert found["parent"]["parameters"] == sum(p.numel() for p in model.parameters())
+    assert found["parent"]["active_parameters"] == ACTIVE.get(name, found["parent"]["parameters"])
     if name in PUBLISHED:
         exact = isinstance(PUBLISHED[name], int)
         assert found["parent"]["parameters"] == pytest.approx(PUBLISHED[name], rel=0 if exact else 0.02)
+
+
+OTHERS = {  # of published models that no file of conf/ describes: sizes, parameters, active ones
+    "granite_4_h_tiny": (
+        {"hybrid_override_pattern": "MEMEMEMEME*EMEMEMEMEMEMEMEMEME*EMEMEMEMEMEMEMEMEME*EMEMEMEMEMEMEMEMEME*EMEMEMEME",
+         "hidden_size": 1536, "num_attention_heads": 12, "num_query_groups": 4, "kv_channels": 128,
+         "mamba_num_heads": 48, "mamba_head_dim": 64, "mamba_num_groups": 1, "mamba_state_dim": 128,
+         "num_moe_experts": 64, "moe_router_topk": 6, "moe_ffn_hidden_size": 512,
+         "moe_shared_expert_intermediate_size": 1024, "gated_linear_unit": True,
+         "share_embeddings_and_output_weights": True, "vocab_size": 100352},
+        6_939_037_248, 1_465_470_528,
+    ),
+    "nemotron_3_super_without_mtp": (
+        {"hybrid_override_pattern": "M" * 40 + "E" * 40 + "*" * 8, "hidden_size": 4096, "num_attention_heads": 32,
+         "num_query_groups": 2, "kv_channels": 128, "mamba_num_heads": 128, "mamba_head_dim": 64,
+         "mamba_num_groups": 8, "mamba_state_dim": 128, "num_moe_experts": 512, "moe_router_topk": 22,
+         "moe_ffn_hidden_size": 2688, "moe_latent_size": 1024, "moe_shared_expert_intermediate_size": 5376,
+         "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True, "vocab_size": 131072},
+        120_668_707_840, 12_770_237_440,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(OTHERS))
+def test_counts_of_other_published_models(name: str) -> None:
+    from nemo_elastic.config.model_fields import architecture_of
+    from nemo_elastic.cost.counts import active_parameters, parameters
+    from nemo_elastic.space.elastic_space import ElasticSpace
+    from nemo_elastic.space.layout import ParamLayout
+
+    model, count, active = OTHERS[name]
+    arch = architecture_of(model)
+    layout, full = ParamLayout(arch), ElasticSpace(architecture=arch).full_subnet()
+    assert (parameters(layout, full), active_parameters(layout, full)) == (count, active)
 
 
 @pytest.mark.parametrize("name", PARENTS)
@@ -104,11 +154,15 @@ def test_plan_of_every_parent_meets_its_budgets(name: str) -> None:
     assert [b["name"] for b in found["budgets"]] == list(run.elastic.budgets) and len(found["budgets"]) == 3
     for budget in found["budgets"]:
         assert abs(budget["error"]) < 0.011, budget["name"]
-        assert budget["deployment"]["hugging_face"] == "loads as NemotronH"
+        note = budget["deployment"]["hugging_face"]
+        if name in ACTIVE:
+            assert note == "no: mixture of experts is not written as a Hugging Face folder yet"
+        else:
+            assert note == f"loads as {HUGGING_FACE.get(name.split('_')[0], 'NemotronH')}"
         tp = run.train.tensor_model_parallel_size
         assert tp in budget["deployment"]["tensor_parallel"]
     pattern = run.model["hybrid_override_pattern"]
-    assert tuple(pattern.count(kind) for kind in "M*-") == KINDS[name]
+    assert tuple(pattern.count(kind) for kind in "M*-E"[: len(KINDS[name])]) == KINDS[name]
     names = set(run.elastic.budgets)
     for stage in run.train.stages:
         assert stage.budget_probabilities is None or set(stage.budget_probabilities) == names
@@ -210,7 +264,12 @@ def test_the_wheel_carries_the_configurations(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "word",
-    ["rotary_interleaved=true", "position_embedding_type=learned_absolute", "window_size=[16,0]", "num_moe_experts=4"],
+    [
+        "rotary_interleaved=true",
+        "position_embedding_type=learned_absolute",
+        "window_size=[16,0]",
+        "moe_z_loss_coeff=1e-3",
+    ],
 )
 def test_what_would_be_counted_wrongly_is_refused(word: str) -> None:
     with pytest.raises(ProblemsError, match=f"model.{word.partition('=')[0]}: .*not supported"):
@@ -242,3 +301,14 @@ def test_bf16_runs_take_the_optimizer_that_can_save_them() -> None:
         words = [f"train.precision={precision}", "train.use_distributed_optimizer=false"]
         with pytest.raises(ProblemsError, match=r"train\.use_distributed_optimizer: false needs train\.precision=32"):
             load_config("tiny_parent.yaml", words)
+
+
+def test_items_of_a_replaced_list_are_of_who_replaced_it() -> None:
+    from nemo_elastic.cli.config import origin_of
+
+    by_file = load_config(CONF / "star_elastic.yaml")
+    assert by_file.values["train"]["stages"][0]["tokens"] == 94.5e9
+    assert not [key for key in by_file.origins if key == "train.stages.0.steps"]
+    word = "train.stages=[{steps: 3, seq_length: 64, global_batch_size: 8}]"
+    by_word = load_config(CONF / "nemotron_nano_12b_v2.yaml", [word])
+    assert origin_of("train.stages.0.steps", by_word.origins) == "command line"

@@ -5,6 +5,7 @@ from collections import defaultdict
 
 import pytest
 import torch
+from dense_features import TRANSFORMER, parts
 from megatron.core.inference.contexts import StaticInferenceContext
 from plain_child import plain_child
 from small_parent import FFN_GROUPS, architecture, random_subnet, space_of
@@ -21,8 +22,9 @@ from nemo_elastic.cost.counts import (
     parameters,
     parameters_by_kind,
 )
+from nemo_elastic.kinds import kind_of, kinds_of
+from nemo_elastic.kinds.scan_chunk import scan_chunk_length
 from nemo_elastic.mcore.elastic.plan import hard_plan
-from nemo_elastic.mcore.kernels.chunk_scan import scan_chunk_length
 from nemo_elastic.mcore.models.build import build_elastic_model
 from nemo_elastic.space.architecture import Architecture
 from nemo_elastic.space.layout import ParamLayout
@@ -87,29 +89,39 @@ def test_published_models(arch: Architecture, count: float) -> None:
     assert found == count if isinstance(count, int) else round(found / 1e9, 3) == count / 1e9
 
 
+CHILDREN = {  # feature (none: the hybrid), pattern, how many random children
+    "hybrid": ("", None, 110), "features": ("all", None, 40), "transformer": ("all", TRANSFORMER, 40),
+    "nemotron": ("nemotron", None, 80), "granite": ("granite", None, 80), "latent": ("latent", None, 40),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", list(CHILDREN))
 @pytest.mark.usefixtures("one_rank")
-def test_parameters_are_those_of_the_built_child(tied: bool) -> None:
-    """110 random children each, every fourth with per-layer widths: total, per kind, per layer."""
-    arch = architecture(share_embeddings_and_output_weights=tied)
+def test_parameters_are_those_of_the_built_child(name: str, tied: bool) -> None:
+    """Random children, every fourth with per-layer widths: total, per kind, per layer."""
+    feature, pattern, trials = CHILDREN[name]
+    arch, function = parts(feature, pattern, share_embeddings_and_output_weights=tied)
     space, layout, rng = space_of(arch), ParamLayout(arch, ffn_groups=FFN_GROUPS), random.Random(int(tied))
     seen = set()
-    for trial in range(110):
+    for trial in range(trials):
         subnet = random_subnet(space, rng, per_layer=trial % 4 == 0)
-        child = plain_child(arch, subnet, perform_initialization=False)
-        assert parameters(layout, subnet) == sum(p.numel() for p in child.parameters()) == formula(arch, subnet)
+        child = plain_child(arch, subnet, function, perform_initialization=False)
+        assert parameters(layout, subnet) == sum(p.numel() for p in child.parameters())
+        assert feature or parameters(layout, subnet) == formula(arch, subnet)
         kinds: dict[str, int] = defaultdict(int)
         for number, layer in enumerate(subnet.layers):
             kind, built = arch.hybrid_override_pattern[layer], child.decoder.layers[number]
             count = sum(p.numel() for p in built.parameters())
             assert layer_parameters(layout, kind, layout.sizes(subnet, layer)) == count
-            kinds[{"M": "mamba", "*": "attention", "-": "mlp"}[kind]] += count
+            kinds[kind_of(kind).name] += count
         outside = sum(p.numel() for n, p in child.named_parameters() if "layers" not in n)
         assert outer_parameters(layout, subnet.hidden_size) == outside
         by_kind = parameters_by_kind(layout, subnet)
-        assert by_kind == {"mamba": 0, "attention": 0, "mlp": 0, **kinds, "embedding_and_output": outside}
+        there = {kind.name: 0 for kind in kinds_of(arch.hybrid_override_pattern)}
+        assert by_kind == {**there, **kinds, "embedding_and_output": outside}
         seen.add(subnet)
-    assert len(seen) > 100
+    assert len(seen) > 0.9 * trials
 
 
 @pytest.mark.parametrize("profile", list(BYTE_PROFILES))
@@ -147,12 +159,13 @@ def baddbmm_flops(into: torch.Size, a: torch.Size, b: torch.Size, **_: object) -
 
 
 @pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("feature", ["", "all", "nemotron", "granite", "latent"])
 @pytest.mark.parametrize(("batch", "length"), [(1, 40), (2, 96)])
-def test_flops_are_those_of_a_sliced_step(batch: int, length: int) -> None:
+def test_flops_are_those_of_a_sliced_step(batch: int, length: int, feature: str) -> None:
     """Exact: forward, and a whole step as three forwards plus the scores that the scan's backward makes again."""
-    arch = architecture()
+    arch, function = parts(feature)
     space, layout, rng = space_of(arch), ParamLayout(arch, ffn_groups=FFN_GROUPS), random.Random(length)
-    model = build_elastic_model(arch, ffn_groups=FFN_GROUPS)
+    model = build_elastic_model({**vars(arch), **function}, ffn_groups=FFN_GROUPS)
     ids = torch.zeros(batch, length, dtype=torch.long)
     subnets = [random_subnet(space, rng, per_layer=i % 2 == 0) for i in range(10)]
     subnets += [space.full_subnet(), *(space.subnet(layers=(i,)) for i in (0, 1, 3))]

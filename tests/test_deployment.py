@@ -33,7 +33,7 @@ def test_fp8_names_the_axis_that_does_not_fit():
 
 def test_ragged_children_say_what_no_schema_can():
     family, _ = _tiny()
-    arch = family.architecture
+    arch = vars(family.architecture)
     assert hugging_face_note(arch, family.space.full_subnet()) == "loads as NemotronH"
     assert "padded" in hugging_face_note(arch, family.space.subnet(ffn_hidden_size=(512,) * 6 + (256,)))
     assert "no stock schema" in hugging_face_note(arch, family.space.subnet(mamba_num_heads=(16,) * 6 + (12,)))

@@ -39,6 +39,7 @@ ELSEWHERE = {
     "make setup": "tests/test_repository.py (its parts); .ci",
     "make setup-hf": "tests/test_hf.py (where that venv is)",
     "make setup-gguf": "tests/test_gguf.py (where that venv is)",
+    "make test-families": "by hand: test-slow runs one of them; tests/test_hf_families.py",
     "make test-vllm": "by hand: its venv takes 3 GB",
     "make help": "tests/test_repository.py",
     "make smoke-engine": ".ci",
@@ -51,6 +52,7 @@ ELSEWHERE = {
     "nemo elastic train --factory tiny_parent": "tests/test_nemo_run.py, with --dryrun",
     "pip install wandb": "none: an optional package",
     "python scripts/reference.py": "tests/test_reference.py",
+    "python scripts/scale.py": "tests/test_reference.py",
     "python benchmarks/gpu/build.py": "tests/test_gpu_kit.py (its parts); it downloads and compiles for minutes",
     "python benchmarks/gpu/checks.py scan_triton": "tests/test_gpu_kit.py, on the CPU",
     "python benchmarks/gpu/pages.py": "tests/test_gpu_kit.py",
@@ -58,6 +60,12 @@ ELSEWHERE = {
     "python runs/mine/hf_nested/from_nested.py --budget small --out runs/mine/small_hf": "tests/test_hf_nested.py",
     "python examples/paper_small/run.py --out runs/paper_small": "tests/test_paper_small.py, --quick",
     "python examples/paper_small/results.py": "tests/test_paper_small.py",
+    "python examples/paper_small/run.py --out runs/paper_small --results runs/paper_small/results --only greedy-best "
+    "--seeds 4": "tests/test_paper_small.py, --quick",
+    "python examples/paper_small/think.py --out runs/paper_small --nested runs/paper_small/nested/greedy-best-4": (
+        "tests/test_think.py (its parts); the run before it takes ten minutes"
+    ),
+    "python examples/paper_small/think.py --draw": "tests/test_think.py",
 }
 
 

@@ -86,12 +86,37 @@ def test_a_layout_changes_nothing_of_a_dense_parents_features(
     request: pytest.FixtureRequest, one_rank: None, name: str, kind: str
 ) -> None:
     """Gates, scaled rotary positions, norms of heads (whose gradient every rank has a part of), biases, multipliers."""
-    if "all" not in _features:
-        count = len(pool_elastic.micro_batches(pool_elastic.architecture()))
-        _features["all"] = [pool_elastic.schedule_step(feature="all", order=[i]) for i in range(count)]
     layout, more = LAYOUTS[name], FULL if kind == "ddp_recompute" else {}
     pool: WorkerPool = request.getfixturevalue(f"pool{layout.get('tp', 1) * layout.get('pp', 1)}")
-    assert_same(pool.run(pool_elastic.schedule_step, **layout, feature="all", ddp=True, **more), _features["all"])
+    assert_same(pool.run(pool_elastic.schedule_step, **layout, feature="all", ddp=True, **more), one_by_one("all"))
+
+
+@pytest.mark.parametrize("kind", ["ddp", "ddp_recompute"])
+@pytest.mark.parametrize("name", ["tp2", "tp2_pp2_sp", "tp4"])
+def test_a_layout_changes_nothing_of_experts(
+    request: pytest.FixtureRequest, one_rank: None, name: str, kind: str, feature: str = "nemotron"
+) -> None:
+    """Sigmoid routers with a bias, a shared expert, counts and widths that differ over layers and micro-batches."""
+    layout, more = LAYOUTS[name], FULL if kind == "ddp_recompute" else {}
+    pool: WorkerPool = request.getfixturevalue(f"pool{layout.get('tp', 1) * layout.get('pp', 1)}")
+    ranks = pool.run(pool_elastic.schedule_step, **layout, feature=feature, ddp=True, **more)
+    assert_same(ranks, one_by_one(feature))
+
+
+@pytest.mark.parametrize("feature", ["latent", "granite"])
+def test_a_layout_changes_nothing_of_other_experts(
+    request: pytest.FixtureRequest, one_rank: None, feature: str
+) -> None:
+    """Latent channels; gates."""
+    test_a_layout_changes_nothing_of_experts(request, one_rank, "tp2_pp2_sp", "ddp", feature)
+
+
+def one_by_one(feature: str) -> list[dict[str, Any]]:
+    """Each micro-batch of a parent with a feature alone, in this process."""
+    if feature not in _features:
+        count = len(pool_elastic.micro_batches(pool_elastic.architecture()))
+        _features[feature] = [pool_elastic.schedule_step(feature=feature, order=[i]) for i in range(count)]
+    return _features[feature]
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)

@@ -113,7 +113,7 @@ def test_no_field_of_the_configuration_class_is_left_to_its_default() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"model_type": "llama"}, "must be 'nemotron_h'"),
+        ({"model_type": "mpt"}, "'mpt' must be one of nemotron_h, llama, .*; docs/extending.md"),
         ({"hybrid_override_pattern": "M-M*-M*"}, "one is stale"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"intermediate_size": [80, 40, 40]}, "is a list"),

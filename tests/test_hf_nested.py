@@ -168,9 +168,11 @@ def test_what_the_script_cannot_do_it_says(nested: Nested, tmp_path: Path, capsy
 def test_a_family_that_cannot_be_said_is_refused_before_anything_is_written(nested: Nested, tmp_path: Path) -> None:
     with pytest.raises(ProblemsError, match=r"uniform cannot say mamba_num_heads per layer .*\(budget odd\)"):
         extract_hf_nested(nested, tmp_path / "hf")
-    model = {**MODEL, "add_qkv_bias": True}
+    model = {**MODEL, "position_embedding_type": "rope"}
     other = replace(nested, manifest=replace(only(nested, "small").manifest, model=model))
-    with pytest.raises(ProblemsError, match=r"model\.add_qkv_bias: True cannot be said in Hugging Face's NemotronH"):
+    with pytest.raises(
+        ProblemsError, match=r"model\.position_embedding_type: 'rope' cannot be said in Hugging Face's NemotronH"
+    ):
         extract_hf_nested(other, tmp_path / "hf")
     assert list(tmp_path.iterdir()) == []
 

@@ -23,8 +23,8 @@ PACKAGE = ROOT / "nemo_elastic"
 # Wings of the package from the ground up: who stands in a line may import those before it, never those behind it. A
 # name without a dot stands for all that is in it, unless a longer one is listed as well.
 ORDER = (
-    "__init__", "kinds", "problems", "files", "processes", "space", "cost", "shapes", "config", "family", "plan",
-    "data", "checkpoint", "router", "distill", "importance", "report",
+    "__init__", "kinds", "problems", "files", "processes", "space", "cost", "shapes", "huggingface", "config", "family",
+    "plan", "data", "checkpoint", "router", "distill", "importance", "report",
     "mcore.versions", "mcore.runtime", "mcore", "mcore.kernels", "mcore.elastic", "mcore.checkpoint", "mcore.models",
     "mcore.family", "mcore.ranking",
     "nemo", "nemo.plain", "nemo.export", "nemo.run", "nemo.pipeline", "nemo.api", "nemo.recipes",

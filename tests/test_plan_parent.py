@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from checkpoint_family import random_weights
+from family_configs import GRANITE_4_H_MICRO
 from safetensors.torch import save_file
 
 from nemo_elastic.cli.main import main
@@ -41,12 +42,12 @@ def test_a_folder_without_its_weights_or_with_others_says_so(tmp_path: Path, cap
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        ({"model_type": "llama", "hidden_size": 2048, "num_hidden_layers": 16}, "model_type: 'llama'"),
-        ({"model_type": "granitemoehybrid", "num_local_experts": 64}, "model_type: 'granitemoehybrid'"),
+        ({"model_type": "mpt", "hidden_size": 2048, "num_hidden_layers": 16}, "model_type: 'mpt'"),
+        ({**GRANITE_4_H_MICRO, "num_local_experts": 64}, "num_local_experts: 64"),
         ({"model_type": None}, "model_type: None"),
         (
-            json.loads((TINY / "config.json").read_text()) | {"hybrid_override_pattern": "MEM*" * 4},
-            "mixture of experts",
+            json.loads((TINY / "config.json").read_text()) | {"hybrid_override_pattern": "MGM*" * 4},
+            "gated delta net",
         ),
     ],
 )

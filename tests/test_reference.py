@@ -1,4 +1,4 @@
-"""docs/cli.md and docs/config.md say what `--help` and config/sections.py say."""
+"""docs/cli.md and docs/config.md say what `--help` and config/sections.py say, docs/scale.md what its script writes."""
 
 from __future__ import annotations
 
@@ -19,12 +19,16 @@ from nemo_elastic.config import sections
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope="module")
-def reference() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("reference", ROOT / "scripts" / "reference.py")
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def reference() -> ModuleType:
+    return script("reference")
 
 
 @pytest.mark.parametrize("page", ["cli.md", "config.md"])
@@ -32,6 +36,11 @@ def test_the_page_is_current(reference: ModuleType, page: str, monkeypatch: pyte
     monkeypatch.setenv("COLUMNS", "1")  # whatever the terminal
     wanted = {path.name: text for path, text in reference.pages().items()}
     assert (ROOT / "docs" / page).read_text() == wanted[page], "run `python scripts/reference.py`"
+
+
+def test_the_page_of_scale_is_what_its_command_writes() -> None:
+    scale = script("scale")
+    assert scale.PAGE.read_text() == scale.page(), "run `python scripts/scale.py`"
 
 
 @pytest.mark.parametrize("verb", ["", "plan"])

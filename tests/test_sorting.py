@@ -29,11 +29,12 @@ from nemo_elastic.importance.sorting import (
     sort_tensor,
     sort_tensors,
 )
-from nemo_elastic.space.dims import WIDTH_DIMS
+from nemo_elastic.space.dims import present_dims
 from nemo_elastic.space.layout import ParamLayout
 
 LAYOUT = layout_of(TINY)
-EVERY_DIM = [(dim,) for dim in WIDTH_DIMS] + [WIDTH_DIMS]
+WIDTHS = present_dims(TINY)
+EVERY_DIM = [(dim,) for dim in WIDTHS] + [WIDTHS]
 
 
 def shuffled(dims, seed=3):
@@ -63,14 +64,14 @@ def test_sorted_parent_is_the_parent(one_rank, dims, dtype, tolerance):
 
 
 def test_inverse_restores_every_bit():
-    tensors, orders = whole_tensors(TINY), shuffled(WIDTH_DIMS)
+    tensors, orders = whole_tensors(TINY), shuffled(WIDTHS)
     there = sort_tensors(tensors.items(), LAYOUT, orders)
     back = dict(sort_tensors(there, LAYOUT, orders, inverse=True))
     assert all(torch.equal(back[name], tensors[name]) for name in tensors)
 
 
 def test_orders_survive_a_manifest():
-    orders = shuffled(WIDTH_DIMS)
+    orders = shuffled(WIDTHS)
     again = orders_from_tensors(orders_to_tensors(orders), LAYOUT)
     assert again.keys() == orders.keys()
     assert all(torch.equal(again[layer][dim], order) for layer in orders for dim, order in orders[layer].items())
@@ -89,7 +90,7 @@ def test_sorting_a_sorted_parent_changes_nothing(levels):
             layer: torch.randint(levels, (getattr(TINY, dim),), generator=generator).float()
             for layer in orders_layers(dim)
         }
-        for dim in WIDTH_DIMS
+        for dim in WIDTHS
     }
     orders = width_orders(widths, LAYOUT)
     assert not is_identity(orders)
@@ -101,7 +102,7 @@ def test_sorting_a_sorted_parent_changes_nothing(levels):
 
 
 def orders_layers(dim):
-    return sorted(layer for layer, by_dim in shuffled(WIDTH_DIMS).items() if layer is not None and dim in by_dim)
+    return sorted(layer for layer, by_dim in shuffled(WIDTHS).items() if layer is not None and dim in by_dim)
 
 
 def test_the_first_units_of_every_group_are_the_best():
@@ -118,13 +119,13 @@ def test_the_first_units_of_every_group_are_the_best():
 def test_a_shard_is_refused():
     shard = ParamLayout(TINY, ffn_groups=FFN_GROUPS, tp_size=2)
     with pytest.raises(ValueError, match="gather tensor-parallel shards first"):
-        sort_tensor("decoder.layers.1.mlp.linear_fc1.weight", torch.zeros(32, 48), shard, shuffled(WIDTH_DIMS))
+        sort_tensor("decoder.layers.1.mlp.linear_fc1.weight", torch.zeros(32, 48), shard, shuffled(WIDTHS))
     with pytest.raises(ValueError, match="has no row in ParamLayout"):
-        sort_tensor("decoder.layers.1.mlp.router.weight", torch.zeros(3), LAYOUT, shuffled(WIDTH_DIMS))
+        sort_tensor("decoder.layers.1.mlp.router.weight", torch.zeros(3), LAYOUT, shuffled(WIDTHS))
 
 
 def test_a_reader_is_sorted_when_it_is_read():
-    tensors, orders = whole_tensors(TINY), shuffled(WIDTH_DIMS)
+    tensors, orders = whole_tensors(TINY), shuffled(WIDTHS)
 
     class InMemory:
         def names(self):

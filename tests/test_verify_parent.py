@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from nemo_elastic.cli.main import main
 from nemo_elastic.data.tokenizer import DEFAULT_TOKENIZER
+from nemo_elastic.huggingface import NEMOTRON_H
 
 pytest.importorskip("nemo.collections.llm")  # here: within a test that captures stderr, Megatron cannot be imported
 HF_PYTHON = Path(__file__).parent.parent / ".venv-hf" / "bin" / "python"
@@ -46,7 +47,7 @@ def test_a_parent_has_the_loss_that_transformers_gives_it(
     assert answer["verified"] is True and answer["tokens"] == 2 * 96
     assert answer["parameters"] == answer["parameters_transformers"] == 2_559_696
     assert answer["loss"] == pytest.approx(answer["loss_transformers"], abs=1e-5)
-    monkeypatch.setattr("nemo_elastic.nemo.export.verify_parent.NO_STEP_BELOW", 0.001)  # as the folder says it
+    monkeypatch.setitem(NEMOTRON_H.unclamped, "time_step_min", 0.001)  # as the folder says it
     assert main(words) == 1
     clamped = json.loads(capsys.readouterr().out)
     assert clamped["loss"] == answer["loss"] and abs(clamped["loss_transformers"] - clamped["loss"]) > 1e-4

@@ -8,11 +8,15 @@ from nemo_elastic.kinds import Dim, Kind, Size
 from nemo_elastic.kinds.axis import Segment
 from nemo_elastic.kinds.kind import size_of
 
-RANK, GROUPS = "moe_shared_expert_intermediate_size", 4
+RANK, GROUPS = "cuda_graph_warmup_steps", 4
 
 
 def _flops(arch, sizes, length, chunk_size):
     return 2 * length * 2 * size_of(arch, sizes, "hidden_size") * size_of(arch, sizes, RANK)
+
+
+def _saved(arch, sizes, ran):
+    return {"into up": ran.element * size_of(arch, sizes, RANK) / ran.ranks}
 
 
 LINEAR = Kind(
@@ -41,6 +45,7 @@ LINEAR = Kind(
     },
     norm=("pre_mlp_layernorm.weight", "mlp.down.layer_norm_weight"),
     flops=_flops,
+    saved=_saved,
     aligned={"rank": "ranks"},
     module="toy_linear_layer",
     slot="-",

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..kinds import kinds_of
 from ..kinds import sizes as sizes_of_kinds
 from ..problems import Problem, raise_if_any
 from ..space.architecture import KIND_NAMES, Architecture
@@ -91,7 +92,8 @@ def child_layout(layout: ParamLayout, subnet: Subnet) -> ParamLayout:
 
 def plain_model(model: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
     """The parent's model section with the sizes of `architecture`: pattern and kv_channels explicit, no num_layers."""
-    fixed = {size.name for size in sizes_of_kinds() if size.fixed}
+    there = {size for kind in kinds_of(architecture.hybrid_override_pattern) for size in kind.sizes}
+    fixed = {size.name for size in sizes_of_kinds() if size.fixed or (size.none_if_absent and size not in there)}
     own = {name: value for name, value in vars(architecture).items() if name not in fixed}
     return {**{n: v for n, v in model.items() if n != "num_layers"}, **own}
 

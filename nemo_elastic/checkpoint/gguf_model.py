@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config.parent_hf import EPSILON
+from ..config.model_fields import whole_model
+from ..huggingface import NEMOTRON_H, unsayable
+from ..huggingface.scan import EPSILON
 from ..kinds import dims, kind_of, kind_of_dim, kinds
 from ..kinds.kind import Kind, PerLayer
 from ..problems import Problem, ProblemsError, raise_if_any
@@ -21,7 +23,6 @@ from ..space.architecture import Architecture
 from ..space.layout import ParamLayout
 from ..space.subnet import Subnet, layer_sizes
 from .extract import per_layer_dims
-from .hf_config import only_problems
 from .huggingface import hf_tensors
 from .reader import LazyTensor
 
@@ -46,7 +47,7 @@ def check_gguf(model: Mapping[str, Any], architecture: Architecture, subnet: Sub
     Raises:
         ProblemsError: naming everything that it cannot.
     """
-    found = only_problems(model, READER)
+    found = unsayable(NEMOTRON_H, whole_model(model), READER)
     activation = model.get("activation_func", "squared_relu")
     if activation != "squared_relu":
         found.append(Problem("model.activation_func", f"{activation!r} cannot be said in {READER}: only squared_relu"))
@@ -114,7 +115,7 @@ def gguf_tensors(tensors: Sequence[LazyTensor], layout: ParamLayout, dtype: torc
         layout: the table of the child as a model of its own.
     """
     arch = layout.architecture
-    for tensor in hf_tensors(list(tensors), layout):
+    for tensor in hf_tensors(list(tensors), layout, NEMOTRON_H):
         if tensor.name in OUTER_NAMES:
             name, last, said = OUTER_NAMES[tensor.name], OUTER_NAMES[tensor.name], None
         else:

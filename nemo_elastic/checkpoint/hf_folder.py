@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..config.parent_hf import adapter_of_model
+from ..huggingface import Adapter
 from ..space.layout import ParamLayout
 from .hf_config import hf_config
 from .huggingface import hf_tensors
@@ -22,6 +24,7 @@ def write_hf_folder(
     tokenizer: str | Path | None,
     card: Mapping[str, Any],
     config: Mapping[str, Any] | None = None,
+    adapter: Adapter | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> dict[str, str]:
     """Fill the existing empty `folder`.
@@ -31,28 +34,30 @@ def write_hf_folder(
         model: its plain model section.
         tokenizer: a tokenizer folder or tokenizer.json.
         config: keys of config.json that say per-layer sizes (`schemas.PlainChild.config`).
+        adapter: the family it is written as; None: that of `model`.
         card: `name`, `parameters`, `of_parent` (fraction), `sizes`, `provenance` for README.md.
 
     Returns:
         file name -> SHA-256 of the weights' files.
     """
+    adapter = adapter or adapter_of_model(model)
     ids: dict[str, Any] = {}
     if tokenizer is not None:
         ids = {k: v for k, v in write_tokenizer(folder, tokenizer).items() if k != "tokens" and v is not None}
-    _json(folder / "config.json", {**hf_config(model, tensors[0].dtype, ids), **(config or {})})
+    _json(folder / "config.json", {**hf_config(model, tensors[0].dtype, ids, adapter), **(config or {})})
     if not (folder / GENERATION).is_file():  # else it is the parent's own
         _json(folder / GENERATION, {"_from_model_config": True, **ids})
-    (folder / "README.md").write_text(model_card(card, model))
-    return write_safetensors(folder, list(hf_tensors(list(tensors), layout)), shard_bytes=shard_bytes)
+    (folder / "README.md").write_text(model_card(card, model, adapter))
+    return write_safetensors(folder, list(hf_tensors(list(tensors), layout, adapter)), shard_bytes=shard_bytes)
 
 
-def model_card(card: Mapping[str, Any], model: Mapping[str, Any]) -> str:
+def model_card(card: Mapping[str, Any], model: Mapping[str, Any], adapter: Adapter) -> str:
     """README.md with sizes and provenance."""
     lines = [
         "---",
         "library_name: transformers",
         "pipeline_tag: text-generation",
-        "tags: [nemotron_h, mamba2, hybrid, nemo-elastic]",
+        f"tags: [{', '.join(adapter.tags)}, nemo-elastic]",
         "---",
         f"# {card['name']}",
         "",

@@ -16,8 +16,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..config.parent_hf import adapter_of_model
 from ..cost.counts import parameters
+from ..huggingface import NEMOTRON_H
 from ..kinds.axis import Axis, Factor, Segment
+from ..problems import Problem, ProblemsError
 from ..space.layout import ParamLayout
 from ..space.subnet import layer_sizes
 from .extract import per_layer_dims, plain_model
@@ -33,6 +36,17 @@ FORMAT, VERSION = "nemo_elastic.hf_nested", 1  # as the script knows them
 ELASTIC_FILE, SCRIPT = "elastic.json", Path(__file__).with_name("from_nested.py")
 OWN = ("config.json", "README.md", ELASTIC_FILE, SCRIPT.name, INDEX_FILE)  # what a child's folder has of its own
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def check_family(model: Mapping[str, Any]) -> None:
+    """Only a NemotronH's layers stand one by one in its folder, as the script cuts them.
+
+    Raises:
+        ProblemsError: a model of another family.
+    """
+    if (adapter := adapter_of_model(model)) is not NEMOTRON_H:
+        words = f"is not written for {adapter.words}, only for NemotronH; give --all for a folder per budget"
+        raise ProblemsError([Problem("--nested", words)])
 
 
 @dataclass(frozen=True)
@@ -64,7 +78,14 @@ def write_hf_nested(
     layout, parent = manifest.layout, whole.child
     model = plain_model(manifest.model, parent.architecture)
     write_hf_folder(
-        folder, parent.tensors, parent.layout, model, tokenizer=tokenizer, card=whole.card, shard_bytes=shard_bytes
+        folder,
+        parent.tensors,
+        parent.layout,
+        model,
+        tokenizer=tokenizer,
+        card=whole.card,
+        adapter=NEMOTRON_H,
+        shard_bytes=shard_bytes,
     )
     said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     ids = {name: said[name] for name in IDS if name in said}
@@ -97,8 +118,8 @@ def _child(manifest: Manifest, budget: str, own: NestedChild, ids: Mapping[str, 
     model = plain_model(manifest.model, child.architecture)
     varied = per_layer_dims(architecture, subnet)
     return {
-        "config": {**hf_config(model, child.tensors[0].dtype, ids), **child.config},
-        "card": model_card(own.card, model),
+        "config": {**hf_config(model, child.tensors[0].dtype, ids, NEMOTRON_H), **child.config},
+        "card": model_card(own.card, model, NEMOTRON_H),
         "outer": layout.sizes(subnet, None),
         "layers": {str(layer): layer_sizes(architecture, subnet, layer) for layer in subnet.layers},
         "padded": {name: getattr(child.architecture, name) for name in varied} if child.padding else {},
@@ -108,7 +129,7 @@ def _child(manifest: Manifest, budget: str, own: NestedChild, ids: Mapping[str, 
 
 def _hf_axes(layout: ParamLayout, name: str) -> Iterator[tuple[str, list[tuple[str, Any]]]]:
     """Each tensor on disk of a canonical one, with its axes: a label, and what it is made of as JSON has it."""
-    spec, names, packed = layout.table[name], hf_names(layout, name), packing(layout, name)
+    spec, names, packed = layout.table[name], hf_names(layout, name, NEMOTRON_H), packing(layout, name, NEMOTRON_H)
     known = {axis: label for label, axis in layout.axes.items()}
     if packed is None:
         yield names[0], [(known[axis], _json(axis)) for axis in spec.axes]

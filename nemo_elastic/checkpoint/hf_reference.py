@@ -1,12 +1,14 @@
-"""Logits of Hugging Face folders by transformers' own NemotronH, in a Python that need not have this package.
+"""Logits of Hugging Face folders by transformers' own classes, in a Python that need not have this package.
 
     PYTHON hf_reference.py REQUEST.json OUT.safetensors ANSWER.json
 
-REQUEST: `folders`, `tokens` (lists `[n, b, s]`), `trace`, perhaps `labels` and `masks` like tokens. OUT holds
+REQUEST: `folders`, `norms` (of each folder the final norm's name, and in a model of blocks that of the norm between a
+block's halves, else null), `tokens` (lists `[n, b, s]`), `trace`, perhaps `labels` and `masks` like tokens. OUT holds
 `logits.F.N` (folder F, batch N), with labels `loss.F.N` instead (sum of the cross entropy, tokens), or with `trace`
-`hidden.F.I`: the final norm of what layer I leaves of the first row of the first batch. ANSWER: per folder the class,
-the parameter count, and what transformers missed, did not expect or found misshapen. Only safetensors are read, no code
-of a folder is run, and nothing is looked up on the hub. It imports torch, transformers and safetensors, nothing else.
+`hidden.F.I`: the final norm of what layer I (half a block) leaves of the first row of the first batch. ANSWER: per
+folder the class, the parameter count, and what transformers missed, did not expect or found misshapen. Only safetensors
+are read, no code of a folder is run, and nothing is looked up on the hub. It imports torch, transformers and
+safetensors, nothing else.
 """
 
 import json
@@ -39,13 +41,14 @@ def main(request: str, out: str, answer: str) -> None:
             trust_remote_code=False,
         )
         model.eval()
-        trace = _follow(model) if wanted["trace"] else None
+        final, between = wanted["norms"][number]
+        trace = _follow(model, between) if wanted["trace"] else None
         with torch.no_grad():
             for place, batch in enumerate(batches):
                 if trace is not None:
                     model(input_ids=batch[:1], use_cache=False)
                     for layer, hidden in trace.items():
-                        found[f"hidden.{number}.{layer}"] = model.model.norm_f(hidden)[0].float().contiguous()
+                        found[f"hidden.{number}.{layer}"] = getattr(model.model, final)(hidden)[0].float().contiguous()
                     break
                 logits = model(input_ids=batch, use_cache=False).logits
                 if "labels" in wanted:
@@ -67,8 +70,8 @@ def main(request: str, out: str, answer: str) -> None:
         json.dump({"transformers": transformers.__version__, "torch": torch.__version__, "folders": folders}, file)
 
 
-def _follow(model: Any) -> dict[int, Any]:
-    """What every layer leaves, filled by the next forward."""
+def _follow(model: Any, between: str | None) -> dict[int, Any]:
+    """What every layer leaves, filled by the next forward; half a block leaves what its second norm is given."""
     trace: dict[int, Any] = {}
 
     def keep(layer: int) -> Any:
@@ -77,8 +80,18 @@ def _follow(model: Any) -> dict[int, Any]:
 
         return hook
 
-    for layer, block in enumerate(model.model.layers):
-        block.register_forward_hook(keep(layer))
+    def keep_input(layer: int) -> Any:
+        def hook(module: Any, inputs: Any) -> None:
+            trace[layer] = inputs[0].detach()
+
+        return hook
+
+    for number, block in enumerate(model.model.layers):
+        if between is None:
+            block.register_forward_hook(keep(number))
+            continue
+        getattr(block, between).register_forward_pre_hook(keep_input(2 * number))
+        block.register_forward_hook(keep(2 * number + 1))
     return trace
 
 

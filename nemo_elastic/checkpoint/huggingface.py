@@ -1,7 +1,8 @@
-"""Hugging Face's NemotronH: names of tensors in both directions, and a reader of its folders, without `transformers`.
+"""Hugging Face's names of tensors in both directions, and a reader of its folders, without `transformers`.
 
-Names come from the layer kinds; all tensors are the same bytes on both sides except fused rows (`kinds.Packed`):
-attention's are per query group `[Q .. Q, K, V]` in Megatron and three tensors in Hugging Face.
+Names come from the adapter of a family; all tensors are the same bytes on both sides except fused rows: attention's are
+per query group `[Q .. Q, K, V]` in Megatron and three tensors in Hugging Face (`kinds.Packed`), a gated MLP's are
+`[gate; up]` and mostly two tensors (`huggingface.adapter.Stacked`).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,73 +15,79 @@ from torch import Tensor
 
 from ..config.model_fields import architecture_of
 from ..config.parent_files import read_json
-from ..config.parent_hf import model_from_hf
-from ..kinds import kind_of
+from ..config.parent_hf import family_of_hf, model_from_hf
+from ..huggingface import Adapter, Stacked
 from ..kinds.kind import Packed
 from ..problems import Problem, ProblemsError, raise_if_any
 from ..space.architecture import Architecture
+from ..space.blocks import DEPTH_UNITS
 from ..space.layout import ParamLayout
 from .reader import LazyTensor, TensorReader
 from .safetensors_reader import SafetensorsReader
 
-PREFIXES = ("backbone.", "model.")
-EMBEDDING, HEAD = "embedding.word_embeddings.weight", "lm_head.weight"
-OUTER_NAMES = {
-    EMBEDDING: "backbone.embeddings.weight",
-    "decoder.final_norm.weight": "backbone.norm_f.weight",
-    "output_layer.weight": HEAD,
-}
+EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
+Packing = Packed | Stacked
 
 
-def hf_names(layout: ParamLayout, name: str) -> tuple[str, ...]:
+def hf_names(layout: ParamLayout, name: str, adapter: Adapter) -> tuple[str, ...]:
     """Names on disk of one canonical tensor (several for a packed one)."""
     spec = layout.table[name]
     if spec.layer is None:
-        return (OUTER_NAMES[name],)
-    suffix = name.split(".", 3)[3]
-    return tuple(f"backbone.layers.{spec.layer}.{new}" for new in kind_of(spec.kind).huggingface.names[suffix])
+        return (adapter.outer[name],)
+    place = spec.layer // DEPTH_UNITS[adapter.depth_unit]
+    return tuple(f"{adapter.prefixes[0]}layers.{place}.{new}" for new in adapter.names[name.split(".", 3)[3]])
 
 
-def packing(layout: ParamLayout, name: str) -> Packed | None:
+def packing(layout: ParamLayout, name: str, adapter: Adapter) -> Packing | None:
     """How one canonical tensor is split; None where it is stored whole."""
-    spec = layout.table[name]
-    return None if spec.layer is None else kind_of(spec.kind).huggingface.packed.get(name.split(".", 3)[3])
+    return None if layout.table[name].layer is None else adapter.packed.get(name.split(".", 3)[3])
 
 
-def split_packed(tensor: Tensor, packed: Packed, count: int, architecture: Architecture) -> tuple[Tensor, ...]:
-    """`[groups x (rest + 1 + 1 ..) x d, h]` to `count` tensors `[rest d, h]`, `[groups d, h]`, ..."""
+def split_packed(tensor: Tensor, packed: Packing, count: int, architecture: Architecture) -> tuple[Tensor, ...]:
+    """`[groups x (rest + 1 + 1 ..) x d, ..]` to `count` tensors `[rest d, ..]`, `[groups d, ..]`, ..; or equal ones."""
+    if isinstance(packed, Stacked):
+        return tensor.chunk(count)
     groups, d = (getattr(architecture, size) for size in (packed.groups, packed.channels))
-    grid = tensor.view(groups, -1, d, tensor.shape[1])
+    rest = tensor.shape[1:]
+    grid = tensor.view(groups, -1, d, *rest)
     single = range(grid.shape[1] - count + 1, grid.shape[1])
-    return tuple(part.reshape(-1, tensor.shape[1]) for part in (grid[:, : single.start], *(grid[:, i] for i in single)))
+    return tuple(part.reshape(-1, *rest) for part in (grid[:, : single.start], *(grid[:, i] for i in single)))
 
 
-def merge_packed(parts: Sequence[Tensor], packed: Packed, architecture: Architecture) -> Tensor:
+def merge_packed(parts: Sequence[Tensor], packed: Packing, architecture: Architecture) -> Tensor:
     """Inverse of `split_packed`."""
+    if isinstance(packed, Stacked):
+        return torch.cat(list(parts))
     groups, d = (getattr(architecture, size) for size in (packed.groups, packed.channels))
-    width = parts[0].shape[1]
-    return torch.cat([part.reshape(groups, -1, d, width) for part in parts], dim=1).reshape(-1, width)
+    rest = parts[0].shape[1:]
+    return torch.cat([part.reshape(groups, -1, d, *rest) for part in parts], dim=1).reshape(-1, *rest)
 
 
-def hf_tensors(tensors: list[LazyTensor], layout: ParamLayout) -> Iterator[LazyTensor]:
+def hf_tensors(tensors: list[LazyTensor], layout: ParamLayout, adapter: Adapter) -> Iterator[LazyTensor]:
     """The tensors of a plain model, described by its own `layout`, under Hugging Face's names."""
     arch = layout.architecture
     for tensor in tensors:
-        names, packed = hf_names(layout, tensor.name), packing(layout, tensor.name)
+        names, packed = hf_names(layout, tensor.name, adapter), packing(layout, tensor.name, adapter)
         if packed is None:
             yield LazyTensor(names[0], tensor.dtype, tensor.shape, tensor.read)
             continue
-        single = getattr(arch, packed.groups) * getattr(arch, packed.channels)
-        rows = [tensor.shape[0] - (len(names) - 1) * single, *(single for _ in names[1:])]
         split = _SplitOnce(tensor, packed, len(names), arch)
-        for number, (name, count) in enumerate(zip(names, rows, strict=True)):
-            yield LazyTensor(name, tensor.dtype, (count, tensor.shape[1]), lambda n=number, split=split: split.part(n))
+        for number, (name, rows) in enumerate(zip(names, _rows(tensor, packed, len(names), arch), strict=True)):
+            shape = (rows, *tensor.shape[1:])
+            yield LazyTensor(name, tensor.dtype, shape, lambda n=number, split=split: split.part(n))
+
+
+def _rows(tensor: LazyTensor, packed: Packing, count: int, architecture: Architecture) -> list[int]:
+    if isinstance(packed, Stacked):
+        return [tensor.shape[0] // count] * count
+    single = getattr(architecture, packed.groups) * getattr(architecture, packed.channels)
+    return [tensor.shape[0] - (count - 1) * single, *[single] * (count - 1)]
 
 
 class _SplitOnce:
     """Reads the fused tensor at the first part and drops it with the last."""
 
-    def __init__(self, tensor: LazyTensor, packed: Packed, count: int, architecture: Architecture) -> None:
+    def __init__(self, tensor: LazyTensor, packed: Packing, count: int, architecture: Architecture) -> None:
         self._tensor, self._packed, self._count, self._architecture = tensor, packed, count, architecture
         self._parts: tuple[Tensor, ...] | None = None
 
@@ -91,7 +98,7 @@ class _SplitOnce:
 
 
 class HuggingFaceReader:
-    """`TensorReader` over a NemotronH folder (config.json and safetensors), by canonical names.
+    """`TensorReader` over a folder of any family (config.json and safetensors), by canonical names.
 
     Args:
         folder: where it is; nothing is looked up on the hub.
@@ -111,6 +118,7 @@ class HuggingFaceReader:
         if not file.is_file():
             raise ProblemsError([Problem(str(self.folder), "has no config.json: no Hugging Face model folder")])
         self.config: Mapping[str, Any] = read_json(file)
+        self.adapter = adapter = family_of_hf(self.config, file)
         self.model = model_from_hf(self.config, file)
         self._architecture = architecture_of(self.model)
         if self._architecture.share_embeddings_and_output_weights and output_weights == "lm_head":
@@ -124,17 +132,19 @@ class HuggingFaceReader:
                 if wanted != value
             )
         self._raw: TensorReader = SafetensorsReader(self.folder)
-        on_disk = {_with_backbone(name): name for name in self._raw.names()}
+        on_disk = {self._written(name): name for name in self._raw.names() if not name.endswith(adapter.buffers)}
         raise_if_any(_quantized(self.folder, self._raw))
         self._layout = layout = ParamLayout(self._architecture, ffn_groups=1)
         self._sources: dict[str, tuple[str, ...]] = {}
         for name in layout.table:
-            sources = tuple(on_disk.pop(theirs, "") for theirs in hf_names(layout, name))
+            sources = tuple(on_disk.pop(theirs, "") for theirs in hf_names(layout, name, adapter))
             if all(sources):
                 self._sources[name] = sources
         lost = sorted(set(layout.table) - set(self._sources))
-        found = [Problem(str(self.folder), f"lacks {', '.join(hf_names(layout, lost[0]))}")] if lost else []
-        own_head = on_disk.pop(HEAD, None) if self._architecture.share_embeddings_and_output_weights else None
+        found = [Problem(str(self.folder), f"lacks {', '.join(hf_names(layout, lost[0], adapter))}")] if lost else []
+        own_head = (
+            on_disk.pop(adapter.outer[HEAD], None) if self._architecture.share_embeddings_and_output_weights else None
+        )
         if own_head is not None and output_weights is None and not lost:
             found += self._untied(own_head)
         if on_disk:
@@ -152,6 +162,12 @@ class HuggingFaceReader:
         )
         return [Problem(str(self.folder), words)]
 
+    def _written(self, name: str) -> str:
+        """A name on disk with the prefix that is written today."""
+        today, *_ = prefixes = self.adapter.prefixes
+        prefix = next((p for p in prefixes if name.startswith(p)), None)
+        return name if prefix is None else today + name[len(prefix) :]
+
     def names(self) -> list[str]:
         """Canonical names, in the order of the forward."""
         return list(self._sources)
@@ -166,9 +182,12 @@ class HuggingFaceReader:
         return self._raw.dtype(self._sources[name][0])
 
     def read(self, name: str) -> Tensor:
-        """The tensor; parts of a packed one are interleaved by group."""
-        parts, packed = [self._raw.read(source) for source in self._sources[name]], packing(self._layout, name)
-        return parts[0] if packed is None else merge_packed(parts, packed, self._architecture)
+        """The tensor; parts of a packed one are interleaved by group, or stacked."""
+        parts, packed = (
+            [self._raw.read(source) for source in self._sources[name]],
+            packing(self._layout, name, self.adapter),
+        )
+        return parts[0] if packed is None or len(parts) == 1 else merge_packed(parts, packed, self._architecture)
 
 
 def _quantized(folder: Path, reader: TensorReader) -> list[Problem]:
@@ -180,8 +199,3 @@ def _quantized(folder: Path, reader: TensorReader) -> list[Problem]:
             words = f"has {name} ({kind}): quantized weights cannot be trained; give the bf16 folder"
             return [Problem(str(folder), words)]
     return []
-
-
-def _with_backbone(name: str) -> str:
-    prefix = next((p for p in PREFIXES if name.startswith(p)), None)
-    return name if prefix is None else "backbone." + name[len(prefix) :]

@@ -18,7 +18,7 @@ from ..cost.counts import parameters
 from ..files import read_json
 from ..problems import Problem, ProblemsError, did_you_mean, raise_if_any
 from ..space.budget import Budget, name_problems
-from ..space.dims import ElasticDim
+from ..space.dims import DEPTH, present_dims
 from ..space.elastic_space import ElasticSpace
 from ..space.layout import ParamLayout
 from ..space.subnet import Subnet
@@ -84,7 +84,9 @@ class Manifest:
                 "depth_unit": space.depth_unit,
                 "depth_ranking": None if space.depth_ranking is None else list(space.depth_ranking),
                 "dims": {
-                    name: {"choices": list(dim.choices), "per_layer": dim.per_layer} for name, dim in space.dims.items()
+                    name: {"choices": list(dim.choices), "per_layer": dim.per_layer}
+                    for name, dim in space.dims.items()
+                    if name in (*present_dims(space.architecture), DEPTH)
                 },
             },
             "budgets": {name: {"kind": b.kind, "value": b.value} for name, b in self.budgets.items()},
@@ -153,13 +155,7 @@ def _space(model: Mapping[str, Any], space: Mapping[str, Any]) -> ElasticSpace:
     unknown = sorted(set(space["dims"]) - set(bare.dims))
     raise_if_any(Problem(f"space.dims.{n}", f"is no elastic dim{did_you_mean(n, bare.dims)}") for n in unknown)
     dims = {
-        name: ElasticDim(
-            name=name,
-            full=bare.dims[name].full,
-            groups=bare.dims[name].groups,
-            choices=tuple(d["choices"]),
-            per_layer=d["per_layer"],
-        )
+        name: replace(bare.dims[name], choices=tuple(d["choices"]), per_layer=d["per_layer"])
         for name, d in space["dims"].items()
     }
     return replace(bare, dims=dims, depth_ranking=None if ranking is None else tuple(ranking))

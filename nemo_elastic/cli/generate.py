@@ -17,7 +17,7 @@ EXAMPLES = """examples:
   nemo-elastic generate runs/mine/nested --prompt - --think small --think-tokens 100 --answer full --json < question.txt
 
 special tokens are spelt in the prompt by their names; none is added to it"""
-UNTIL = "</think>"
+UNTIL, STDIN = "</think>", "-"
 
 
 def add_parser(subparsers: Any) -> None:
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..checkpoint.manifest import load_manifest
 
     raise_if_any(_budget_problems(arguments, load_manifest(nested).subnets))
-    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    prompt = sys.stdin.read() if arguments.prompt == STDIN else arguments.prompt
     import torch
 
     from ..data.tokenizer import BPETokenizer

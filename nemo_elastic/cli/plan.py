@@ -18,6 +18,7 @@ EXAMPLES = """examples:
   nemo-elastic plan --config conf/nemotron_nano_12b_v2.yaml --json report.sequence_length=32768 report.profile=fp8
   nemo-elastic plan --config conf/my_parent.yaml train.tensor_model_parallel_size=4
   nemo-elastic plan --config conf/nemotron_nano_12b_v2.yaml --train report.mfu=0.4 report.peak_tflops=989
+  nemo-elastic plan --config conf/nemotron_nano_12b_v2.yaml --gpus 64 --gpu-memory 80
   nemo-elastic plan --config conf/tiny_parent.yaml --search greedy --ranking runs/tiny --score
   nemo-elastic plan runs/tiny/nested --budget 0.6 --output subnet.yaml
   nemo-elastic extract runs/tiny/nested --subnet subnet.yaml
@@ -33,6 +34,13 @@ def add_parser(subparsers: Any) -> None:
     parser = verb_parser(subparsers, "plan", run, help, ("--config", "--json", "--force", "--verbose"), epilog=EXAMPLES)
     parser.add_argument(
         "--train", action="store_true", help="show the resolved run: what is trained and frozen, steps, schedules"
+    )
+    parser.add_argument(
+        "--gpus", type=int, metavar="N", help="layouts over N GPUs that fit, the fastest first (estimated)"
+    )
+    parser.add_argument("--gpu-memory", type=float, metavar="GB", help="of one GPU (default: report.gpu.memory_gb)")
+    parser.add_argument(
+        "--context-parallel", action="store_true", help="of --gpus: also layouts that this version cannot run yet"
     )
     parser.add_argument("--search", metavar="HOW", help="propose subnets by uniform, random:N or greedy")
     parser.add_argument(
@@ -72,6 +80,10 @@ def run(arguments: argparse.Namespace) -> int:
             from .plan_training import training_tables
 
             arguments.answer.render(*training_tables(result))
+        if "layouts" in result:
+            from .plan_layouts import layout_tables
+
+            arguments.answer.render(*layout_tables(result))
     return 2 if result["problems"] else 0
 
 
@@ -93,6 +105,7 @@ def _misplaced(arguments: argparse.Namespace) -> list[Problem]:
     if nested and _names_parent(arguments):
         flags = ("search", "ranking", "score", "train", "budget", "output", "force")
         given = [f"--{name}" for name in flags if getattr(arguments, name)] + overrides(arguments)
+        given += ["--gpus"] if arguments.gpus is not None else []
         words = "does not go with a parent's folder; change what `nemo-elastic config --from PARENT > mine.yaml` writes"
         return [Problem(word, words) for word in given]
     found = []
@@ -104,6 +117,15 @@ def _misplaced(arguments: argparse.Namespace) -> list[Problem]:
         found.append(Problem("--force", "replaces what --output names; give that, or leave it out"))
     found += [Problem(f"--{name}", "is for `plan --config`, not for a nested checkpoint")
               for name in ("search", "ranking", "score", "train") if getattr(arguments, name) and nested]  # fmt: skip
+    if arguments.gpus is None:
+        found += [Problem(f"--{name.replace('_', '-')}", "belongs to --gpus N; give that, or leave it out")
+                  for name in ("gpu_memory", "context_parallel") if getattr(arguments, name)]  # fmt: skip
+    elif nested or arguments.search:
+        found.append(Problem("--gpus", f"lays out a configured run; leave out {'NESTED' if nested else '--search'}"))
+    if arguments.gpus is not None and arguments.gpus < 1:
+        found.append(Problem("--gpus", f"{arguments.gpus} must be above 0"))
+    if arguments.gpu_memory is not None and not 0 < arguments.gpu_memory < float("inf"):
+        found.append(Problem("--gpu-memory", f"{arguments.gpu_memory:g} must be a number of GB above 0"))
     if arguments.train and arguments.search:
         found.append(Problem("--train", "shows a configured run; leave out --search"))
     if arguments.score and not (arguments.search and arguments.ranking):
@@ -134,6 +156,10 @@ def _of_configuration(arguments: argparse.Namespace) -> dict[str, Any]:
 
     subnets = {b["name"]: family.space.subnet_from_dict(b["subnet"]) for b in result["budgets"]}
     result["training"] = training_cost(config, family, subnets)
+    if arguments.gpus is not None:
+        from .plan_layouts import lay_out
+
+        lay_out(arguments, result, config, family, subnets)
     return result | {"run": training_plan(config, family)} if arguments.train else result
 
 

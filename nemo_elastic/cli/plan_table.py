@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from rich.markup import escape
@@ -19,7 +19,11 @@ def plan_tables(result: Mapping[str, Any]) -> list[Any]:
     serving, parent = result["serving"], result["parent"]
     title = f"{escape(result['name'])}   {escape(parent['hybrid_override_pattern'])}"
     table = Table(title=title, title_justify="left")
-    columns = {**COLUMNS, **{h: column for h, (key, column) in OPTIONAL.items() if _any_has(result["budgets"], key)}}
+    rows = result["budgets"]
+    columns = {h: column for h, column in COLUMNS.items() if h not in OF_KINDS or _has_layers(rows, OF_KINDS[h])}
+    columns |= {h: column for h, (key, column) in OPTIONAL.items() if _any_has(rows, key)}
+    if any(row["active_parameters"] != row["parameters"] for row in rows):
+        columns["active"] = lambda b: f"{b['active_parameters']:,}"
     if any(b["origin"] not in OWN_MARKS for b in result["budgets"]):
         columns = {"budget": columns.pop("budget"), "subnet": lambda b: escape(b["origin"]), **columns}
     else:
@@ -63,7 +67,11 @@ def _size(value: Any) -> str:
 
 
 def _sizes_of(kind: Kind) -> Callable[[Row], str]:
-    return lambda row: " x ".join(_size(row["subnet"][dim.name]) for dim in kind.dims)
+    return lambda row: " x ".join(_size(row["subnet"].get(dim.name)) for dim in kind.dims)
+
+
+def _has_layers(rows: Iterable[Row], kind: Kind) -> bool:
+    return any(dim.name in row["subnet"] for row in rows for dim in kind.dims)
 
 
 def _deployed(row: Row) -> str:
@@ -80,12 +88,13 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "target": _target,
     "off": lambda b: f"{b['error']:+.1%}",
     "hidden": lambda b: _size(b["subnet"]["hidden_size"]),
-    **{kind.heading: _sizes_of(kind) for kind in kinds_by_dim()},
+    **{kind.heading: _sizes_of(kind) for kind in kinds_by_dim()},  # of those that the parent has
     "layers": lambda b: str(b["subnet"]["num_layers"]),
     "parameters": lambda b: f"{b['parameters']:,}",
     "%": lambda b: f"{b['percent_of_parent']:.2f}",
     "memory GB": lambda b: f"{b['memory_bytes']['total'] / 1e9:.3f}",
 }
+OF_KINDS = {kind.heading: kind for kind in kinds_by_dim()}
 OPTIONAL: dict[str, tuple[str, Callable[[Row], str]]] = {
     "ms": ("latency_ms", lambda b: f"{b['latency_ms']:.4g}"),
     "damage": ("damage", lambda b: f"{b['damage']:.4f}" if "damage" in b else ""),

@@ -32,14 +32,20 @@ ARITHMETIC: dict[str, Any] = {
     "embedding_multiplier": 1.0,
     "residual_multiplier": 1.0,
     "logits_scaling": 1.0,
+    "moe_router_score_function": "softmax",
+    "moe_router_pre_softmax": False,
+    "moe_router_topk_scaling_factor": None,
 }
 POSITIONS = ("none", "rope")
 ROTARY = ("rotary_percent", "rotary_base", "seq_len_interpolation_factor")
 ROPE_SCALING = tuple(name for name in ARITHMETIC if name.startswith("rope_"))
 MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
+SCORES = ("softmax", "sigmoid")
+ROUTING = tuple(name for name in ARITHMETIC if name.startswith("moe_router_"))
 OWN = (*ROPE_SCALING, *MULTIPLIERS)
 ACTIVATIONS = ("squared_relu", "relu", "gelu", "silu")
 _NUMBERS = ("layernorm_epsilon", "softmax_scale", "rotary_base", "seq_len_interpolation_factor", *OWN)
+_OF_ROUTERS = ("moe_router_topk_scaling_factor",)
 
 
 def arithmetic_of(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,12 +71,15 @@ def arithmetic_problems(model: Mapping[str, Any]) -> list[Problem]:
     if said["activation_func"] not in ACTIVATIONS:
         words = f"{said['activation_func']!r} must be one of {', '.join(ACTIVATIONS)}"
         found.append(Problem("model.activation_func", words))
-    for name in _NUMBERS:
+    if said["moe_router_score_function"] not in SCORES:
+        words = f"{said['moe_router_score_function']!r} must be one of {', '.join(SCORES)}"
+        found.append(Problem("model.moe_router_score_function", words))
+    for name in (*_NUMBERS, *_OF_ROUTERS):
         if said[name] is not None and not _is_positive(said[name]):
             found.append(Problem(f"model.{name}", f"{said[name]!r} must be a number above 0"))
-    if not isinstance(said["fp32_residual_connection"], bool):
-        words = f"{said['fp32_residual_connection']!r} must be true or false"
-        found.append(Problem("model.fp32_residual_connection", words))
+    for name in ("fp32_residual_connection", "moe_router_pre_softmax"):
+        if not isinstance(said[name], bool):
+            found.append(Problem(f"model.{name}", f"{said[name]!r} must be true or false"))
     return found + _position_problems(model, said)
 
 

@@ -7,7 +7,8 @@ they do): the `model` section need not, and may not say otherwise.
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -177,8 +178,10 @@ def _read(path: Path, origins: dict[str, str], chain: tuple[Path, ...]) -> Any:
             raise ProblemsError([Problem(f"{path}: base", f"no file {str(base)!r} beside it or in the shipped conf/")])
         merged = _merge(merged, _read(target, origins, (*chain, path)), path)
     try:
-        for key, _ in leaves(OmegaConf.to_container(own)):
-            origins[key] = str(path)
+        said = [key for key, _ in leaves(OmegaConf.to_container(own))]
+        # A list takes the place of the one below, whose items are gone, whatever they said.
+        _forget(origins, {match[0] for key in said if (match := re.match(r".*?\.(?=\d+\.)", key))})
+        origins |= dict.fromkeys(said, str(path))
     except (OmegaConfBaseException, RecursionError) as error:
         raise ProblemsError([Problem(str(path), f"cannot be read: {_first_line(error)}")]) from error
     return _merge(merged, own, path)
@@ -204,9 +207,16 @@ def _override(merged: Any, overrides: Sequence[str], origins: dict[str, str]) ->
         except _UNSETTABLE as error:
             problems.append(Problem(key, f"{word!r} cannot be set: {_first_line(error)}"))
             continue
+        if OmegaConf.is_list(value.v):
+            _forget(origins, {f"{key}."})
         origins[key] = "command line"
     raise_if_any(problems)
     return merged
+
+
+def _forget(origins: dict[str, str], below: Iterable[str]) -> None:
+    for key in [key for key in origins if key.startswith(tuple(below))]:
+        del origins[key]
 
 
 def _first_line(error: BaseException) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from ..kinds import flags, kinds, sizes
 from ..problems import Problem, ProblemsError, did_you_mean
 from ..space.architecture import Architecture, pattern_problems
-from .function_fields import ARITHMETIC, OWN, arithmetic_problems
+from .function_fields import ARITHMETIC, OWN, arithmetic_of, arithmetic_problems
 
 _FIELDS_FILE = Path(__file__).resolve().parent.parent / "assets" / "ssm_config_fields.json"
 REQUIRED = (
@@ -28,7 +28,6 @@ OPTIONAL = tuple(size.name for size in sizes() if not size.required and not size
 # What the one parameter table describes; another value would be counted, cut and exported wrongly.
 ONLY: dict[str, Any] = {
     "normalization": "RMSNorm",
-    "num_moe_experts": None,
     "multi_latent_attention": False,
     "mtp_num_layers": None,
     "activation_func_clamp_value": None,
@@ -38,6 +37,15 @@ ONLY: dict[str, Any] = {
     "heterogeneous_block_specs": False,
     "layernorm_zero_centered_gamma": False,
     "glu_linear_offset": 0.0,
+    "moe_apply_probs_on_input": False,
+    "moe_aux_loss_coeff": 0.0,
+    "moe_expert_capacity_factor": None,
+    "moe_input_jitter_eps": None,
+    "moe_layer_freq": 1,
+    "moe_router_group_topk": None,  # experts would have to stay in their routing groups
+    "moe_router_num_groups": None,
+    "moe_shared_expert_gate": False,
+    "moe_z_loss_coeff": None,
     "no_rope_freq": None,
     "qk_l2_norm": False,
     "rotary_interleaved": False,
@@ -70,6 +78,14 @@ def model_problems(model: Any) -> list[Problem]:
         if name in model and model[name] != only
     ]
     found += arithmetic_problems(model)
+    found += [
+        Problem(f"model.{size}", f"{model[size]!r} is of {kind.words}, of which the pattern has no layer; remove it")
+        for kind in kinds()
+        for size in (size.name for size in kind.sizes if size.none_if_absent)
+        if model.get(size)
+        and isinstance(pattern := model.get("hybrid_override_pattern"), str)
+        and kind.letter not in pattern
+    ]
     required = required_of(model)
     found += [Problem(f"model.{name}", "is required") for name in required if model.get(name) is None]
     if any(p.key in {f"model.{name}" for name in required} for p in found):
@@ -111,3 +127,12 @@ def architecture_of(model: Mapping[str, Any]) -> Architecture:
         given["kv_channels"] = hidden // heads
     given |= {name: model[name] for name in FLAGS if model.get(name) is not None}
     return Architecture(**given)
+
+
+def whole_model(model: Mapping[str, Any]) -> dict[str, Any]:
+    """A model section with everything that it leaves out: sizes, flags and the rest of the function.
+
+    Raises:
+        ProblemsError: with every illegal value.
+    """
+    return {**model, **arithmetic_of(model), **vars(architecture_of(model))}

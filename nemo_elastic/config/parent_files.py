@@ -13,7 +13,7 @@ from typing import Any
 from ..problems import Problem, ProblemsError, raise_if_any
 from .function_fields import ARITHMETIC, OWN, ROTARY
 from .model_fields import FLAGS, FUNCTION, model_problems
-from .parent_hf import keys_of_hf, model_from_hf
+from .parent_hf import family_of_hf, keys_of_hf, model_from_hf
 from .parent_nemo import CONTEXT_FILES, read_nemo_context
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -74,7 +74,8 @@ def parent_files(path: str) -> ParentFiles | None:
         return None
     config = read_json(file)
     if is_hugging_face(config):
-        return ParentFiles(model_from_hf(config, file), file, keys_of_hf())
+        family = family_of_hf(config, file)
+        return ParentFiles(model_from_hf(config, file), file, keys_of_hf(family), family.depth_unit)
     raise_if_any(Problem(f"{file}: {p.key.removeprefix('model.')}", p.message) for p in model_problems(config))
     return ParentFiles(config, file, {})
 

@@ -82,6 +82,8 @@ def _model(fields: Mapping[str, Any], path: Path, rows: int | None) -> dict[str,
     model |= {} if rows is None else {"vocab_size": rows}
     if model.get("position_embedding_type", "none") == "none":  # NeMo writes their defaults all the same
         model = {name: value for name, value in model.items() if name not in ROTARY}
+    if not model.get("num_moe_experts"):
+        model = {name: value for name, value in model.items() if not name.startswith("moe_")}
     if all(
         model.get(name) is not None for name in required_of(model)
     ):  # else the configuration says the rest, and is checked

@@ -36,6 +36,8 @@ POSITIVE = (
     "train.optimizer.lr", "train.log_every_steps",
     "train.wait_minutes", "train.val_every_steps", "train.val_samples", "train.save_every_steps", "report.batch_size",
     "report.sequence_length", "report.mfu", "report.peak_tflops",
+    "report.gpu.memory_gb", "report.gpu.matmul_tflops", "report.gpu.memory_tbs", "report.gpu.memory_passes",
+    "report.gpu.node_gpus", "report.gpu.node_gbs", "report.gpu.network_gbs",
     "train.tensor_model_parallel_size", "train.pipeline_model_parallel_size",
     "train.context_parallel_size", "train.expert_model_parallel_size",
 )  # fmt: skip
@@ -44,7 +46,7 @@ NOT_NEGATIVE = (
     "distill.kd_weight",
     "distill.ce_weight", "distill.hidden_weight", "train.optimizer.min_lr",
     "train.optimizer.warmup_steps", "train.optimizer.weight_decay",
-    "train.optimizer.clip_grad", "data.num_workers", "rank.min_attention_layers",
+    "train.optimizer.clip_grad", "data.num_workers", "rank.min_attention_layers", "report.gpu.reserve_gb",
 )  # fmt: skip
 LOGGERS = ("tensorboard", "wandb")
 SEEDS = ("train.seed", "rank.seed")  # 32 bits: what Lightning and numpy take

@@ -228,6 +228,20 @@ class ExportConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GpuConfig:
+    """One GPU and its links, as `plan --gpus` counts with them: assumptions, until a GPU of yours has measured them."""
+
+    memory_gb: float = 80.0  # of one GPU, 1e9 bytes; an H100 has 80
+    reserve_gb: float = 5.0  # of that for CUDA, NCCL and what the allocator cannot use
+    matmul_tflops: float = 660.0  # that large products reach: two thirds of an H100's 989 in dense bf16
+    memory_tbs: float = 3.0  # TB/s that copies reach: 90 % of an H100's 3.35
+    memory_passes: float = 3.0  # how often a byte kept for the backward is read or written on the way forward
+    node_gpus: int = 8  # GPUs that NVLink joins
+    node_gbs: float = 360.0  # GB/s a GPU sends over it while it receives: 80 % of an H100's 450
+    network_gbs: float = 40.0  # GB/s a GPU sends between nodes: 80 % of one 400 Gbit/s port a GPU
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReportConfig:
     """What `plan` and `report` assume and say."""
 
@@ -237,6 +251,7 @@ class ReportConfig:
     profile: Any = "bf16"  # bytes per element: bf16, fp32, fp8_kv, fp8, int8, fp4, a mapping, or a .yaml file
     mfu: float = 0.35  # share of peak_tflops that training is assumed to reach, for `plan`'s GPU-hours
     peak_tflops: float = 989.0  # of one GPU in the training precision: an H100 SXM in dense bf16
+    gpu: GpuConfig = field(default_factory=GpuConfig)  # what `plan --gpus` takes a GPU and its links to be
     latency_table: str | None = None  # what `nemo-elastic profile` wrote; latency_ms budgets need it
 
 

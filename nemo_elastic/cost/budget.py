@@ -21,7 +21,14 @@ from ..space.dims import DEPTH, KIND_OF_DIM
 from ..space.elastic_space import ElasticSpace
 from ..space.layout import ParamLayout
 from ..space.subnet import Subnet
-from .counts import BYTE_PROFILES, ByteProfile, layer_parameters, layer_state_elements, outer_parameters
+from .counts import (
+    BYTE_PROFILES,
+    ByteProfile,
+    layer_active_parameters,
+    layer_parameters,
+    layer_state_elements,
+    outer_parameters,
+)
 from .latency import LatencyTable
 
 BYTES_PER_GB = 1e9
@@ -99,6 +106,8 @@ class BudgetCost:
         """Cost of one layer of `kind` at integer sizes."""
         if self.budget.kind == "latency_ms":
             return self.latency.layer(KIND_NAMES[kind], sizes)
+        if self.budget.kind == "active_parameters":
+            return layer_active_parameters(self.layout, kind, sizes)
         count = layer_parameters(self.layout, kind, sizes)
         if self.budget.kind != "memory_gb":
             return count

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
-from ..kinds import kind_of
+from ..kinds import kind_of, kinds_of
 from ..space.architecture import KIND_NAMES, Architecture
 from ..space.layout import ParamLayout
 from ..space.subnet import Subnet
@@ -82,9 +82,32 @@ def parameters(layout: ParamLayout, subnet: Subnet) -> int:
     return outer_parameters(layout, subnet.hidden_size) + sum(layers)
 
 
+def layer_active_parameters(layout: ParamLayout, kind: str, sizes: Mapping[str, Any]) -> Any:
+    """Those of one layer that one token passes through: of a mixture, the router, the shared and `top-k` experts."""
+    arch = layout.architecture
+    prefix = f"decoder.layers.{arch.hybrid_override_pattern.index(kind)}."
+    count = layer_parameters(layout, kind, sizes)
+    for row, (met, units) in kind_of(kind).met(arch, sizes).items():
+        whole = layout.table[prefix + row].numel(sizes)
+        one = whole // units if isinstance(units, int) else whole / units
+        count = count - whole + met * one
+    return count
+
+
+def active_parameters(layout: ParamLayout, subnet: Subnet) -> int:
+    """Exact count of what one token passes through, embedding and output layer counted whole."""
+    pattern = layout.architecture.hybrid_override_pattern
+    layers = (layer_active_parameters(layout, pattern[i], layout.sizes(subnet, i)) for i in subnet.layers)
+    return outer_parameters(layout, subnet.hidden_size) + sum(layers)
+
+
 def parameters_by_kind(layout: ParamLayout, subnet: Subnet) -> dict[str, int]:
-    """Exact count per kind of layer; embedding, final norm and output layer under `embedding_and_output`."""
-    pattern, found = layout.architecture.hybrid_override_pattern, dict.fromkeys(KIND_NAMES.values(), 0)
+    """Exact count per kind of layer that the parent has.
+
+    Embedding, final norm and output layer stand under `embedding_and_output`.
+    """
+    pattern = layout.architecture.hybrid_override_pattern
+    found = {kind.name: 0 for kind in kinds_of(pattern)}
     for layer in subnet.layers:
         kind = pattern[layer]
         found[KIND_NAMES[kind]] += layer_parameters(layout, kind, layout.sizes(subnet, layer))
@@ -124,6 +147,13 @@ def layer_flops(
     works in chunks of `chunk_size` steps.
     """
     return kind_of(kind).flops(layout.architecture, sizes, sequence_length, chunk_size)
+
+
+def layer_recomputed(
+    layout: ParamLayout, kind: str, sizes: Mapping[str, Any], *, sequence_length: int, chunk_size: int = 128
+) -> Any:
+    """Of `layer_flops`, what selective recomputation does again."""
+    return kind_of(kind).recomputed(layout.architecture, sizes, sequence_length, chunk_size)
 
 
 def flops(layout: ParamLayout, subnet: Subnet, *, sequence_length: int, chunk_size: int = 128) -> int:

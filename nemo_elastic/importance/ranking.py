@@ -1,6 +1,7 @@
 """Scores -> orders: which unit goes where, so that a child's kept units are the most important ones.
 
-`order[new] == old`, over all units of a dim with the groups flattened (what `slicing.permute` takes). Units never leave
+`order[new] == old`, over all units of a dim with the groups flattened (what `slicing.permute` takes); a dim within
+another one has an order `[units of that, units]`, by their old places. Units never leave
 their group, except those whose groups mean nothing (FFN neurons): they are ranked over the whole layer and DEALT, rank
 r to group `r mod G`, so that the first k / G of every group are exactly the best k. Ties keep the order they have, so
 that sorting twice changes nothing. Depth is ranked from most to least important layer.
@@ -11,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..space.dims import DEALT_DIMS, KIND_OF_DIM, dim_groups
+from ..space.dims import DEALT_DIMS, KIND_OF_DIM, WITHIN, dim_groups, score_shape
 from ..space.layout import ParamLayout
 
 Widths = Mapping[str, Mapping[int, Tensor]]  # dim -> layer -> score per unit; hidden_size: layer L is the final norm
@@ -48,14 +49,17 @@ def width_orders(widths: Widths, layout: ParamLayout) -> Orders:
     for dim in KIND_OF_DIM:
         rank = dealt_order if dim in DEALT_DIMS else group_order
         for layer, scores in widths.get(dim, {}).items():
-            orders[layer][dim] = rank(scores, groups[dim])
+            rows = [rank(row, groups[dim]) for row in (scores if dim in WITHIN else [scores])]
+            orders[layer][dim] = torch.stack(rows) if dim in WITHIN else rows[0]
     return orders
 
 
 def is_identity(orders: Orders) -> bool:
     """True when the parent is sorted already."""
     return all(
-        torch.equal(order, torch.arange(order.numel())) for by_dim in orders.values() for order in by_dim.values()
+        torch.equal(order, torch.arange(order.shape[-1]).expand_as(order))
+        for by_dim in orders.values()
+        for order in by_dim.values()
     )
 
 
@@ -64,7 +68,7 @@ def random_orders(layout: ParamLayout, dims: Iterable[str], generator: torch.Gen
     arch, widths = layout.architecture, {}
     for dim in dims:
         layers = [0] if dim == "hidden_size" else arch.layers_of(KIND_OF_DIM[dim])
-        widths[dim] = {layer: torch.rand(getattr(arch, dim), generator=generator) for layer in layers}
+        widths[dim] = {layer: torch.rand(score_shape(arch, dim), generator=generator) for layer in layers}
     return width_orders(widths, layout)
 
 

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..space.dims import score_shape
 from ..space.layout import ParamLayout
 from ..space.slicing import permute
 from .ranking import Orders
@@ -89,9 +90,9 @@ def orders_from_tensors(flat: Mapping[str, Tensor], layout: ParamLayout) -> Orde
     orders: Orders = {None: dict(shared), **{i: dict(shared) for i in range(layout.architecture.num_layers)}}
     for name, order in flat.items():
         layer, dim = name.split(".", 1)
-        units = getattr(layout.architecture, dim, 0)
-        if not torch.equal(order.sort().values, torch.arange(units)):
-            raise ValueError(f"order {name} is no permutation of the {units} units of {dim}")
+        shape = score_shape(layout.architecture, dim)
+        if order.shape != shape or not torch.equal(order.sort(-1).values, torch.arange(shape[-1]).expand(shape)):
+            raise ValueError(f"order {name} is no permutation of the {shape[-1]} units of {dim}")
         if layer != "outside":
             orders[int(layer)][dim] = order
     return orders

@@ -20,7 +20,7 @@ from ..files import write_json
 from ..problems import Problem, ProblemsError, raise_if_any
 from ..shapes.importance_file import DESCRIPTION, FORMAT, TENSORS, read_description
 from ..space.architecture import Architecture
-from ..space.dims import KIND_OF_DIM, WIDTH_DIMS
+from ..space.dims import KIND_OF_DIM, WIDTH_DIMS, score_shape
 from ..space.layout import ParamLayout
 from .ranking import Orders, width_orders
 
@@ -31,7 +31,8 @@ class Importance:
 
     Attributes:
         widths: dim -> layer -> score per unit, fp32. `hidden_size` has one row per norm (layer L: the final norm),
-            `mamba_num_heads` `[m]`, `mamba_head_dim` `[p]`, `num_attention_heads` `[q]`, `ffn_hidden_size` `[f]`.
+            `mamba_num_heads` `[m]`, `mamba_head_dim` `[p]`, `num_attention_heads` `[q]`, `ffn_hidden_size` `[f]`;
+            a dim within another one `[units of that, units]`.
         depth_scores: layer -> what the output loses without it (its score when it was removed, or the last one known).
         depth_ranking: every layer once, most important first; empty when depth was not ranked.
         provenance: settings, versions, seeds, data, counts: whatever says how the scores came to be.
@@ -56,11 +57,13 @@ class Importance:
             wanted = range(layers + 1) if dim == "hidden_size" else architecture.layers_of(KIND_OF_DIM[dim])
             if sorted(by_layer) != list(wanted):
                 found.append(Problem(f"{key}.{dim}", f"has scores of layers {sorted(by_layer)}, wants {list(wanted)}"))
-            units = getattr(architecture, dim)
+            wanted_shape = score_shape(architecture, dim)
             for layer, scores in by_layer.items():
-                if tuple(scores.shape) != (units,):
-                    shape = tuple(scores.shape)
-                    found.append(Problem(f"{key}.{dim}.{layer}", f"has shape {shape}, the parent has {units} units"))
+                if tuple(scores.shape) != wanted_shape:
+                    words = (
+                        f"has shape {tuple(scores.shape)}, the parent has {' x '.join(map(str, wanted_shape))} units"
+                    )
+                    found.append(Problem(f"{key}.{dim}.{layer}", words))
                 elif not torch.isfinite(scores).all():
                     found.append(Problem(f"{key}.{dim}.{layer}", "has scores that are not finite; rank again"))
         if self.depth_ranking and sorted(self.depth_ranking) != list(range(layers)):

@@ -7,6 +7,7 @@ reads them is imported: the fields of `Architecture` and `Subnet` are made of th
 from functools import cache
 
 from .attention import ATTENTION
+from .experts import EXPERTS
 from .kind import Dim, Kind, Size
 from .mamba import MAMBA
 from .mlp import MLP
@@ -26,7 +27,7 @@ __all__ = [
     "sizes",
 ]
 
-_registered: list[Kind] = [MAMBA, ATTENTION, MLP]
+_registered: list[Kind] = [MAMBA, ATTENTION, MLP, EXPERTS]
 _read = False
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from .axis import Axis, MakeFactor, Segment
-from .kind import Dim, Gguf, HuggingFace, Kind, Packed, PerLayer, Size, Sizes, size_of
+from .kind import Dim, Gguf, HuggingFace, Kind, Packed, PerLayer, Ran, Size, Sizes, size_of
 
 
 def _axes(arch: Any, ffn_groups: int, factor: MakeFactor) -> dict[str, Axis]:
@@ -27,11 +27,45 @@ def _flops(arch: Any, sizes: Sizes, length: int, chunk_size: int) -> Any:
     """Projections, and the whole score matrix, not its causal half, as kernels that skip no block compute it."""
     h, q = size_of(arch, sizes, "hidden_size"), size_of(arch, sizes, "num_attention_heads")
     d, kv = arch.kv_channels, arch.num_query_groups
-    return 2 * length * h * ((q + 2 * kv) * d + q * d) + 2 * 2 * length * length * q * d
+    return 2 * length * h * ((q + 2 * kv) * d + q * d) + _scores(arch, sizes, length, chunk_size)
+
+
+def _scores(arch: Any, sizes: Sizes, length: int, chunk_size: int) -> Any:
+    """Queries times keys, and the shares times values."""
+    return 2 * 2 * length * length * size_of(arch, sizes, "num_attention_heads") * arch.kv_channels
 
 
 def _caches(arch: Any, sizes: Sizes, length: int) -> dict[str, Any]:
     return {"kv_cache": 2 * arch.num_query_groups * arch.kv_channels * length}
+
+
+def _saved(arch: Any, sizes: Sizes, ran: Ran) -> dict[str, float]:
+    """The packed product (keys and values are views of it), the queries once more where several share a key, and the
+    result with a row's log-sum-exp in fp32; a kernel that keeps no scores, as torch's and the CUDA ones are. Norms of
+    heads and positions each make queries and keys of their own.
+    """
+    heads, groups, e, wide = size_of(arch, sizes, "num_attention_heads"), arch.num_query_groups, ran.element, 4
+    queries = e * heads * arch.kv_channels / ran.ranks
+    keys = e * groups * arch.kv_channels / ran.ranks
+    kept = {"qkv": queries + 2 * keys, "into proj": queries}
+    kept |= {"gathered keys and values": 2 * keys * ran.context} if ran.context > 1 else {}
+    kept |= {} if ran.selective else {"log-sum-exp": wide * heads / ran.ranks}
+    if arch.qk_layernorm:  # in fp32: what each normed and the normed one, with a factor a head
+        taken = queries + keys if e != wide else queries if heads > groups else 0  # in fp32 already there, or copied
+        kept["norms of heads"] = taken * wide / e + wide * (heads + groups) * (arch.kv_channels + 1) / ran.ranks
+    if arch.qk_layernorm or ran.turned:
+        kept["queries and keys"] = queries + keys
+    elif heads > groups:
+        kept["queries"] = queries
+    kept |= {"cosines and sines": 4 * e * ran.turned / ran.sequences} if ran.turned else {}
+    return kept | (
+        {"in front of masks and gates": queries} if ran.soft or ran.gates or (ran.cut and not ran.selective) else {}
+    )
+
+
+def _exchanged(arch: Any, sizes: Sizes, context: int) -> float:
+    """Keys and values of all other ranks."""
+    return 2 * arch.num_query_groups * arch.kv_channels * (context - 1)
 
 
 def _gguf_keys(arch: Any) -> dict[str, Any]:
@@ -82,7 +116,10 @@ ATTENTION = Kind(
     norm=("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"),
     extra_states=("self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.core_attention"),
     flops=_flops,
+    recomputed=_scores,
     caches=_caches,
+    saved=_saved,
+    exchanged=_exchanged,
     aligned={"qkv": "qkv rows", "q": "proj columns"},
     fewest="min_attention_layers",
     huggingface=HuggingFace(

@@ -8,7 +8,7 @@ here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,8 @@ class Size:
 
     Attributes:
         required: a model section has to give it.
-        default: of `Architecture`; None: none.
+        default: of `Architecture`; None: none. 0: what the size is of may not be there at all.
+        none_if_absent: Megatron reads any value as that there are such layers: it is told none where there are none.
         fixed: Megatron has no field for it: it always is the default, and no model section says it.
         huggingface: keys of config.json with the same value, today's first.
     """
@@ -31,6 +32,7 @@ class Size:
     name: str
     required: bool = True
     default: int | None = None
+    none_if_absent: bool = False
     fixed: bool = False
     huggingface: tuple[str, ...] = ()
 
@@ -44,8 +46,10 @@ class Dim:
         place: where it is listed among all dims; the seeds of a router and the columns of tables follow this order.
         groups: (architecture, elastic.ffn_groups) -> number of groups whose first units a child keeps.
         per_layer: layers of a child may differ in it; else it has one value per net.
+        within: the dim whose units have an order of this one's each: neurons, within experts.
         dealt: units belong to no group by nature: they are ranked over the whole layer and dealt to the groups.
         multiple: (large parent?, widest tensor-parallel size) -> what ratios round to by default.
+        least: architecture -> the smallest size of a child.
         ratios: choices that `config --from` offers; none: the dim is left alone.
         words, short: in figures and notes; a column's heading (at most two lines).
         schemas: Hugging Face schemas (`checkpoint.schemas`) that can say it per layer.
@@ -56,13 +60,45 @@ class Dim:
     place: int = 1000
     groups: Callable[[Any, int], int] = lambda arch, ffn_groups: 1
     per_layer: bool = True
+    within: str | None = None
     dealt: bool = False
     multiple: Callable[[bool, int], int] = lambda large, ranks: 1
+    least: Callable[[Any], int] = lambda arch: 1
     ratios: tuple[float, ...] = ()
     words: str
     short: str
     schemas: tuple[str, ...] = ()
     gguf_key: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ran:
+    """How a layer is trained, as far as it decides which tensors are kept for the backward.
+
+    Attributes:
+        element: bytes of an activation: 2, or 4 in fp32.
+        ranks: the tensor-parallel size.
+        length: tokens of a sequence.
+        context: the context-parallel size.
+        sequences: of a micro-batch; they share what depends on the position alone.
+        turned: channels of a head that rotary positions turn; 0 without positions.
+        soft, gates: soft masks; the straight-through gates of a hard choice that is being learned.
+        cut: masked mode, and a subnet without all of the kind's units.
+        selective: what `recompute_granularity: selective` computes again is not kept.
+        kernels: `cuda` (mamba-ssm, causal-conv1d, flash attention) or `torch` (the ones of this package).
+    """
+
+    element: int
+    ranks: int
+    length: int
+    context: int = 1
+    sequences: int = 1
+    turned: int = 0
+    soft: bool = False
+    gates: bool = False
+    cut: bool = False
+    selective: bool = False
+    kernels: str = "cuda"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,18 +171,26 @@ class Kind:
         dims: its elastic dims; `split_by`: sizes that every tensor-parallel size must divide.
         flags: true or false of a plain model (fields of `TransformerConfig`) on which its rows depend.
         rows: parameter behind the layer's prefix -> names of its axes; `hidden`, `one` are everybody's.
-        only_with: row -> the flags of which one must be true for it to be there; others always are.
+        only_with: row -> the flags (or sizes) of which one must be true (not 0) for it to be there; others always are.
         axes: (architecture, elastic.ffn_groups, make a factor) -> its axes by name.
         norm: (row of its norm, the name of that row where Transformer Engine fuses it into the linear behind).
         stored_in_parts: rows that stock checkpoints hold segment by segment (of the first axis).
         extra_states: modules of it that have a Transformer Engine state of their own in stock checkpoints.
         flops: (architecture, sizes, sequence length, chunk) -> forward FLOPs of one layer for one sequence.
+        met: (architecture, sizes) -> for rows of which one token meets a part: (units met, units).
+        broken: architecture -> (field, words) for each of its own rules that a model with such layers breaks.
+        recomputed: the same arguments -> those that selective recomputation does again.
         caches: (architecture, sizes, sequence length) -> cached elements of one layer for one sequence, by
             `cost.CACHES`.
+        saved: (architecture, sizes, how it ran) -> what its layers keep for the backward, behind their first linear and
+            to the input of the last one: bytes a token on one rank, by what it is.
+        exchanged: (architecture, sizes, context-parallel size) -> elements of a token that its forward gets from, and
+            gives to, other context-parallel ranks, over all tensor-parallel ones.
         aligned: axis of a linear -> how notes call it; `conv_axis`: the axis that the causal convolution runs over.
         fp8: axis that FP8 wants in multiples of 16 -> words, in which `{width}` and dims are put.
         ranking: field of `RankConfig` -> its choices and their meanings: which activation ranks its dims.
         ends_block: a feed-forward layer, with which a block of models that know only whole blocks ends.
+        only_planned: it is counted and planned, and not ranked or trained yet.
         fewest: the field of `RankConfig` with the number of its layers that depth ranking keeps, if there is one.
         huggingface, gguf, serving: None where it cannot be said, or run, there. `serving` is a module.
         module: computes it. `slot`: the letter of Megatron's own stack in whose place it is built.
@@ -169,12 +213,18 @@ class Kind:
     stored_in_parts: tuple[str, ...] = ()
     extra_states: tuple[str, ...] = ()
     flops: Callable[[Any, Sizes, int, int], Any]
+    met: Callable[[Any, Sizes], Mapping[str, tuple[int, Any]]] = lambda arch, sizes: {}
+    broken: Callable[[Any], Iterable[tuple[str, str]]] = lambda arch: ()
+    recomputed: Callable[[Any, Sizes, int, int], Any] = lambda arch, sizes, length, chunk: 0
     caches: Callable[[Any, Sizes, int], dict[str, Any]] = lambda arch, sizes, length: {}
+    saved: Callable[[Any, Sizes, Ran], dict[str, float]]
+    exchanged: Callable[[Any, Sizes, int], float] = lambda arch, sizes, context: 0.0
     aligned: Mapping[str, str] = field(default_factory=dict)
     conv_axis: str | None = None
     fp8: Mapping[str, str] = field(default_factory=dict)
     ranking: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     ends_block: bool = False
+    only_planned: bool = False
     fewest: str | None = None
     huggingface: HuggingFace | None = None
     gguf: Gguf | None = None

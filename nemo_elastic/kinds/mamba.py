@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from .axis import Axis, MakeFactor, Segment
-from .kind import Dim, Gguf, HuggingFace, Kind, Size, Sizes, size_of
+from .kind import Dim, Gguf, HuggingFace, Kind, Ran, Size, Sizes, size_of
+from .scan_chunk import scan_chunk_length
 
 SITES = {
     "out_proj_input": "the gated norm's output, which enters out_proj",
@@ -53,6 +54,45 @@ def _caches(arch: Any, sizes: Sizes, length: int) -> dict[str, Any]:
     inner = _inner(arch, sizes)
     channels = inner + 2 * arch.mamba_num_groups * arch.mamba_state_dim
     return {"ssm_state": inner * arch.mamba_state_dim, "conv_state": channels * arch.mamba_conv_kernel}
+
+
+def _saved(arch: Any, sizes: Sizes, ran: Ran) -> dict[str, float]:
+    """mamba-ssm keeps the packed product and the scan's result and computes the rest again; under soft masks, which
+    act between convolution and scan, each keeps its own. The scan in torch works in fp32 and keeps more. The gated norm
+    is ours either way: in fp32, its input and the normed one.
+    """
+    e, wide, ranks = ran.element, 4, ran.ranks
+    inner, heads = _inner(arch, sizes) / ranks, size_of(arch, sizes, "mamba_num_heads") / ranks
+    groups = arch.mamba_num_groups / ranks
+    state = groups * arch.mamba_state_dim
+    conv, packed = inner + 2 * state, 2 * inner + 2 * state + heads
+    kept = {"gated norm": wide * (2 * inner + (2 if ran.soft else 1) * groups), "into out_proj": e * inner}
+    if ran.kernels == "cuda" and ran.soft:
+        kept["convolution"] = e * 2 * conv
+        kept["scan"] = e * (3 * inner + 2 * state + heads) + wide * heads  # x, z, its result, B, C, dt; log decays
+    elif ran.kernels == "cuda":
+        kept["convolution and scan"] = e * (packed + inner)
+    else:
+        head_dim = size_of(arch, sizes, "mamba_head_dim")
+        chunk = scan_chunk_length(ran.length, head_dim, arch.mamba_state_dim)
+        states = (-(-ran.length // chunk) + 1) * inner * arch.mamba_state_dim / ran.length
+        own = wide * (
+            conv + 3 * heads + states + 3 * inner
+        )  # before silu; dt twice, log decays; states; y twice, silu z
+        if ran.soft:
+            kept["convolution"], kept["scan"] = wide * conv + e * conv, own + wide * (2 * inner + 2 * state)
+        elif e == wide:  # x, B, C, z and dt are views of the packed product and of the convolution's result
+            kept["convolution and scan"] = own + wide * (packed + conv)
+        else:
+            kept["convolution and scan"] = own + wide * (2 * conv + inner)
+    return kept | ({"in front of gates": e * inner} if ran.gates and not ran.soft else {})
+
+
+def _exchanged(arch: Any, sizes: Sizes, context: int) -> float:
+    """The packed product from sequence to heads and the scan's result back, but for the part that stays."""
+    inner, heads = _inner(arch, sizes), size_of(arch, sizes, "mamba_num_heads")
+    packed = 2 * inner + 2 * arch.mamba_num_groups * arch.mamba_state_dim + heads
+    return (packed + inner) * (context - 1) / context
 
 
 def _gguf_keys(arch: Any) -> dict[str, Any]:
@@ -128,6 +168,8 @@ MAMBA = Kind(
     extra_states=("mixer.in_proj", "mixer.out_proj"),
     flops=_flops,
     caches=_caches,
+    saved=_saved,
+    exchanged=_exchanged,
     aligned={"z+x+B+C+dt": "in_proj rows z+x+B+C+dt", "x": "out_proj columns"},
     conv_axis="x+B+C",
     fp8={"z+x+B+C+dt": "in_proj rows 2D + 2GN + m = {width} (mamba_num_heads {mamba_num_heads})"},

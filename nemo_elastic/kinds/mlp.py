@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from .axis import Axis, MakeFactor, Segment
-from .kind import Dim, Gguf, HuggingFace, Kind, PerLayer, Size, Sizes, size_of
+from .kind import Dim, Gguf, HuggingFace, Kind, PerLayer, Ran, Size, Sizes, size_of
 
 SITES = {
     "linear_fc2_input": "the activation that enters linear_fc2 (Minitron)",
@@ -25,6 +25,18 @@ def _axes(arch: Any, ffn_groups: int, factor: MakeFactor) -> dict[str, Axis]:
 def _flops(arch: Any, sizes: Sizes, length: int, chunk_size: int) -> Any:
     products = 3 if arch.gated_linear_unit else 2
     return 2 * length * products * size_of(arch, sizes, "hidden_size") * size_of(arch, sizes, "ffn_hidden_size")
+
+
+def _saved(arch: Any, sizes: Sizes, ran: Ran) -> dict[str, float]:
+    """Nothing when it is computed again; else what the activation is taken of and what enters fc2; gated: gate and up,
+    the activated gate, and their product.
+    """
+    if ran.selective:
+        return {}
+    neurons = ran.element * size_of(arch, sizes, "ffn_hidden_size") / ran.ranks
+    kept = {"activation": neurons, "into fc2": neurons}
+    kept |= {"up": neurons, "activated gate": neurons} if arch.gated_linear_unit else {}
+    return kept | ({"in front of gates": neurons} if ran.soft or ran.gates else {})
 
 
 MLP = Kind(
@@ -60,6 +72,8 @@ MLP = Kind(
     norm=("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
     extra_states=("mlp.linear_fc1", "mlp.linear_fc2"),
     flops=_flops,
+    recomputed=_flops,
+    saved=_saved,
     aligned={"ffn": "neurons"},
     fp8={"ffn": "ffn_hidden_size {width}"},
     ranking={"ffn_site": SITES},

@@ -10,26 +10,33 @@ No torch here.
 from collections.abc import Mapping
 from typing import Any
 
+from ..config.model_fields import architecture_of, whole_model
+from ..config.parent_hf import adapter_of_model
+from ..huggingface import unsayable
 from ..kinds import dims, kind_of, kinds_of
 from ..problems import Problem
 from ..space.alignment import FP8_MULTIPLE
 from ..space.architecture import Architecture
-from ..space.dims import PER_LAYER_DIMS
+from ..space.dims import HIDDEN, PER_LAYER_DIMS
 from ..space.layout import ParamLayout
-from ..space.subnet import Subnet
+from ..space.subnet import Subnet, layer_sizes
 
 LARGEST = 16
 
 
-def deployment(layout: ParamLayout, subnet: Subnet) -> dict[str, Any]:
-    """Legal parallel sizes (up to 16), whether FP8 linears fit, and what a stock Hugging Face config can say."""
+def deployment(layout: ParamLayout, subnet: Subnet, model: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Legal parallel sizes (up to 16), whether FP8 linears fit, and what a stock Hugging Face config can say.
+
+    Args:
+        model: the parent's model section; None: its sizes and nothing else.
+    """
     arch = layout.architecture
     groups = tuple(getattr(arch, name) for kind in kinds_of(arch.hybrid_override_pattern) for name in kind.split_by)
     return {
         "tensor_parallel": [n for n in range(1, LARGEST + 1) if all(g % n == 0 for g in groups)],
         "pipeline_parallel": [n for n in range(1, LARGEST + 1) if subnet.num_layers % n == 0],
         "fp8": not fp8_problems(layout, subnet, ""),
-        "hugging_face": hugging_face_note(arch, subnet),
+        "hugging_face": hugging_face_note(model or vars(arch), subnet),
     }
 
 
@@ -53,12 +60,31 @@ def fp8_problems(layout: ParamLayout, subnet: Subnet, key: str) -> list[Problem]
     return [Problem(key, f"{what} must be a multiple of {FP8_MULTIPLE} for FP8") for what in found]
 
 
-def hugging_face_note(architecture: Architecture, subnet: Subnet) -> str:
-    """Whether a stock Hugging Face config can say the child, in words."""
+def hugging_face_note(model: Mapping[str, Any], subnet: Subnet) -> str:
+    """Whether a stock Hugging Face config can say the child of a parent with this model section, in words."""
+    for kind in kinds_of(model["hybrid_override_pattern"]):
+        if kind.huggingface is None:
+            return f"no: {kind.words} is not written as a Hugging Face folder yet"
+    adapter, architecture = adapter_of_model(model), architecture_of(model)
     ragged = [name for name in PER_LAYER_DIMS if not subnet.is_uniform(name)]
+    if found := unsayable(adapter, _child(model, architecture, subnet)):
+        return f"no: {found[0].key.removeprefix('model.')} {found[0].message}"
     if not ragged:
-        return "loads as NemotronH"
+        return f"loads as {adapter.words}"
+    padded = [dim.name for dim in dims() if "uniform" in dim.schemas and dim.name in ragged]
     listed = [dim.name for dim in dims() if "list" in dim.schemas and dim.name in ragged]
+    if adapter.depth_unit != "layer" and ragged == padded:
+        return f"per-layer {', '.join(padded)}: padded to uniform without loss"
     if ragged == listed:
         return f"per-layer {', '.join(listed)}: padded to uniform without loss, or a list for newer readers"
     return f"per-layer {', '.join(n for n in ragged if n not in listed)}: no stock schema can say it"
+
+
+def _child(model: Mapping[str, Any], architecture: Architecture, subnet: Subnet) -> dict[str, Any]:
+    """The whole model section of a child; of sizes that differ per layer, the largest."""
+    pattern, sizes = architecture.hybrid_override_pattern, {HIDDEN: subnet.hidden_size}
+    for layer in subnet.layers:
+        for name, size in layer_sizes(architecture, subnet, layer).items():
+            sizes[name] = max(size, sizes.get(name, 0))
+    kept = "".join(pattern[layer] for layer in subnet.layers)
+    return {**whole_model(model), **sizes, "hybrid_override_pattern": kept}

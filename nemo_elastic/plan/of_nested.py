@@ -52,6 +52,7 @@ def plan_nested(manifest: Trained, budget: str | None = None, overrides: Sequenc
         space=manifest.space,
         budgets=tuple(manifest.budgets.values()),
         forced=dict(manifest.subnets),
+        model=manifest.model,
     )
     serving, tolerance = serving_of(run.report, family.architecture), run.router.tolerance
     if budget is None or budget in manifest.subnets:

@@ -11,7 +11,7 @@ from typing import Any
 from ..config.sections import RunConfig
 from ..cost.budget import BudgetCost
 from ..cost.conditions import Serving, serving_of
-from ..cost.counts import flops, memory, parameters, parameters_by_kind
+from ..cost.counts import active_parameters, flops, memory, parameters, parameters_by_kind
 from ..family import Family, family_of, parallel_problems
 from ..problems import Problem, ProblemsError
 from ..shapes.search import propose_uniform
@@ -120,7 +120,7 @@ def budget_row(family: Family, serving: Serving, budget: Budget, subnet: Subnet,
         **about,
         "percent_of_parent": 100 * about["parameters"] / total,
         "subnet": subnet.to_dict(),
-        "deployment": deployment(family.layout, subnet),
+        "deployment": deployment(family.layout, subnet, family.model),
     }
 
 
@@ -138,6 +138,7 @@ def described(family: Family, serving: Serving, subnet: Subnet) -> dict[str, Any
     layout, length = family.layout, serving.sequence_length
     about = {
         "parameters": parameters(layout, subnet),
+        "active_parameters": active_parameters(layout, subnet),
         "parameters_by_kind": parameters_by_kind(layout, subnet),
         "memory_bytes": memory(layout, subnet, **serving.memory_conditions).to_dict(),
         "flops_per_token": flops(layout, subnet, sequence_length=length) / length,

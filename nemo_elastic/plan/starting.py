@@ -5,19 +5,20 @@ ones that its groups and kernels allow; budgets are three quarters and half of t
 can reach.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ..config.load import load_config, load_values
-from ..config.parent_files import folder_of, parent_files
+from ..config.parent_files import ParentFiles, folder_of, parent_files
+from ..config.parent_hf import adapter_of_model
 from ..config.sections import RunConfig
 from ..cost.counts import parameters
 from ..family import Family, family_of
 from ..kinds import dims
 from ..problems import Problem, ProblemsError
+from ..space.blocks import DEPTH_UNITS
 from ..space.dims import HIDDEN, KIND_OF_DIM
 
 RATIOS: dict[str, tuple[float, ...]] = {HIDDEN: (1.0, 0.875, 0.75), **{dim.name: dim.ratios for dim in dims()}}
@@ -35,8 +36,12 @@ def starting_configuration(path: str, key: str = "--from") -> str:
     if said is None:
         words = f"nothing in {path!r} describes a model (config.json, or context/ of a NeMo checkpoint)"
         raise ProblemsError([Problem(key, words)])
-    family = _family(path, said.model)
+    family = _family(path, said)
     sizes = {name: dim.choices for name, dim in family.space.dims.items() if len(dim.choices) > 1}
+    for name, of in adapter_of_model(said.model).divides.items():
+        if name in sizes:
+            own, *less = sizes[name]
+            sizes[name] = (own, *(n for n in less if all(size % n == 0 for size in sizes.get(of, ()))))
     arch, whole = family.architecture, parameters(family.layout, family.space.full_subnet())
     smallest = family.space.subnet(**{name: choices[-1] for name, choices in sizes.items()})
     large, small = _budgets(parameters(family.layout, smallest) / whole)
@@ -50,6 +55,7 @@ def starting_configuration(path: str, key: str = "--from") -> str:
         f"  path: {_quoted(path)}",
         "",
         "elastic:",
+        *([f"  depth_unit: {said.depth_unit} # of a mixer and its MLP"] if said.depth_unit != "layer" else []),
         "  dims: # sizes; the parent's own first",
         *(f"    {name}: {{choices: {list(choices)}}}" for name, choices in sizes.items()),
         "  budgets: # fractions of the parent's parameters; also a number of them, or {kind: memory_gb, value: 12}",
@@ -86,18 +92,25 @@ def starting_run(path: str) -> RunConfig:
     return load_config(None, base={**yaml.safe_load(text), "model": dict(said.model)}).config
 
 
-def _family(path: str, model: Mapping[str, Any]) -> Family:
+def _family(path: str, said: ParentFiles) -> Family:
+    model = said.model
+    together = adapter_of_model(model).together
     pattern = str(model.get("hybrid_override_pattern"))
     chosen: dict[str, Any] = {
-        name: {"choices": list(ratios)}
+        name: {"choices": list(RATIOS[together.get(name, name)])}
         for name, ratios in RATIOS.items()
         if ratios and KIND_OF_DIM.get(name, pattern[:1]) in pattern
     }
-    layers = len(pattern)
+    unit = DEPTH_UNITS[said.depth_unit]
+    layers = len(pattern) // unit
     lowest = -int(-layers * SHALLOWEST // 1)
     step = max(1, -int(-(layers - lowest) // DEPTHS))
-    chosen["num_layers"] = {"choices": [layers, *range(layers - step, lowest - 1, -step)]}
-    return family_of(load_values({"parent": {"path": path}, "model": dict(model), "elastic": {"dims": chosen}}))
+    chosen["num_layers"] = {"choices": [unit * n for n in (layers, *range(layers - step, lowest - 1, -step))]}
+    return family_of(
+        load_values(
+            {"parent": {"path": path}, "model": dict(model), "elastic": {"depth_unit": said.depth_unit, "dims": chosen}}
+        )
+    )
 
 
 def _budgets(smallest: float) -> tuple[float, float]:

@@ -30,8 +30,9 @@ def width_scores(run: RunFolder) -> Scores:
     found: dict[str, dict[int, NDArray[np.float32]]] = {}
     for name, scores in tensors.items():
         dim, _, layer = name.rpartition(".")
-        if dim in WIDTH_DIMS and layer.isdigit() and scores.ndim == 1 and np.isfinite(scores).all():
-            found.setdefault(dim, {})[int(layer)] = scores
+        if dim in WIDTH_DIMS and layer.isdigit() and scores.ndim in (1, 2) and np.isfinite(scores).all():
+            rows = scores if scores.ndim == 1 else np.sort(scores, axis=-1)[:, ::-1].sum(0)  # of every expert in order
+            found.setdefault(dim, {})[int(layer)] = rows
     return {dim: dict(sorted(found[dim].items())) for dim in WIDTH_DIMS if dim in found}
 
 

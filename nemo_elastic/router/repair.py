@@ -99,10 +99,10 @@ def _losses(probabilities: Mapping[str, Tensor]) -> dict[str, list[list[float]]]
 
 @dataclass(frozen=True)
 class _Row:
-    """One free row: which dim and position it sets, and per choice its loss and its cost."""
+    """One free row: the dims of a kind that it sets together, in one layer or in all, and per choice loss and cost."""
 
-    name: str
-    position: int
+    names: tuple[str, ...]
+    picks: Sequence[tuple[int, ...]]
     losses: Sequence[float]
     costs: Sequence[float]
 
@@ -118,7 +118,7 @@ class _Repair:
         self.space = cost.space
 
     def run(self) -> Selection:
-        names = [n for n in GLOBAL_DIMS if n in self.shapes]
+        names = [n for n in GLOBAL_DIMS if n in self.shapes] + self._beside_rows()
         combos = sorted(
             (sum(self.losses[n][0][i] for n, i in zip(names, combo, strict=True)), combo)
             for combo in product(*(range(self.shapes[n][1]) for n in names))
@@ -142,28 +142,40 @@ class _Repair:
         rows = []
         for kind, kept in self.tables.rows_kept[fixed.get(DEPTH, 0)].items():
             table = self.tables.kinds[kind]
-            free = [n for n in table.dims if n in self.shapes and n not in fixed]
-            assert len(free) <= 1, "one dim besides the global ones cuts a kind of layer"
+            free = tuple(n for n in table.dims if n in self.shapes and n not in fixed)
             if not free:
                 base += len(kept) * table.at(tuple(fixed.get(n, 0) for n in table.dims))
                 continue
-            name = free[0]
-            costs = [
-                table.at(tuple(i if n == name else fixed.get(n, 0) for n in table.dims))
-                for i in range(self.shapes[name][1])
-            ]
-            if is_row_per_layer(self.space, name):
+            picks = list(product(*(range(self.shapes[name][1]) for name in free)))
+            costs = []
+            for pick in picks:
+                chosen = fixed | dict(zip(free, pick, strict=True))
+                costs.append(table.at(tuple(chosen.get(n, 0) for n in table.dims)))
+            if is_row_per_layer(self.space, free[0]):
                 gone = [0.0] * len(costs)
-                for r in range(self.shapes[name][0]):
-                    rows.append(_Row(name, r, self.losses[name][r], costs if r in kept else gone))
+                for r in range(self.shapes[free[0]][0]):
+                    rows.append(_Row(free, picks, self._joint(free, picks, r), costs if r in kept else gone))
             else:
-                rows.append(_Row(name, 0, self.losses[name][0], [c * len(kept) for c in costs]))
+                rows.append(_Row(free, picks, self._joint(free, picks, 0), [c * len(kept) for c in costs]))
         return base, rows
+
+    def _beside_rows(self) -> list[str]:
+        """Dims with one value for all layers of a kind that another dim cuts layer by layer: enumerated, too."""
+        found = []
+        for table in self.tables.kinds.values():
+            own = [n for n in table.dims if n in self.shapes and n not in GLOBAL_DIMS]
+            if any(is_row_per_layer(self.space, n) for n in own):
+                found += [n for n in own if not is_row_per_layer(self.space, n)]
+        return found
+
+    def _joint(self, names: tuple[str, ...], picks: Sequence[tuple[int, ...]], row: int) -> list[float]:
+        return [sum(self.losses[n][row][i] for n, i in zip(names, pick, strict=True)) for pick in picks]
 
     def _selection(self, rows: Sequence[_Row], picked: Sequence[int]) -> dict[str, tuple[int, ...]]:
         found: dict[str, list[int]] = {}
         for row, i in zip(rows, picked, strict=True):
-            found.setdefault(row.name, []).append(i)
+            for name, chosen in zip(row.names, row.picks[i], strict=True):
+                found.setdefault(name, []).append(chosen)
         return {name: tuple(indices) for name, indices in found.items()}
 
     def _score(self, loss: float, cost: float) -> float:

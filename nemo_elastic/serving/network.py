@@ -17,7 +17,7 @@ from ..kinds import kind_of
 from ..space.layout import ParamLayout, ParamSpec
 from ..space.slicing import take
 from ..space.subnet import Subnet
-from .linear import Affine, Linear, linear
+from .linear import Affine, Linear, compacted, linear
 from .parts import Layer, Parts, build_layer, rms_norm
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -56,7 +56,8 @@ class Network:
         self.final_norm = self._vector(table["decoder.final_norm.weight"], outer)
         self.output = self.embedding if layout.architecture.share_embeddings_and_output_weights else None
         if self.output is None:
-            self.output = self._matrix("output_layer.weight", outer)
+            kept = take(self._weights["output_layer.weight"], table["output_layer.weight"], outer)
+            self.output = compacted(kept) if compact else kept
         self.layers: list[Layer] = [self._layer(i) for i in subnet.layers]
 
     def new_caches(self, batch: int, room: int = 0, position: Tensor | None = None) -> list[Any]:

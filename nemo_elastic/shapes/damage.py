@@ -40,6 +40,7 @@ def read_scores(folder: str | Path, architecture: Architecture) -> Scores:
     """
     base = Path(folder)
     base = base / FOLDER if (base / FOLDER / DESCRIPTION).is_file() else base
+    import numpy as np
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
@@ -49,7 +50,10 @@ def read_scores(folder: str | Path, architecture: Architecture) -> Scores:
         widths: dict[str, dict[int, Sequence[float]]] = {}
         for name, scores in flat.items():
             dim, layer = name.rsplit(".", 1)
-            widths.setdefault(dim, {})[int(layer)] = scores.astype("float64").tolist()
+            rows = scores.astype("float64")
+            if rows.ndim > 1:  # an order in every expert: what goes at a size is the least of each
+                rows = np.sort(rows, axis=-1)[:, ::-1].sum(0)
+            widths.setdefault(dim, {})[int(layer)] = rows.tolist()
         ranking = tuple(description["depth_ranking"]) or None
         losses = {int(layer): float(score) for layer, score in description["depth_scores"].items()}
         made = description["provenance"]

@@ -12,7 +12,6 @@ from ..problems import Problem, raise_if_any
 MOST_LAYERS = 4  # that a problem lists
 KIND_NAMES = {kind.letter: kind.name for kind in kinds()}
 UNSUPPORTED_KINDS = {
-    "E": "mixture of experts",
     "G": "gated delta net",
     "D": "deepseek sparse attention",
     "+": "multi-latent attention, MLA",
@@ -64,7 +63,7 @@ class Architecture(_OfKinds):
         found = [
             Problem(f"model.{f.name}", f"{getattr(self, f.name)} must be a positive integer")
             for f in fields(self)
-            if f.type is int and (not isinstance(getattr(self, f.name), int) or getattr(self, f.name) < 1)
+            if f.type is int and not _is_size(getattr(self, f.name), zero=f.default == 0)
         ]
         found += [
             Problem(f"model.{name}", f"{getattr(self, name)!r} must be true or false")
@@ -80,7 +79,20 @@ class Architecture(_OfKinds):
             n, g = getattr(self, whole), getattr(self, groups)
             if n % g:
                 found.append(Problem(f"model.{whole}", f"{n} must be a multiple of {groups}={g}"))
+        for kind in kinds_of(self.hybrid_override_pattern):
+            found += [Problem(f"model.{name}", words) for name, words in kind.broken(self)]
         return found
+
+
+def _is_size(value: object, *, zero: bool) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= (0 if zero else 1)
+
+
+def layers_with(pattern: str, letter: str) -> str:
+    """The layers of one letter in words, `layers 1, 3 of 8`."""
+    layers = [str(layer) for layer, other in enumerate(pattern) if other == letter]
+    more = f", ... ({len(layers)} of them)" if len(layers) > MOST_LAYERS else ""
+    return f"layer{'s' * (len(layers) > 1)} {', '.join(layers[:MOST_LAYERS])}{more} of {len(pattern)}"
 
 
 def pattern_problems(pattern: str) -> list[Problem]:
@@ -93,9 +105,7 @@ def pattern_problems(pattern: str) -> list[Problem]:
     for letter in dict.fromkeys(pattern):
         if letter in KIND_NAMES:
             continue
-        layers = [str(layer) for layer, other in enumerate(pattern) if other == letter]
-        more = f", ... ({len(layers)} of them)" if len(layers) > MOST_LAYERS else ""
-        where = f"layer{'s' * (len(layers) > 1)} {', '.join(layers[:MOST_LAYERS])}{more} of {len(pattern)}"
+        where = layers_with(pattern, letter)
         if letter in UNSUPPORTED_KINDS:
             what = f"{UNSUPPORTED_KINDS[letter]} ({letter!r}) is not supported yet"
         else:

@@ -20,6 +20,7 @@ DIMS = (*WIDTH_DIMS, DEPTH)
 KIND_OF_DIM = {dim.name: kind_of_dim(dim.name).letter for dim in dims_of_kinds()}  # dim -> letter of its layers
 PER_LAYER_DIMS = tuple(dim.name for dim in dims_of_kinds() if dim.per_layer)
 DEALT_DIMS = tuple(dim.name for dim in dims_of_kinds() if dim.dealt)  # ranked over the layer, then dealt to groups
+WITHIN = {dim.name: dim.within for dim in dims_of_kinds() if dim.within}  # an order for each unit of another dim
 DEFAULT_FFN_GROUPS = 8
 
 
@@ -37,7 +38,7 @@ def dim_groups(architecture: Architecture, ffn_groups: int = DEFAULT_FFN_GROUPS,
 class ElasticDim:
     """One elastic dim: the parent's size and the legal sizes (`choices`, descending, the parent's size first).
 
-    `per_layer` lets every layer of the dim's kind have a size of its own.
+    `per_layer` lets every layer of the dim's kind have a size of its own; no child has less than `least`.
     """
 
     name: str
@@ -45,12 +46,14 @@ class ElasticDim:
     groups: int
     choices: tuple[int, ...]
     per_layer: bool = False
+    least: int = 1
 
     def __post_init__(self) -> None:
         key, found = f"elastic.dims.{self.name}", []
         for size in self.choices:
-            if not 0 < size <= self.full:
-                found.append(Problem(f"{key}.choices", f"{size} must be between 1 and the parent's {self.full}"))
+            if not self.least <= size <= self.full:
+                rule = f"must be between {self.least} and the parent's {self.full}"
+                found.append(Problem(f"{key}.choices", f"{size} {rule}"))
             elif size % self.groups:
                 near = nearest_multiples(size, self.groups, self.full)
                 found.append(Problem(f"{key}.choices", f"{size} must be a multiple of {self.groups}; nearest: {near}"))
@@ -68,6 +71,27 @@ def is_integer(value: Any) -> bool:
 def parent_size(architecture: Architecture, name: str) -> int:
     """The parent's size of an elastic dim."""
     return getattr(architecture, name)
+
+
+def present_dims(architecture: Architecture) -> tuple[str, ...]:
+    """The width dims that a parent has units of."""
+    return tuple(
+        name
+        for name in WIDTH_DIMS
+        if name not in KIND_OF_DIM or (architecture.layers_of(KIND_OF_DIM[name]) and parent_size(architecture, name))
+    )
+
+
+def score_shape(architecture: Architecture, name: str) -> tuple[int, ...]:
+    """Of the scores, and of the order, of a dim's units in a layer."""
+    outer = (parent_size(architecture, WITHIN[name]),) if name in WITHIN else ()
+    return (*outer, parent_size(architecture, name))
+
+
+def least_size(architecture: Architecture, name: str) -> int:
+    """The smallest size of a child in a dim: its top-k of experts, 0 of what the parent has none of, else 1."""
+    own = next((dim.least(architecture) for dim in dims_of_kinds() if dim.name == name), 1)
+    return min(own, parent_size(architecture, name))
 
 
 def resolve_choices(

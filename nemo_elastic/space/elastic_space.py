@@ -11,6 +11,7 @@ from ..problems import Problem, did_you_mean, nearest_multiples, raise_if_any
 from .architecture import Architecture
 from .blocks import block_problems, units_of
 from .dims import (
+    DEALT_DIMS,
     DEFAULT_FFN_GROUPS,
     DEPTH,
     DIMS,
@@ -20,6 +21,7 @@ from .dims import (
     ElasticDim,
     dim_groups,
     is_integer,
+    least_size,
     parent_size,
 )
 from .subnet import Subnet, row_of
@@ -42,9 +44,10 @@ class ElasticSpace:
 
     def __post_init__(self) -> None:
         arch, found = self.architecture, []
-        if arch.layers_of(KIND_OF_DIM["ffn_hidden_size"]) and arch.ffn_hidden_size % self.ffn_groups:
-            rule = f"must divide model.ffn_hidden_size={arch.ffn_hidden_size}"
-            found.append(Problem("elastic.ffn_groups", f"{self.ffn_groups} {rule}"))
+        for name in DEALT_DIMS:
+            if arch.layers_of(KIND_OF_DIM[name]) and parent_size(arch, name) % self.ffn_groups:
+                rule = f"must divide model.{name}={parent_size(arch, name)}"
+                found.append(Problem("elastic.ffn_groups", f"{self.ffn_groups} {rule}"))
         if self.depth_ranking is not None and sorted(self.depth_ranking) != list(range(arch.num_layers)):
             found.append(Problem("depth_ranking", f"must name each of the {arch.num_layers} layers once"))
         found += block_problems(arch.hybrid_override_pattern) if self.depth_unit > 1 else []
@@ -54,7 +57,8 @@ class ElasticSpace:
             raise_if_any([Problem("depth_ranking", words)])
         groups = dim_groups(arch, self.ffn_groups, self.depth_unit)
         every = {
-            n: self.dims.get(n) or ElasticDim(name=n, full=parent_size(arch, n), groups=groups[n], choices=())
+            n: self.dims.get(n)
+            or ElasticDim(name=n, full=parent_size(arch, n), groups=groups[n], choices=(), least=least_size(arch, n))
             for n in DIMS
         }
         object.__setattr__(self, "dims", every)
@@ -123,13 +127,14 @@ class ElasticSpace:
         arch, found = self.architecture, []
         for name in WIDTH_DIMS:
             row, full, groups = row_of(subnet, name), parent_size(arch, name), self.dims[name].groups
+            least = least_size(arch, name)
             if name in PER_LAYER_DIMS and len(row) != len(arch.layers_of(KIND_OF_DIM[name])):
                 count = len(arch.layers_of(KIND_OF_DIM[name]))
                 found.append(Problem(name, f"{len(row)} sizes given, the parent has {count} such layers"))
                 continue
             for size in dict.fromkeys(row):
-                if not 0 < size <= full:
-                    found.append(Problem(name, f"{size} must be between 1 and the parent's {full}"))
+                if not least <= size <= full:
+                    found.append(Problem(name, f"{size} must be between {least} and the parent's {full}"))
                 elif size % groups:
                     near = nearest_multiples(size, groups, full)
                     found.append(Problem(name, f"{size} must be a multiple of {groups}; nearest: {near}"))

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from .dims import WITHIN
 from .layout import Axis, Factor, ParamSpec, Segment
 
 Sizes = Mapping[str, int]
@@ -150,10 +151,27 @@ def permute(tensor: Tensor, spec: ParamSpec, orders: Mapping[str, Tensor], *, in
     Units that no child loses (K and V rows, B, C) stay; an order must keep units in their group where the group has
     fixed units or other tensors depend on it (`importance.sorting` makes such orders).
     """
+    inner = {dim: order for dim, order in orders.items() if dim in WITHIN}
+    outer = {dim: order for dim, order in orders.items() if dim not in WITHIN}
+    if not inverse:
+        tensor = _permute_within(tensor, spec, inner, inverse=False)
     for number, axis in enumerate(spec.axes):
-        index = _axis_order(axis, orders)
+        index = _axis_order(axis, outer)
         if index is not None:
             tensor = tensor.index_select(number, (torch.argsort(index) if inverse else index).to(tensor.device))
+    return _permute_within(tensor, spec, inner, inverse=True) if inverse else tensor
+
+
+def _permute_within(tensor: Tensor, spec: ParamSpec, orders: Mapping[str, Tensor], *, inverse: bool) -> Tensor:
+    """Dims with an order for each unit of another dim, whose axis is the first; by that one's old places."""
+    for number, axis in enumerate(spec.axes):
+        own = {dim: order for dim, order in orders.items() if any(f.dim == dim for s in axis for f in s.factors)}
+        if own:
+            count = len(next(iter(own.values())))
+            indices = [_axis_order(axis, {dim: order[unit] for dim, order in own.items()}) for unit in range(count)]
+            indices = [torch.argsort(index) if inverse else index for index in indices]
+            parts = zip(tensor, indices, strict=True)
+            tensor = torch.stack([part.index_select(number - 1, index.to(part.device)) for part, index in parts])
     return tensor
 
 

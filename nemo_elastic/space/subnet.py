@@ -4,6 +4,7 @@ from dataclasses import dataclass, make_dataclass
 from typing import Any
 
 from ..kinds import dims as dims_of_kinds
+from ..kinds import kinds_by_dim
 from .architecture import Architecture
 from .dims import (
     DEPTH,
@@ -46,11 +47,21 @@ class Subnet(_Widths):
         """True when all layers have the same size in this dim."""
         return len(set(row_of(self, name))) <= 1
 
+    def _of_absent_kinds(self) -> set[str]:
+        """Dims of kinds none of whose dims has a layer's size."""
+        found = set()
+        for kind in kinds_by_dim():
+            per_layer = [dim.name for dim in kind.dims if dim.per_layer]
+            if per_layer and not any(row_of(self, name) for name in per_layer):
+                found |= {dim.name for dim in kind.dims}
+        return found
+
     def to_dict(self) -> dict[str, Any]:
-        """JSON form: uniform tuples collapse to one integer."""
+        """JSON form: uniform tuples collapse to one integer, dims of kinds without a layer are left out."""
         values = {
-            n: (row_of(self, n)[0] if self.is_uniform(n) and row_of(self, n) else list(row_of(self, n)))
+            n: row_of(self, n)[0] if self.is_uniform(n) else list(row_of(self, n))
             for n in WIDTH_DIMS
+            if row_of(self, n) and n not in self._of_absent_kinds()
         }
         return {**values, DEPTH: self.num_layers, "layers": list(self.layers)}
 

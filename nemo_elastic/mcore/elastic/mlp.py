@@ -40,6 +40,11 @@ class ElasticMLP(MLP):
         """Learn this layer's rows of the parameter table."""
         self.rows, self.axes, self.elastic_tp_group, self.masks = rows, axes, tp_group, MaskCache()
 
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        """Megatron's, its bias added here: recomputation would make a parameter that it returns a result of its own."""
+        y, left = super().forward(*args, **kwargs)
+        return (y if left is None else y + left), None
+
     def elastic(self, x: Tensor, call: LayerCall, attention_mask: Tensor | None = None) -> Tensor:
         """`[s, b, h or k]` -> `[s, b, h or k]`."""
         parallel = {"sequence_parallel": self.config.sequence_parallel, "tp_group": self.elastic_tp_group}

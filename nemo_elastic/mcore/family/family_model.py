@@ -35,8 +35,11 @@ class FamilyModel(ElasticMambaModel):
         object.__setattr__(self, "teacher", teacher)
 
     def retire_teacher(self) -> None:
-        """Free its layers: a cache has their results. The output layer stays."""
-        self.teacher.decoder = None
+        """Free all but its output weights: a cache has the results."""
+        teacher = self.teacher
+        teacher.decoder = None
+        if teacher.pre_process and not (teacher.post_process and teacher.share_embeddings_and_output_weights):
+            teacher.embedding = None
 
     @property
     def policy(self) -> Router | None:

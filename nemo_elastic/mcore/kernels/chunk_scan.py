@@ -30,15 +30,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def scan_chunk_length(length: int, head_dim: int, state_dim: int) -> int:
-    """Chunk length that balances the work inside a chunk, ``~ Q`` a step, with that on the states, ``~ p n / Q``.
-
-    The constants were measured (``benchmarks/ssd.py --chunks``): powers of two near ``sqrt(p n / 2)``, from 32 to 128.
-    """
-    balanced = 2 ** int(math.log2(max(head_dim * state_dim / 2, 1)) / 2)
-    return max(1, min(length, max(32, min(128, balanced))))
-
-
 def chunk_scan(
     x: Tensor, dt: Tensor, a: Tensor, B: Tensor, C: Tensor, D: Tensor, initial_states: Tensor, chunk: int
 ) -> tuple[Tensor, Tensor]:

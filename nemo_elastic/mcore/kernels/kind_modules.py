@@ -17,16 +17,27 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from dataclasses import fields
 from types import ModuleType
 from typing import Any
 
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 
-from ...kinds import Kind, kind_of, kinds
-from ..versions import StackSubmodules
+from ...kinds import Kind, kind_of, kinds, kinds_of
+from ...problems import Problem, ProblemsError
+from ..versions import TESTED, StackSubmodules, installed
 
 # Letter of Megatron's stack -> (its slot, whether it is told the layer's number within the stage or in the net).
-SLOTS = {"M": ("mamba_layer", "net"), "*": ("attention_layer", "stage"), "-": ("mlp_layer", "stage")}
+SLOTS = {
+    letter: slot
+    for letter, slot in {
+        "M": ("mamba_layer", "net"),
+        "*": ("attention_layer", "stage"),
+        "-": ("mlp_layer", "stage"),
+        "E": ("moe_layer", "stage"),  # from 0.16 on
+    }.items()
+    if slot[0] in {field.name for field in fields(StackSubmodules)}
+}
 
 
 def module_of(kind: Kind) -> ModuleType:
@@ -35,7 +46,17 @@ def module_of(kind: Kind) -> ModuleType:
 
 
 def megatron_pattern(pattern: str) -> str:
-    """The pattern that Megatron is given: every layer by the letter of the slot that it is built in."""
+    """The pattern that Megatron is given: every layer by the letter of the slot that it is built in.
+
+    Raises:
+        ProblemsError: the installed line has no slot for one of them.
+    """
+    for kind in kinds_of(pattern):
+        if kind.slot not in SLOTS:
+            words = (
+                f"{kind.letter!r} ({kind.words}) needs a newer megatron-core than {installed()}: install {TESTED[-1]}"
+            )
+            raise ProblemsError([Problem("model.hybrid_override_pattern", words)])
     return "".join(kind_of(letter).slot for letter in pattern)
 
 

@@ -44,5 +44,11 @@ class Observer(Protocol):
     def watch_norm(self, layer: int, norm: nn.Module, linear: nn.Module) -> None:
         """See the layer's norm, a module of its own or fused into the linear behind it."""
 
+    def add(self, what: str, layer: int, sums: Tensor, split: int | None = None) -> None:
+        """Add up plain sums over tokens, of any shape; `split`: the axis that tensor parallelism splits."""
+
+    def at_the_end(self, undo: Callable[[], None]) -> None:
+        """Call `undo` when nothing is observed any more."""
+
     def see(self, what: str, layer: int, value: Tensor) -> None:
         """Add an observation `[s, b, n]` of a layer to the site `what`."""

@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nemo_elastic.kinds.scan_chunk import scan_chunk_length
 from nemo_elastic.mcore.kernels.causal_conv import causal_conv1d_fn, causal_conv1d_update, depthwise_causal_conv
-from nemo_elastic.mcore.kernels.chunk_scan import chunk_scan, scan_chunk_length
+from nemo_elastic.mcore.kernels.chunk_scan import chunk_scan
 from nemo_elastic.mcore.kernels.gated_norm import RMSNormGated, gated_rms_norm
 from nemo_elastic.mcore.runtime.cpu import has_mamba_kernels
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...config.function_fields import arithmetic_of, beyond_stock
 from ...config.model_fields import architecture_of
-from ...kinds import flags, sizes
+from ...kinds import flags, kinds_of, sizes
 from ...space.architecture import Architecture
 from ...space.dims import DEFAULT_FFN_GROUPS
 from ...space.layout import ParamLayout
@@ -48,7 +48,7 @@ def transformer_config(model: Architecture | Mapping[str, Any], **more: Any) -> 
     settings: dict[str, Any] = {
         "num_layers": architecture.num_layers,
         "hidden_size": architecture.hidden_size,
-        **{size.name: getattr(architecture, size.name) for size in sizes() if not size.fixed},
+        **{name: value or None for name, value in _sizes(architecture).items()},
         "is_hybrid_model": True,
         "normalization": "RMSNorm",
         **{flag: getattr(architecture, flag) for flag in flags()},
@@ -70,6 +70,13 @@ def transformer_config(model: Architecture | Mapping[str, Any], **more: Any) -> 
     }
     dtype = more.get("params_dtype", torch.float32)
     return HybridConfig(**(settings | {"pipeline_dtype": dtype} | more))
+
+
+def _sizes(architecture: Architecture) -> dict[str, int]:
+    """Sizes that Megatron has a field for, and is told."""
+    there = {size for kind in kinds_of(architecture.hybrid_override_pattern) for size in kind.sizes}
+    told = (size for size in sizes() if not size.fixed and (size in there or not size.none_if_absent))
+    return {size.name: getattr(architecture, size.name) for size in told}
 
 
 def sizes_of(model: Architecture | Mapping[str, Any]) -> Architecture:

@@ -41,9 +41,11 @@ class WidthCollector:
         self.local = ParamLayout(layout.architecture, ffn_groups=layout.ffn_groups, tp_size=groups.tp.size())
         self.aggregation = AGGREGATIONS[settings.aggregation]
         self.totals: dict[Site, Tensor] = {}
+        self.sums: dict[str, int | None] = {}  # sites that are plain sums over tokens -> the axis that TP splits
         self.samples = 0
         self._seen: dict[Site, Tensor] = {}
         self._handles: list[RemovableHandle] = []
+        self._undo: list[Callable[[], None]] = []
 
     def __enter__(self) -> WidthCollector:
         arch = self.layout.architecture
@@ -58,7 +60,10 @@ class WidthCollector:
     ) -> None:
         for handle in self._handles:
             handle.remove()
+        for undo in self._undo:
+            undo()
         self._handles.clear()
+        self._undo.clear()
 
     def observe(self, tokens: Tensor) -> None:
         """Run one micro-batch of token ids `[b, s]` and add its samples."""
@@ -66,6 +71,9 @@ class WidthCollector:
         self.stack.all_layers(tokens)
         self._join_sequence()
         for site, sums in self._seen.items():
+            if site[0] in self.sums:
+                self.totals[site] = self.totals[site] + sums if site in self.totals else sums
+                continue
             share = sample_sum(sums, tokens.shape[1], self.aggregation)
             self.totals[site] = self.totals[site] + share if site in self.totals else share
         self.samples += tokens.shape[0]
@@ -79,7 +87,7 @@ class WidthCollector:
         finished = self._over_data_parallel()
         by_rank: list[dict[Site, Tensor]] = [{}] * self.groups.tp.size()
         dist.all_gather_object(by_rank, finished, group=self.groups.tp)
-        whole = {s: t if s[0] == HIDDEN else torch.cat([r[s] for r in by_rank]) for s, t in finished.items()}
+        whole = {site: self._whole(site, [rank[site] for rank in by_rank]) for site in finished}
         stages: list[dict[str, dict[int, Tensor]]] = [{}] * self.groups.pp.size()
         dist.all_gather_object(stages, self._units(whole), group=self.groups.pp)
         dims: dict[str, dict[int, Tensor]] = {}
@@ -87,6 +95,10 @@ class WidthCollector:
             for dim, rows in stage.items():
                 dims.setdefault(dim, {}).update(rows)
         return {dim: {layer: rows[layer].float() for layer in sorted(rows)} for dim, rows in dims.items()}
+
+    def _whole(self, site: Site, parts: list[Tensor]) -> Tensor:
+        axis = None if site[0] == HIDDEN else self.sums.get(site[0], 0)
+        return parts[0] if axis is None else torch.cat(parts, dim=axis)
 
     def state(self) -> dict[str, Tensor]:
         """This rank's sums, to go on later with the same parallel layout."""
@@ -111,11 +123,16 @@ class WidthCollector:
 
     def _over_data_parallel(self) -> dict[Site, Tensor]:
         sites = list(self.totals)
-        joined = torch.cat([self.totals[site] for site in sites] + [self.totals[sites[0]].new_tensor([self.samples])])
+        flat = [self.totals[site].flatten() for site in sites]
+        joined = torch.cat([*flat, flat[0].new_tensor([self.samples])])
         dist.all_reduce(joined, group=self.groups.dp)
         *totals, samples = joined.split([self.totals[site].numel() for site in sites] + [1])
         count = int(samples.item())
-        return {site: self.aggregation.finish(total, count).cpu() for site, total in zip(sites, totals, strict=True)}
+        found = {}
+        for site, total in zip(sites, totals, strict=True):
+            finished = total if site[0] in self.sums else self.aggregation.finish(total, count)
+            found[site] = finished.view_as(self.totals[site]).cpu()
+        return found
 
     def _units(self, whole: Mapping[Site, Tensor]) -> dict[str, dict[int, Tensor]]:
         """Per-channel scores of this stage's layers -> scores per elastic unit."""
@@ -134,6 +151,16 @@ class WidthCollector:
     def see(self, what: str, layer: int, activation: Tensor) -> None:
         """Add up an activation `[s, b, n]` of a layer under a name of its own."""
         self._seen[(what, layer)] = sequence_sum(activation.detach(), self.aggregation)
+
+    def at_the_end(self, undo: Callable[[], None]) -> None:
+        """Call `undo` when the collector closes."""
+        self._undo.append(undo)
+
+    def add(self, what: str, layer: int, sums: Tensor, split: int | None = None) -> None:
+        """Add up plain sums over tokens, of which `split` is the axis that tensor parallelism splits."""
+        self.sums[what] = split
+        value = sums.detach().double()
+        self._seen[(what, layer)] = self._seen[(what, layer)] + value if (what, layer) in self._seen else value
 
     def on_output(
         self, module: nn.Module, what: str, layer: int, *, part: Callable[[Tensor], Tensor] = lambda y: y

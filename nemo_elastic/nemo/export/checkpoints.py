@@ -17,11 +17,13 @@ from nemo_elastic.checkpoint.atomic_folder import atomic_folder, check_target
 from nemo_elastic.checkpoint.extract import child_architecture, plain_model
 from nemo_elastic.checkpoint.gguf_file import GGUF_FILE, write_gguf
 from nemo_elastic.checkpoint.gguf_model import check_gguf
+from nemo_elastic.checkpoint.hf_config import check_hf
 from nemo_elastic.checkpoint.hf_folder import write_hf_folder
 from nemo_elastic.checkpoint.reader import LazyTensor
 from nemo_elastic.checkpoint.schemas import PlainChild, plain_child
 from nemo_elastic.checkpoint.tokenizer_files import TOKENIZER_FILE
 from nemo_elastic.config.parent_files import folder_of, parent_files
+from nemo_elastic.config.parent_hf import adapter_of_model
 from nemo_elastic.config.parent_nemo import read_nemo_context
 from nemo_elastic.cost.counts import parameters
 from nemo_elastic.files import folder_problems
@@ -79,7 +81,7 @@ def extract(
     Args:
         budget: a name in the manifest.
         out: the child's folder.
-        format: `nemo` (plain `SSMConfig`), `hf` (NemotronH folder) or `gguf` (one file for llama.cpp).
+        format: `nemo` (plain `SSMConfig`), `hf` (a folder of the parent's family) or `gguf` (one file for llama.cpp).
         hf_schema: how a Hugging Face folder says sizes that differ per layer (`checkpoint.schemas`).
         dtype: cast to it (float16: `gguf` only); None keeps what is stored.
 
@@ -112,6 +114,7 @@ def extract(
                 model,
                 tokenizer=opened.tokenizer,
                 config=child.config,
+                adapter=adapter_of_model(opened.manifest.model),
                 card=child_card(opened, budget, subnet, padding=child.padding),
             )
     logger.info("%s: child %s of %s, format %s", out, budget, opened.path, format)
@@ -131,7 +134,10 @@ def sayable_child(nested: Nested, subnet: Subnet, format: str, hf_schema: str, d
     elif format == "gguf":
         check_gguf(nested.manifest.model, nested.layout.architecture, subnet)
         return plain_child(nested.reader, nested.layout, subnet, schema="per_layer_config")
-    return plain_child(nested.reader, nested.layout, subnet, schema=hf_schema, dtype=dtype)
+    child = plain_child(nested.reader, nested.layout, subnet, schema=hf_schema, dtype=dtype)
+    if format == "hf":
+        check_hf(nested.manifest.model, child)
+    return child
 
 
 def _write_nemo_child(

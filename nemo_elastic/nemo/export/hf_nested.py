@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from nemo_elastic.checkpoint.atomic_folder import atomic_folder, check_target
-from nemo_elastic.checkpoint.hf_nested import NestedChild, write_hf_nested
+from nemo_elastic.checkpoint.hf_nested import NestedChild, check_family, write_hf_nested
 from nemo_elastic.nemo.export.checkpoints import child_card, sayable_child
 from nemo_elastic.nemo.export.nested import Nested, open_nested
 from nemo_elastic.problems import ProblemsError, raise_if_any
@@ -37,6 +37,7 @@ def extract_hf_nested(
     """
     opened = nested if isinstance(nested, Nested) else open_nested(nested)
     check_target(out, force, opened.path)
+    check_family(opened.manifest.model)
     manifest, children, found = opened.manifest, {}, []
     full = manifest.space.full_subnet()
     for name, subnet in manifest.subnets.items():

@@ -18,12 +18,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nemo_elastic.checkpoint import hf_reference
+from nemo_elastic.config.parent_files import read_json
+from nemo_elastic.config.parent_hf import family_of_hf
+from nemo_elastic.huggingface import Adapter
 from nemo_elastic.nemo.export.other_python import python_that, run_script
 from nemo_elastic.problems import Problem, ProblemsError
 
 KEY = "--hf-python"
-KNOWS_NEMOTRON_H = (
-    "from importlib.util import find_spec as f; exit(not (f(t := 'transformers') and f(t + '.models.nemotron_h')))"
+FINAL_NORM = "decoder.final_norm.weight"
+KNOWS = (
+    "from importlib.util import find_spec as f; from importlib.metadata import version as v; "
+    "exit(not (f(t := 'transformers') and f(t + '.models.{}') and int(v(t).split('.')[0]) >= {}))"
 )
 
 
@@ -36,14 +41,18 @@ class HfSide:
     parameters: int
 
 
-def hf_python(given: str | None) -> str:
-    """The Python to ask, whose transformers knows NemotronH: `given`, or this one.
+def hf_python(given: str | None, adapter: Adapter) -> str:
+    """The Python to ask, whose transformers knows the family: `given`, or this one.
 
     Raises:
         ProblemsError: it is no program, or no such Python.
     """
-    remedy = "it must be one whose transformers (5) knows NemotronH; `make setup-hf` makes one, .venv-hf/bin/python"
-    return python_that(KEY, given, KNOWS_NEMOTRON_H, lacks="'s is older", remedy=remedy)
+    remedy = (
+        f"it must be one whose transformers (5) knows {adapter.words}; `make setup-hf` makes one, .venv-hf/bin/python"
+    )
+    return python_that(
+        KEY, given, KNOWS.format(adapter.model_type, adapter.transformers), lacks="'s is older", remedy=remedy
+    )
 
 
 def run_transformers(
@@ -95,15 +104,17 @@ def _ask(python: str, folders: Sequence[Path], wanted: dict[str, Any]) -> tuple[
     Raises:
         ProblemsError: that Python lacks transformers, or it could not load a folder whole.
     """
+    families = [family_of_hf(read_json(folder / "config.json"), folder / "config.json") for folder in folders]
+    norms = [[a.outer[FINAL_NORM].split(".")[-2], a.between] for a in families]
     with tempfile.TemporaryDirectory(prefix="nemo-elastic-hf-") as place:
         request, out, answer = (Path(place) / name for name in ("request.json", "out.safetensors", "answer.json"))
-        request.write_text(json.dumps({"folders": [str(f) for f in folders], **wanted}))
+        request.write_text(json.dumps({"folders": [str(f) for f in folders], "norms": norms, **wanted}))
         what = ", ".join(str(f) for f in folders)
         run_script(KEY, python, hf_reference.__file__, [request, out, answer], hf_reference.OFFLINE, what)
         described: dict[str, Any] = json.loads(answer.read_text())
         tensors = load_file(out)
-    for folder, said in zip(folders, described["folders"], strict=True):
-        if said["loading"] or not said["class"].startswith("transformers.models.nemotron_h."):
+    for folder, family, said in zip(folders, families, described["folders"], strict=True):
+        if said["loading"] or not said["class"].startswith(f"transformers.models.{family.model_type}."):
             words = (
                 f"transformers {described['transformers']} does not load it whole: {said['class']} {said['loading']}"
             )

@@ -27,6 +27,7 @@ from torch import Tensor
 from nemo_elastic.checkpoint.comparison import NOTHING, ChildCheck, Comparison, compare_logits
 from nemo_elastic.checkpoint.extract import plain_model
 from nemo_elastic.checkpoint.manifest import check_hashes
+from nemo_elastic.config.parent_hf import adapter_of_model
 from nemo_elastic.config.sections import RunConfig
 from nemo_elastic.cost.counts import parameters
 from nemo_elastic.mcore.elastic.plan import hard_plan
@@ -86,7 +87,7 @@ def verify(
         batches: real (tokens, labels[, mask]). The losses of Hugging Face children are of the first two alone, those of
             GGUF children of the first row.
         format: `nemo`, `hf` or `gguf`, of the children.
-        python: a Python whose transformers knows NemotronH, for `hf`, or that has xllamacpp, for `gguf`; None: this
+        python: a Python whose transformers knows the family, for `hf`, or that has xllamacpp, for `gguf`; None: this
             one, if it does.
 
     Raises:
@@ -94,9 +95,11 @@ def verify(
     """
     if format not in FORMATS:
         raise ProblemsError([Problem("--format", f"{format!r} must be one of {', '.join(FORMATS)}")])
-    asked = {"hf": hf_python, "gguf": gguf_python}.get(format)
-    python = asked(python) if asked else None
     nested = open_nested(nested_folder)
+    if format == "hf":
+        python = hf_python(python, adapter_of_model(nested.manifest.model))
+    else:
+        python = gguf_python(python) if format == "gguf" else None
     check_hashes(nested.path, nested.manifest)
     if format == "gguf":
         files = [open_gguf(name, Path(folder), nested) for name, folder in children.items()]
@@ -172,7 +175,8 @@ def _hf_check(
     check = _check(nested, child, side.parameters, (logits, side.logits), loss, theirs, difference)
     if difference is None and not check.same_logits:
         (traced,) = run_transformers(python, [child.folder], tokens[:1], trace=True)
-        check = replace(check, difference=_hidden(nested, child, traced.hidden, batches))
+        scale = nested.manifest.model.get("logits_scaling") or 1.0  # ours is in the final norm
+        check = replace(check, difference=_hidden(nested, child, [h / scale for h in traced.hidden], batches))
     return replace(check, format="hf")
 
 

@@ -20,7 +20,7 @@ from ...data.blend import Source
 from ...data.sources import open_windows
 from ...data.tokens import load_tokens
 from ...data.windows import Windows
-from ...family import Configured, parallel_problems
+from ...family import Configured, parallel_problems, runnable_problems
 from ...importance.belongs import foreign_scores
 from ...importance.run_state import forget_states
 from ...importance.store import Importance
@@ -47,6 +47,7 @@ def rank_run(run: Configured, out: Path, *, resume: bool = False, report: Report
     """
     config, family = settled(run.config), run.family()
     train = config.train
+    raise_if_any(runnable_problems(family.architecture))
     raise_if_any(parallel_problems(family.architecture, train, family.space.ffn_groups))
     process_groups.start(
         train.tensor_model_parallel_size,

@@ -22,7 +22,7 @@ from nemo_elastic.data.of_run import check_text, text_tokenizer
 from nemo_elastic.data.tokens import default_cache_dir
 from nemo_elastic.distill.resume import changed_keys, stage_problems
 from nemo_elastic.distill.training_cost import checkpoint_bytes, checkpoints_kept, disk_bytes
-from nemo_elastic.family import Configured, parallel_problems
+from nemo_elastic.family import Configured, parallel_problems, runnable_problems
 from nemo_elastic.files import folder_problems
 from nemo_elastic.importance.belongs import foreign_scores
 from nemo_elastic.importance.store import Importance
@@ -49,6 +49,7 @@ def check_rank(run: Configured, out: Path, processes: int, *, once: bool = False
 
     def parent() -> None:
         family = run.family()
+        raise_if_any(runnable_problems(family.architecture))
         raise_if_any(parallel_problems(family.architecture, config.train, family.space.ffn_groups))
         open_parent(config.parent, family.layout)
 

@@ -18,7 +18,7 @@ from nemo_elastic.cost.conditions import serving_of
 from nemo_elastic.data.blend import spread
 from nemo_elastic.data.of_run import tokenizer_of
 from nemo_elastic.distill.curriculum import total_steps
-from nemo_elastic.family import Configured, Family, parallel_problems
+from nemo_elastic.family import Configured, Family, parallel_problems, runnable_problems
 from nemo_elastic.mcore.checkpoint.held_checkpoint import HeldCheckpoint
 from nemo_elastic.mcore.elastic.model import refuse_overlap
 from nemo_elastic.mcore.family.checks import check_processes
@@ -82,6 +82,7 @@ def train(
     run, parent = settled(configured.config), sorted_parent(sorted_folder)
     family = configured.family(parent.depth_ranking)
     raise_if_any(shapes_not_searched(run, family))
+    raise_if_any(runnable_problems(family.architecture))
     raise_if_any(parallel_problems(family.architecture, run.train, family.space.ffn_groups))
     check_processes(run, started_processes())
     stages, settings = run.train.stages, run.train.optimizer

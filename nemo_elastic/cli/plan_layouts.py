@@ -1,0 +1,81 @@
+"""`plan --gpus`: the layouts that fit, as a part of the plan, and how they look on a terminal."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+Row = Mapping[str, Any]
+MOST = 10  # layouts that are shown; --json has all
+PARTS = ("weights", "gradients", "optimizer", "teacher", "activations", "hand_over", "at_work", "reserve")
+
+
+def lay_out(arguments: argparse.Namespace, result: dict[str, Any], config: Any, family: Any, subnets: Any) -> None:
+    """What fits, into the plan; where nothing does, the plan's problem."""
+    if result["training"] is None:
+        words = "needs train.stages, and a subnet for every budget: without them nothing is known of a step"
+        result["problems"].append({"key": "--gpus", "message": words})
+        return
+    from ..distill.gpu_work import Work
+    from ..distill.layouts import layouts
+
+    memory = arguments.gpu_memory or config.report.gpu.memory_gb
+    found = layouts(Work(config, family, subnets), arguments.gpus, memory, context_parallel=arguments.context_parallel)
+    result["layouts"] = found.pop("layouts")
+    result["gpus"] = found
+    if not result["layouts"]:
+        result["problems"].append({"key": "--gpus", "message": _nothing_fits(found)})
+
+
+def _nothing_fits(found: dict[str, Any]) -> str:
+    least, count = found["leanest"], found["count"]
+    if least is None:
+        return f"{count} is filled by no layout: TP x PP x DP, with batches dealt in whole micro-batches; try 8, 16, 64"
+    sizes = ", ".join(f"{name} {least[name]}" for name in least if name.endswith("size") and least[name] != 1)
+    words = f"{count} GPUs of {found['memory_gb']:g} GB hold no layout; the leanest needs {least['memory_gb']:.1f} GB"
+    return f"{words} ({sizes or 'one GPU'}); take more GPUs, shorter sequences, or fewer budgets_per_batch"
+
+
+def layout_tables(result: Row) -> list[Any]:
+    """Renderables of `layouts`, what the fastest is made of, and what was assumed."""
+    rows, gpus = result["layouts"], result["gpus"]
+    if not rows:
+        return []
+    from rich.table import Table
+
+    title = (
+        f"layouts on {gpus['count']:,} GPUs of {gpus['memory_gb']:g} GB, the fastest first (estimated, never measured)"
+    )
+    table = Table(title=title, title_justify="left")
+    for heading in ("TP", "PP", "CP", "DP", "micro-batch", "recompute", "GB a GPU", "s/step", "days"):
+        table.add_column(heading, no_wrap=True, justify="left" if heading == "recompute" else "right")
+    for row in rows[:MOST]:
+        context = f"{row['context_parallel_size']}{'' if row['runs'] else ' *'}"
+        sizes = (row["tensor_model_parallel_size"], row["pipeline_model_parallel_size"], context)
+        more = (row["data_parallel_size"], row["micro_batch_size"], row["recompute_granularity"] or "none")
+        table.add_row(*map(str, (*sizes, *more)), f"{row['memory_gb']:.1f}", f"{row['step_seconds']:.3g}",
+                      f"{row['days']:.3g}")  # fmt: skip
+    parts = [table]
+    if len(rows) > MOST:
+        parts.append(f"and {len(rows) - MOST} more (--json)")
+    if not all(row["runs"] for row in rows):
+        parts.append("* this version does not run context parallelism yet")
+    return [*parts, *_fastest(rows[0]), _assumed(gpus)]
+
+
+def _fastest(row: Row) -> list[str]:
+    """Where the first one's bytes and seconds go."""
+    memory = ", ".join(f"{name.replace('_', ' ')} {row['memory_bytes'][name] / 1e9:.1f}" for name in PARTS)
+    lines = [f"the first, in GB on its fullest GPU: {memory}"]
+    for i, stage in enumerate(row["stages"]):
+        seconds = ", ".join(f"{n.replace('_', ' ')} {s:.3g}" for n, s in stage["seconds"].items() if s >= 5e-4)
+        lines.append(f"stage {i}, seconds of a step of {stage['micro_batches']:,} micro-batches: {seconds}")
+    return lines
+
+
+def _assumed(gpus: Row) -> str:
+    products = f"products {gpus['matmul_tflops']:g} TFLOP/s, memory {gpus['memory_tbs']:g} TB/s"
+    passes = f"{gpus['memory_passes']:g} passes, {gpus['reserve_gb']:g} GB in reserve"
+    links = f"{gpus['node_gbs']:g} GB/s in nodes of {gpus['node_gpus']}, {gpus['network_gbs']:g} between them"
+    return f"assumed (report.gpu.*): {products}, {passes}, {links}"

@@ -1,0 +1,158 @@
+"""The mixture of experts: every token passes the few experts that a router picks for it, and a shared one.
+
+    y = sum over the top-k experts e of  w_e fc2_e(act(fc1_e(x)))  +  shared_fc2(act(shared_fc1(x)))
+
+The experts' matrices are one tensor each, `[E, f, h]`: an expert is a unit of its first axis, and the neurons of every
+expert are units of another one. Checkpoints of Megatron have the same tensor; others store it expert by expert. Gated,
+fc1's rows are [gate; up]. With a latent size the experts' input and output have that many channels, and two products
+lead there and back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from .axis import Axis, MakeFactor, Segment
+from .kind import Dim, Kind, Ran, Size, Sizes, size_of
+
+COUNT, NEURONS, SHARED = "num_moe_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"
+LATENT, TOPK, BIAS = "moe_latent_size", "moe_router_topk", "moe_router_enable_expert_bias"
+
+
+def _axes(arch: Any, ffn_groups: int, factor: MakeFactor) -> dict[str, Axis]:
+    neurons = factor(NEURONS, ffn_groups, getattr(arch, NEURONS) // ffn_groups, tp=True)
+    shared = factor(SHARED, ffn_groups, getattr(arch, SHARED) // ffn_groups, tp=True)
+    rows = ("gate", "up") if arch.gated_linear_unit else ("ffn",)
+    latent, hidden = getattr(arch, LATENT), factor("hidden_size", 1, arch.hidden_size)
+    return {
+        "expert": (Segment("expert", (factor(COUNT, ffn_groups, getattr(arch, COUNT) // ffn_groups),)),),
+        "expert_ffn": (Segment("ffn", (neurons,)),),
+        "expert_fc1": tuple(Segment(name, (neurons,)) for name in rows),
+        "expert_hidden": (Segment("latent", (factor(None, 1, latent),)),)
+        if latent
+        else (Segment("hidden", (hidden,)),),
+        "latent": (Segment("latent", (factor(None, 1, max(1, latent)),)),),
+        "shared_ffn": (Segment("ffn", (shared,)),),
+        "shared_fc1": tuple(Segment(name, (shared,)) for name in rows),
+    }
+
+
+def _products(arch: Any) -> int:
+    return 3 if arch.gated_linear_unit else 2
+
+
+def _flops(arch: Any, sizes: Sizes, length: int, chunk_size: int) -> Any:
+    hidden, latent = size_of(arch, sizes, "hidden_size"), getattr(arch, LATENT)
+    width = latent or hidden
+    experts = _products(arch) * getattr(arch, TOPK) * width * size_of(arch, sizes, NEURONS)
+    shared = _products(arch) * hidden * size_of(arch, sizes, SHARED)
+    return 2 * length * (hidden * size_of(arch, sizes, COUNT) + experts + shared + 2 * hidden * latent)
+
+
+def _saved(arch: Any, sizes: Sizes, ran: Ran) -> dict[str, float]:
+    """Of every expert that a token goes to what enters it, what the activation is taken of, what enters fc2, and its
+    output; as much of the shared expert; the router's scores. Counted, not measured yet.
+    """
+    hidden, latent, e = size_of(arch, sizes, "hidden_size"), getattr(arch, LATENT), ran.element
+    rows = _products(arch) - 1
+    routed = getattr(arch, TOPK) * size_of(arch, sizes, NEURONS) / ran.ranks
+    shared = size_of(arch, sizes, SHARED) / ran.ranks
+    return {
+        "tokens of experts": 2 * e * getattr(arch, TOPK) * (latent or hidden) + e * latent,
+        "activation": e * rows * (routed + shared),
+        "into fc2": e * (2 * routed + shared),
+        "scores": 4 * 3 * size_of(arch, sizes, COUNT),
+    }
+
+
+def _met(arch: Any, sizes: Sizes) -> dict[str, tuple[int, Any]]:
+    share = getattr(arch, TOPK), size_of(arch, sizes, COUNT)
+    return {"mlp.experts.experts.linear_fc1.weight": share, "mlp.experts.experts.linear_fc2.weight": share}
+
+
+def _broken(arch: Any) -> Iterator[tuple[str, str]]:
+    if getattr(arch, TOPK) > getattr(arch, COUNT):
+        yield TOPK, f"{getattr(arch, TOPK)} must be at most {COUNT}={getattr(arch, COUNT)}"
+    if arch.add_bias_linear:
+        yield "add_bias_linear", "True, and a pattern with experts: biases of experts are not supported; remove it"
+
+
+def _dim(name: str, place: int, words: str, short: str, *, least: Any = lambda arch: 1, **more: Any) -> Dim:
+    return Dim(
+        name=name,
+        place=place,
+        groups=lambda arch, ffn_groups: ffn_groups,
+        dealt=True,
+        least=least,
+        words=words,
+        short=short,
+        **more,
+    )
+
+
+EXPERTS = Kind(
+    letter="E",
+    name="experts",
+    words="mixture of experts",
+    heading="experts",
+    colours=("#a8324a", "#e8889a"),
+    sizes=(
+        Size(name=COUNT, default=1, none_if_absent=True),
+        Size(name=NEURONS, default=1, none_if_absent=True),
+        Size(name=TOPK, default=1, none_if_absent=True),
+        Size(name=SHARED, required=False, default=0, none_if_absent=True),
+        Size(name=LATENT, required=False, default=0, none_if_absent=True),
+    ),
+    dims=(
+        _dim(COUNT, 50, "experts", "experts", least=lambda arch: getattr(arch, TOPK), ratios=(1.0, 0.75, 0.5)),
+        _dim(
+            NEURONS,
+            51,
+            "FFN size of an expert",
+            "expert\nffn",
+            within=COUNT,
+            multiple=lambda large, ranks: 64 if large else 8,
+            ratios=(1.0, 0.75, 0.5),
+        ),
+        _dim(
+            SHARED,
+            52,
+            "FFN size of the shared expert",
+            "shared\nffn",
+            multiple=lambda large, ranks: 64 if large else 8,
+            ratios=(1.0, 0.75, 0.5),
+        ),
+    ),
+    flags=("gated_linear_unit", BIAS),
+    rows={
+        "pre_mlp_layernorm.weight": ("hidden",),
+        "mlp.router.weight": ("expert", "hidden"),
+        "mlp.router.expert_bias": ("expert",),
+        "mlp.fc1_latent_proj.weight": ("latent", "hidden"),
+        "mlp.experts.experts.linear_fc1.weight": ("expert", "expert_fc1", "expert_hidden"),
+        "mlp.experts.experts.linear_fc2.weight": ("expert", "expert_hidden", "expert_ffn"),
+        "mlp.fc2_latent_proj.weight": ("hidden", "latent"),
+        "mlp.shared_experts.linear_fc1.weight": ("shared_fc1", "hidden"),
+        "mlp.shared_experts.linear_fc2.weight": ("hidden", "shared_ffn"),
+    },
+    only_with={
+        "mlp.router.expert_bias": (BIAS,),
+        "mlp.fc1_latent_proj.weight": (LATENT,),
+        "mlp.fc2_latent_proj.weight": (LATENT,),
+        "mlp.shared_experts.linear_fc1.weight": (SHARED,),
+        "mlp.shared_experts.linear_fc2.weight": (SHARED,),
+    },
+    axes=_axes,
+    norm=("pre_mlp_layernorm.weight", "pre_mlp_layernorm.weight"),
+    flops=_flops,
+    saved=_saved,
+    met=_met,
+    broken=_broken,
+    aligned={"expert_ffn": "neurons of an expert", "shared_ffn": "neurons of the shared expert"},
+    fp8={"expert_ffn": "moe_ffn_hidden_size {width}"},
+    ends_block=True,
+    only_planned=True,
+    module="nemo_elastic.mcore.elastic.experts",
+    slot="E",
+)

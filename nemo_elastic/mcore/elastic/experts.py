@@ -1,0 +1,176 @@
+"""The mixture of experts of a subnet: the first experts of every group, and the first neurons of each.
+
+Routing is over the kept experts alone in every hard plan, masked ones too, so that no bias brings a dropped expert a
+token, and the weights are renormalised as the parent does. Under soft masks an expert's mask multiplies its score, and
+what decides the choice falls with its logarithm: at 0 and 1 that is the hard plan.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
+from megatron.core.transformer import transformer_layer
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from torch import Tensor, nn
+
+from ...kinds import experts as facts
+from ...kinds.experts import COUNT, NEURONS, SHARED
+from ...space.architecture import Architecture
+from ...space.layout import Axis, ParamSpec
+from ..kernels.kind_modules import norm_keys
+from ..kernels.mixture import Mixture
+from ..kernels.norm import RMSNorm
+from ..kernels.observing import Observer, WidthSettings
+from ..kernels.routing import chosen, logits
+from .call import LayerCall, MaskCache, inner_multiplier, times
+from .layers import ElasticLayer
+from .linear import column_parallel, row_parallel, taken
+from .norm import ElasticRMSNorm
+
+# What ranks them, in the state of an interrupted ranking: of every expert the norms that it added and its tokens, and
+# of its neurons.
+ADDED, TOKENS, INSIDE = "added", "tokens", "inside"
+
+
+class ElasticMixture(Mixture):
+    """The mixture; `elastic()` runs the experts of a subnet."""
+
+    def bind(self, rows: dict[str, ParamSpec], axes: dict[str, Axis], tp_group: Any) -> None:
+        """Learn this layer's rows of the parameter table."""
+        self.rows, self.axes, self.elastic_tp_group, self.masks = rows, axes, tp_group, MaskCache()
+
+    def elastic(self, x: Tensor, call: LayerCall, attention_mask: Tensor | None = None) -> Tensor:
+        """`[s, b, h or k]` -> `[s, b, h or k]`."""
+        flat = x.reshape(-1, x.shape[-1])
+        experts, weights, routed = self._routed(flat, call)
+        tokens = self._product("fc1_latent_proj", flat, call)
+
+        def inner(y: Tensor) -> Tensor:
+            return times(y, inner_multiplier(call, self.axes["expert_ffn"], (NEURONS,), self.masks, y))
+
+        fc1, fc2 = (self.rows[f"mlp.experts.experts.{name}.weight"] for name in ("linear_fc1", "linear_fc2"))
+        sizes = {name: size for name, size in call.cut.items() if name != COUNT}
+        out = self.mixed(tokens, weights, routed, experts, fc1, fc2, sizes, inner)
+        gate = None if call.plan.soft else call.replicated(COUNT)
+        out = times(self._product("fc2_latent_proj", out, call), gate).view(*x.shape[:-1], -1)
+        return out if self.shared_experts is None else out + self._shared(x, call)
+
+    def _routed(self, flat: Tensor, call: LayerCall) -> tuple[list[int], Tensor, Tensor]:
+        """The kept experts, and of each token their weights and which are chosen, both `[n, kept]`."""
+        row, bias = self.rows["mlp.router.weight"], self.router.bias
+        (segment,) = self.axes["expert"]
+        (factor,) = segment.factors
+        kept = factor.kept({} if call.plan.soft else call.sizes)
+        experts = [group * factor.count + n for group in range(factor.groups) for n in range(kept)]
+        weight = taken(self.router.weight, row, call.cut)
+        scores = logits(flat, weight)
+        if len(experts) < scores.shape[1]:
+            scores = scores[:, experts]  # masked: the router is whole
+        if bias is not None:
+            bias = bias[experts]
+        mask = call.replicated(COUNT) if call.plan.soft else None
+        if mask is not None:
+            mask = mask.repeat(factor.groups)
+        return experts, *chosen(self.config, scores, bias, mask)
+
+    def _product(self, name: str, x: Tensor, call: LayerCall) -> Tensor:
+        """To the latent channels or back; `x` itself where there are none."""
+        row = self.rows.get(f"mlp.{name}.weight")
+        return x if row is None else x @ taken(getattr(self, name).weight, row, call.cut).t()
+
+    def _shared(self, x: Tensor, call: LayerCall) -> Tensor:
+        parallel = {"sequence_parallel": self.config.sequence_parallel, "tp_group": self.elastic_tp_group}
+        fc1, fc2 = (self.rows[f"mlp.shared_experts.{name}.weight"] for name in ("linear_fc1", "linear_fc2"))
+        y = self.activated(column_parallel(self.shared_experts.linear_fc1, x, fc1, call.cut, **parallel))
+        y = times(y, inner_multiplier(call, self.axes["shared_ffn"], (SHARED,), self.masks, y))
+        return row_parallel(self.shared_experts.linear_fc2, y, fc2, call.cut, **parallel)
+
+
+def _not_about_mlp_type(record: logging.LogRecord) -> bool:
+    """Megatron warns of any MLP class but its own, then builds it as it should."""
+    return "Unknown MLP type" not in record.getMessage()
+
+
+class PlainMixtureLayer(MLPLayer):
+    """Megatron's layer around a mixture."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        logger = logging.getLogger(transformer_layer.__name__)
+        logger.addFilter(_not_about_mlp_type)
+        try:
+            super().__init__(*args, **kwargs)
+        finally:
+            logger.removeFilter(_not_about_mlp_type)
+
+
+class ElasticMixtureLayer(ElasticLayer, PlainMixtureLayer):
+    """Norm, mixture, residual."""
+
+    part_names = ("pre_mlp_layernorm", "mlp", "mlp_bda")
+
+    @property
+    def recompute_sublayer(self) -> bool:
+        return self.recompute_mlp
+
+
+LAYER, SUBLAYER = ElasticMixtureLayer, ElasticMixture
+
+
+def _spec(layer: type, norm: type, mixture: type) -> ModuleSpec:
+    parts = TransformerLayerSubmodules(
+        pre_mlp_layernorm=norm,
+        mlp=ModuleSpec(module=mixture),
+        mlp_bda=get_bias_dropout_add,
+        sharded_state_dict_keys_map=norm_keys(facts.EXPERTS),
+    )
+    return ModuleSpec(module=layer, submodules=parts)
+
+
+def plain_layer() -> ModuleSpec:
+    """The layer, not elastic."""
+    return _spec(PlainMixtureLayer, RMSNorm, Mixture)
+
+
+def elastic_layer(*, transformer_engine: bool = False) -> ModuleSpec:
+    """The same layer, elastic; its products are torch's, with and without Transformer Engine."""
+    return _spec(LAYER, ElasticRMSNorm, SUBLAYER)
+
+
+def observe(collector: Observer, number: int, layer: nn.Module) -> None:
+    """Watch a plain layer: what every expert adds to the tokens that go to it, and by which of its neurons."""
+    mixture, arch = layer.mlp, collector.local.architecture
+    collector.watch_norm(number, layer.pre_mlp_layernorm, mixture)
+
+    def watch(experts: Tensor, neurons: Tensor, outputs: Tensor) -> None:
+        def per_expert(values: Tensor) -> Tensor:
+            empty = values.new_zeros(arch.num_moe_experts, *values.shape[1:])
+            return empty.index_add(0, experts, values)
+
+        # A copy: the sum over ranks is taken in place.
+        whole = reduce_from_tensor_model_parallel_region(outputs.double().clone(), group=mixture.tp_group)
+        if mixture.config.moe_latent_size:
+            whole = whole @ mixture.fc2_latent_proj.weight.detach().double().t()
+        collector.add(ADDED, number, per_expert(whole.norm(dim=-1)))
+        collector.add(TOKENS, number, per_expert(torch.ones_like(whole[:, 0])))
+        collector.add(INSIDE, number, per_expert(neurons.double().abs()), split=1)
+
+    mixture.watch = watch
+    collector.at_the_end(lambda: setattr(mixture, "watch", None))
+    if mixture.shared_experts is not None:
+        collector.on_input(mixture.shared_experts.linear_fc2, lambda a: collector.see(SHARED, number, a))
+
+
+def unit_scores(sites: Mapping[str, Tensor], architecture: Architecture, settings: WidthSettings) -> dict[str, Tensor]:
+    """REAP for experts `[E]`: the mean over their tokens of weight x norm of the output (arXiv 2510.13999).
+
+    Neurons `[E, f]`: the sum over tokens of |activation| x weight; of the shared expert as of an MLP.
+    """
+    found = {COUNT: sites[ADDED] / sites[TOKENS].clamp_min(1), NEURONS: sites[INSIDE]}
+    return found | ({SHARED: sites[SHARED]} if SHARED in sites else {})

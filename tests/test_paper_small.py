@@ -109,15 +109,21 @@ def test_equal_tokens_per_child(prefix: str, times: int) -> None:
             assert sum(stage["steps"] for stage in whole.stages) == sum(STEPS) and whole.shapes_of == alone.shapes_of
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_every_run_is_a_configuration_that_can_run(name: str) -> None:
+SIZES_OF = {  # a child of the hybrids, and of the transformer, whose blocks are dropped whole
+    "parent.yaml": {"hidden_size": 168, "ffn_hidden_size": 448, "layers": [0, 1, 2, 3, 5, 6, 7, 8, 9, 10, 11]},
+    "transformer.yaml": {"hidden_size": 168, "ffn_hidden_size": 320, "layers": [0, 1, 2, 3, 6, 7, 8, 9, 10, 11]},
+}
+MADE = sorted({(name, PARENTS[parent_of(seed)].config) for name, run in RUNS.items() for seed in run.seeds})
+
+
+@pytest.mark.parametrize(("name", "parent"), MADE)
+def test_every_run_is_a_configuration_that_can_run(name: str, parent: str) -> None:
     from nemo_elastic.config import load_config
     from nemo_elastic.family import family_of
 
     run = RUNS[name]
-    sizes = {"hidden_size": 168, "ffn_hidden_size": 448, "layers": [0, 1, 2, 3, 5, 6, 7, 8, 9, 10, 11]}
-    given = {b: sizes for b in run.budgets if b != "full"} if run.shapes_of else {}
-    config = load_config(FOLDER / "parent.yaml", run.overrides(7, given)).config
+    given = {b: SIZES_OF[parent] for b in run.budgets if b != "full"} if run.shapes_of else {}
+    config = load_config(FOLDER / parent, run.overrides(7, given)).config
     family = family_of(config, tuple(range(12)))
     assert config.train.seed == 7 and [b.name for b in family.budgets] == list(run.budgets)
     assert set(given) <= set(family.forced)
@@ -125,21 +131,21 @@ def test_every_run_is_a_configuration_that_can_run(name: str) -> None:
 
 
 def test_a_seed_belongs_to_one_parent_and_its_runs_are_all_there() -> None:
-    seeds = [seed for own in PARENTS.values() for seed in own]
-    assert len(set(seeds)) == len(seeds) and all(seed in PARENTS[parent_of(seed)] for seed in seeds)
+    seeds = [seed for parent in PARENTS.values() for seed in parent.seeds]
+    assert len(set(seeds)) == len(seeds) and all(seed in PARENTS[parent_of(seed)].seeds for seed in seeds)
     for run in RUNS.values():
         assert set(run.seeds) <= set(seeds) and len(set(run.seeds)) == len(run.seeds) > 0
         source = RUNS.get(run.shapes_of or "")
         assert source is None or set(run.seeds) <= set(source.seeds)  # nothing takes the shapes of a run never done
-        assert BASES[run.base].trained or set(run.seeds) <= set(PARENTS[1])  # the untrained model is no parent's
+        assert BASES[run.base].trained or set(run.seeds) <= set(PARENTS[1].seeds)  # the untrained model is no parent's
 
 
 def test_the_results_are_of_these_runs_and_of_the_kept_parent() -> None:
-    """A file says what was run: nothing in `runs.py` was changed behind it; the second parent is the kept one."""
+    """A file says what was run: nothing in `runs.py` was changed behind it; later parents are the kept ones."""
     import run
 
-    kept = json.loads((FOLDER / "results" / "parent-2.json").read_text())["sha256"]
-    assert kept == run.digest(FOLDER / "parents" / "2")
+    kept = {n: json.loads((FOLDER / "results" / f"parent-{n}.json").read_text())["sha256"] for n in PARENTS}
+    assert kept == {1: None} | {n: run.digest(FOLDER / "parents" / str(n)) for n in PARENTS if n > 1}
     for path in sorted((FOLDER / "results").glob("*.json")):
         found = json.loads(path.read_text())
         if path.stem.startswith("parent-"):
@@ -148,8 +154,8 @@ def test_the_results_are_of_these_runs_and_of_the_kept_parent() -> None:
         assert path.stem == f"{made.name}-{found['seed']}" and found["seed"] in made.seeds and not found["quick"]
         assert [dict(stage) for stage in made.stages] == found["stages"], path
         assert (made.shapes_of, set(made.budgets)) == (found["shapes_of"], set(found["score"])), path
-        if parent_of(found["seed"]) == 2:
-            assert found["parent_sha256"] == kept
+        if BASES[made.base].trained and kept[parent_of(found["seed"])]:
+            assert found["parent_sha256"] == kept[parent_of(found["seed"])]
 
 
 def small_series(folder: Path):
@@ -297,6 +303,33 @@ def test_tokens_to_equal_loss_are_read_off_runs_that_ended() -> None:
     assert family_ratio(Results(runs, {}), "family", ("large", "small"))["children"] == "more than 0.80"
 
 
+def test_a_claim_holds_or_not_on_each_kind_of_parent() -> None:
+    """Budget by budget, on the mean over seeds; hybrids together, the transformer by itself."""
+    from claims import claims
+    from readings import Results
+
+    def of(seed: int, **losses: tuple[float, float]) -> Results:
+        members = {name.replace("_", "-"): {"large": a, "small": b, "full": 1.1} for name, (a, b) in losses.items()}
+        scores = {n: {b: {"heldout_loss": loss} for b, loss in row.items()} for n, row in members.items()}
+        return Results({(name, seed): {"score": score} for name, score in scores.items()}, {"heldout_loss": 1.0})
+
+    first = of(1, family=(2.0, 3.0), shapes_even=(2.2, 3.3))
+    second = of(4, family=(2.0, 3.0), greedy_family=(1.8, 2.7))
+    assert claims({1: first, 2: second}) == []  # no transformer, nothing to say
+    rows = claims({1: first, 2: second, 3: of(7, family=(2.0, 3.0), shapes_even=(2.2, 2.7), greedy_family=(2.2, 3.3))})
+    even, greedy = (
+        next(row for row in rows if row["words"].startswith(w)) for w in ("Shapes matter", "Greedy search ends")
+    )
+    others = [row for row in rows if row not in (even, greedy)]
+    assert (even["1"], even["2"]) == ("`large` +10.00% (1 seed), `small` +10.00% (1 seed)", "–")
+    assert even["3"] == "`large` +10.00% (1 seed), `small` -10.00% (1 seed)"
+    assert (even["hybrid"], even["transformer"]) == ("yes", "in part")
+    assert (greedy["1"], greedy["hybrid"], greedy["transformer"]) == ("–", "yes", "no")
+    full = [row for row in others if "`full`" in row["3"]]
+    assert {(row["3"], row["transformer"]) for row in full} == {("`full` +10.00% (1 seed)", "yes")} and len(full) == 2
+    assert {row["transformer"] for row in others if row not in full} == {"–"}
+
+
 def test_the_page_is_what_the_files_give(tmp_path: Path) -> None:
     """Nothing in docs/results.md was typed by hand."""
     command = [sys.executable, str(FOLDER / "results.py"), "--docs", str(tmp_path)]
@@ -355,14 +388,19 @@ def test_two_processes_do_not_do_the_same_run(tmp_path: Path, capsys: pytest.Cap
 def test_the_series_runs_and_does_nothing_twice(tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, str(FOLDER / "run.py"), "--out", str(out), "--quick", "--jobs", "1"]
-    parts = {"4": "family,alone-small,greedy-family", "1": "scratch-small,mamba-flat,shapes-random-1"}
+    parts = {
+        "4": "family,alone-small,greedy-family",
+        "1": "scratch-small,mamba-flat,shapes-random-1",
+        "7": "greedy-family",
+    }
     for seed, names in parts.items():
         done = subprocess.run([*command, "--seeds", seed, "--only", names], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
     files = {path.stem: json.loads(path.read_text()) for path in (out / "quick" / "results").glob("*.json")}
-    first, second = (files.pop(f"parent-{number}")["sha256"] for number in PARENTS)
+    first, second, third = (files.pop(f"parent-{number}")["sha256"] for number in PARENTS)
     assert set(files) == {f"{name}-{seed}" for seed, names in parts.items() for name in names.split(",")}
     assert {files[f"{name}-4"]["parent_sha256"] for name in parts["4"].split(",")} == {second} != {first}
+    assert files["greedy-family-7"]["parent_sha256"] == third not in (first, second)
     assert files["mamba-flat-1"]["parent_sha256"] == first != files["scratch-small-1"]["parent_sha256"]
     assert files["alone-small-4"]["subnets"]["small"] == files["family-4"]["subnets"]["small"]
     assert files["family-4"]["curve"][-1]["cpu"] > 0 and set(files["family-4"]["score"]) == set(BUDGETS)

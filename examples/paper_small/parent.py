@@ -1,4 +1,4 @@
-"""The reasoning parents of the small reproduction: problems, tokenizer, hybrid models trained on them by NeMo.
+"""The reasoning parents of the small reproduction: problems, tokenizer, models trained on them by NeMo.
 
     python examples/paper_small/parent.py --out runs/paper_small --seed 2
 
@@ -21,12 +21,19 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 from problems import blend, training_file
+from runs import PARENTS
 
 from nemo_elastic.nemo.plain import cpu
 
-CONFIG = Path(__file__).with_name("parent.yaml")
-KEPT = Path(__file__).with_name("parents")  # tokenizer.json, and a folder for each parent that the results came from
-INITIAL_SEED = 1  # of the untrained model
+HERE = Path(__file__).resolve().parent
+KEPT = HERE / "parents"  # tokenizer.json, and a folder for each parent that the results came from
+INITIAL_SEED = 1  # of the untrained model, which has the first parent's sizes
+
+
+def model_of(parent: int) -> dict[str, Any]:
+    """The `model` section of a parent; of another seed than theirs: the first one's."""
+    config = PARENTS.get(parent, PARENTS[1]).config
+    return OmegaConf.to_container(OmegaConf.load(HERE / config).model)
 
 
 def prepare(folder: Path) -> None:
@@ -44,7 +51,7 @@ def prepare(folder: Path) -> None:
         lines = (folder / "problems.jsonl").read_text(encoding="utf-8").splitlines()
         texts = [json.loads(line)["text"] for line in lines[::10]]
         corpus = list(read_documents(usable_files(load_corpus_list(DEFAULT_LIST)), "train"))
-        train_bpe(texts + corpus, OmegaConf.load(CONFIG).model.vocab_size).save(str(folder / "tokenizer.json"))
+        train_bpe(texts + corpus, model_of(1)["vocab_size"]).save(str(folder / "tokenizer.json"))
 
 
 def save_initial(folder: Path, sizes: dict[str, Any], seed: int) -> None:
@@ -70,17 +77,16 @@ def main() -> None:
     parser.add_argument("--initial", action="store_true", help="data and OUT/initial only")
     args = parser.parse_args()
     prepare(args.out / "data")
-    sizes = OmegaConf.to_container(OmegaConf.load(CONFIG).model)
     cpu.install()  # before the modules below, which build on a settled platform
     if not (args.out / "initial" / "config.json").is_file():
-        save_initial(args.out / "initial", sizes, INITIAL_SEED)
+        save_initial(args.out / "initial", model_of(1), INITIAL_SEED)
     kept, folder = KEPT / str(args.seed), args.out / "parents" / str(args.seed)
     if args.initial or (folder / "config.json").is_file():
         return
     if args.steps is None and kept.is_dir():
         shutil.copytree(kept, folder, dirs_exist_ok=True)
     else:
-        train(args, sizes, folder)
+        train(args, model_of(args.seed), folder)
 
 
 def train(args: argparse.Namespace, sizes: dict[str, Any], folder: Path) -> None:

@@ -43,7 +43,7 @@ class Results:
             if BASES[RUNS[name].base].trained and known != run.get("parent_sha256", known):
                 raise ValueError(f"{folder}/{name}-{seed}.json is of another parent than {parent_of(seed)} there")
         return {
-            number: cls({key: run for key, run in runs.items() if key[1] in PARENTS[number]}, parent["score"])
+            number: cls({key: run for key, run in runs.items() if key[1] in PARENTS[number].seeds}, parent["score"])
             for number, parent in parents.items()
         }
 

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from claims import claims, found_shapes
 from figures import write as write_figures
 from readings import NONE, Results
-from runs import BUDGETS, CHILDREN, FOUR_CHILDREN, RUNS, SCRATCH_STEPS, STEPS
+from runs import BUDGETS, CHILDREN, FOUR_CHILDREN, PARENTS, RUNS, SCRATCH_STEPS, STEPS
 from tables import (
     best_rows,
     by_class,
@@ -33,7 +34,6 @@ from tables import (
 from nemo_elastic.files import write_text
 
 HERE = Path(__file__).resolve().parent
-ORDINALS = {1: "first", 2: "second"}
 
 
 def page(parents: Mapping[int, Results], figures: list[str]) -> str:
@@ -45,7 +45,10 @@ def page(parents: Mapping[int, Results], figures: list[str]) -> str:
         keep_trailing_newline=True,
         undefined=jinja2.StrictUndefined,
     )
-    parts = [{"parent": ORDINALS[number], "number": number, **part(results)} for number, results in parents.items()]
+    parts = [
+        {"parent": PARENTS[number].name, "number": number, "hybrid": PARENTS[number].hybrid, **part(results)}
+        for number, results in parents.items()
+    ]
     runs = [run for results in parents.values() for run in results.runs.values()]
     return environment.get_template("results.md.j2").render(
         figures=figures,
@@ -55,7 +58,8 @@ def page(parents: Mapping[int, Results], figures: list[str]) -> str:
         four_steps=sum(stage["steps"] for stage in RUNS["four-family"].stages),
         stages=STEPS,
         scratch_steps=SCRATCH_STEPS,
-        verdict=lambda *which: verdict(parents.values(), *which),
+        verdict=lambda *which: verdict((r for n, r in parents.items() if PARENTS[n].hybrid), *which),
+        claims=claims(parents),
         real=real_parent(),
         machines=machines(runs),
         count=len(runs),
@@ -72,6 +76,7 @@ def part(results: Results) -> dict[str, Any]:
         "full": full_row(results),
         "longer_full": full_row(results, "long-family"),
         "greedy_full": full_row(results, "greedy-family"),
+        "gentle": full_row(results, "greedy-gentle")["over"].split()[0].strip(f"+{NONE}"),
         "greedy_longer_full": full_row(results, "greedy-long-family"),
         "classes": by_class(results),
         "families": {row["family"]: row for row in tables["families"]},
@@ -126,6 +131,7 @@ TABLES: dict[str, Callable[[Results], list[dict[str, str]]]] = {
     "curricula": of_group("stages", BUDGETS, "family"),
     "tries": of_group("tries", BUDGETS, "family"),
     "speed": speed,
+    "found": found_shapes,
 }
 
 

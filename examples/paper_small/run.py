@@ -59,7 +59,7 @@ def known_parent(series: Series, parent: int) -> str | None:
         return None
     known = json.loads(file.read_text(encoding="utf-8"))["sha256"]
     if known is None:
-        seeds = ",".join(map(str, PARENTS[parent]))
+        seeds = ",".join(map(str, PARENTS[parent].seeds))
         refuse(
             f"--seeds {seeds}: the files in {series.results} are of a parent whose weights were not kept, and runs on "
             "another one do not compare with them; --seeds leaves these out, --results FOLDER makes a set of its own"
@@ -101,7 +101,7 @@ def selected(args: argparse.Namespace, words: argparse.ArgumentParser) -> list[t
     if unknown:
         known = f"runs: {', '.join(RUNS)}; groups: {', '.join(GROUPS)}"
         words.error(f"no run or group {', '.join(unknown)}; {known}")
-    seeds = [seed for own in PARENTS.values() for seed in own]
+    seeds = [seed for parent in PARENTS.values() for seed in parent.seeds]
     if args.seeds and not set(args.seeds) <= set(seeds):
         words.error(f"--seeds {','.join(map(str, args.seeds))}: must be of {', '.join(map(str, seeds))}")
     found = [

@@ -1,9 +1,9 @@
-"""Every run of the small reproduction, as overrides of `parent.yaml`: what the paper claims, and what was tried.
+"""Every run of the small reproduction, as overrides of a parent's YAML: what the paper claims, and what was tried.
 
 A seed is of everything that is drawn in a run, and belongs to one parent (PARENTS): settings were chosen on the first
-one, the second confirms them. A step is 2,048 tokens of student text in every run. STEPS are those of the family of
-three budgets; a child alone gets as many steps as the family spent on it (equal tokens per child), or as many as the
-family took (equal total steps).
+hybrid, the second confirms them, the third parent asks whether they hold for a transformer. A step is 2,048 tokens of
+student text in every run. STEPS are those of the family of three budgets; a child alone gets as many steps as the
+family spent on it (equal tokens per child), or as many as the family took (equal total steps).
 """
 
 from __future__ import annotations
@@ -35,9 +35,29 @@ EARLY = ("router.warmup_fraction=0.05", "router.soft_fraction=0.2", "router.free
 SHARED = ("distill.budgets_per_batch=3",)
 BETTER_RATE = "train.optimizer.lr=7e-4"
 OTHER_SHAPES = ("random", "greedy")  # random:N, a draw; greedy, what `plan --search greedy` proposes
-PARENTS = {1: (1, 2, 3), 2: (4, 5, 6)}  # a parent's own seed, and the seeds of the runs on it
-FIRST, SECOND = PARENTS[1], PARENTS[2]
-BOTH = (*FIRST, *SECOND)
+
+
+@dataclass(frozen=True)
+class Parent:
+    """A parent: what the page calls it, the seeds of the runs on it, its YAML here."""
+
+    name: str
+    seeds: Seeds
+    config: str = "parent.yaml"
+
+    @property
+    def hybrid(self) -> bool:
+        """As the paper's."""
+        return self.config == "parent.yaml"
+
+
+PARENTS = {  # by a parent's own seed
+    1: Parent("first", (1, 2, 3)),
+    2: Parent("second", (4, 5, 6)),
+    3: Parent("transformer", (7,), "transformer.yaml"),
+}
+FIRST, SECOND, TRANSFORMER = (parent.seeds for parent in PARENTS.values())
+ALL = (*FIRST, *SECOND, *TRANSFORMER)
 ONCE, THERE = FIRST[:1], SECOND[:1]  # one seed, on the first parent or on the second
 
 
@@ -96,7 +116,7 @@ BASES = {
 
 def parent_of(seed: int) -> int:
     """The parent that runs with this seed start from."""
-    return next(parent for parent, seeds in PARENTS.items() if seed in seeds)
+    return next(number for number, parent in PARENTS.items() if seed in parent.seeds)
 
 
 def stages(short: int, long: int, weights: Mapping[str, float] | None = None) -> tuple[dict[str, Any], ...]:
@@ -135,8 +155,8 @@ def compared(
 
 
 def headline() -> Iterator[Run]:
-    """(a) and (b) on both parents, and (c) each child from scratch, in which no parent plays a part."""
-    yield from compared("headline", "", STEPS, "elastic family, learned shapes", {"equal": BOTH, "all": BOTH})
+    """(a) and (b) on all parents, and (c) each child from scratch, in which no parent plays a part."""
+    yield from compared("headline", "", STEPS, "elastic family, learned shapes", {"equal": ALL, "all": ALL})
     for name in CHILDREN:
         yield Run(name=f"scratch-{name}", group="headline", what=f"`{name}` from scratch, evenly shrunk, no teacher",
                   budgets={name: BUDGETS[name]}, stages=stages(0, SCRATCH_STEPS),
@@ -166,13 +186,13 @@ def drawn(probabilities: Mapping[str, float]) -> tuple[dict[str, Any], ...]:
 def searched() -> Iterator[Run]:
     """(a) and (b) with the shapes of `plan --search greedy`, known before any training; longer; with what helped."""
     yield from compared("greedy", "greedy-", STEPS, "greedy search over the ranking's scores (`plan --search`)",
-                        {"equal": SECOND, "all": SECOND}, "greedy")  # fmt: skip
+                        {"equal": (*SECOND, *TRANSFORMER), "all": (*SECOND, *TRANSFORMER)}, "greedy")  # fmt: skip
     given = {"group": "greedy", "budgets": BUDGETS, "shapes_of": "greedy"}
     for name, what, probabilities, rate, seeds in (
         ("best", "`small` drawn most (0.3, 0.25, 0.45), learning rate 7e-4", SMALL_FIRST, 7e-4, THERE),
         ("slow", "`small` drawn most, learning rate 4e-4", SMALL_FIRST, 4e-4, THERE),
         ("full-first", "`full` drawn most (0.55, 0.15, 0.3), learning rate 4e-4", FULL_FIRST, 4e-4, THERE),
-        ("gentle", "`full` drawn most, learning rate 3e-4", FULL_FIRST, 3e-4, SECOND),
+        ("gentle", "`full` drawn most, learning rate 3e-4", FULL_FIRST, 3e-4, (*SECOND, *TRANSFORMER)),
     ):
         words = (EVEN, *SHARED, f"train.optimizer.lr={rate:g}")
         what = f"greedy search, all budgets in every micro-batch, {what}"
@@ -202,12 +222,15 @@ def family_of_four() -> Iterator[Run]:
 
 
 def shapes() -> Iterator[Run]:
-    """(d) other shapes, forced from the first step; and the family's own, so that only the shape differs."""
+    """(d) other shapes, forced from the first step; and the family's own, so that only the shape differs.
+
+    The transformer's family chose those of even shrinking, so that `shapes-even` is both.
+    """
     yield Run(name="shapes-own", group="shapes", what="the family's final shapes from the first step", budgets=BUDGETS,
               stages=stages(*STEPS, WEIGHTS), words=(EVEN,), shapes_of="family",
               seeds=(*ONCE, *THERE))  # fmt: skip
     yield Run(name="shapes-even", group="shapes", what="even shrinking", budgets=BUDGETS,
-              stages=stages(*STEPS, WEIGHTS), words=(EVEN,))  # fmt: skip
+              stages=stages(*STEPS, WEIGHTS), words=(EVEN,), seeds=(*ONCE, *TRANSFORMER))  # fmt: skip
     yield Run(name="shapes-random-1", group="shapes", what="random shapes that fit", budgets=BUDGETS,
               stages=stages(*STEPS, WEIGHTS), words=(EVEN,), shapes_of="random:1")  # fmt: skip
     yield Run(name="shapes-ffn-per-layer", group="shapes", what="learned, FFN width per layer", budgets=BUDGETS,
@@ -222,6 +245,10 @@ def ablations() -> Iterator[Run]:
         yield Run(name=f"depth-{base.removeprefix('depth_')}", group="depth", what=what, budgets={"shallow": 0.8},
                   stages=stages(60, 0), words=("elastic.subnets.shallow={num_layers: 9}", "train.val_every_steps=20"),
                   base=base)  # fmt: skip
+    for what, base in {"blocks, greedy (default)": "parent", "blocks, random": "depth_random"}.items():
+        yield Run(name=f"depth-blocks-{base.removeprefix('depth_')}", group="depth", what=what,
+                  budgets={"shallow": 0.7}, stages=stages(60, 0), base=base, seeds=TRANSFORMER,
+                  words=("elastic.subnets.shallow={num_layers: 8}", "train.val_every_steps=20"))  # fmt: skip
     for what, base in {"group by group": "parent", "flat over all heads": "mamba_flat"}.items():
         yield Run(name=f"mamba-{'grouped' if base == 'parent' else 'flat'}", group="mamba", what=what,
                   budgets={"half": 0.9}, stages=stages(60, 0), base=base,

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import torch
 from problems import blend
-from runs import BASES, BUDGETS, FOUR, OTHER_SHAPES, Run, parent_of
+from runs import BASES, BUDGETS, FOUR, OTHER_SHAPES, PARENTS, Run, parent_of
 from shapes import random_subnets
 
 from nemo_elastic.config import load_config
@@ -28,7 +28,6 @@ from nemo_elastic.files import write_json
 from nemo_elastic.processes.runlog import RunLog
 
 HERE = Path(__file__).resolve().parent
-CONFIG = HERE / "parent.yaml"
 QUICK = ("train.val_samples=4", "rank.samples=8", "rank.depth_samples=2", "train.val_every_steps=2")
 
 
@@ -62,9 +61,9 @@ class Series:
         words = [f"parent.path={weights}", f"data.tokenizer={data / 'tokenizer.json'}"]
         return [*words, f"data.blend={json.dumps(blend(data))}", *(QUICK if self.quick else ())]
 
-    def verb(self, verb: str, folder: Path, words: Iterable[str], *flags: str) -> None:
-        """`nemo-elastic VERB` in the folder of a run."""
-        self.command("nemo_elastic", verb, "--config", str(CONFIG), "--out", str(folder), *flags, *words)
+    def verb(self, verb: str, folder: Path, seed: int, words: Iterable[str], *flags: str) -> None:
+        """`nemo-elastic VERB` in the folder of a run with this seed."""
+        self.command("nemo_elastic", verb, "--config", str(config_of(seed)), "--out", str(folder), *flags, *words)
 
     def base(self, base: str, seed: int) -> Path:
         """Where `prepared` puts it."""
@@ -78,7 +77,7 @@ class Series:
             # Ranking needs a whole configuration; budgets and stages play no part in it.
             words = [*self.configured(base, seed, {"full": 1.0}), *made.words]
             for verb in ("rank", "sort"):
-                self.verb(verb, folder, words)
+                self.verb(verb, folder, seed, words)
             if base == "mamba_flat":
                 self.command("flat", str(folder))
             (folder / "done").touch()
@@ -102,13 +101,13 @@ class Series:
 
     def random(self, number: int, seed: int) -> dict[str, Any]:
         """Random shapes that meet the family's budgets."""
-        run = load_config(CONFIG, self.configured("parent", seed)).config
+        run = load_config(config_of(seed), self.configured("parent", seed)).config
         return random_subnets(family_of(run, depth_ranking(self.base("parent", seed))), number)
 
     def proposed(self, how: str, seed: int) -> dict[str, Any]:
         """Shapes that `nemo-elastic plan --search` proposes from the ranking's scores."""
         words = ("--search", how, "--ranking", str(self.base("parent", seed)), "--json")
-        words = ("--config", str(CONFIG), *words, *self.configured("parent", seed, FOUR))
+        words = ("--config", str(config_of(seed)), *words, *self.configured("parent", seed, FOUR))
         plan = json.loads(self.command("nemo_elastic", "plan", *words))
         return {b["name"]: b["subnet"] for b in plan["budgets"] if b["origin"] != "parent"}
 
@@ -150,7 +149,7 @@ class Series:
         # A run says what its scores were measured with, or `train` refuses them.
         words = [*self.common(self.weights(run.base, seed)), *BASES[run.base].words, *words]
         begin, load = time.monotonic(), os.getloadavg()[0]
-        self.verb("train", folder, words, *(["--resume"] if started else []))
+        self.verb("train", folder, seed, words, *(["--resume"] if started else []))
         few = ["--windows", "4", "--each", "1"] if self.quick else []
         score = folder / "score.json"
         self.command("score", "--out", str(self.out), "--weights", str(folder / "nested"), "--output", str(score), *few)
@@ -173,7 +172,7 @@ class Series:
                 row = records[step]
                 curve.append({"step": step, "tokens": row["tokens"], "losses": row["losses"], "cpu": round(cpu, 2)})
         subnets = records[max(records)]["subnets"]
-        family = family_of(load_config(CONFIG, words).config, depth_ranking(folder))
+        family = family_of(load_config(config_of(seed), words).config, depth_ranking(folder))
         counts = {n: parameters(family.layout, family.space.subnet_from_dict(s)) for n, s in subnets.items()}
         return {
             "name": run.name,
@@ -190,6 +189,11 @@ class Series:
             "curve": curve,
             "score": json.loads((folder / "score.json").read_text(encoding="utf-8")),
         }
+
+
+def config_of(seed: int) -> Path:
+    """The YAML of the parent that runs with this seed start from."""
+    return HERE / PARENTS[parent_of(seed)].config
 
 
 def depth_ranking(folder: Path) -> tuple[int, ...]:

@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
+from rich.table import Table
+
 Row = Mapping[str, Any]
 MOST = 10  # layouts that are shown; --json has all
 PARTS = ("weights", "gradients", "optimizer", "teacher", "activations", "hand_over", "at_work", "reserve")
@@ -13,13 +15,13 @@ PARTS = ("weights", "gradients", "optimizer", "teacher", "activations", "hand_ov
 
 def lay_out(arguments: argparse.Namespace, result: dict[str, Any], config: Any, family: Any, subnets: Any) -> None:
     """What fits, into the plan; where nothing does, the plan's problem."""
+    from ..distill.gpu_work import Work
+    from ..distill.layouts import layouts
+
     if result["training"] is None:
         words = "needs train.stages, and a subnet for every budget: without them nothing is known of a step"
         result["problems"].append({"key": "--gpus", "message": words})
         return
-    from ..distill.gpu_work import Work
-    from ..distill.layouts import layouts
-
     memory = arguments.gpu_memory or config.report.gpu.memory_gb
     found = layouts(Work(config, family, subnets), arguments.gpus, memory, context_parallel=arguments.context_parallel)
     result["layouts"] = found.pop("layouts")
@@ -42,8 +44,6 @@ def layout_tables(result: Row) -> list[Any]:
     rows, gpus = result["layouts"], result["gpus"]
     if not rows:
         return []
-    from rich.table import Table
-
     title = (
         f"layouts on {gpus['count']:,} GPUs of {gpus['memory_gb']:g} GB, the fastest first (estimated, never measured)"
     )

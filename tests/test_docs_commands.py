@@ -34,6 +34,7 @@ ELSEWHERE = {
     "make quickstart": "tests/test_quickstart.py",
     "make quickstart ARGS=--json": "tests/test_quickstart.py",
     "make test": "the test suite itself",
+    "make test-slow": "the test suite itself",
     "make test-sweep": "the test suite itself; tests/test_sweep.py",
     "make test-broken": "a sample of it by the test suite itself; tests/test_broken_inputs.py",
     "make setup": "tests/test_repository.py (its parts); .ci",

@@ -55,6 +55,7 @@ def run_config(*, tied: bool = False, vocab_size: int = 64, feature: str = "", *
     sizes = SMALL | {"vocab_size": vocab_size} | FEATURES.get(feature, {})
     pattern, dims = PATTERN, DIMS
     if feature in expert_features.FEATURES:
+        expert_features.skip_without_slot()
         sizes |= expert_features.SIZES | expert_features.FEATURES[feature]
         pattern, dims = expert_features.PATTERN, DIMS | expert_features.DIMS
     return load_values(

@@ -13,9 +13,11 @@ from small_parent import FFN_GROUPS, space_of
 from test_elastic_modes import assert_same_gradients, difference
 
 from nemo_elastic.mcore.elastic.plan import hard_plan, soft_plan
+from nemo_elastic.mcore.kernels import kind_modules
 from nemo_elastic.mcore.kernels.routing import chosen
 from nemo_elastic.mcore.models.build import build_elastic_model, build_plain_model, load_weights
 from nemo_elastic.mcore.versions import parameter_name
+from nemo_elastic.problems import ProblemsError
 from nemo_elastic.space.slicing import accumulate
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -99,3 +101,13 @@ def test_routing_is_megatrons(feature: str) -> None:
     )  # fmt: skip
     ours, chosen_ones = chosen(config, scores, bias)
     assert torch.equal(chosen_ones, places) and difference(ours, weights) < 1e-6  # theirs goes through fp32
+
+
+def test_a_line_of_megatron_without_a_slot_refuses_the_pattern(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kind_modules, "SLOTS", {k: v for k, v in kind_modules.SLOTS.items() if k != "E"})
+    words = r"'E' \(mixture of experts\) needs a newer megatron-core .*: install 0\.16"
+    with pytest.raises(ProblemsError, match=words):
+        ProblemsError, match=r"'E' \(mixture of experts\) needs a newer megatron-core .*: install 0\.16"
+    ):
+        kind_modules.megatron_pattern("ME*")
+    assert kind_modules.megatron_pattern("M-*") == "M-*"

@@ -107,7 +107,5 @@ def test_a_line_of_megatron_without_a_slot_refuses_the_pattern(monkeypatch: pyte
     monkeypatch.setattr(kind_modules, "SLOTS", {k: v for k, v in kind_modules.SLOTS.items() if k != "E"})
     words = r"'E' \(mixture of experts\) needs a newer megatron-core .*: install 0\.16"
     with pytest.raises(ProblemsError, match=words):
-        ProblemsError, match=r"'E' \(mixture of experts\) needs a newer megatron-core .*: install 0\.16"
-    ):
         kind_modules.megatron_pattern("ME*")
     assert kind_modules.megatron_pattern("M-*") == "M-*"

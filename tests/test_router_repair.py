@@ -4,15 +4,20 @@ from itertools import product
 
 import pytest
 import torch
+from expert_features import SIZES as EXPERTS
 from router_spaces import make_layout, make_space, random_probabilities
+from small_parent import architecture
 
 from nemo_elastic.cost.budget import BudgetCost
-from nemo_elastic.cost.counts import parameters
+from nemo_elastic.cost.counts import active_parameters, parameters
 from nemo_elastic.problems import ProblemsError
 from nemo_elastic.router import repair
 from nemo_elastic.router.repair import choose
 from nemo_elastic.space.budget import Budget
 from nemo_elastic.space.choices import choice_shapes, subnet_of
+from nemo_elastic.space.dims import ElasticDim, dim_groups, parent_size
+from nemo_elastic.space.elastic_space import ElasticSpace
+from nemo_elastic.space.layout import ParamLayout
 
 TOLERANCE = 0.01
 
@@ -65,6 +70,28 @@ def test_repair_is_the_best_there_is(seed):
         assert own == pytest.approx(score, rel=1e-9)
         assert chosen.is_repaired and chosen.error <= TOLERANCE
         assert chosen.cost == parameters(cost.layout, subnet_of(cost.space, chosen.selection))
+
+
+@pytest.mark.parametrize("per_layer", [(), ("num_moe_experts",), ("num_moe_experts", "moe_ffn_hidden_size")])
+@pytest.mark.parametrize("kind", ["parameters", "active_parameters"])
+def test_several_dims_of_a_layer_are_set_together(kind, per_layer):
+    """Experts have a count, a width and a shared one: in all layers alike, or layer by layer."""
+    arch = architecture("ME*EM", **EXPERTS)
+    sizes = {"hidden_size": (48, 40), "num_moe_experts": (8, 4), "moe_ffn_hidden_size": (16, 12, 8),
+             "moe_shared_expert_intermediate_size": (24, 12), "num_layers": (5, 4)}  # fmt: skip
+    groups = dim_groups(arch, 4)
+    dims = {n: ElasticDim(name=n, full=parent_size(arch, n), groups=groups[n], choices=c, per_layer=n in per_layer)
+            for n, c in sizes.items()}  # fmt: skip
+    space = ElasticSpace(architecture=arch, dims=dims, ffn_groups=4)
+    layout = ParamLayout(arch, ffn_groups=4)
+    full = {"parameters": parameters, "active_parameters": active_parameters}[kind](layout, space.full_subnet())
+    cost = BudgetCost(space, layout, Budget(name="b", kind=kind, value=0.8 * full))
+    pi = random_probabilities(space, 5, sharpness=3.0)
+    pi = {n: p.flip(-1).sort(descending=True).values for n, p in pi.items()}
+    chosen = choose(pi, cost, tolerance=TOLERANCE, shortfall_price=0.0)
+    score, _ = best_by_brute_force(pi, cost, 0.0)
+    assert chosen.is_repaired and chosen.lost_log_probability == pytest.approx(score, rel=1e-9)
+    assert chosen.cost == cost.of(subnet_of(space, chosen.selection))
 
 
 def test_repair_by_multiplier_is_close_to_the_best(monkeypatch):

@@ -32,6 +32,14 @@ FEATURES: dict[str, dict[str, Any]] = {
         "qk_layernorm": True, "add_bias_linear": True, "add_qkv_bias": True, **MULTIPLIERS,
     },
 }  # fmt: skip
+SWIGLU = {"gated_linear_unit": True, "activation_func": "silu"}
+FAMILIES: dict[str, dict[str, Any]] = {  # what each family of Hugging Face has of them together
+    "llama": {**SWIGLU, **ROTARY, **SCALED, "hybrid_override_pattern": "*-*-*-*-"},
+    "qwen2": {**SWIGLU, **ROTARY, "add_qkv_bias": True, "hybrid_override_pattern": "*-*-*-*-"},
+    "qwen3": {**SWIGLU, **ROTARY, "qk_layernorm": True, "hybrid_override_pattern": "*-*-*-*-"},
+    "bamba": {**SWIGLU, **ROTARY, "rotary_percent": 0.5, "hybrid_override_pattern": "M-*-M-*-"},
+    "granite": {**SWIGLU, **MULTIPLIERS, "hybrid_override_pattern": "M-*-M-*-"},
+}
 TRANSFORMER = "*-*-*-"  # no Mamba layer: a Llama's
 
 

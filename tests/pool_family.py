@@ -10,7 +10,7 @@ from typing import Any
 import expert_features
 import pytest
 import torch
-from dense_features import FEATURES
+from dense_features import FAMILIES, FEATURES
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig
@@ -51,9 +51,9 @@ DIMS = {
 
 
 def run_config(*, tied: bool = False, vocab_size: int = 64, feature: str = "", **distill: Any) -> RunConfig:
-    """`feature`: one of dense parents (`dense_features`), or experts (`expert_features`)."""
-    sizes = SMALL | {"vocab_size": vocab_size} | FEATURES.get(feature, {})
-    pattern, dims = PATTERN, DIMS
+    """`feature`: one of dense parents (`dense_features`), a family, or experts (`expert_features`)."""
+    sizes = SMALL | {"vocab_size": vocab_size} | (FEATURES | FAMILIES).get(feature, {})
+    pattern, dims = sizes.get("hybrid_override_pattern", PATTERN), DIMS
     if feature in expert_features.FEATURES:
         expert_features.skip_without_slot()
         sizes |= expert_features.SIZES | expert_features.FEATURES[feature]

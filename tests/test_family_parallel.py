@@ -9,6 +9,7 @@ from typing import Any
 import pool_family
 import pytest
 import torch
+from dense_features import FAMILIES
 from worker_pool import WorkerPool
 
 TOLERANCE = 1e-5  # fp64 weights; the losses are fp32 inside
@@ -192,6 +193,18 @@ def test_six_steps_of_adam_with_a_dense_parents_features_end_alike(
     for rank in pool.run(pool_family.train_steps, **LAYOUTS[name], **settings):
         for ours, theirs in zip(rank["steps"], expected["steps"], strict=True):
             assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-4, abs=1e-5)
+        assert_same_run(rank, expected, 1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.families
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_six_steps_of_adam_of_a_family_end_alike(pool4: WorkerPool, one_rank: None, family: str) -> None:
+    settings = ALL_STEPS | {"feature": family}
+    expected = pool_family.train_steps(**settings)
+    for rank in pool4.run(pool_family.train_steps, **LAYOUTS["tp2_pp2_sp"], **settings):
+        for ours, theirs in zip(rank["steps"], expected["steps"], strict=True):
+            assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-5, abs=1e-5)
         assert_same_run(rank, expected, 1e-3)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from pool_elastic import project
 from small_parent import child_architecture, child_pattern
 
 from nemo_elastic.mcore.models.build import build_plain_model
@@ -15,7 +16,7 @@ from nemo_elastic.mcore.versions import parameter_name
 from nemo_elastic.space.architecture import Architecture
 from nemo_elastic.space.dims import KIND_OF_DIM, PER_LAYER_DIMS, WIDTH_DIMS
 from nemo_elastic.space.layout import ParamLayout
-from nemo_elastic.space.slicing import take
+from nemo_elastic.space.slicing import accumulate, take
 from nemo_elastic.space.subnet import Subnet
 
 
@@ -58,3 +59,21 @@ def load_child(child: torch.nn.Module, weights: dict[str, torch.Tensor], layout:
         for name, value in cut.items():
             assert parameters[name].shape == value.shape, name
             parameters[name].copy_(value)
+
+
+def extracted(
+    arch: Architecture, subnet: Subnet, function: Mapping[str, Any], weights: dict[str, torch.Tensor],
+    layout: ParamLayout, ids: torch.Tensor,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # fmt: skip
+    """The child's logits, and the gradients of their projection where they lie in the parent's weights; fp64."""
+    child = plain_child(arch, subnet, function, params_dtype=torch.float64)
+    load_child(child, weights, layout, subnet)
+    logits = child(ids, None, None)
+    project(logits).backward()
+    rows = {row: (spec, sizes) for row, spec, sizes in layout.child_params(subnet)}
+    own = {n: torch.zeros_like(w) for n, w in weights.items()}
+    for n, p in child.named_parameters():
+        if p.requires_grad:
+            row = rows[parameter_name(n)]
+            accumulate(p.grad, *row, own[row[0].name])
+    return logits, own

@@ -5,12 +5,11 @@ from typing import Any
 import pytest
 import torch
 from dense_features import FEATURES, TRANSFORMER, parts
-from plain_child import load_child, plain_child
+from plain_child import extracted
 from pool_elastic import (
     elastic_model,
     layout_of,
     one_hot_masks,
-    project,
     random_weights,
     run_plan,
     tokens,
@@ -20,8 +19,6 @@ from test_elastic_modes import assert_same_gradients, difference
 
 from nemo_elastic.mcore.elastic.plan import hard_plan, soft_plan
 from nemo_elastic.mcore.models.build import build_plain_model, load_weights
-from nemo_elastic.mcore.versions import parameter_name
-from nemo_elastic.space.slicing import accumulate
 from nemo_elastic.space.subnet import Subnet
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -55,17 +52,9 @@ def test_masked_is_sliced_is_extracted(parent: tuple[Any, Any, dict[str, Any]]) 
         found = {mode: run_plan(model, ids, hard_plan(layout, subnet, mode), layout) for mode in ("masked", "sliced")}
         soft = soft_plan(layout, space_of(arch).full_subnet(), one_hot_masks(arch, subnet))
         found["soft"] = run_plan(model, ids, soft, layout)
-        child = plain_child(arch, subnet, function, params_dtype=FP64)
-        load_child(child, weights, layout, subnet)
-        extracted = child(ids, None, None)
-        project(extracted).backward()
-        rows = {row: (spec, sizes) for row, spec, sizes in layout.child_params(subnet)}
-        own = {n: torch.zeros_like(w) for n, w in weights.items()}
-        for n, p in child.named_parameters():
-            row = rows[parameter_name(n)]
-            accumulate(p.grad, *row, own[row[0].name])
+        of_child, own = extracted(arch, subnet, function, weights, layout, ids)
         for mode, (logits, gradients) in found.items():
-            assert difference(logits, extracted) < 1e-10, (case, mode)
+            assert difference(logits, of_child) < 1e-10, (case, mode)
             assert_same_gradients(gradients, own, 1e-10)
 
 

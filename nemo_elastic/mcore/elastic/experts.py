@@ -7,15 +7,12 @@ what decides the choice falls with its logarithm: at 0 and 1 that is the hard pl
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
-from megatron.core.transformer import transformer_layer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import Tensor, nn
@@ -32,6 +29,7 @@ from ..kernels.routing import chosen, logits
 from .call import LayerCall, MaskCache, inner_multiplier, times
 from .layers import ElasticLayer
 from .linear import column_parallel, row_parallel, taken
+from .mlp import QuietMLPLayer
 from .norm import ElasticRMSNorm
 
 # What ranks them, in the state of an interrupted ranking: of every expert the norms that it added and its tokens, and
@@ -93,24 +91,7 @@ class ElasticMixture(Mixture):
         return row_parallel(self.shared_experts.linear_fc2, y, fc2, call.cut, **parallel)
 
 
-def _not_about_mlp_type(record: logging.LogRecord) -> bool:
-    """Megatron warns of any MLP class but its own, then builds it as it should."""
-    return "Unknown MLP type" not in record.getMessage()
-
-
-class PlainMixtureLayer(MLPLayer):
-    """Megatron's layer around a mixture."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        logger = logging.getLogger(transformer_layer.__name__)
-        logger.addFilter(_not_about_mlp_type)
-        try:
-            super().__init__(*args, **kwargs)
-        finally:
-            logger.removeFilter(_not_about_mlp_type)
-
-
-class ElasticMixtureLayer(ElasticLayer, PlainMixtureLayer):
+class ElasticMixtureLayer(ElasticLayer, QuietMLPLayer):
     """Norm, mixture, residual."""
 
     part_names = ("pre_mlp_layernorm", "mlp", "mlp_bda")
@@ -135,7 +116,7 @@ def _spec(layer: type, norm: type, mixture: type) -> ModuleSpec:
 
 def plain_layer() -> ModuleSpec:
     """The layer, not elastic."""
-    return _spec(PlainMixtureLayer, RMSNorm, Mixture)
+    return _spec(QuietMLPLayer, RMSNorm, Mixture)
 
 
 def elastic_layer(*, transformer_engine: bool = False) -> ModuleSpec:

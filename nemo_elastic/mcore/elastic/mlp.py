@@ -63,14 +63,12 @@ class ElasticMLP(MLP):
 
 
 def _not_about_mlp_type(record: logging.LogRecord) -> bool:
-    """Megatron warns of any MLP class but its own, then builds it as its own, which is right for a subclass."""
+    """Megatron warns of any MLP class but its own, then builds it as its own, which is right for ours."""
     return "Unknown MLP type" not in record.getMessage()
 
 
-class ElasticMLPLayer(ElasticLayer, MLPLayer):
-    """Norm, MLP, residual."""
-
-    part_names = ("pre_mlp_layernorm", "mlp", "mlp_bda")
+class QuietMLPLayer(MLPLayer):
+    """Megatron's layer around an MLP of ours, without its warning."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         logger = logging.getLogger(transformer_layer.__name__)
@@ -79,6 +77,12 @@ class ElasticMLPLayer(ElasticLayer, MLPLayer):
             super().__init__(*args, **kwargs)
         finally:
             logger.removeFilter(_not_about_mlp_type)
+
+
+class ElasticMLPLayer(ElasticLayer, QuietMLPLayer):
+    """Norm, MLP, residual."""
+
+    part_names = ("pre_mlp_layernorm", "mlp", "mlp_bda")
 
     @property
     def recompute_sublayer(self) -> bool:

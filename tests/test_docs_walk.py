@@ -52,6 +52,12 @@ NOT_HERE = {
     "python examples/paper_small/run.py --out runs/paper_small --results runs/paper_small/results": (
         "a day; test_paper_small.py runs it with --quick"
     ),
+    "python examples/paper_small/run.py --out runs/paper_small --results runs/paper_small/results "
+    "--only greedy-best --seeds 4": "ten minutes; test_paper_small.py runs others with --quick",
+    "python examples/paper_small/think.py --out runs/paper_small --nested runs/paper_small/nested/greedy-best-4": (
+        "it needs that run; test_think.py tests its parts"
+    ),
+    "python examples/paper_small/think.py --draw": "it draws docs/think.png; test_think.py draws it elsewhere",
     "python examples/paper_small/results.py": "it writes docs/results.md; test_paper_small.py runs it elsewhere",
     "for name in startup ssd kd_loss ranking serving extract elastic_step family_cost; do\n"
     "    .venv/bin/python benchmarks/$name.py --output benchmarks/results/$name.json > /dev/null\ndone": BENCHMARK,

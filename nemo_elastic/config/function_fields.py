@@ -80,7 +80,20 @@ def arithmetic_problems(model: Mapping[str, Any]) -> list[Problem]:
     for name in ("fp32_residual_connection", "moe_router_pre_softmax"):
         if not isinstance(said[name], bool):
             found.append(Problem(f"model.{name}", f"{said[name]!r} must be true or false"))
-    return found + _position_problems(model, said)
+    return found + _position_problems(model, said) + _routing_problems(model, said)
+
+
+def _routing_problems(model: Mapping[str, Any], said: Mapping[str, Any]) -> list[Problem]:
+    if not model.get("num_moe_experts") or said["moe_router_score_function"] != "softmax":
+        return []
+    found = []
+    if model.get("moe_router_enable_expert_bias"):
+        words = "True needs moe_router_score_function=sigmoid: a softmax takes no bias"
+        found.append(Problem("model.moe_router_enable_expert_bias", words))
+    if model.get("moe_router_topk") == 1 and not said["moe_router_pre_softmax"]:
+        words = "must be true with moe_router_topk=1: a softmax over one expert is 1 whatever its score"
+        found.append(Problem("model.moe_router_pre_softmax", words))
+    return found
 
 
 def _position_problems(model: Mapping[str, Any], said: Mapping[str, Any]) -> list[Problem]:

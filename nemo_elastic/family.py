@@ -114,8 +114,11 @@ def family_of(config: RunConfig, depth_ranking: tuple[int, ...] | None = None) -
         try:
             step = rounding_step(name, dim.choices, full, groups[name], architecture, config.elastic.multiple_of)
             if step > full:
-                words = f"{config.elastic.multiple_of[name]} (with {groups[name]} groups: {step}) must be at most"
-                found.append(Problem(f"elastic.multiple_of.{name}", f"{words} the parent's {full}"))
+                given = config.elastic.multiple_of.get(name)
+                words = f"{given} (with {groups[name]} groups: {step}) must be at most the parent's {full}"
+                key = f"elastic.multiple_of.{name}" if given else f"elastic.dims.{name}"
+                none = f"its {groups[name]} groups need a multiple of {step}, more than the parent's {full}; lower "
+                found.append(Problem(key, words if given else f"{none}elastic.ffn_groups"))
                 continue
             choices, rounded = resolve_choices(name, dim.choices, full, step)
             dims[name] = ElasticDim(

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from expert_features import parts
-from megatron.core import parallel_state
+from megatron.core import dist_checkpointing, parallel_state
 from pool_elastic import layout_of, random_weights, tokens
 from small_parent import FFN_GROUPS
 from torch import Tensor
@@ -41,5 +41,24 @@ def sorted_weights(feature: str, sp: bool = False) -> dict[str, Tensor]:
     orders = random_orders(layout_of(arch), present_dims(arch), torch.Generator().manual_seed(3))
     model = plain(feature, sp)
     sort_model(model, layout_of(arch), orders)
+    local = layout_of(arch, parallel_state.get_tensor_model_parallel_world_size())
+    return {n: w.detach() for n, w in whole_tensors(named_global_parameters(model, local), local)}
+
+
+def save(folder: str, feature: str) -> None:
+    """The plain model, by stock Megatron."""
+    from pool_checkpoint import _save
+
+    _save(plain(feature).sharded_state_dict(prefix="module."), folder)
+
+
+def load(folder: str, feature: str) -> dict[str, Tensor]:
+    """Whole weights of this stage of a model that stock Megatron filled from a checkpoint of any layout."""
+    arch, _ = parts(feature)
+    model = plain(feature)
+    for parameter in model.parameters():
+        parameter.data.fill_(7.0)
+    state = dist_checkpointing.load(model.sharded_state_dict(prefix="module."), folder)
+    model.load_state_dict({name.removeprefix("module."): value for name, value in state.items()}, strict=False)
     local = layout_of(arch, parallel_state.get_tensor_model_parallel_world_size())
     return {n: w.detach() for n, w in whole_tensors(named_global_parameters(model, local), local)}

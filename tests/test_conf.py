@@ -315,3 +315,24 @@ def test_items_of_a_replaced_list_are_of_who_replaced_it() -> None:
     word = "train.stages=[{steps: 3, seq_length: 64, global_batch_size: 8}]"
     by_word = load_config(CONF / "nemotron_nano_12b_v2.yaml", [word])
     assert origin_of("train.stages.0.steps", by_word.origins) == "command line"
+
+
+NAMED = {  # override -> whose, and the key that is named
+    "elastic.ffn_groups=256": ("qwen3_30b_a3b", "elastic.ffn_groups"),
+    "elastic.ffn_groups=16384": ("llama_3_2_1b", "elastic.ffn_groups"),
+    "model.moe_router_topk=1": ("qwen3_30b_a3b", "model.moe_router_pre_softmax"),
+    "model.moe_router_score_function=softmax": ("nemotron_3_nano_30b_a3b", "model.moe_router_enable_expert_bias"),
+    "model.moe_router_load_balancing_type=sinkhorn": ("qwen3_30b_a3b", "model.moe_router_load_balancing_type"),
+    "elastic.dims.num_moe_experts.choices=[128,4]": ("qwen3_30b_a3b", "elastic.dims.num_moe_experts.choices"),
+    "model.rotary_base=.inf": ("llama_3_2_1b", "model.rotary_base"),
+}
+
+
+@pytest.mark.parametrize("word", list(NAMED))
+def test_what_cannot_be_is_named_by_its_key(word: str) -> None:
+    name, key = NAMED[word]
+    try:
+        found = plan(load_config(CONF / f"{name}.yaml", [word]).config)["problems"]
+    except ProblemsError as error:
+        found = [{"key": problem.key} for problem in error.problems]
+    assert key in {problem["key"] for problem in found}

@@ -103,12 +103,13 @@ def test_a_layout_changes_nothing_of_experts(
     assert_same(ranks, one_by_one(feature))
 
 
+@pytest.mark.parametrize("name", ["tp2", "tp2_pp2_sp"])
 @pytest.mark.parametrize("feature", ["latent", "granite"])
 def test_a_layout_changes_nothing_of_other_experts(
-    request: pytest.FixtureRequest, one_rank: None, feature: str
+    request: pytest.FixtureRequest, one_rank: None, feature: str, name: str
 ) -> None:
     """Latent channels; gates."""
-    test_a_layout_changes_nothing_of_experts(request, one_rank, "tp2_pp2_sp", "ddp", feature)
+    test_a_layout_changes_nothing_of_experts(request, one_rank, name, "ddp", feature)
 
 
 def one_by_one(feature: str) -> list[dict[str, Any]]:

@@ -4,12 +4,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import expert_features
+import pool_experts
 import pytest
+import torch
 from checkpoint_family import MODEL, TOKENIZER, manifest, random_weights
+from pool_elastic import random_weights as weights_of
 from test_dense_checkpoints import batches
+from worker_pool import WorkerPool
 
 from nemo_elastic.config import load_config
 from nemo_elastic.config.load import plain
+from nemo_elastic.mcore.checkpoint.dist_checkpoint import TorchDistReader
 from nemo_elastic.nemo.export.checkpoints import extract_all, write_nested
 from nemo_elastic.problems import ProblemsError
 
@@ -48,3 +53,22 @@ def test_who_cannot_say_experts_refuses_them(tmp_path: Path, format: str, reader
         extract_all(nested, tmp_path / "out", format=format)
     assert f"'E' (mixture of experts) cannot be said in {reader}" in str(error.value)
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("feature", ["granite", "latent"])
+def test_megatrons_checkpoints_hold_whole_experts_at_any_layout(
+    tmp_path: Path, pool2: WorkerPool, pool4: WorkerPool, feature: str
+) -> None:
+    """Saved at TP 2 (gate and up apart) and TP 2 x PP 2; read by offsets, and loaded by Megatron at other layouts."""
+    arch, _ = expert_features.parts(feature)
+    wanted = weights_of(arch, torch.float64)
+    for pool, name, layout in ((pool2, "two", {"tp": 2}), (pool4, "four", {"tp": 2, "pp": 2})):
+        pool.run(pool_experts.save, str(tmp_path / name), feature, **layout)
+        reader = TorchDistReader(tmp_path / name)
+        assert set(reader.names()) == set(wanted)
+        assert all(
+            torch.equal(reader.read(n).to(w.dtype), w.to(reader.dtype(n)).to(w.dtype)) for n, w in wanted.items()
+        )
+    for folder, layout in (("four", {"tp": 2}), ("two", {"pp": 2})):
+        for rank in pool2.run(pool_experts.load, str(tmp_path / folder), feature, **layout):
+            assert rank and all(torch.equal(w, wanted[n].to(w.dtype)) for n, w in rank.items())

@@ -14,7 +14,8 @@ from nemo_elastic.importance.sorting import orders_from_tensors, orders_to_tenso
 from nemo_elastic.mcore.elastic.plan import hard_plan
 from nemo_elastic.mcore.kernels.routing import chosen, logits
 from nemo_elastic.mcore.models.build import build_elastic_model, build_plain_model, load_weights
-from nemo_elastic.mcore.ranking.collect import collect_widths
+from nemo_elastic.mcore.ranking.collect import WidthCollector, WidthSettings, collect_widths
+from nemo_elastic.mcore.ranking.stack_forward import Groups
 from nemo_elastic.space.dims import present_dims
 
 FP64 = torch.float64
@@ -116,3 +117,21 @@ def test_the_best_experts_and_their_best_neurons_are_kept() -> None:
     in_order = dict(sort_tensors(random_weights(arch, FP64).items(), layout, orders))
     load_weights(model, in_order, arch, ffn_groups=FFN_GROUPS)
     assert model(tokens(arch), None, None, elastic=hard_plan(layout, subnet)).isfinite().all()
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_ranking_that_had_seen_every_sample_goes_on_with_the_same_sums() -> None:
+    """Interrupted behind the widths: nothing is observed any more, and plain sums are still plain sums."""
+    arch, _ = parts("nemotron")
+    layout, settings, groups = layout_of(arch), WidthSettings(), Groups.from_megatron()
+    batches = [tokens(arch, seed) for seed in range(pool_experts.SAMPLES)]
+    model = pool_experts.plain("nemotron").eval()
+    with WidthCollector(model, layout, settings, groups) as collector:
+        for batch in batches:
+            collector.observe(batch)
+        state, wanted = {n: t.clone() for n, t in collector.state().items()}, collector.widths()
+    with WidthCollector(model, layout, settings, groups) as resumed:
+        resumed.load_state(state)
+        found = resumed.widths()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[dim][n], row) for dim, rows in wanted.items() for n, row in rows.items())

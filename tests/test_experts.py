@@ -12,6 +12,7 @@ from pool_elastic import layout_of, one_hot_masks, random_weights, run_plan, tok
 from small_parent import FFN_GROUPS, space_of
 from test_elastic_modes import assert_same_gradients, difference
 
+from nemo_elastic.config.model_fields import model_problems
 from nemo_elastic.mcore.elastic.plan import hard_plan, soft_plan
 from nemo_elastic.mcore.kernels import kind_modules
 from nemo_elastic.mcore.kernels.routing import chosen
@@ -98,3 +99,56 @@ def test_a_line_of_megatron_without_a_slot_refuses_the_pattern(monkeypatch: pyte
     with pytest.raises(ProblemsError, match=words):
         kind_modules.megatron_pattern("ME*")
     assert kind_modules.megatron_pattern("M-*") == "M-*"
+
+
+def test_a_cast_leaves_the_bias_and_the_weights_of_others() -> None:
+    arch, function = parts("nemotron")
+    model = build_plain_model({**vars(arch), **function})
+    router = model.decoder.layers[1].mlp.router
+    value = torch.linspace(0.1, 0.9, arch.num_moe_experts)
+    router.expert_bias.data.copy_(value)
+    model.to(torch.bfloat16)
+    assert router.weight.dtype == torch.bfloat16 and router.expert_bias.dtype == torch.float32
+    assert torch.equal(router.expert_bias, value) and not torch.equal(value, value.bfloat16().float())
+    assert router.local_tokens_per_expert.dtype == torch.float32
+
+
+def test_a_mixtures_router_is_no_elastic_router() -> None:
+    """It has the model's learning rate, and decays."""
+    from nemo_elastic.mcore.family.gradients import of_router
+    from nemo_elastic.nemo.run.train import decays_not, is_router
+
+    gate, elastic = "module.module.decoder.layers.1.mlp.router.weight", "module.module.router.net.0.weight"
+    weight = torch.zeros(2, 2)
+    for name, expected in ((gate, False), (elastic, True), ("router.net.0.weight", True)):
+        assert of_router(name) == is_router(name, weight) == decays_not(name, weight) == expected, name
+
+
+def test_other_stacks_layers_are_kept_but_for_experts() -> None:
+    """Transformer Engine's own layers stay; its mixture has other parameters than the table."""
+    others = kind_modules.StackSubmodules(**{field: field for field, _ in kind_modules.SLOTS.values()})
+    found = kind_modules.stack_submodules(lambda kind: kind.letter, "ME*-", others=others)
+    assert found.moe_layer == "E"
+    assert (found.mamba_layer, found.attention_layer, found.mlp_layer) == (
+        "mamba_layer", "attention_layer", "mlp_layer",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("word", "key"),
+    [
+        ({"moe_router_enable_expert_bias": True}, "moe_router_enable_expert_bias"),
+        ({"moe_router_topk": 1}, "moe_router_pre_softmax"),
+        ({"moe_router_topk": 9}, "moe_router_topk"),
+        ({"moe_router_score_function": "relu"}, "moe_router_score_function"),
+        ({"moe_router_num_groups": 4}, "moe_router_num_groups"),
+        ({"add_bias_linear": True}, "add_bias_linear"),
+        ({"moe_ffn_hidden_size": None}, "moe_ffn_hidden_size"),
+        ({"hybrid_override_pattern": "M-*-M-*-"}, "num_moe_experts"),
+    ],
+)
+def test_what_no_router_here_does_is_refused(word: dict, key: str) -> None:
+    arch, _ = parts("qwen")
+    model = {name: value for name, value in vars(arch).items() if value and name != "mamba_conv_kernel"}
+    assert model_problems(model) == []
+    assert key in {problem.key.removeprefix("model.") for problem in model_problems({**model, **word})}

@@ -65,6 +65,8 @@ TAKEN = {
 }
 REFUSED = {
     "model_type": "mpt",
+    "architectures": ["NemotronHModel"],
+    "is_causal": False,
     "layers_block_type": TAKEN.pop("layers_block_type")[0],
     "num_hidden_layers": 4,
     "mamba_hidden_act": "gelu",
@@ -133,7 +135,6 @@ NO_MATTER = {
     # of the file
     "dtype": "float32",
     "torch_dtype": "float32",
-    "architectures": ["NemotronHModel"],
     "auto_map": {"AutoConfig": "configuration_mine.Mine"},
     "transformers_version": "5.0.0",
     "_name_or_path": "elsewhere",

@@ -7,10 +7,12 @@ times; that the real clock is read, and tells a large layer from a small one, ha
 import json
 from dataclasses import replace
 
+import expert_features
 import pytest
 import torch
 import yaml
 from router_spaces import make_layout, make_space, random_probabilities
+from small_parent import space_of
 
 from nemo_elastic.cli.main import main
 from nemo_elastic.config import load_config
@@ -219,3 +221,14 @@ def test_what_was_not_measured_is_refused(measured):
     )
     with pytest.raises(ProblemsError, match=r"24 was not measured \(32 to 96 were\)"):
         cost.of(cost.space.subnet(hidden_size=24))
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_parent_with_experts_is_timed_as_it_routes() -> None:
+    """A bias of experts needs sigmoid scores: Megatron refuses the model without what the section says of routing."""
+    arch, function = expert_features.parts("nemotron")
+    table = profile(
+        space_of(arch), Timing(batch_size=1, sequence_length=8, function=function, repeats=1, rounds=1), points=1
+    )
+    assert table.layer("experts", {"hidden_size": 48, "num_moe_experts": 8, "moe_ffn_hidden_size": 16,
+                                   "moe_shared_expert_intermediate_size": 24}) > 0  # fmt: skip

@@ -95,7 +95,7 @@ def plain_model(model: Mapping[str, Any], architecture: Architecture) -> dict[st
     there = {size for kind in kinds_of(architecture.hybrid_override_pattern) for size in kind.sizes}
     fixed = {size.name for size in sizes_of_kinds() if size.fixed or (size.none_if_absent and size not in there)}
     own = {name: value for name, value in vars(architecture).items() if name not in fixed}
-    return {**{n: v for n, v in model.items() if n != "num_layers"}, **own}
+    return {**{n: v for n, v in model.items() if n != "num_layers" and n not in fixed}, **own}
 
 
 def _named(sizes: tuple[int, ...]) -> str:

@@ -213,6 +213,12 @@ def _of_nested(arguments: argparse.Namespace, folder: str) -> dict[str, Any]:
     from ..checkpoint.manifest import load_manifest
     from ..plan.of_nested import plan_nested
 
+    if not (Path(folder).expanduser() / "elastic").is_dir():
+        words = (
+            "is no nested checkpoint and no parent: give the folder of a Hugging Face download, of a NeMo checkpoint, "
+        )
+        words += "or of a nested one" + ("" if Path(folder).exists() else "; nothing is there (nothing is downloaded)")
+        raise ProblemsError([Problem(folder, words)])
     result = plan_nested(load_manifest(folder), arguments.budget, overrides(arguments))
     _write(arguments, result)
     return result

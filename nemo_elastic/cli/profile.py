@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     family = Configured(resolved).family()
     import torch
 
-    from ..config.function_fields import arithmetic_of
+    from ..config.function_fields import ROUTING, arithmetic_of
     from ..mcore.models.profile import Timing, profile
     from ..mcore.runtime.automatic import settled
 
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
         batch_size=config.report.batch_size,
         sequence_length=config.report.sequence_length,
         dtype=torch.bfloat16 if settled(config).train.precision == "bf16-mixed" else torch.float32,
-        activation_func=arithmetic_of(config.model)["activation_func"],
+        function={n: v for n, v in arithmetic_of(config.model).items() if n in ("activation_func", *ROUTING)},
         warm_up=arguments.warm_up,
         repeats=arguments.repeats,
         rounds=arguments.rounds,

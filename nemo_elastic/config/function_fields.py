@@ -11,6 +11,7 @@ Names are those of NeMo's `SSMConfig`, but for `OWN`, which it has no field for.
 """
 
 from collections.abc import Mapping
+from math import inf
 from typing import Any
 
 from ..problems import Problem
@@ -80,7 +81,23 @@ def arithmetic_problems(model: Mapping[str, Any]) -> list[Problem]:
     for name in ("fp32_residual_connection", "moe_router_pre_softmax"):
         if not isinstance(said[name], bool):
             found.append(Problem(f"model.{name}", f"{said[name]!r} must be true or false"))
-    return found + _position_problems(model, said)
+    return found + _position_problems(model, said) + _routing_problems(model, said)
+
+
+def _routing_problems(model: Mapping[str, Any], said: Mapping[str, Any]) -> list[Problem]:
+    found = []
+    if model.get("moe_router_load_balancing_type") == "sinkhorn":
+        words = "'sinkhorn' is another routing, which is not supported; remove it"
+        found.append(Problem("model.moe_router_load_balancing_type", words))
+    if not model.get("num_moe_experts") or said["moe_router_score_function"] != "softmax":
+        return found
+    if model.get("moe_router_enable_expert_bias"):
+        words = "True needs moe_router_score_function=sigmoid: a softmax takes no bias"
+        found.append(Problem("model.moe_router_enable_expert_bias", words))
+    if model.get("moe_router_topk") == 1 and not said["moe_router_pre_softmax"]:
+        words = "must be true with moe_router_topk=1: a softmax over one expert is 1 whatever its score"
+        found.append(Problem("model.moe_router_pre_softmax", words))
+    return found
 
 
 def _position_problems(model: Mapping[str, Any], said: Mapping[str, Any]) -> list[Problem]:
@@ -108,4 +125,4 @@ def _position_problems(model: Mapping[str, Any], said: Mapping[str, Any]) -> lis
 
 
 def _is_positive(value: Any) -> bool:
-    return not isinstance(value, bool) and isinstance(value, int | float) and value > 0
+    return not isinstance(value, bool) and isinstance(value, int | float) and 0 < value < inf

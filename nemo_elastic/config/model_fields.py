@@ -42,9 +42,12 @@ ONLY: dict[str, Any] = {
     "moe_expert_capacity_factor": None,
     "moe_input_jitter_eps": None,
     "moe_layer_freq": 1,
+    "moe_router_force_load_balancing": False,
     "moe_router_group_topk": None,  # experts would have to stay in their routing groups
     "moe_router_num_groups": None,
+    "moe_router_topk_limited_devices": None,
     "moe_shared_expert_gate": False,
+    "moe_token_dropping": False,
     "moe_z_loss_coeff": None,
     "no_rope_freq": None,
     "qk_l2_norm": False,

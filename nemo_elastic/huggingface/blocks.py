@@ -13,6 +13,7 @@ from typing import Any
 from ..kinds import kind_of, kinds
 from ..kinds.kind import Packed
 from ..problems import Problem
+from ..space.architecture import DEEPEST
 from ..space.blocks import is_blocks
 from .adapter import Field, Model, Only, Stacked
 from .said import Said
@@ -49,6 +50,7 @@ def _of_hidden(said: Said, model: Model) -> int | None:
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "relu": "relu", "squared_relu": "relu2"}
 GATED = {"gated_linear_unit": True}
 NO_WINDOW = Only(keys=("sliding_window",), allowed=(None,), why="attention sees everything before a token", unsaid=True)
+NO_EXPERTS = Only(keys=("num_local_experts",), allowed=(None, 0), why="models of this family have none", unsaid=True)
 HINTS = (
     Field(ours="seq_length", keys=("max_position_embeddings",), kind="hint"),
     Field(ours="init_method_std", keys=("initializer_range",), kind="hint"),
@@ -125,8 +127,9 @@ def pattern_of(words: Sequence[str], names: Names) -> str:
 def blocks_of(said: Said, key: str = "num_hidden_layers") -> int | None:
     """How many blocks a file says."""
     blocks = said.config.get(key)
-    if not isinstance(blocks, int) or isinstance(blocks, bool) or blocks < 1:
-        said.wrong(key, "is not given" if blocks is None else f"{blocks!r} must be a positive integer")
+    if not isinstance(blocks, int) or isinstance(blocks, bool) or not 1 <= blocks <= DEEPEST // 2:
+        words = f"{repr(blocks)[:40]} must be a positive integer of at most {DEEPEST // 2}"
+        said.wrong(key, "is not given" if blocks is None else words)
         return None
     return blocks
 

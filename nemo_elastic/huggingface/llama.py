@@ -13,6 +13,7 @@ from .blocks import (
     ATTENTION,
     GATED,
     HINTS,
+    NO_EXPERTS,
     NO_WINDOW,
     OUTER,
     PACKED,
@@ -88,6 +89,7 @@ LLAMA = Adapter(
     hints=HINTS,
     only=(
         Only(keys=("pretraining_tp",), allowed=(1,), why="products of a tensor-parallel pretraining are not repeated"),
+        NO_EXPERTS,
         NO_WINDOW,
     ),
     has=GATED,

@@ -32,13 +32,14 @@ MAMBA = {
 EXPAND = 2  # of the configuration classes
 
 
+def _expand(said: Said) -> Any:
+    value = said.config.get("mamba_expand")
+    return EXPAND if value is None else value
+
+
 def _auto(said: Said, model: Model) -> int | None:
     """What `mamba_d_head: auto` means."""
-    hidden, heads, expand = (
-        model.get("hidden_size"),
-        model.get("mamba_num_heads"),
-        said.config.get("mamba_expand", EXPAND),
-    )
+    hidden, heads, expand = model.get("hidden_size"), model.get("mamba_num_heads"), _expand(said)
     known = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in (hidden, heads, expand))
     return expand * hidden // heads if known else None
 
@@ -76,8 +77,10 @@ def read_expansion(said: Said, model: Model) -> None:
     sizes = [model.get(name) for name in ("mamba_num_heads", "mamba_head_dim", "hidden_size")]
     if not all(isinstance(size, int) for size in sizes) or not has_mamba(model):
         return
-    (heads, channels, hidden), expand = sizes, said.config.get("mamba_expand", EXPAND)
-    if heads * channels != expand * hidden:
+    (heads, channels, hidden), expand = sizes, _expand(said)
+    if not isinstance(expand, int) or isinstance(expand, bool) or expand < 1:
+        said.wrong("mamba_expand", f"{repr(expand)[:40]} must be a positive integer")
+    elif heads * channels != expand * hidden:
         words = f"{expand!r} x {hidden} is not the inner size of {heads} heads x {channels}; one of them is stale"
         said.wrong("mamba_expand", words)
 

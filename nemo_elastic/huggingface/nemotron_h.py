@@ -11,7 +11,7 @@ from typing import Any
 
 from ..kinds import kind_of, kinds, kinds_of, sizes
 from ..problems import Problem
-from ..space.architecture import layers_with
+from ..space.architecture import DEEPEST, layers_with
 from .adapter import Adapter, Field, Model, Only
 from .said import Said
 from .scan import EPSILON, NO_STEP_ABOVE, NO_STEP_BELOW, epsilon_problems, one_epsilon, read_step_limit
@@ -82,6 +82,9 @@ def _pattern(said: Said) -> str | None:
     if not isinstance(pattern, str) or not pattern:
         words = "is not given, nor layers_block_type" if pattern is None else f"{pattern!r} must be a string of letters"
         said.wrong(key, words)
+        return None
+    if len(pattern) > DEEPEST:
+        said.wrong(key, f"{len(pattern):,} layers, at most {DEEPEST:,} can be described: is it a typo?")
         return None
     for kind in kinds_of(pattern):
         if kind.huggingface is None:

@@ -40,8 +40,10 @@ def read_rotary(said: Said, percent: float = 1.0) -> dict[str, Any]:
     old, new = (_mapping(said, key) for key in ("rope_scaling", "rope_parameters"))
     if old is None or new is None:
         return {}
-    theta = said.agreed(_given({"rope_theta": said.config, "rope_parameters.rope_theta": new}))
-    turned = said.agreed(_given({"partial_rotary_factor": said.config, "rope_parameters.partial_rotary_factor": new}))
+    theta, turned = (
+        said.agreed(_given({key: said.config, f"rope_scaling.{key}": old, f"rope_parameters.{key}": new}))
+        for key in ("rope_theta", "partial_rotary_factor")
+    )
     if turned is not None and turned != percent:
         said.wrong("partial_rotary_factor", f"{turned!r} must be {percent}: the share of a head that this family turns")
     model = {"position_embedding_type": "rope", "rotary_base": BASE}
@@ -105,7 +107,10 @@ def _given(places: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _scaling(said: Said, key: str, found: Mapping[str, Any]) -> dict[str, Any]:
-    kind = found.get("rope_type", found.get("type", "default"))
+    kind = found.get("rope_type", found.get("type"))
+    if kind is None and "factor" in found:
+        said.wrong(key, "has a factor and no rope_type: say which scaling it is of, or remove it")
+    kind = "default" if kind is None else kind
     if kind not in KINDS:
         said.wrong(key, f"{kind!r} must be one of {', '.join(KINDS)}: other scalings of positions are not supported")
     if kind == "linear":

@@ -7,6 +7,7 @@ is a default that it may not share.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,34 @@ _SEES_ALL = "attention sees everything before a token"
 _CAP = "scores and logits are not capped"
 _EXPERTS = "experts are not supported yet"
 # Keys of no family here, met in forks and relatives of them: with another value they are another function.
+_OTHER_FAMILIES = "models of this family have no such part"
 FOREIGN = (
+    Only(keys=("is_causal",), allowed=(True,), why="attention sees only what is before a token"),
+    *(
+        Only(keys=(key,), allowed=(None, 0, False), why=_OTHER_FAMILIES)
+        for key in (
+            "attention_chunk_size",
+            "block_configs",
+            "kv_lora_rank",
+            "lm_head_bias",
+            "nope_layer_interval",
+            "qk_norm",
+        )
+    ),
+    *(
+        Only(keys=(key,), allowed=(1, None), why="nothing is multiplied in models of this family")
+        for key in (
+            "attention_multiplier",
+            "embedding_multiplier",
+            "logit_scale",
+            "logits_scaling",
+            "residual_multiplier",
+            "scale_emb",
+        )
+    ),
+    Only(
+        keys=("compression_config",), allowed=(None,), why="compressed weights cannot be trained; give the bf16 folder"
+    ),
     Only(
         keys=("quantization_config",),
         allowed=(None,),
@@ -61,6 +89,7 @@ FOREIGN = (
         why="every layer has the same positions",
     ),
 )
+LARGEST = 1 << 40  # of any size
 _WRITTEN = ("size", "hint", "number", "flag", "word")
 
 
@@ -75,14 +104,21 @@ def model_of(adapter: Adapter, config: Mapping[str, Any], file: str | Path) -> d
     for one in adapter.fields:
         model[one.ours] = _read(one, said, model)
     model |= adapter.has
-    own = {key for only in adapter.only for key in only.keys}
+    own = {key for only in adapter.only for key in only.keys} | {key for one in adapter.fields for key in one.keys}
+    own |= {adapter.elsewhere[name] for name in adapter.speaks if name in adapter.elsewhere}
+    named = config.get("architectures")
+    if isinstance(named, list) and named and adapter.architecture not in named:
+        words = f"{named} must hold {adapter.architecture}: a causal language model with its output layer"
+        said.wrong("architectures", words)
     for only in (*adapter.only, *(f for f in FOREIGN if not own & set(f.keys))):
         _check(only, said)
     model |= adapter.read(said, model)
     for one in adapter.hints:
         if (value := said.config.get(one.keys[0])) is not None:
-            if isinstance(value, bool) or not isinstance(value, int if one.ours == "seq_length" else int | float):
-                said.wrong(one.keys[0], f"{value!r} must be a number")
+            least, most = (1, LARGEST) if one.ours == "seq_length" else (0, math.inf)
+            kind, words = (int, "an integer") if least else (int | float, "a number")
+            if isinstance(value, bool) or not isinstance(value, kind) or not least <= value < most:
+                said.wrong(one.keys[0], f"{repr(value)[:40]} must be {words} of {least} or more")
             model[one.ours] = value
     raise_if_any(said.problems)
     return model
@@ -157,8 +193,10 @@ def _read(one: Field, said: Said, model: Model) -> Any:
         return said.number(one.keys[0], value)
     if isinstance(value, list):
         said.wrong(one.keys[0], "is a list: a parent needs one size for all layers of a kind")
-    elif not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        said.wrong(one.keys[0], "is not given" if value is None else f"{value!r} must be a positive integer")
+    elif not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST:
+        words = f"{repr(value)[:40]} must be a positive integer of at most {LARGEST}"
+        said.wrong(one.keys[0], "is not given" if value is None else words)
+        return None
     return value
 
 

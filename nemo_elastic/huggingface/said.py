@@ -9,6 +9,8 @@ from typing import Any
 
 from ..problems import Problem
 
+LARGEST = 1e30  # of a number that decides what is computed
+
 
 @dataclass
 class Said:
@@ -29,16 +31,17 @@ class Said:
 
     def agreed(self, given: Mapping[str, Any]) -> Any:
         """The one value of several keys; another one is noted as stale."""
-        first = next(iter(given.values()), None)
-        for name, value in given.items():
-            if value != first:
-                words = f"{value!r} says another value than {next(iter(given))}, {first!r}; one of them is stale"
+        first, *others = given or (None,)
+        for name in others:
+            if given[name] != given[first]:
+                words = f"{given[name]!r} says another value than {first}, {given[first]!r}; one of them is stale"
                 self.wrong(name, words)
-        return first
+        return given.get(first)
 
     def number(self, key: str, value: Any) -> float | None:
         """A number of a key, above 0; None and a problem where it is none."""
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            self.wrong(key, "is not given" if value is None else f"{value!r} must be a number above 0")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= LARGEST:
+            words = f"{repr(value)[:40]} must be a number above 0 and of at most {LARGEST:g}"
+            self.wrong(key, "is not given" if value is None else words)
             return None
         return float(value)

@@ -45,6 +45,6 @@ def _is_no_limit(limit: Any) -> bool:
         return False
     try:
         low, high = (float(v["__float__"] if isinstance(v, Mapping) else v) for v in limit)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, OverflowError, TypeError, ValueError):
         return False
     return 0 <= low <= NO_STEP_BELOW and high >= NO_STEP_ABOVE

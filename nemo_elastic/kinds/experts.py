@@ -52,10 +52,12 @@ def _flops(arch: Any, sizes: Sizes, length: int, chunk_size: int) -> Any:
 
 def _saved(arch: Any, sizes: Sizes, ran: Ran) -> dict[str, float]:
     """Of every expert that a token goes to what enters it, what the activation is taken of, what enters fc2, and its
-    output; as much of the shared expert; the router's scores. Counted, not measured yet.
+    output; as much of the shared expert; the router's scores. Nothing when it is computed again. Counted, not measured.
     """
+    if ran.selective:
+        return {}
     hidden, latent, e = size_of(arch, sizes, "hidden_size"), getattr(arch, LATENT), ran.element
-    rows = _products(arch) - 1
+    rows = _products(arch) - 1 + int(arch.gated_linear_unit) + int(ran.soft or ran.gates)
     routed = getattr(arch, TOPK) * size_of(arch, sizes, NEURONS) / ran.ranks
     shared = size_of(arch, sizes, SHARED) / ran.ranks
     return {
@@ -146,6 +148,7 @@ EXPERTS = Kind(
     axes=_axes,
     norm=("pre_mlp_layernorm.weight", "pre_mlp_layernorm.weight"),
     flops=_flops,
+    recomputed=_flops,
     saved=_saved,
     met=_met,
     broken=_broken,

@@ -10,6 +10,7 @@ from ..kinds import flags, kinds, kinds_of, sizes
 from ..problems import Problem, raise_if_any
 
 MOST_LAYERS = 4  # that a problem lists
+DEEPEST = 2000
 KIND_NAMES = {kind.letter: kind.name for kind in kinds()}
 UNSUPPORTED_KINDS = {
     "G": "gated delta net",
@@ -101,6 +102,8 @@ def pattern_problems(pattern: str) -> list[Problem]:
     if not isinstance(pattern, str) or not pattern:
         *first, last = KIND_NAMES
         return [Problem(key, f"{pattern!r} must be a non-empty string of {', '.join(first)} and {last}")]
+    if len(pattern) > DEEPEST:
+        return [Problem(key, f"{len(pattern):,} layers, at most {DEEPEST:,} can be described: is it a typo?")]
     found, known = [], ", ".join(f"{kind.letter} ({kind.words})" for kind in kinds())
     for letter in dict.fromkeys(pattern):
         if letter in KIND_NAMES:

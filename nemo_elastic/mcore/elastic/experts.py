@@ -102,6 +102,7 @@ class ElasticMixtureLayer(ElasticLayer, QuietMLPLayer):
 
 
 LAYER, SUBLAYER = ElasticMixtureLayer, ElasticMixture
+OWN_LAYER = True
 
 
 def _spec(layer: type, norm: type, mixture: type) -> ModuleSpec:
@@ -127,6 +128,7 @@ def elastic_layer(*, transformer_engine: bool = False) -> ModuleSpec:
 def observe(collector: Observer, number: int, layer: nn.Module) -> None:
     """Watch a plain layer: what every expert adds to the tokens that go to it, and by which of its neurons."""
     mixture, arch = layer.mlp, collector.local.architecture
+    collector.plain_sums({ADDED: None, TOKENS: None, INSIDE: 1})
     collector.watch_norm(number, layer.pre_mlp_layernorm, mixture)
 
     def watch(experts: Tensor, neurons: Tensor, outputs: Tensor) -> None:
@@ -140,7 +142,7 @@ def observe(collector: Observer, number: int, layer: nn.Module) -> None:
             whole = whole @ mixture.fc2_latent_proj.weight.detach().double().t()
         collector.add(ADDED, number, per_expert(whole.norm(dim=-1)))
         collector.add(TOKENS, number, per_expert(torch.ones_like(whole[:, 0])))
-        collector.add(INSIDE, number, per_expert(neurons.double().abs()), split=1)
+        collector.add(INSIDE, number, per_expert(neurons.double().abs()))
 
     mixture.watch = watch
     collector.at_the_end(lambda: setattr(mixture, "watch", None))

@@ -21,6 +21,15 @@ from torch import Tensor, nn
 from ..models.build import unwrapped
 
 LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+WRAPPERS = re.compile(r"^(module\.)+")  # DDP, Float16Module, NeMo's
+
+
+def of_router(name: str) -> bool:
+    """Whether a parameter, by its name behind any wrappers, is of the router that chooses subnets.
+
+    A mixture of experts has a router of its own, `decoder.layers.N.mlp.router`: that is a part of the model.
+    """
+    return WRAPPERS.sub("", name).startswith("router.")
 
 
 @torch.no_grad()
@@ -36,7 +45,7 @@ def gradient_norms(model: nn.Module, optimizer: Any) -> Tensor:
     parts = list(getattr(optimizer, "chained_optimizers", [optimizer]))
     found: dict[bool, list[Tensor]] = {False: [], True: []}
     for name, grad in _local_gradients(model, parts):
-        found[".router." in f".{name}"].append(grad)
+        found[of_router(name)].append(grad)
     device = next(model.parameters()).device
     squares = torch.stack([_sum_of_squares(grads, device) for grads in found.values()])
     torch.distributed.all_reduce(squares, group=parts[0].get_grad_stats_parallel_group())

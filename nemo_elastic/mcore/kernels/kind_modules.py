@@ -5,6 +5,7 @@
 | `LAYER`, `SUBLAYER` | the elastic layer's class (an `ElasticLayer`) and that of the part behind its norm |
 | `plain_layer()` | spec of the plain layer from Megatron's local linears, with our norm |
 | `elastic_layer(transformer_engine=...)` | spec of the elastic layer; `True`: with Transformer Engine's linears |
+| `OWN_LAYER` | true where no layer of Megatron's has its parameters: it is built in every stack (may be left out) |
 | `observe(collector, number, layer)` | hook what ranks a plain layer's dims (`observing.Observer`) |
 | `unit_scores(sites, architecture, settings)` | scores by site, as `observe` called them, to dim -> `[units]` |
 
@@ -71,7 +72,8 @@ def stack_submodules(layer_of: Callable[[Kind], ModuleSpec], pattern: str = "", 
     slots = {}
     for letter, (field, number) in SLOTS.items():
         owner = next(kind for kind in kinds() if kind.letter == kind.slot == letter)
-        own = layer_of(owner) if others is None else getattr(others, field)
+        own_layer = others is None or getattr(module_of(owner), "OWN_LAYER", False)
+        own = layer_of(owner) if own_layer else getattr(others, field)
         borrowed = {n: layer_of(kind_of(k)) for n, k in enumerate(pattern) if k != letter and kind_of(k).slot == letter}
         slots[field] = _chosen(own, borrowed, number) if borrowed else own
     return StackSubmodules(**slots)

@@ -25,7 +25,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nemo_elastic.config.function_fields import beyond_stock
 from nemo_elastic.kinds import Kind
-from nemo_elastic.mcore.kernels.kind_modules import SLOTS, megatron_pattern, module_of, stack_submodules
+from nemo_elastic.mcore.kernels.kind_modules import SLOTS, module_of, stack_submodules
 from nemo_elastic.mcore.kernels.multipliers import multiplier, scale_residuals
 from nemo_elastic.mcore.kernels.norm import HeadNorm, RMSNorm
 from nemo_elastic.mcore.versions import HybridStack, StackSubmodules, transformer_engine_spec
@@ -102,9 +102,8 @@ def transformer_engine_stack_spec(pattern: str = "", *, stock: bool = True) -> M
     layer = stack.mamba_layer.submodules
     marked = replace(layer, mixer=replace(layer.mixer, module=Mixer))
     stack = replace(stack, mamba_layer=replace(stack.mamba_layer, submodules=marked))
-    if megatron_pattern(pattern) != pattern:
-        ours = stack_submodules(_plain_layer, pattern, others=stack)
-        stack = replace(stack, **{field: getattr(ours, field) for field, _ in SLOTS.values()})
+    ours = stack_submodules(_plain_layer, pattern, others=stack)
+    stack = replace(stack, **{field: getattr(ours, field) for field, _ in SLOTS.values()})
     return replace(spec, submodules=stack) if stock else replace(spec, module=LocalStack, submodules=stack)
 
 

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -44,8 +44,11 @@ class Observer(Protocol):
     def watch_norm(self, layer: int, norm: nn.Module, linear: nn.Module) -> None:
         """See the layer's norm, a module of its own or fused into the linear behind it."""
 
-    def add(self, what: str, layer: int, sums: Tensor, split: int | None = None) -> None:
-        """Add up plain sums over tokens, of any shape; `split`: the axis that tensor parallelism splits."""
+    def plain_sums(self, sites: Mapping[str, int | None]) -> None:
+        """Sites that are plain sums over tokens -> the axis that tensor parallelism splits."""
+
+    def add(self, what: str, layer: int, sums: Tensor) -> None:
+        """Add to the plain sums of a layer, of any shape."""
 
     def at_the_end(self, undo: Callable[[], None]) -> None:
         """Call `undo` when nothing is observed any more."""

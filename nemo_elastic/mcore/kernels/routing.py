@@ -18,6 +18,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+FP32 = ("expert_bias", "local_tokens_per_expert")
+
 
 class Router(MegatronModule):
     """`weight` `[E, h]`; with a bias, `expert_bias` `[E]`, always fp32 and without a gradient.
@@ -39,11 +41,13 @@ class Router(MegatronModule):
             self.register_buffer("local_tokens_per_expert", torch.zeros(experts), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
-        """A cast of the model to bf16 leaves the bias in fp32: near ties decide by its last bits."""
-        bias = self.bias
+        """A cast of the model to bf16 leaves bias and counts in fp32: near ties decide by its last bits."""
+        kept = {n: getattr(self, n).detach().clone() for n in FP32 if hasattr(self, n)}
         super()._apply(fn, recurse)
-        if bias is not None and bias.dtype != self.expert_bias.dtype:
-            self.expert_bias.data = bias.detach().to(self.expert_bias.device)
+        for name, values in kept.items():
+            now = getattr(self, name)
+            if now.dtype != values.dtype:
+                now.data = values.to(now.device)
         return self
 
     @property

@@ -14,8 +14,8 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 
 from ... import __version__
-from ...config.function_fields import ARITHMETIC
 from ...cost.latency import OUTER, Grid, LatencyTable, fixed_sizes
 from ...space.architecture import KIND_NAMES, Architecture
 from ...space.choices import layers_of_dim
@@ -41,12 +40,12 @@ Report = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """How a point is measured. `activation_func` is the parent's: it takes part of a layer's time."""
+    """How a point is measured. `function`: activation and routing, which take part of a layer's time."""
 
     batch_size: int
     sequence_length: int
     dtype: torch.dtype = torch.float32
-    activation_func: str = ARITHMETIC["activation_func"]
+    function: Mapping[str, Any] = field(default_factory=dict)
     warm_up: int = 3
     repeats: int = 5
     rounds: int = 3
@@ -130,7 +129,7 @@ def _outer(
 
 def _model(architecture: Architecture, timing: Timing) -> torch.nn.Module:
     bf16 = timing.dtype == torch.bfloat16
-    section = {**vars(architecture), "activation_func": timing.activation_func}
+    section = {**vars(architecture), **timing.function}
     return build_plain_model(section, params_dtype=timing.dtype, bf16=bf16).eval()
 
 

@@ -156,9 +156,12 @@ class WidthCollector:
         """Call `undo` when the collector closes."""
         self._undo.append(undo)
 
-    def add(self, what: str, layer: int, sums: Tensor, split: int | None = None) -> None:
-        """Add up plain sums over tokens, of which `split` is the axis that tensor parallelism splits."""
-        self.sums[what] = split
+    def plain_sums(self, sites: Mapping[str, int | None]) -> None:
+        """Sites that are plain sums over tokens -> the axis that tensor parallelism splits."""
+        self.sums |= sites
+
+    def add(self, what: str, layer: int, sums: Tensor) -> None:
+        """Add to the plain sums of a layer, of any shape."""
         value = sums.detach().double()
         self._seen[(what, layer)] = self._seen[(what, layer)] + value if (what, layer) in self._seen else value
 

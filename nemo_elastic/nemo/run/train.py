@@ -22,6 +22,7 @@ from nemo_elastic.family import Configured, Family, parallel_problems
 from nemo_elastic.mcore.checkpoint.held_checkpoint import HeldCheckpoint
 from nemo_elastic.mcore.elastic.model import refuse_overlap
 from nemo_elastic.mcore.family.checks import check_processes
+from nemo_elastic.mcore.family.gradients import of_router
 from nemo_elastic.mcore.family.planner import Planner
 from nemo_elastic.mcore.models.parents import sorted_parent
 from nemo_elastic.mcore.runtime import process_groups
@@ -185,7 +186,7 @@ def shapes_not_searched(run: RunConfig, family: Family) -> list[Problem]:
 
 def is_router(name: str, parameter: Any) -> bool:
     """The router's parameters: own learning rate, no weight decay."""
-    return ".router." in f".{name}"
+    return of_router(name)
 
 
 def decays_not(name: str, parameter: Any) -> bool:

@@ -133,7 +133,7 @@ def test_what_a_file_does_not_say_is_what_its_class_takes() -> None:
     """read(what a class makes of a file) == read(the file); and no field of a class is left to its default by us."""
     sizes = ("num_hidden_layers", "intermediate_size", "vocab_size", "max_position_embeddings")
     files = {
-        kind: {"model_type": kind, "hidden_size": 64, "num_attention_heads": 32, **{n: ATTENTION[n] for n in sizes}}
+        kind: {"model_type": kind, "hidden_size": 256, "num_attention_heads": 32, **{n: ATTENTION[n] for n in sizes}}
         for kind in ("llama", "qwen2", "qwen3", "bamba", "granitemoehybrid")
     }
     files["granitemoehybrid"] |= {"num_local_experts": 0, "rms_norm_eps": 1e-5}  # what else it takes is refused

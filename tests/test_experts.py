@@ -8,7 +8,8 @@ import torch
 from expert_features import FEATURES, parts
 from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
 from plain_child import extracted
-from pool_elastic import layout_of, one_hot_masks, random_weights, run_plan, tokens
+from pool_elastic import layout_of, one_hot_masks, project, random_weights, run_plan, tokens
+from pool_plain import sharded_tensors
 from small_parent import FFN_GROUPS, space_of
 from test_elastic_modes import assert_same_gradients, difference
 
@@ -16,7 +17,7 @@ from nemo_elastic.config.model_fields import model_problems
 from nemo_elastic.mcore.elastic.plan import hard_plan, soft_plan
 from nemo_elastic.mcore.kernels import kind_modules
 from nemo_elastic.mcore.kernels.routing import chosen
-from nemo_elastic.mcore.models.build import build_elastic_model, build_plain_model, load_weights
+from nemo_elastic.mcore.models.build import build_elastic_model, build_plain_model, load_weights, transformer_config
 from nemo_elastic.problems import ProblemsError
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -152,3 +153,57 @@ def test_what_no_router_here_does_is_refused(word: dict, key: str) -> None:
     model = {name: value for name, value in vars(arch).items() if value and name != "mamba_conv_kernel"}
     assert model_problems(model) == []
     assert key in {problem.key.removeprefix("model.") for problem in model_problems({**model, **word})}
+
+
+@pytest.mark.parametrize("feature", ["nemotron", "granite", "qwen", "softmax_first", "one"])
+def test_a_mixture_is_megatrons(feature: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`MoELayer` with `SequentialMLP` on the same weights: output, and gradients of input and of every parameter."""
+    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+    from megatron.core.transformer.moe import moe_utils
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+
+    monkeypatch.setattr(moe_utils, "te_general_gemm", None, raising=False)  # 0.16 forgets the name without TE
+    arch, function = parts(feature)
+    ours = build_plain_model({**vars(arch), **function}, params_dtype=FP64).decoder.layers[1].mlp
+    config = transformer_config(
+        {**vars(arch), **function}, params_dtype=FP64, moe_token_dispatcher_type="allgather",
+        variable_seq_lengths=False, moe_router_load_balancing_type="none", moe_router_dtype="fp64",
+    )  # fmt: skip
+    spec = get_moe_module_spec(use_te=False, num_experts=arch.num_moe_experts, moe_grouped_gemm=False)
+    theirs = MoELayer(config, submodules=spec.submodules, layer_number=2)
+    theirs.set_layer_number(2)
+    theirs.to(FP64)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            values = torch.randn(parameter.shape, generator=generator, dtype=FP64)
+            parameter.copy_(values / parameter.shape[-1] ** 0.5)
+        named = dict(theirs.named_parameters())
+        for name, parameter in ours.named_parameters():
+            if name.endswith("expert_bias"):
+                theirs.router.expert_bias.copy_(parameter)
+            elif ".experts." in f".{name}" and name.startswith("experts."):
+                for expert, own in enumerate(parameter):
+                    named[name.replace("experts.experts", f"experts.local_experts.{expert}")].copy_(own)
+            else:
+                named[name].copy_(parameter)
+    x = torch.randn(6, 2, arch.hidden_size, generator=generator, dtype=FP64)
+    outputs, inputs = [], []
+    for module in (ours, theirs):
+        inputs.append(x.clone().requires_grad_())
+        outputs.append(module(inputs[-1])[0])
+        project(outputs[-1]).backward()
+    assert difference(outputs[0], outputs[1]) < 1e-6  # theirs rounds scores and weights to fp32
+    assert difference(inputs[0].grad, inputs[1].grad) < 1e-5
+    for name, parameter in ours.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if name.startswith("experts."):
+            places = [name.replace("experts.experts", f"experts.local_experts.{n}") for n in range(len(parameter))]
+            grads = [named[place].grad for place in places]
+            expected = torch.stack([torch.zeros_like(parameter[0]) if g is None else g for g in grads])
+        else:
+            expected = named[name].grad
+        assert difference(parameter.grad, expected) < 1e-5, name
+    keys = [{(t.key, tuple(t.global_shape)) for t in sharded_tensors(module)} for module in (ours, theirs)]
+    assert keys[0] == keys[1]

@@ -521,3 +521,16 @@ def test_a_configuration_to_start_from_needs_a_parent(tmp_path: Path, capsys: py
     ):
         assert main(["config", *words]) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["yaml", "json"])
+def test_a_context_with_experts_says_its_routing_and_not_how_it_was_trained(tmp_path: Path, form: str) -> None:
+    from expert_features import FEATURES, SIZES
+
+    said = {"hybrid_override_pattern": "ME*-M", **SIZES, **FEATURES["nemotron"]}
+    trained = {"moe_aux_loss_coeff": 1e-4, "moe_z_loss_coeff": 1e-3, "moe_router_load_balancing_type": "seq_aux_loss"}
+    model = dict(read_nemo_context(write_context(tmp_path, said | trained, form=form)).model)
+    assert said.items() <= model.items() and not trained.keys() & model.keys()
+    for other in ({"moe_router_load_balancing_type": "sinkhorn"}, {"moe_expert_capacity_factor": 1.0}):
+        with pytest.raises(ProblemsError, match=next(iter(other))):
+            read_nemo_context(write_context(tmp_path, said | trained | other, form=form))

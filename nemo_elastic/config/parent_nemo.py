@@ -63,12 +63,17 @@ def read_nemo_context(checkpoint: str | Path) -> NemoContext:
     raise ProblemsError([Problem(str(folder), words)])
 
 
+BALANCING = "moe_router_load_balancing_type"  # one of them is another routing
+# How a parent with experts was trained; none of it is in the function that it computes.
+OF_TRAINING = ("moe_aux_loss_coeff", "moe_input_jitter_eps", "moe_z_loss_coeff")
+
+
 def _model(fields: Mapping[str, Any], path: Path, rows: int | None) -> dict[str, Any]:
     if "hybrid_override_pattern" not in fields or fields["hybrid_override_pattern"] is None:
         words = "is not of a hybrid Mamba model: it has no hybrid_override_pattern"
         raise ProblemsError([Problem(str(path), words)])
     found: list[Problem] = []
-    wanted = (*FUNCTION, *ONLY, *HINTS, "num_layers")
+    wanted = [n for n in (*FUNCTION, *ONLY, *HINTS, "num_layers", BALANCING) if n not in OF_TRAINING]
     model = {n: fields[n] for n in wanted if n != "activation_func" and fields.get(n) is not None}
     for name in [name for name, value in model.items() if not isinstance(value, bool | int | float | str)]:
         found.append(Problem(f"{path}: {name}", f"{str(model[name])[:80]} is neither a number nor a word"))
@@ -88,7 +93,7 @@ def _model(fields: Mapping[str, Any], path: Path, rows: int | None) -> dict[str,
         model.get(name) is not None for name in required_of(model)
     ):  # else the configuration says the rest, and is checked
         raise_if_any(Problem(f"{path}: {p.key.removeprefix('model.')}", p.message) for p in model_problems(model))
-    return {name: value for name, value in model.items() if name not in ONLY and name != "num_layers"}
+    return {name: value for name, value in model.items() if name not in (*ONLY, "num_layers", BALANCING)}
 
 
 def _defaults(model: Mapping[str, Any]) -> dict[str, Any]:

@@ -245,7 +245,7 @@ def parallel_problems(architecture: Architecture, train: TrainConfig, ffn_groups
         found.append(
             Problem("train.sequence_parallel", "true needs train.tensor_model_parallel_size above 1; set false")
         )
-    for name in ("context_parallel_size", "expert_model_parallel_size", "virtual_pipeline_model_parallel_size"):
+    for name in ("expert_model_parallel_size", "virtual_pipeline_model_parallel_size"):
         size = getattr(train, name)
         if size is not None and size > 1:
             found.append(Problem(f"train.{name}", f"{size} is not supported yet; leave it at 1"))

@@ -17,6 +17,7 @@ from torch import Tensor
 from nemo_elastic.mcore.elastic.model import ElasticMambaModel
 from nemo_elastic.mcore.elastic.plan import Plan, hard_plan, soft_plan
 from nemo_elastic.mcore.elastic.spec import elastic_stack_spec
+from nemo_elastic.mcore.kernels.context import own_chunks
 from nemo_elastic.mcore.kernels.kind_modules import SLOTS
 from nemo_elastic.mcore.kernels.layer_specs import local_stack_spec
 from nemo_elastic.mcore.models.build import (
@@ -207,9 +208,17 @@ def schedule_step(
 
     def forward_step(batches: Any, model: Any) -> tuple[Tensor, Any]:
         i = next(batches)
-        ids = tokens(arch, seed=100 + i, length=17)
-        output = model(ids[:, :-1], None, None, labels=ids[:, 1:].contiguous(), elastic=made[i][0])
-        return output, lambda losses: (losses.mean(), {"loss": losses.detach().mean()})
+        ids, context = tokens(arch, seed=100 + i, length=17), parallel_state.get_context_parallel_group()
+        own, labels = (own_chunks(part, context).contiguous() for part in (ids[:, :-1], ids[:, 1:]))
+        output = model(own, None, None, labels=labels, elastic=made[i][0])
+
+        def mean(losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            part = losses.sum() / ids[:, 1:].numel()
+            whole = part.detach().clone()
+            torch.distributed.all_reduce(whole, group=context)
+            return part, {"loss": whole}
+
+        return output, mean
 
     found = get_forward_backward_func()(
         forward_step_func=forward_step,
@@ -234,6 +243,7 @@ def finish_gradients(model: Any) -> None:
     for p in model.parameters():
         if p.grad is None:
             p.grad = torch.zeros_like(p)
+        mean_over_context(p.grad)
         if getattr(p, "sequence_parallel", False):
             torch.distributed.all_reduce(p.grad, group=parallel_state.get_tensor_model_parallel_group())
     tied = model.share_embeddings_and_output_weights
@@ -252,8 +262,14 @@ def summed_over_stages(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, value in values.items():
         total = torch.zeros_like(value) if value.grad is None else value.grad.clone()
         torch.distributed.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
-        found[name] = total
+        found[name] = mean_over_context(total)
     return found
+
+
+def mean_over_context(gradient: Tensor) -> Tensor:
+    """Over context-parallel ranks, in place: Megatron multiplies the loss of each by their number."""
+    torch.distributed.all_reduce(gradient, group=parallel_state.get_context_parallel_group())
+    return gradient.div_(parallel_state.get_context_parallel_world_size())
 
 
 def evaluate_case(sp: bool, vocab_size: int = 64) -> dict[str, Any]:

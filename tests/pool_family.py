@@ -27,6 +27,7 @@ from nemo_elastic.mcore.family.family_model import FamilyModel
 from nemo_elastic.mcore.family.gradients import gradient_norms, hand_norm
 from nemo_elastic.mcore.family.planner import Planner
 from nemo_elastic.mcore.family.teacher_cache import TeacherCache
+from nemo_elastic.mcore.kernels.context import own_chunks
 from nemo_elastic.mcore.models.build import build_plain_model, load_weights, named_global_parameters, whole_tensors
 from nemo_elastic.mcore.models.evaluate import heldout_loss
 from nemo_elastic.mcore.runtime.parallel import broadcast_from_last_stage, data_parallel_rank_and_size, stage_ends
@@ -203,7 +204,7 @@ def _schedule(
 ) -> list[Any]:
     rank, size = data_parallel_rank_and_size()
     arch = planner.family.architecture
-    shares = {"full": 0.2, "large": 0.4, "small": 0.4}
+    shares, context = {"full": 0.2, "large": 0.4, "small": 0.4}, parallel_state.get_context_parallel_group()
 
     def batches() -> Iterator[dict[str, Any]]:
         for index in range(rank, MICRO_BATCHES, size):
@@ -213,9 +214,9 @@ def _schedule(
             mask = torch.ones(2, 16)
             mask[index % 2, : 4 + index] = 0.0
             yield {
-                "tokens": ids[:, :-1],
-                "labels": ids[:, 1:].contiguous(),
-                "loss_mask": mask,
+                "tokens": own_chunks(ids[:, :-1], context),
+                "labels": own_chunks(ids[:, 1:].contiguous(), context),
+                "loss_mask": own_chunks(mask, context),
                 "teacher": states and partial(states.read, state.step, 8 * state.step + 2 * index, 2),
                 "elastic": planned if half is None else planned[half : half + 1],
             }

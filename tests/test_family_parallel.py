@@ -26,8 +26,13 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2_dp2": {"tp": 2},
     "tp2_sp_dp2": {"tp": 2, "sp": True},
     "pp2_dp2": {"pp": 2},
+    "cp2": {"cp": 2},
+    "cp4": {"cp": 4},
+    "cp2_tp2_sp": {"cp": 2, "tp": 2, "sp": True},
+    "cp2_pp2": {"cp": 2, "pp": 2},
+    "cp2_dp2": {"cp": 2},
 }
-SIZES = {name: 4 if name.startswith(("tp4", "pp4", "tp2_pp2")) or name.count("2") == 2 else 2 for name in LAYOUTS}
+SIZES = {name: 4 if name.startswith(("tp4", "pp4", "cp4", "tp2_pp2")) or name.count("2") == 2 else 2 for name in LAYOUTS}
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]}
 KINDS: dict[str, dict[str, Any]] = {
@@ -42,6 +47,7 @@ KINDS: dict[str, dict[str, Any]] = {
 QUICK = {
     ("dp2", "plain"), ("tp2_sp", "shared_teacher"), ("pp2", "shared_teacher"), ("tp2_pp2_sp", "tied"),
     ("tp2_dp2", "plain"), ("pp2_dp2", "recompute"), ("tp4", "logits"), ("pp4", "plain"), ("pp2", "no_teacher"),
+    ("cp4", "recompute"), ("cp2_tp2_sp", "shared_teacher"), ("cp2_pp2", "tied"), ("cp2_dp2", "logits"),
 }  # fmt: skip
 SWEPT = (pytest.mark.slow, pytest.mark.sweep(15))
 CASES = [

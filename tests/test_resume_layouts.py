@@ -25,8 +25,9 @@ RUN = (
 )  # fmt: skip
 
 
-def train(out: Path, processes: int, tp: int, pp: int, *words: str) -> None:
-    layout = (f"train.tensor_model_parallel_size={tp}", f"train.pipeline_model_parallel_size={pp}")
+def train(out: Path, processes: int, tp: int, pp: int, cp: int, *words: str) -> None:
+    sizes = {"tensor_model": tp, "pipeline_model": pp, "context": cp}
+    layout = [f"train.{name}_parallel_size={size}" for name, size in sizes.items()]
     command = [sys.executable, "-m", "nemo_elastic", "train", "--config", "conf/tiny_parent.yaml", "--out", str(out)]
     done = subprocess.run(
         [*command, "--nproc", str(processes), *words, *layout, *RUN],
@@ -52,19 +53,22 @@ def state(folder: Path) -> dict[str, torch.Tensor]:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two stages by two replicas, to the end."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    train(out, 4, 1, 2)
+    train(out, 4, 1, 2, 1)
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step=3", "step=7"]
     return out
 
 
-@pytest.mark.parametrize(("processes", "tp", "pp"), [(4, 1, 2), (2, 2, 1), (1, 1, 1)], ids=["same", "tp2", "single"])
-def test_resume_in_any_layout(whole: Path, tmp_path: Path, processes: int, tp: int, pp: int) -> None:
+LAYOUTS = {"same": (4, 1, 2, 1), "tp2": (2, 2, 1, 1), "single": (1, 1, 1, 1), "cp2": (2, 1, 1, 2)}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_resume_in_any_layout(whole: Path, tmp_path: Path, layout: tuple[int, ...]) -> None:
     copy = tmp_path / "run"
     shutil.copytree(whole, copy)
     shutil.rmtree(copy / "checkpoints" / "step=7")
     shutil.rmtree(copy / "nested")
     (copy / "logs" / "train.jsonl").unlink()
-    train(copy, processes, tp, pp, "--resume")
+    train(copy, *layout, "--resume")
     again, before = records(copy), records(whole)
     assert sorted(again) == [5, 6, 7, 8]
     for step, record in again.items():
@@ -76,7 +80,7 @@ def test_resume_in_any_layout(whole: Path, tmp_path: Path, processes: int, tp: i
     ours, theirs = state(copy / "checkpoints" / "step=7"), state(whole / "checkpoints" / "step=7")
     assert {"optimizer", "router"} <= {part for name in theirs for part in name.split(".")}
     for name, expected in theirs.items():
-        if (processes, tp, pp) == (4, 1, 2):
+        if layout == LAYOUTS["same"]:
             assert torch.equal(ours[name], expected), name
         elif not name.startswith("optimizer"):
             error = (ours[name] - expected).norm() / expected.norm().clamp_min(1e-6)

@@ -83,7 +83,7 @@ def _serve(
     dist.destroy_process_group()
 
 
-def _set_layout(current: tuple[int, int] | None, wanted: tuple[int, int]) -> tuple[int, int]:
+def _set_layout(current: dict[str, int] | None, wanted: dict[str, int]) -> dict[str, int]:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
@@ -92,7 +92,7 @@ def _set_layout(current: tuple[int, int] | None, wanted: tuple[int, int]) -> tup
     if current != wanted:
         if current is not None:
             forget_layout()
-        parallel_state.initialize_model_parallel(*wanted)
+        parallel_state.initialize_model_parallel(**wanted)
     model_parallel_cuda_manual_seed(SEED)
     return wanted
 
@@ -111,10 +111,11 @@ class WorkerPool:
         *arguments: Any,
         tp: int = 1,
         pp: int = 1,
+        cp: int = 1,
         timeout: float = 120.0,
         **keywords: Any,
     ) -> list[Any]:
-        """The results of `function(*arguments, **keywords)` on every rank under TP x PP; what remains is data parallel.
+        """The results of `function(*arguments, **keywords)` on every rank under TP x PP x CP; what remains is data parallel.
 
         Sequence parallelism is a matter of the model's config: it is passed on, as a keyword, to the function.
 
@@ -122,9 +123,14 @@ class WorkerPool:
             RankFailed: with rank and traceback of the first rank that failed, or the ranks that did not answer, or that
                 have died since the last use.
         """
-        if self.size % (tp * pp):
-            raise ValueError(f"tp={tp} x pp={pp} does not divide the pool's {self.size} processes")
-        message = (function.__module__, function.__qualname__, (tp, pp), pickle.dumps((arguments, keywords)))
+        if self.size % (tp * pp * cp):
+            raise ValueError(f"tp={tp} x pp={pp} x cp={cp} does not divide the pool's {self.size} processes")
+        layout = {
+            "tensor_model_parallel_size": tp,
+            "pipeline_model_parallel_size": pp,
+            "context_parallel_size": cp,
+        }
+        message = (function.__module__, function.__qualname__, layout, pickle.dumps((arguments, keywords)))
         try:
             if not self._workers:
                 self._start()

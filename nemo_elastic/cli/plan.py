@@ -39,9 +39,6 @@ def add_parser(subparsers: Any) -> None:
         "--gpus", type=int, metavar="N", help="layouts over N GPUs that fit, the fastest first (estimated)"
     )
     parser.add_argument("--gpu-memory", type=float, metavar="GB", help="of one GPU (default: report.gpu.memory_gb)")
-    parser.add_argument(
-        "--context-parallel", action="store_true", help="of --gpus: also layouts that this version cannot run yet"
-    )
     parser.add_argument("--search", metavar="HOW", help="propose subnets by uniform, random:N or greedy")
     parser.add_argument(
         "--ranking", metavar="RUN", help="the folder that `rank` wrote: scores and measured depth ranking"
@@ -117,10 +114,9 @@ def _misplaced(arguments: argparse.Namespace) -> list[Problem]:
         found.append(Problem("--force", "replaces what --output names; give that, or leave it out"))
     found += [Problem(f"--{name}", "is for `plan --config`, not for a nested checkpoint")
               for name in ("search", "ranking", "score", "train") if getattr(arguments, name) and nested]  # fmt: skip
-    if arguments.gpus is None:
-        found += [Problem(f"--{name.replace('_', '-')}", "belongs to --gpus N; give that, or leave it out")
-                  for name in ("gpu_memory", "context_parallel") if getattr(arguments, name)]  # fmt: skip
-    elif nested or arguments.search:
+    if arguments.gpus is None and arguments.gpu_memory is not None:
+        found.append(Problem("--gpu-memory", "belongs to --gpus N; give that, or leave it out"))
+    if arguments.gpus is not None and (nested or arguments.search):
         found.append(Problem("--gpus", f"lays out a configured run; leave out {'NESTED' if nested else '--search'}"))
     if arguments.gpus is not None and arguments.gpus < 1:
         found.append(Problem("--gpus", f"{arguments.gpus} must be above 0"))

@@ -23,7 +23,7 @@ def lay_out(arguments: argparse.Namespace, result: dict[str, Any], config: Any, 
         result["problems"].append({"key": "--gpus", "message": words})
         return
     memory = arguments.gpu_memory or config.report.gpu.memory_gb
-    found = layouts(Work(config, family, subnets), arguments.gpus, memory, context_parallel=arguments.context_parallel)
+    found = layouts(Work(config, family, subnets), arguments.gpus, memory)
     result["layouts"] = found.pop("layouts")
     result["gpus"] = found
     if not result["layouts"]:
@@ -33,7 +33,7 @@ def lay_out(arguments: argparse.Namespace, result: dict[str, Any], config: Any, 
 def _nothing_fits(found: dict[str, Any]) -> str:
     least, count = found["leanest"], found["count"]
     if least is None:
-        return f"{count} is filled by no layout: TP x PP x DP, with batches dealt in whole micro-batches; try 8, 16, 64"
+        return f"{count} is filled by no layout: TP x PP x CP x DP, with batches dealt in whole micro-batches; try 8, 16, 64"
     sizes = ", ".join(f"{name} {least[name]}" for name in least if name.endswith("size") and least[name] != 1)
     words = f"{count} GPUs of {found['memory_gb']:g} GB hold no layout; the leanest needs {least['memory_gb']:.1f} GB"
     return f"{words} ({sizes or 'one GPU'}); take more GPUs, shorter sequences, or fewer budgets_per_batch"
@@ -51,16 +51,13 @@ def layout_tables(result: Row) -> list[Any]:
     for heading in ("TP", "PP", "CP", "DP", "micro-batch", "recompute", "GB a GPU", "s/step", "days"):
         table.add_column(heading, no_wrap=True, justify="left" if heading == "recompute" else "right")
     for row in rows[:MOST]:
-        context = f"{row['context_parallel_size']}{'' if row['runs'] else ' *'}"
-        sizes = (row["tensor_model_parallel_size"], row["pipeline_model_parallel_size"], context)
+        sizes = (row[f"{name}_parallel_size"] for name in ("tensor_model", "pipeline_model", "context"))
         more = (row["data_parallel_size"], row["micro_batch_size"], row["recompute_granularity"] or "none")
         table.add_row(*map(str, (*sizes, *more)), f"{row['memory_gb']:.1f}", f"{row['step_seconds']:.3g}",
                       f"{row['days']:.3g}")  # fmt: skip
     parts = [table]
     if len(rows) > MOST:
         parts.append(f"and {len(rows) - MOST} more (--json)")
-    if not all(row["runs"] for row in rows):
-        parts.append("* this version does not run context parallelism yet")
     return [*parts, *_fastest(rows[0]), _assumed(gpus)]
 
 

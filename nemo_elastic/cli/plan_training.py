@@ -61,6 +61,8 @@ def _run(run: Row) -> list[Any]:
         lines.append("router:  " + ", ".join(phases))
     layout, saved = run["parallel"], run["checkpoints"]
     sizes = f"TP {layout['tensor_model_parallel_size']} x PP {layout['pipeline_model_parallel_size']}"
+    if layout["context_parallel_size"] > 1:
+        sizes += f" x CP {layout['context_parallel_size']}"
     replicas = layout["largest_data_parallel_size"]
     lines.append(f"layout:  {sizes} = {layout['gpus_per_replica']} GPUs a replica, up to {replicas:,} replicas")
     stay = "all stay" if saved["kept"] == saved["count"] else f"{saved['kept']:,} stay (train.keep_checkpoints)"

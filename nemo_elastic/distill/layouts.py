@@ -16,37 +16,38 @@ from dataclasses import asdict
 from itertools import product
 from typing import Any
 
-from ..config.sections import AUTO, RunConfig, StageConfig
+from ..config.sections import AUTO, RunConfig
 from ..cost.activation_memory import hand_over_bytes, head_bytes, saved_bytes, working_bytes
 from ..cost.gpu_layout import GpuLayout, Running
 from ..cost.held_memory import held_bytes
 from ..cost.roofline import Seconds, hand_over_seconds, student_seconds, teacher_seconds, update_seconds
 from ..family import Family
+from ..plan.context import chunk_step, shares_heads
 from .gpu_work import Share, Work, rotary_percent
 
 MICRO_BATCHES = (1, 2, 4, 8)  # sizes that are tried
 RECOMPUTES = (None, "selective", "full")
-CONTEXT = (1, 2, 4, 8)  # on paper: this version runs 1
+CONTEXT = (1, 2, 4, 8)  # sizes that are tried
 CHUNK_TOKENS = 2048  # of the fused loss on a GPU, where distill.chunk_tokens is auto
 BYTES_PER_GB = 1e9
 DAY = 86400
 
 
-def layouts(work: Work, gpus: int, memory_gb: float, *, context_parallel: bool = False) -> dict[str, Any]:
+def layouts(work: Work, gpus: int, memory_gb: float, *, contexts: Sequence[int] = CONTEXT) -> dict[str, Any]:
     """`layouts` that fit, fastest first, and beside them the leanest one of all (`leanest`), fit or not.
 
     Args:
         memory_gb: of one GPU, 1e9 bytes.
-        context_parallel: also layouts over context parallelism, which this version does not run.
+        contexts: context-parallel sizes that are tried.
     """
     found, leanest = [], None
-    for how in candidates(work, gpus, context_parallel=context_parallel):
+    for how in candidates(work, gpus, contexts):
         memory = memory_bytes(work, how)
         if leanest is None or memory["total"] < leanest[1]["total"]:
             leanest = (how, memory)
         if memory["total"] <= memory_gb * BYTES_PER_GB:
             found.append(described(work, how, memory))
-    found.sort(key=lambda row: (not row["runs"], row["days"], row["memory_gb"]))
+    found.sort(key=lambda row: (row["days"], row["memory_gb"]))
     least = None if leanest is None else sizes_of(leanest[0]) | {"memory_gb": leanest[1]["total"] / BYTES_PER_GB}
     return {
         **asdict(work.run.report.gpu),
@@ -57,13 +58,14 @@ def layouts(work: Work, gpus: int, memory_gb: float, *, context_parallel: bool =
     }
 
 
-def candidates(work: Work, gpus: int, *, context_parallel: bool = False) -> Iterator[GpuLayout]:
+def candidates(work: Work, gpus: int, contexts: Sequence[int] = CONTEXT) -> Iterator[GpuLayout]:
     """Every layout that the parent's sizes, the curriculum's batches and lengths allow; tensor parallel in a node."""
     run, arch, stages = work.run, work.family.architecture, work.run.train.stages
     element = 4 if run.train.precision == "32" else 2
-    contexts = CONTEXT if context_parallel else CONTEXT[:1]
     for tp, pp, cp in product(range(1, run.report.gpu.node_gpus + 1), _divisors(arch.num_layers), contexts):
-        if gpus % (tp * pp * cp) or not work.table(tp) or any(not _divides(s, tp, cp) for s in stages):
+        if gpus % (tp * pp * cp) or not work.table(tp) or any(s.seq_length % chunk_step(tp, cp) for s in stages):
+            continue
+        if cp > 1 and not shares_heads(work.family, tp, cp):
             continue
         dp = gpus // (tp * pp * cp)
         for micro, recompute in product(MICRO_BATCHES, RECOMPUTES):
@@ -177,7 +179,6 @@ def described(work: Work, how: GpuLayout, memory: Mapping[str, float]) -> dict[s
     bytes_ = {name: n for name, n in memory.items() if name not in ("total", "stage", "pipeline_stage")}
     return {
         **sizes_of(how),
-        "runs": how.context_parallel_size == 1,
         "memory_gb": memory["total"] / BYTES_PER_GB,
         "memory_bytes": bytes_,
         "fullest": {"stage": memory["stage"], "pipeline_stage": memory["pipeline_stage"]},
@@ -205,11 +206,6 @@ def _as_before(family: Family, how: GpuLayout, stage: int) -> bool:
 
 def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
-
-
-def _divides(stage: StageConfig, tp: int, cp: int) -> bool:
-    """Sequence parallelism and the zigzag order of context parallelism."""
-    return stage.seq_length % (tp * cp * (2 if cp > 1 else 1)) == 0
 
 
 def _distributed(run: RunConfig, element: int) -> bool:

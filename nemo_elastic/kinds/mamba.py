@@ -95,6 +95,12 @@ def _exchanged(arch: Any, sizes: Sizes, context: int) -> float:
     return (packed + inner) * (context - 1) / context
 
 
+def _shares_context(arch: Any, sizes: Sizes, ranks: int, context: int) -> bool:
+    """Whole groups for each rank, or equal parts of the heads of one."""
+    heads, groups = size_of(arch, sizes, "mamba_num_heads") // ranks, arch.mamba_num_groups // ranks
+    return heads % context == 0 and groups > 0 and (groups % context == 0 or context % groups == 0)
+
+
 def _gguf_keys(arch: Any) -> dict[str, Any]:
     return {
         "ssm.conv_kernel": arch.mamba_conv_kernel,
@@ -170,6 +176,7 @@ MAMBA = Kind(
     caches=_caches,
     saved=_saved,
     exchanged=_exchanged,
+    shares_context=_shares_context,
     aligned={"z+x+B+C+dt": "in_proj rows z+x+B+C+dt", "x": "out_proj columns"},
     conv_axis="x+B+C",
     fp8={"z+x+B+C+dt": "in_proj rows 2D + 2GN + m = {width} (mamba_num_heads {mamba_num_heads})"},

@@ -19,6 +19,7 @@ from ..space.alignment import alignment_notes, convolution_notes, padding_notes
 from ..space.budget import Budget
 from ..space.dims import WIDTH_DIMS
 from ..space.subnet import Subnet
+from .context import context_problems
 from .deployment import deployment, fp8_problems, low_precision_problems
 
 
@@ -41,6 +42,7 @@ def plan(
         bare = replace(run.elastic, dims={}, budgets={}, subnets={})
         family = family_of(replace(run, elastic=bare))
     found += parallel_problems(family.architecture, run.train, family.space.ffn_groups)
+    found += context_problems(family, run.train)
     found += low_precision_problems(run.model)
     try:
         serving = serving_of(run.report, family.architecture)

@@ -21,18 +21,26 @@ def started_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def data_parallel_size(processes: int, tensor_model_parallel_size: int, pipeline_model_parallel_size: int) -> int:
+def data_parallel_size(
+    processes: int,
+    tensor_model_parallel_size: int,
+    pipeline_model_parallel_size: int,
+    context_parallel_size: int = 1,
+) -> int:
     """Replicas of the model that so many processes run.
 
     Raises:
         ProblemsError: they do not fill the layout.
     """
-    needed = tensor_model_parallel_size * pipeline_model_parallel_size
+    needed = tensor_model_parallel_size * pipeline_model_parallel_size * context_parallel_size
     if processes < 1:
         raise ProblemsError([Problem("--nproc", f"{processes} must be at least 1")])
     if processes % needed:
         layout = f"tensor_model_parallel_size={tensor_model_parallel_size} x pipeline_model_parallel_size="
-        words = f"{layout}{pipeline_model_parallel_size} needs a multiple of {needed} processes, {processes} started; "
+        layout += str(pipeline_model_parallel_size)
+        if context_parallel_size > 1:
+            layout += f" x context_parallel_size={context_parallel_size}"
+        words = f"{layout} needs a multiple of {needed} processes, {processes} started; "
         raise ProblemsError([Problem("train", words + "use torchrun --nproc-per-node or --nproc")])
     return processes // needed
 

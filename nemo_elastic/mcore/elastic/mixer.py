@@ -28,6 +28,7 @@ from ...importance.scores import (
 from ...kinds import mamba as facts
 from ...space.architecture import Architecture
 from ...space.layout import Axis, ParamSpec
+from ..kernels.context import over_heads, own_channels
 from ..kernels.kind_modules import norm_keys
 from ..kernels.layer_specs import Mixer
 from ..kernels.norm import RMSNorm
@@ -99,45 +100,49 @@ class ElasticMixer(Mixer):
 
     def _scan(self, packed: Tensor, parameters: dict[str, Tensor], head_dim: int) -> Tensor:
         """The fused convolution, scan and gate: `[s, b, z+x+B+C+dt]` -> `[s, b, x]`."""
+        own = over_heads(self, parameters, head_dim)
         y = kernels.mamba_split_conv1d_scan_combined(
-            packed.transpose(0, 1).contiguous(),
-            parameters["conv1d.weight"].squeeze(1),
-            parameters["conv1d.bias"],
-            parameters["dt_bias"].float(),
-            -torch.exp(parameters["A_log"].float()),
-            D=parameters["D"],
+            own.pre_conv_ssm(packed).transpose(0, 1).contiguous(),
+            own.get_conv1d_weight().squeeze(1),
+            own.get_conv1d_bias(),
+            own.get_dt_bias().float(),
+            -torch.exp(own.get_A_log().float()),
+            D=own.get_D(),
             chunk_size=self.chunk_size,
             activation=self.activation,
             headdim=head_dim,
-            ngroups=self.ngroups_local_tp,
+            ngroups=own.ngroups_local_tpcp,
             norm_before_gate=self.norm_before_gate,
         )
-        return y.transpose(0, 1)
+        return own.post_conv_ssm(y.transpose(0, 1))
 
     def _soft(self, packed: Tensor, call: LayerCall) -> Tensor:
         """As `_masked`, x multiplied by soft masks behind the convolution and its activation."""
-        inner, state, heads = self.d_inner_local_tp, self.ngroups_local_tp * self.d_state, self.nheads_local_tp
-        z, xbc, dt = packed.transpose(0, 1).split([inner, inner + 2 * state, heads], dim=-1)
-        weight, bias = conv_parameters(self)
+        own = over_heads(self, dict(self._parameters_cut()), self.headdim)
+        groups, heads = own.ngroups_local_tpcp, own.nheads_local_tpcp
+        inner, state = own.d_inner_local_tpcp, groups * self.d_state
+        z, xbc, dt = own.pre_conv_ssm(packed).transpose(0, 1).split([inner, inner + 2 * state, heads], dim=-1)
+        weight, bias = own.get_conv1d_weight(), own.get_conv1d_bias()
         xbc = kernels.causal_conv1d_fn(
             x=xbc.transpose(1, 2).contiguous(), weight=weight.squeeze(1), bias=bias, activation=self.activation
         )
         x, b, c = xbc.transpose(1, 2).split([inner, state, state], dim=-1)
-        x = times(x, soft_multiplier(call, self.axes["x"], DIMS))
+        x = times(x, own_channels(soft_multiplier(call, self.axes["x"], DIMS), own))
         y = kernels.mamba_chunk_scan_combined(
             x.unflatten(-1, (heads, self.headdim)).contiguous(),
             dt.contiguous(),
-            -torch.exp(self.A_log.float()),
-            b.unflatten(-1, (self.ngroups_local_tp, self.d_state)).contiguous(),
-            c.unflatten(-1, (self.ngroups_local_tp, self.d_state)).contiguous(),
+            -torch.exp(own.get_A_log().float()),
+            b.unflatten(-1, (groups, self.d_state)).contiguous(),
+            c.unflatten(-1, (groups, self.d_state)).contiguous(),
             self.chunk_size,
-            D=self.D,
+            D=own.get_D(),
             z=z.unflatten(-1, (heads, self.headdim)).contiguous(),  # without a gate, mamba-ssm before 2.3 gets dD wrong
-            dt_bias=self.dt_bias.float(),
+            dt_bias=own.get_dt_bias().float(),
             dt_softplus=True,
         ).flatten(2)
+        y = own.post_conv_ssm(y.transpose(0, 1))
         kept = self._soft_kept_per_group(call)
-        return _group_norm(y.transpose(0, 1), self.norm.weight, self.ngroups_local_tp, kept, self.norm.eps)
+        return _group_norm(y, self.norm.weight, self.ngroups_local_tp, kept, self.norm.eps)
 
     def _soft_kept_per_group(self, call: LayerCall) -> Tensor | int:
         """Channels of a norm group that count: heads of the group x channels of a head."""

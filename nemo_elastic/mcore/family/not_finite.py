@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from ...kinds import kinds
@@ -51,13 +52,14 @@ def first_bad_output(
 
     Args:
         micro_batches: (number over all replicas, budget, batch, plan), as many on each rank. The first stage has the
-            tokens, the last one the labels.
+            tokens, the last one the labels; context-parallel ranks their own positions of them.
         shape: `[b, s]` of a micro-batch.
     """
-    core, found = unwrapped(model), []
+    core, found, context = unwrapped(model), [], parallel_state.get_context_parallel_world_size()
+    own = (shape[0], shape[1] // context)
     for number, budget, batch, plan in micro_batches:
         given = (batch.get(key) for key in ("tokens", "labels"))
-        pair = tuple(torch.zeros(shape, dtype=torch.int64) if t is None else t for t in given)
+        pair = tuple(torch.zeros(own, dtype=torch.int64) if t is None else t for t in given)
         with _watched(core) as seen:
             run_forward(core, [pair], plan)
         found += [BadOutput(number, place, name, budget, weights) for place, name, weights in seen]

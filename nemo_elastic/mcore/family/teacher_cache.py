@@ -24,6 +24,7 @@ from ...config.sections import StageConfig
 from ...distill.curriculum import samples_before, stage_at
 from ...files import read_json, write_json
 from ...problems import Problem, ProblemsError
+from ..kernels.context import own_positions
 from ..runtime.process_groups import barrier, rank
 from .heads import Head, teacher_head
 
@@ -96,7 +97,8 @@ class TeacherCache:
     def fill(self, teacher: nn.Module, read_tokens: ReadTokens) -> None:
         """Run the teacher over all samples; every process calls it.
 
-        Replicas share the samples out; the first tensor-parallel rank of the last stage writes.
+        Replicas share the samples out; the first tensor-parallel rank of the last stage writes, and of context-parallel
+        ranks each its own positions: what is kept is the same in every layout.
         """
         if rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -112,7 +114,7 @@ class TeacherCache:
             for batch in batches:
                 hidden = self._run(teacher, number, batch, read_tokens)
                 if hidden is not None:
-                    states[batch.start : batch.stop] = self._to_numpy(hidden.transpose(0, 1))
+                    states[batch.start : batch.stop, self._positions(number)] = self._to_numpy(hidden.transpose(0, 1))
             states.flush()
         barrier()
         if rank() == 0:
@@ -122,12 +124,12 @@ class TeacherCache:
         barrier()
 
     def read(self, step: int, first: int, count: int) -> Tensor:
-        """Hidden states `[s, count, h]` of samples `first ..` (numbered over the run) of the stage of `step`."""
+        """Hidden states `[s, count, h]` of this rank's positions of samples `first ..` (numbered over the run) of the stage of `step`."""
         number = stage_at(self.stages, step).index
         if number not in self._open:
             self._open[number] = np.load(self._file(number), mmap_mode="r", allow_pickle=False)
         at = first - self._begin(number)
-        found = torch.from_numpy(np.array(self._open[number][at : at + count]))
+        found = torch.from_numpy(np.array(self._open[number][at : at + count][:, self._positions(number)]))
         states = (found.view(self.dtype) if self.dtype is torch.bfloat16 else found).transpose(0, 1).contiguous()
         return states.pin_memory() if torch.cuda.is_available() else states  # `cached_head` copies without waiting
 
@@ -137,8 +139,9 @@ class TeacherCache:
         device, found = next(teacher.parameters()).device, []
 
         def forward_step(iterator: Iterator[range], model: nn.Module) -> tuple[Any, Callable]:
-            ids = torch.stack([read_tokens(first + i, stage.seq_length) for i in next(iterator)]).to(device)
-            positions = torch.arange(ids.shape[1], device=device).expand_as(ids)
+            whole = torch.stack([read_tokens(first + i, stage.seq_length) for i in next(iterator)])
+            own = torch.from_numpy(self._positions(number))
+            ids, positions = whole[:, own].to(device), own.to(device).expand(len(whole), -1)
 
             def keep(head: Head) -> tuple[Tensor, dict]:
                 found.append(head.hidden.detach())
@@ -158,6 +161,10 @@ class TeacherCache:
             )
         writes = found and parallel_state.get_tensor_model_parallel_rank() == 0
         return found[0] if writes else None
+
+    def _positions(self, number: int) -> np.ndarray:
+        """`[s]` of a sample of stage `number` that this rank has: all of them without context parallelism."""
+        return own_positions(self.stages[number].seq_length, parallel_state.get_context_parallel_group()).numpy()
 
     @property
     def _numpy(self) -> np.dtype:

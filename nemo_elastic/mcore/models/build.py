@@ -57,6 +57,7 @@ def transformer_config(model: Architecture | Mapping[str, Any], **more: Any) -> 
         "hidden_dropout": 0.0,
         "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
         "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
+        "context_parallel_size": parallel_state.get_context_parallel_world_size(),
         # Stages exchange [s, b, k] of any k; Megatron refuses that beside its default MoE dispatcher even without MoE.
         "variable_seq_lengths": True,
         "moe_token_dispatcher_type": "alltoall",

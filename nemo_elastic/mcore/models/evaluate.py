@@ -1,6 +1,6 @@
 """Held-out loss of any subnet at any layout: Megatron's own forward-only schedule, no noise, no dropout.
 
-loss = sum over tokens of mask -log p(label) / sum of mask,  summed over data-parallel ranks, known to every rank
+loss = sum over tokens of mask -log p(label) / sum of mask,  summed over data- and context-parallel ranks, known to all
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from ..elastic.plan import Plan
+from ..kernels.context import own_chunks, own_positions
 from ..kernels.padded_vocabulary import real_vocab_size
+from ..runtime.parallel import over_context
 from .build import unwrapped
 
 
@@ -33,10 +35,13 @@ def heldout_loss(model: nn.Module, batches: Sequence[tuple[Tensor, ...]], plan: 
     core.eval()
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     mine = batches[rank::size] if len(batches) >= size else batches
+    context = parallel_state.get_context_parallel_group()
+    mine = [tuple(own_chunks(part, context) for part in batch) for batch in mine]
     total = torch.stack([run_forward(core, piece, plan) for piece in _equal_shapes(mine)]).sum(0)
     core.train(training)
     if len(batches) >= size:
         dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    total = over_context(total)
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         last = parallel_state.get_pipeline_model_parallel_last_rank()
         dist.broadcast(total, src=last, group=parallel_state.get_pipeline_model_parallel_group())
@@ -56,13 +61,19 @@ def _equal_shapes(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterable[list[tup
 
 
 def run_forward(model: nn.Module, batches: list[tuple[Tensor, ...]], plan: Plan | None) -> Tensor:
-    """(loss sum, weight) of batches of one shape on this replica, fp64 `[2]` there; zeros but on the last stage."""
+    """(loss sum, weight) of batches of one shape on this rank, fp64 `[2]`; zeros but on the last stage.
+
+    Args:
+        batches: `[b, s/n]`, the positions of this context-parallel rank of n.
+    """
     keywords = {} if plan is None else {"elastic": plan}
     device = next(model.parameters()).device
+    context = parallel_state.get_context_parallel_group()
+    length = batches[0][0].shape[1] * context.size()
 
     def forward_step(iterator, model):
         tokens, labels, *mask = (t.to(device) for t in next(iterator))
-        positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
+        positions = own_positions(length, context).to(device).expand_as(tokens)
         out = model(tokens, positions, None, labels=labels, **keywords)
 
         def loss(losses: Tensor):
@@ -78,7 +89,7 @@ def run_forward(model: nn.Module, batches: list[tuple[Tensor, ...]], plan: Plan 
         data_iterator=iter(batches),
         model=[model],
         num_microbatches=len(batches),
-        seq_length=batches[0][0].shape[1],
+        seq_length=length,
         micro_batch_size=batches[0][0].shape[0],
         forward_only=True,
     )
@@ -91,6 +102,7 @@ def run_forward(model: nn.Module, batches: list[tuple[Tensor, ...]], plan: Plan 
 @torch.no_grad()
 def whole_logits(model: nn.Module, tokens: Tensor, plan: Plan | None = None) -> Tensor:
     """Logits `[b, s, v]` of one batch, fp32 on the CPU, the same on every rank of the replica."""
+    assert parallel_state.get_context_parallel_world_size() == 1, "logits of all positions are read without such ranks"
     core = unwrapped(model)
     training = core.training
     core.eval()

@@ -82,6 +82,7 @@ def _literal_cuda() -> None:
     see_torch_on_cpu("megatron.core.optimizer.optimizer", ["tensor"])
     see_torch_on_cpu("megatron.core.optimizer.clip_grads", ["tensor", "zeros"])
     see_torch_on_cpu("megatron.core.utils", ["tensor"])
+    see_torch_on_cpu("megatron.core.models.common.embeddings.rope_utils", ["tensor"])
 
 
 def _type_names() -> None:
@@ -196,8 +197,9 @@ SHIMS: tuple[Shim, ...] = (
             "optimizer/optimizer.py:473,481,485,907",
             "optimizer/clip_grads.py:90,103,115,174,207",
             "utils.py:1207 local_multi_tensor_l2_norm",
+            "models/common/embeddings/rope_utils.py:62",
         ),
-        'token counters, the causal mask, loss scale and gradient norm are made with device="cuda"',
+        'token counters, the causal mask, loss scale, gradient norm are made on "cuda", chunks of positions page-locked',
         _literal_cuda,
     ),
     Shim(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch.distributed as dist
 from megatron.core import num_microbatches_calculator, parallel_state
+from torch import Tensor
 
 
 def tensor_parallel_group() -> dist.ProcessGroup | None:
@@ -14,8 +15,17 @@ def tensor_parallel_group() -> dist.ProcessGroup | None:
 
 
 def data_parallel_group() -> dist.ProcessGroup:
-    """The replicas of this rank."""
+    """Ranks with the same weights: replicas, and the context-parallel ranks of each."""
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+def over_context(value: Tensor) -> Tensor:
+    """The sum over the context-parallel ranks of a replica; the tensor itself where there is one."""
+    if parallel_state.get_context_parallel_world_size() == 1:
+        return value
+    total = value.clone()
+    dist.all_reduce(total, group=parallel_state.get_context_parallel_group())
+    return total
 
 
 def data_parallel_rank_and_size() -> tuple[int, int]:

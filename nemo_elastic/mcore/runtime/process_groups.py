@@ -31,11 +31,14 @@ _waits: dict[str, Any] = {"group": None, "limit": timedelta(minutes=TrainConfig(
 def start(
     tensor_model_parallel_size: int = 1,
     pipeline_model_parallel_size: int = 1,
+    context_parallel_size: int = 1,
     *,
     seed: int = 1234,
     wait_minutes: float | None = None,
 ) -> int:
     """Initialise torch.distributed and Megatron's groups for a layout; returns this process' rank.
+
+    Training alone has context parallelism; to other verbs those processes are data-parallel ranks.
 
     Args:
         wait_minutes: limit of `barrier` and `on_first_rank`; None: as it is.
@@ -54,15 +57,16 @@ def start(
         device = own_gpu()  # before the first collective: NCCL takes the current device, which is the first one
         alone = {} if store is None else {"store": store, "rank": 0, "world_size": 1}
         dist.init_process_group("gloo" if device is None else "nccl", device_id=device, **alone)
-    wanted = (tensor_model_parallel_size, pipeline_model_parallel_size)
+    wanted = (tensor_model_parallel_size, pipeline_model_parallel_size, context_parallel_size)
     data_parallel_size(dist.get_world_size(), *wanted)
     if parallel_state.model_parallel_is_initialized():
         tp = parallel_state.get_tensor_model_parallel_world_size()
         pp = parallel_state.get_pipeline_model_parallel_world_size()
-        if (tp, pp) == wanted:
+        if (tp, pp, parallel_state.get_context_parallel_world_size()) == wanted:
             return dist.get_rank()
         forget_layout()
-    parallel_state.initialize_model_parallel(*wanted)
+    sizes = {"tensor_model": wanted[0], "pipeline_model": wanted[1], "context": wanted[2]}
+    parallel_state.initialize_model_parallel(**{f"{name}_parallel_size": size for name, size in sizes.items()})
     model_parallel_cuda_manual_seed(seed)
     return dist.get_rank()
 

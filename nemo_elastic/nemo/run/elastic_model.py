@@ -27,7 +27,7 @@ from nemo_elastic.mcore.family.planner import Planned
 from nemo_elastic.mcore.models.build import build_plain_model, load_weights
 from nemo_elastic.mcore.models.parents import sorted_parent
 from nemo_elastic.mcore.runtime import process_groups
-from nemo_elastic.mcore.runtime.parallel import data_parallel_group
+from nemo_elastic.mcore.runtime.parallel import data_parallel_group, over_context
 from nemo_elastic.nemo.plain.hybrid_config import HybridSSMConfig, model_arguments
 from nemo_elastic.router.model import Router
 from nemo_elastic.space.layout import ParamLayout
@@ -117,8 +117,12 @@ class ElasticLossReduction(MegatronLossReduction):
         self.config, self.budgets, self.budget_loss = config, budgets, budget_loss
         self.stats: dict[str, BudgetStats] = {}
 
-    def forward(self, batch: Mapping[str, Any], forward_out: Heads) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """(loss sum, tokens, per-budget sums): Megatron divides the first by the second."""
+    def forward(self, batch: Mapping[str, Any], forward_out: Heads) -> tuple[Tensor, dict[str, Tensor]]:
+        """(this rank's part of the mean loss per token, per-budget sums).
+
+        Two results: Megatron multiplies such a loss by the context-parallel size, so that its mean over ranks is the
+        sum of their parts. Of three, sum and tokens, it would take each rank's own mean: a mask makes them unequal.
+        """
         labels, mask = batch["labels"], batch["loss_mask"]
         sums = mask.new_zeros(len(self.budgets), len(self.FIELDS), dtype=torch.float32)
         whole, tokens = mask.new_zeros((), dtype=torch.float32), mask.float().sum()
@@ -133,7 +137,7 @@ class ElasticLossReduction(MegatronLossReduction):
             row = (total, planned.weight * tokens, loss.kd, loss.ce, no_hidden(loss), tokens, budget, none + 1)
             stacked = torch.stack([v.detach().float().reshape(()).to(sums) for v in row])
             sums[self.budgets.index(planned.budget)] += stacked
-        return whole, tokens.to(torch.int), {"sums": sums}
+        return whole / over_context(tokens).clamp(min=1), {"sums": sums}
 
     def reduce(self, losses_reduced_per_micro_batch: list[dict[str, Tensor]]) -> Tensor:
         """Mean loss per token of the step; per-budget numbers stay in `stats`."""

@@ -40,6 +40,7 @@ from nemo_elastic.nemo.run.kept_checkpoints import KeptCheckpoints
 from nemo_elastic.nemo.run.learning_rate import ROUTER_MARK, CurriculumRate
 from nemo_elastic.nemo.run.loggers import finish, loggers_of
 from nemo_elastic.nemo.run.resume import StopOnSignal, interrupts_as_they_are
+from nemo_elastic.plan.context import context_problems
 from nemo_elastic.problems import Problem, Stopped, raise_if_any
 from nemo_elastic.processes.launchers import started_processes
 from nemo_elastic.processes.training_checkpoints import steps_done, whole_checkpoints
@@ -84,12 +85,21 @@ def train(
     family = configured.family(parent.depth_ranking)
     raise_if_any(shapes_not_searched(run, family))
     raise_if_any(parallel_problems(family.architecture, run.train, family.space.ffn_groups))
+    raise_if_any(context_problems(family, run.train))
     check_processes(run, started_processes())
+    process_groups.start(  # NeMo keeps the groups of a ranking in this process, which had no context parallelism
+        run.train.tensor_model_parallel_size,
+        run.train.pipeline_model_parallel_size,
+        run.train.context_parallel_size,
+        seed=run.train.seed,
+        wait_minutes=run.train.wait_minutes,
+    )
     stages, settings = run.train.stages, run.train.optimizer
     steps, data = total_steps(stages), data_module(run)
     layout = {
         "tensor_model_parallel_size": run.train.tensor_model_parallel_size,
         "pipeline_model_parallel_size": run.train.pipeline_model_parallel_size,
+        "context_parallel_size": run.train.context_parallel_size,
         "sequence_parallel": run.train.sequence_parallel,
         "precision": run.train.precision,
     }

@@ -170,10 +170,15 @@ def run_plan(model: Any, ids: Tensor, plan: Plan | None, layout: ParamLayout) ->
 # What follows runs on every rank of a pool: a few micro-batches of different subnets through Megatron's schedule.
 
 
-def micro_batches(arch: Architecture) -> list[Case]:
-    """Different subnets in flight; masked and soft ones in between (the residual stream then has the full width)."""
+def micro_batches(arch: Architecture, mamba_num_heads: int = 0) -> list[Case]:
+    """Different subnets in flight; masked and soft ones in between (the residual stream then has the full width).
+
+    `mamba_num_heads`: in every layer of every child, where not all sizes are legal.
+    """
     space, rng = space_of(arch), random.Random(11)
     full, some = space.full_subnet(), [random_subnet(space, rng, per_layer=True) for _ in range(3)]
+    if mamba_num_heads:
+        some = [replace(s, mamba_num_heads=(mamba_num_heads,) * len(s.mamba_num_heads)) for s in some]
     few = replace(some[0], layers=(2, 5))  # whole pipeline stages without a layer
     return [("sliced", some[0]), ("masked", some[1]), ("sliced", full), ("sliced", few), ("soft", None)]
 
@@ -185,6 +190,8 @@ def schedule_step(
     ddp: bool = False,
     order: Iterable[int] | None = None,
     feature: str = "",
+    pattern: str | None = None,
+    one_group: bool = False,
     **more: Any,
 ) -> dict[str, Any]:
     """One step: losses (last stage), whole gradients of this stage, gate gradients summed over stages.
@@ -192,12 +199,14 @@ def schedule_step(
     Args:
         order: which of `micro_batches` to run, default all.
         feature: one of dense parents (`dense_features`).
+        one_group: Mamba layers have one group of 12 heads, children 4 of them.
         more: config fields (recomputation).
     """
-    arch, function = parts(feature, share_embeddings_and_output_weights=tied)
+    sizes: dict[str, Any] = {"mamba_num_groups": 1} if one_group else {}
+    arch, function = parts(feature, pattern, share_embeddings_and_output_weights=tied, **sizes)
     layout = layout_of(arch, parallel_state.get_tensor_model_parallel_world_size())
     model = elastic_model(arch, torch.float64, function=function, sequence_parallel=sp, **more).train()
-    cases = micro_batches(arch)
+    cases = micro_batches(arch, 4 if one_group else 0)
     picked = list(range(len(cases)) if order is None else order)
     made = {i: plan_and_values(arch, layout, cases[i]) for i in picked}
     run, config = model, model.config

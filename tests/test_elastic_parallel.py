@@ -70,9 +70,16 @@ LAYOUTS = {
     "pp4": {"pp": 4},
     "tp2_pp2": {"tp": 2, "pp": 2},
     "tp2_pp2_sp": {"tp": 2, "pp": 2, "sp": True},
+    "cp2": {"cp": 2},
+    "cp4": {"cp": 4},
+    "cp2_tp2_sp": {"cp": 2, "tp": 2, "sp": True},
+    "cp2_pp2": {"cp": 2, "pp": 2},
 }
-QUICK = {("tp2_sp", "ddp"), ("pp2", "ddp_recompute"), ("tp2_pp2_sp", "ddp"), ("tp4", "autograd"), ("pp4", "ddp")}
-SWEPT = (pytest.mark.slow, pytest.mark.sweep(10))  # 19 cases, tied and untied
+QUICK = {
+    ("tp2_sp", "ddp"), ("pp2", "ddp_recompute"), ("tp2_pp2_sp", "ddp"), ("tp4", "autograd"), ("pp4", "ddp"),
+    ("cp4", "ddp_recompute"), ("cp2_tp2_sp", "ddp"), ("cp2_pp2", "autograd"),
+}  # fmt: skip
+SWEPT = (pytest.mark.slow, pytest.mark.sweep(10))  # 28 cases, tied and untied
 CASES = [
     pytest.param(name, kind, marks=() if (name, kind) in QUICK else SWEPT, id=f"{name}-{kind}")
     for name in LAYOUTS
@@ -80,25 +87,44 @@ CASES = [
 ]
 
 
+def pool_of(request: pytest.FixtureRequest, layout: dict[str, Any]) -> WorkerPool:
+    """Just as many processes as the layout has."""
+    return request.getfixturevalue(f"pool{layout.get('tp', 1) * layout.get('pp', 1) * layout.get('cp', 1)}")
+
+
 @pytest.mark.parametrize("kind", ["ddp", "ddp_recompute"])
-@pytest.mark.parametrize("name", ["tp2", "tp2_pp2_sp", "tp4"])
+@pytest.mark.parametrize("name", ["tp2", "tp2_pp2_sp", "tp4", "cp2_tp2_sp"])
 def test_a_layout_changes_nothing_of_a_dense_parents_features(
     request: pytest.FixtureRequest, one_rank: None, name: str, kind: str
 ) -> None:
     """Gates, scaled rotary positions, norms of heads (whose gradient every rank has a part of), biases, multipliers."""
     layout, more = LAYOUTS[name], FULL if kind == "ddp_recompute" else {}
-    pool: WorkerPool = request.getfixturevalue(f"pool{layout.get('tp', 1) * layout.get('pp', 1)}")
+    pool = pool_of(request, layout)
     assert_same(pool.run(pool_elastic.schedule_step, **layout, feature="all", ddp=True, **more), one_by_one("all"))
 
 
+@pytest.mark.parametrize("name", ["cp2", "cp4"])
+@pytest.mark.parametrize("alone", [{"pattern": "*-*-*-*-"}, {"one_group": True}], ids=["attention", "one_group"])
+def test_context_parallel_ranks_change_nothing_of_other_stacks(
+    request: pytest.FixtureRequest, one_rank: None, alone: dict[str, Any], name: str
+) -> None:
+    """Of a transformer; of Mamba layers whose one group all ranks share, with a part of the heads each."""
+    key = str(alone)
+    if key not in _features:
+        cases = range(len(pool_elastic.micro_batches(pool_elastic.architecture())))
+        _features[key] = [pool_elastic.schedule_step(order=[i], **alone) for i in cases]
+    pool = pool_of(request, LAYOUTS[name])
+    assert_same(pool.run(pool_elastic.schedule_step, **LAYOUTS[name], ddp=True, **alone), _features[key])
+
+
 @pytest.mark.parametrize("kind", ["ddp", "ddp_recompute"])
-@pytest.mark.parametrize("name", ["tp2", "tp2_pp2_sp", "tp4"])
+@pytest.mark.parametrize("name", ["tp2", "tp2_pp2_sp", "tp4", "cp2_pp2"])
 def test_a_layout_changes_nothing_of_experts(
     request: pytest.FixtureRequest, one_rank: None, name: str, kind: str, feature: str = "nemotron"
 ) -> None:
     """Sigmoid routers with a bias, a shared expert, counts and widths that differ over layers and micro-batches."""
     layout, more = LAYOUTS[name], FULL if kind == "ddp_recompute" else {}
-    pool: WorkerPool = request.getfixturevalue(f"pool{layout.get('tp', 1) * layout.get('pp', 1)}")
+    pool = pool_of(request, layout)
     ranks = pool.run(pool_elastic.schedule_step, **layout, feature=feature, ddp=True, **more)
     assert_same(ranks, one_by_one(feature))
 
@@ -125,8 +151,7 @@ def test_a_layout_changes_nothing(
     request: pytest.FixtureRequest, one_at_a_time: list[dict[str, Any]], tied: bool, name: str, kind: str
 ) -> None:
     layout = LAYOUTS[name]
-    size = layout.get("tp", 1) * layout.get("pp", 1)
-    pool: WorkerPool = request.getfixturevalue(f"pool{size}")
+    pool = pool_of(request, layout)
     more = FULL if kind == "ddp_recompute" else {}
     ranks = pool.run(pool_elastic.schedule_step, **layout, tied=tied, ddp=kind != "autograd", **more)
     assert_same(ranks, one_at_a_time)

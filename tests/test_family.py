@@ -90,12 +90,10 @@ def test_a_layout_that_cannot_be_trained_is_refused_with_every_reason() -> None:
     """62 layers over 4 stages: Megatron would build 60 without a word (METHOD trap 3)."""
     fields = {k: v for k, v in MODEL.items() if k != "num_layers"}
     arch = Architecture(**(fields | {"hybrid_override_pattern": "M-" * 31}))
-    train = TrainConfig(
-        pipeline_model_parallel_size=4, tensor_model_parallel_size=3, context_parallel_size=2, sequence_parallel=True
-    )
+    train = TrainConfig(pipeline_model_parallel_size=4, tensor_model_parallel_size=3, expert_model_parallel_size=2)
     found = {p.key: p.message for p in parallel_problems(arch, train, 4)}
     assert "would build only 60" in found["train.pipeline_model_parallel_size"]
-    assert "train.tensor_model_parallel_size" in found and "train.context_parallel_size" in found
+    assert "train.tensor_model_parallel_size" in found and "train.expert_model_parallel_size" in found
     assert parallel_problems(arch, TrainConfig(pipeline_model_parallel_size=2), 4) == []
 
 

@@ -32,7 +32,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "cp2_pp2": {"cp": 2, "pp": 2},
     "cp2_dp2": {"cp": 2},
 }
-SIZES = {name: 4 if name.startswith(("tp4", "pp4", "cp4", "tp2_pp2")) or name.count("2") == 2 else 2 for name in LAYOUTS}
+SIZES = {
+    name: 4 if name.startswith(("tp4", "pp4", "cp4", "tp2_pp2")) or name.count("2") == 2 else 2 for name in LAYOUTS
+}
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]}
 KINDS: dict[str, dict[str, Any]] = {
@@ -178,6 +180,7 @@ ALL_STEPS = {"steps": (0, 1, 2, 3, 4, 5), "optimize": True, "dtype": torch.float
 
 
 ADAM = ["dp2", "tp2_pp2_sp", *(pytest.param(n, marks=pytest.mark.slow) for n in ("tp2_sp_dp2", "pp2_dp2", "pp2"))]
+ADAM += ["cp2_tp2_sp", *(pytest.param(n, marks=pytest.mark.slow) for n in ("cp2_pp2", "cp2_dp2", "cp4"))]
 
 
 @pytest.mark.parametrize("name", ADAM)
@@ -238,6 +241,7 @@ def assert_same_run(found: dict[str, Any], expected: dict[str, Any], tolerance: 
 
 
 DISTRIBUTED = ["dp2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("tp2_dp2", "tp2_sp_dp2", "pp2_dp2", "pp2"))]
+DISTRIBUTED += [pytest.param("cp2_dp2", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("name", DISTRIBUTED)

@@ -41,6 +41,11 @@ def records(out: Path) -> dict[int, dict]:
     return {r["step"]: r for r in map(json.loads, (out / "logs" / "train.jsonl").read_text().splitlines())}
 
 
+def heldout(out: Path) -> dict[str, float]:
+    """Of every budget, at the end."""
+    return json.loads((out / "logs" / "validation.jsonl").read_text().splitlines()[-1])["losses"]
+
+
 def state(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint: weights, router, optimizer."""
     from nemo_elastic.mcore.checkpoint.dist_checkpoint import TorchDistReader
@@ -77,6 +82,8 @@ def test_resume_in_any_layout(whole: Path, tmp_path: Path, layout: tuple[int, ..
             assert budget["kd"] == pytest.approx(before[step]["budgets"][name]["kd"], rel=1e-5, abs=1e-6)
         for name, router in record.get("router", {}).items():
             assert router["price"] == pytest.approx(before[step]["router"][name]["price"], rel=1e-5)
+    for name, loss in heldout(copy).items():
+        assert loss == pytest.approx(heldout(whole)[name], rel=1e-5)
     ours, theirs = state(copy / "checkpoints" / "step=7"), state(whole / "checkpoints" / "step=7")
     assert {"optimizer", "router"} <= {part for name in theirs for part in name.split(".")}
     for name, expected in theirs.items():

@@ -32,7 +32,7 @@ def test_one_process_fills_what_every_layout_reads(
     assert_same_steps([pool_family.train_steps(**STEPS, cache=str(folder))], expected)
     assert sorted(p.name for p in folder.iterdir()) == ["stage-0.npy", "teacher.json"]
     written = (folder / "stage-0.npy").stat().st_mtime_ns
-    for name in ("pp2", "tp2_sp"):
+    for name in ("pp2", "tp2_sp", "cp2"):
         ranks = request.getfixturevalue("pool2").run(
             pool_family.train_steps, **LAYOUTS[name], **STEPS, cache=str(folder)
         )
@@ -40,7 +40,7 @@ def test_one_process_fills_what_every_layout_reads(
     assert (folder / "stage-0.npy").stat().st_mtime_ns == written
 
 
-@pytest.mark.parametrize("name", ["dp2", "pp2", "tp2_sp"])
+@pytest.mark.parametrize("name", ["dp2", "pp2", "tp2_sp", "cp2"])
 def test_what_a_layout_fills_is_what_one_process_fills(
     one_rank: None, request: pytest.FixtureRequest, tmp_path: Path, name: str
 ) -> None:

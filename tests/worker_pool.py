@@ -115,8 +115,9 @@ class WorkerPool:
         timeout: float = 120.0,
         **keywords: Any,
     ) -> list[Any]:
-        """The results of `function(*arguments, **keywords)` on every rank under TP x PP x CP; what remains is data parallel.
+        """The results of `function(*arguments, **keywords)` on every rank under TP x PP x CP.
 
+        What remains is data parallel.
         Sequence parallelism is a matter of the model's config: it is passed on, as a keyword, to the function.
 
         Raises:

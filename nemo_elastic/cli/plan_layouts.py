@@ -33,7 +33,8 @@ def lay_out(arguments: argparse.Namespace, result: dict[str, Any], config: Any, 
 def _nothing_fits(found: dict[str, Any]) -> str:
     least, count = found["leanest"], found["count"]
     if least is None:
-        return f"{count} is filled by no layout: TP x PP x CP x DP, with batches dealt in whole micro-batches; try 8, 16, 64"
+        words = "TP x PP x CP x DP, with batches dealt in whole micro-batches"
+        return f"{count} is filled by no layout: {words}; try 8, 16, 64"
     sizes = ", ".join(f"{name} {least[name]}" for name in least if name.endswith("size") and least[name] != 1)
     words = f"{count} GPUs of {found['memory_gb']:g} GB hold no layout; the leanest needs {least['memory_gb']:.1f} GB"
     return f"{words} ({sizes or 'one GPU'}); take more GPUs, shorter sequences, or fewer budgets_per_batch"

@@ -1,7 +1,7 @@
 """What context parallelism asks of a family: whole chunks of every sequence, and heads to share out in every child.
 
-    2 x CP chunks a sequence, and TP positions more under sequence parallelism;  heads / TP a multiple of CP, where
-    groups / TP is a multiple of CP or CP one of groups / TP (Megatron's rule, here for every size of a subnet)
+2 x CP chunks a sequence, and TP positions more under sequence parallelism;  heads / TP a multiple of CP, where
+groups / TP is a multiple of CP or CP one of groups / TP (Megatron's rule, here for every size of a subnet)
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def context_problems(family: Family, train: TrainConfig) -> list[Problem]:
     for i, stage in enumerate(train.stages):
         if stage.seq_length % step:
             near = nearest_multiples(stage.seq_length, step, stage.seq_length + step)
-            words = f"{stage.seq_length} must be a multiple of {step} for {size} context-parallel ranks; nearest: {near}"
+            words = (
+                f"{stage.seq_length} must be a multiple of {step} for {size} context-parallel ranks; nearest: {near}"
+            )
             found.append(Problem(f"train.stages.{i}.seq_length", words))
     return found
 

@@ -124,7 +124,10 @@ class TeacherCache:
         barrier()
 
     def read(self, step: int, first: int, count: int) -> Tensor:
-        """Hidden states `[s, count, h]` of this rank's positions of samples `first ..` (numbered over the run) of the stage of `step`."""
+        """Hidden states `[s, count, h]` of samples `first ..` (numbered over the run) of the stage of `step`.
+
+        Under context parallelism of this rank's positions.
+        """
         number = stage_at(self.stages, step).index
         if number not in self._open:
             self._open[number] = np.load(self._file(number), mmap_mode="r", allow_pickle=False)

@@ -199,7 +199,7 @@ SHIMS: tuple[Shim, ...] = (
             "utils.py:1207 local_multi_tensor_l2_norm",
             "models/common/embeddings/rope_utils.py:62",
         ),
-        'token counters, the causal mask, loss scale, gradient norm are made on "cuda", chunks of positions page-locked',
+        'token counters, causal mask, loss scale, gradient norm are made on "cuda", chunks of positions page-locked',
         _literal_cuda,
     ),
     Shim(

@@ -83,7 +83,7 @@ def _serve(
     dist.destroy_process_group()
 
 
-def _set_layout(current: tuple[int, int] | None, wanted: tuple[int, int]) -> tuple[int, int]:
+def _set_layout(current: tuple[int, ...] | None, wanted: tuple[int, ...]) -> tuple[int, ...]:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
@@ -92,7 +92,8 @@ def _set_layout(current: tuple[int, int] | None, wanted: tuple[int, int]) -> tup
     if current != wanted:
         if current is not None:
             forget_layout()
-        parallel_state.initialize_model_parallel(*wanted)
+        tp, pp, ep = wanted
+        parallel_state.initialize_model_parallel(tp, pp, expert_model_parallel_size=ep)
     model_parallel_cuda_manual_seed(SEED)
     return wanted
 
@@ -111,10 +112,13 @@ class WorkerPool:
         *arguments: Any,
         tp: int = 1,
         pp: int = 1,
+        ep: int = 1,
         timeout: float = 120.0,
         **keywords: Any,
     ) -> list[Any]:
         """The results of `function(*arguments, **keywords)` on every rank under TP x PP; what remains is data parallel.
+
+        `ep` of the data-parallel ranks share out a layer's experts.
 
         Sequence parallelism is a matter of the model's config: it is passed on, as a keyword, to the function.
 
@@ -124,7 +128,7 @@ class WorkerPool:
         """
         if self.size % (tp * pp):
             raise ValueError(f"tp={tp} x pp={pp} does not divide the pool's {self.size} processes")
-        message = (function.__module__, function.__qualname__, (tp, pp), pickle.dumps((arguments, keywords)))
+        message = (function.__module__, function.__qualname__, (tp, pp, ep), pickle.dumps((arguments, keywords)))
         try:
             if not self._workers:
                 self._start()

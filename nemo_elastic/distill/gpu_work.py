@@ -52,7 +52,7 @@ class Work:
         """The table of a tensor-parallel size, made once; None where the sizes do not allow it."""
         if tp not in self._tables:
             try:
-                made = ParamLayout(self.family.architecture, ffn_groups=self.family.space.ffn_groups, tp_size=tp)
+                made = ParamLayout(self.family.architecture, ffn_groups=self.family.space.groups, tp_size=tp)
             except ProblemsError:
                 made = None
             self._tables[tp] = made

@@ -195,7 +195,7 @@ class Run:
         """Held-out loss of the same children cut from the sorted parent before any training."""
         self.start()
         family = self.configured.family(sorted_parent(sorted_folder).depth_ranking)
-        groups = family.space.ffn_groups
+        groups = family.space.groups
         model = build_elastic_model(
             self.config.model, ffn_groups=groups, sequence_parallel=self.config.train.sequence_parallel
         )

@@ -40,7 +40,7 @@ def plan(
         found += error.problems
         bare = replace(run.elastic, dims={}, budgets={}, subnets={})
         family = family_of(replace(run, elastic=bare))
-    found += parallel_problems(family.architecture, run.train, family.space.ffn_groups)
+    found += parallel_problems(family.architecture, run.train, family.space.groups)
     found += low_precision_problems(run.model)
     try:
         serving = serving_of(run.report, family.architecture)

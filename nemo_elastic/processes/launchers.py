@@ -21,7 +21,12 @@ def started_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def data_parallel_size(processes: int, tensor_model_parallel_size: int, pipeline_model_parallel_size: int) -> int:
+def data_parallel_size(
+    processes: int,
+    tensor_model_parallel_size: int,
+    pipeline_model_parallel_size: int,
+    expert_model_parallel_size: int = 1,
+) -> int:
     """Replicas of the model that so many processes run.
 
     Raises:
@@ -34,7 +39,14 @@ def data_parallel_size(processes: int, tensor_model_parallel_size: int, pipeline
         layout = f"tensor_model_parallel_size={tensor_model_parallel_size} x pipeline_model_parallel_size="
         words = f"{layout}{pipeline_model_parallel_size} needs a multiple of {needed} processes, {processes} started; "
         raise ProblemsError([Problem("train", words + "use torchrun --nproc-per-node or --nproc")])
-    return processes // needed
+    replicas = processes // needed
+    if replicas % expert_model_parallel_size:
+        words = (
+            f"{expert_model_parallel_size} must divide the {replicas} data-parallel ranks of {processes} processes; "
+        )
+        remedy = f"start a multiple of {needed * expert_model_parallel_size}, or set a divisor of {replicas}"
+        raise ProblemsError([Problem("train.expert_model_parallel_size", words + remedy)])
+    return replicas
 
 
 def launcher_problems(environment: Mapping[str, str]) -> list[Problem]:

@@ -38,7 +38,7 @@ class WidthCollector:
     def __init__(self, model: nn.Module, layout: ParamLayout, settings: WidthSettings, groups: Groups) -> None:
         self.stack = StackForward(model, groups)
         self.layout, self.settings, self.groups = layout, settings, groups
-        self.local = ParamLayout(layout.architecture, ffn_groups=layout.ffn_groups, tp_size=groups.tp.size())
+        self.local = ParamLayout(layout.architecture, ffn_groups=layout.groups, tp_size=groups.tp.size())
         self.aggregation = AGGREGATIONS[settings.aggregation]
         self.totals: dict[Site, Tensor] = {}
         self.sums: dict[str, int | None] = {}  # sites that are plain sums over tokens -> the axis that TP splits

@@ -32,6 +32,7 @@ def start(
     tensor_model_parallel_size: int = 1,
     pipeline_model_parallel_size: int = 1,
     *,
+    expert_model_parallel_size: int = 1,
     seed: int = 1234,
     wait_minutes: float | None = None,
 ) -> int:
@@ -55,14 +56,15 @@ def start(
         alone = {} if store is None else {"store": store, "rank": 0, "world_size": 1}
         dist.init_process_group("gloo" if device is None else "nccl", device_id=device, **alone)
     wanted = (tensor_model_parallel_size, pipeline_model_parallel_size)
-    data_parallel_size(dist.get_world_size(), *wanted)
+    data_parallel_size(dist.get_world_size(), *wanted, expert_model_parallel_size)
     if parallel_state.model_parallel_is_initialized():
         tp = parallel_state.get_tensor_model_parallel_world_size()
         pp = parallel_state.get_pipeline_model_parallel_world_size()
-        if (tp, pp) == wanted:
+        ep = parallel_state.get_expert_model_parallel_world_size()
+        if (tp, pp) == wanted and ep == expert_model_parallel_size:
             return dist.get_rank()
         forget_layout()
-    parallel_state.initialize_model_parallel(*wanted)
+    parallel_state.initialize_model_parallel(*wanted, expert_model_parallel_size=expert_model_parallel_size)
     model_parallel_cuda_manual_seed(seed)
     return dist.get_rank()
 

@@ -135,7 +135,7 @@ def verify(
 
 def elastic_from(nested: Nested, *, sequence_parallel: bool = False) -> Any:
     """The elastic model of this rank with a nested checkpoint's weights, fp32."""
-    architecture, groups = nested.layout.architecture, nested.layout.ffn_groups
+    architecture, groups = nested.layout.architecture, nested.layout.groups
     model = build_elastic_model(
         nested.manifest.model,
         ffn_groups=groups,

@@ -83,7 +83,7 @@ def train(
     run, parent = settled(configured.config), sorted_parent(sorted_folder)
     family = configured.family(parent.depth_ranking)
     raise_if_any(shapes_not_searched(run, family))
-    raise_if_any(parallel_problems(family.architecture, run.train, family.space.ffn_groups))
+    raise_if_any(parallel_problems(family.architecture, run.train, family.space.groups))
     check_processes(run, started_processes())
     stages, settings = run.train.stages, run.train.optimizer
     steps, data = total_steps(stages), data_module(run)
@@ -121,9 +121,7 @@ def train(
     planner = Planner(
         family,
         run.router,
-        ParamLayout(
-            family.architecture, ffn_groups=family.space.ffn_groups, tp_size=run.train.tensor_model_parallel_size
-        ),
+        ParamLayout(family.architecture, ffn_groups=family.space.groups, tp_size=run.train.tensor_model_parallel_size),
         timeline=Timeline.of(resolve_recipe(run.router), steps, stages),
         seed=run.train.seed,
         mode=run.train.mode,

@@ -69,6 +69,7 @@ class Run:
         process_groups.start(
             settings.tensor_model_parallel_size,
             settings.pipeline_model_parallel_size,
+            expert_model_parallel_size=settings.expert_model_parallel_size,
             seed=settings.seed,
             wait_minutes=settings.wait_minutes,
         )

@@ -33,6 +33,8 @@ def heldout_loss(model: nn.Module, batches: Sequence[tuple[Tensor, ...]], plan: 
     core.eval()
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     mine = batches[rank::size] if len(batches) >= size else batches
+    if parallel_state.get_expert_model_parallel_world_size() > 1 and len(mine) * size < len(batches):
+        mine = [*mine, _weightless(batches[-1])]  # expert-parallel ranks need each other in every forward
     total = torch.stack([run_forward(core, piece, plan) for piece in _equal_shapes(mine)]).sum(0)
     core.train(training)
     if len(batches) >= size:
@@ -41,6 +43,10 @@ def heldout_loss(model: nn.Module, batches: Sequence[tuple[Tensor, ...]], plan: 
         last = parallel_state.get_pipeline_model_parallel_last_rank()
         dist.broadcast(total, src=last, group=parallel_state.get_pipeline_model_parallel_group())
     return float(total[0] / total[1])  # the one time that the device is waited for
+
+
+def _weightless(batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    return batch[0], batch[1], torch.zeros_like(batch[1], dtype=torch.float32)
 
 
 def _equal_shapes(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterable[list[tuple[Tensor, Tensor]]]:

@@ -126,6 +126,7 @@ class WidthCollector:
         flat = [self.totals[site].flatten() for site in sites]
         joined = torch.cat([*flat, flat[0].new_tensor([self.samples])])
         dist.all_reduce(joined, group=self.groups.dp)
+        dist.broadcast(joined, dist.get_global_rank(self.groups.ep, 0), group=self.groups.ep)  # alike to the last bit
         *totals, samples = joined.split([self.totals[site].numel() for site in sites] + [1])
         count = int(samples.item())
         found = {}

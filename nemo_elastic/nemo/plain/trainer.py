@@ -116,13 +116,16 @@ def check_layout(
     pipeline_model_parallel_size: int,
     global_batch_size: int,
     micro_batch_size: int,
+    expert_model_parallel_size: int = 1,
 ) -> int:
     """The data-parallel size of a layout.
 
     Raises:
         ValueError: when the processes do not fill it, or the global batch is not whole micro-batches on every rank.
     """
-    data_parallel = data_parallel_size(processes, tensor_model_parallel_size, pipeline_model_parallel_size)
+    data_parallel = data_parallel_size(
+        processes, tensor_model_parallel_size, pipeline_model_parallel_size, expert_model_parallel_size
+    )
     if global_batch_size % (micro_batch_size * data_parallel):
         raise ValueError(
             f"train.global_batch_size={global_batch_size} must be a multiple of train.micro_batch_size="
@@ -139,6 +142,7 @@ def build_trainer(
     micro_batch_size: int,
     tensor_model_parallel_size: int = 1,
     pipeline_model_parallel_size: int = 1,
+    expert_model_parallel_size: int = 1,
     sequence_parallel: bool = False,
     precision: Precision = "32",
     use_distributed_optimizer: bool | None = None,
@@ -178,6 +182,7 @@ def build_trainer(
         pipeline_model_parallel_size,
         global_batch_size,
         micro_batch_size,
+        expert_model_parallel_size,
     )
     pl.seed_everything(seed, verbose=False)
     on_gpu = torch.cuda.is_available()
@@ -186,6 +191,7 @@ def build_trainer(
     strategy = nl.MegatronStrategy(
         tensor_model_parallel_size=tensor_model_parallel_size,
         pipeline_model_parallel_size=pipeline_model_parallel_size,
+        expert_model_parallel_size=expert_model_parallel_size,
         sequence_parallel=sequence_parallel and tensor_model_parallel_size > 1,
         pipeline_dtype=dtype,
         ddp=DistributedDataParallelConfig(

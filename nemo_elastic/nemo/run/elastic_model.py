@@ -70,7 +70,10 @@ class ElasticSSMConfig(HybridSSMConfig):
         parent = sorted_parent(self.sorted_parent)
         family = self.family()
         layout = ParamLayout(
-            family.architecture, ffn_groups=family.space.groups, tp_size=self.tensor_model_parallel_size
+            family.architecture,
+            ffn_groups=family.space.groups,
+            tp_size=self.tensor_model_parallel_size,
+            ep_size=self.expert_model_parallel_size,
         )
         spec = elastic_stack_spec(self.hybrid_override_pattern)
         arguments = model_arguments(self, tokenizer, pre_process, post_process)

@@ -51,6 +51,7 @@ def rank_run(run: Configured, out: Path, *, resume: bool = False, report: Report
     process_groups.start(
         train.tensor_model_parallel_size,
         train.pipeline_model_parallel_size,
+        expert_model_parallel_size=train.expert_model_parallel_size,
         seed=train.seed,
         wait_minutes=train.wait_minutes,
     )

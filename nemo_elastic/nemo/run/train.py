@@ -90,6 +90,7 @@ def train(
     layout = {
         "tensor_model_parallel_size": run.train.tensor_model_parallel_size,
         "pipeline_model_parallel_size": run.train.pipeline_model_parallel_size,
+        "expert_model_parallel_size": run.train.expert_model_parallel_size,
         "sequence_parallel": run.train.sequence_parallel,
         "precision": run.train.precision,
     }
@@ -121,10 +122,16 @@ def train(
     planner = Planner(
         family,
         run.router,
-        ParamLayout(family.architecture, ffn_groups=family.space.groups, tp_size=run.train.tensor_model_parallel_size),
+        ParamLayout(
+            family.architecture,
+            ffn_groups=family.space.groups,
+            tp_size=run.train.tensor_model_parallel_size,
+            ep_size=run.train.expert_model_parallel_size,
+        ),
         timeline=Timeline.of(resolve_recipe(run.router), steps, stages),
         seed=run.train.seed,
         mode=run.train.mode,
+        sharing=run.train.expert_model_parallel_size,
         **serving_of(run.report, family.architecture).conditions,
     )
     teacher = CachedTeacher(run, data, sorted_folder, config.params_dtype) if run.distill.teacher_cache else None

@@ -48,11 +48,12 @@ def layout_tables(result: Row) -> list[Any]:
         f"layouts on {gpus['count']:,} GPUs of {gpus['memory_gb']:g} GB, the fastest first (estimated, never measured)"
     )
     table = Table(title=title, title_justify="left")
-    for heading in ("TP", "PP", "CP", "DP", "micro-batch", "recompute", "GB a GPU", "s/step", "days"):
+    for heading in ("TP", "PP", "CP", "EP", "DP", "micro-batch", "recompute", "GB a GPU", "s/step", "days"):
         table.add_column(heading, no_wrap=True, justify="left" if heading == "recompute" else "right")
     for row in rows[:MOST]:
         context = f"{row['context_parallel_size']}{'' if row['runs'] else ' *'}"
         sizes = (row["tensor_model_parallel_size"], row["pipeline_model_parallel_size"], context)
+        sizes += (row["expert_model_parallel_size"],)
         more = (row["data_parallel_size"], row["micro_batch_size"], row["recompute_granularity"] or "none")
         table.add_row(*map(str, (*sizes, *more)), f"{row['memory_gb']:.1f}", f"{row['step_seconds']:.3g}",
                       f"{row['days']:.3g}")  # fmt: skip

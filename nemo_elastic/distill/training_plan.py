@@ -42,6 +42,7 @@ def training_plan(run: RunConfig, family: Family) -> dict[str, Any] | None:
         "parallel": {
             "tensor_model_parallel_size": run.train.tensor_model_parallel_size,
             "pipeline_model_parallel_size": run.train.pipeline_model_parallel_size,
+            "expert_model_parallel_size": run.train.expert_model_parallel_size,
             "gpus_per_replica": run.train.tensor_model_parallel_size * run.train.pipeline_model_parallel_size,
             "largest_data_parallel_size": _largest_data_parallel(run),
         },

@@ -70,6 +70,10 @@ def _saved(arch: Any, sizes: Sizes, ran: Ran) -> dict[str, float]:
     }
 
 
+def _dispatched(arch: Any, sizes: Sizes) -> float:
+    return 2 * getattr(arch, TOPK) * (getattr(arch, LATENT) or size_of(arch, sizes, "hidden_size"))
+
+
 def _met(arch: Any, sizes: Sizes) -> dict[str, tuple[int, Any]]:
     share = getattr(arch, TOPK), size_of(arch, sizes, COUNT)
     return {"mlp.experts.experts.linear_fc1.weight": share, "mlp.experts.experts.linear_fc2.weight": share}
@@ -154,6 +158,7 @@ EXPERTS = Kind(
     recomputed=_flops,
     saved=_saved,
     met=_met,
+    dispatched=_dispatched,
     broken=_broken,
     aligned={"expert_ffn": "neurons of an expert", "shared_ffn": "neurons of the shared expert"},
     fp8={"expert_ffn": "moe_ffn_hidden_size {width}"},

@@ -187,6 +187,8 @@ class Kind:
             to the input of the last one: bytes a token on one rank, by what it is.
         exchanged: (architecture, sizes, context-parallel size) -> elements of a token that its forward gets from, and
             gives to, other context-parallel ranks, over all tensor-parallel ones.
+        dispatched: (architecture, sizes) -> elements of a token that its forward sends to the ranks that hold its
+            experts and gets back, if all of them are elsewhere.
         aligned: axis of a linear -> how notes call it; `conv_axis`: the axis that the causal convolution runs over.
         fp8: axis that FP8 wants in multiples of 16 -> words, in which `{width}` and dims are put.
         ranking: field of `RankConfig` -> its choices and their meanings: which activation ranks its dims.
@@ -219,6 +221,7 @@ class Kind:
     caches: Callable[[Any, Sizes, int], dict[str, Any]] = lambda arch, sizes, length: {}
     saved: Callable[[Any, Sizes, Ran], dict[str, float]]
     exchanged: Callable[[Any, Sizes, int], float] = lambda arch, sizes, context: 0.0
+    dispatched: Callable[[Any, Sizes], float] = lambda arch, sizes: 0.0
     aligned: Mapping[str, str] = field(default_factory=dict)
     conv_axis: str | None = None
     fp8: Mapping[str, str] = field(default_factory=dict)

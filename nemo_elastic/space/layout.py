@@ -47,6 +47,11 @@ class ParamSpec:
         return product
 
     @property
+    def is_shared_out(self) -> bool:
+        """Whether expert-parallel ranks hold a part each."""
+        return any(f.ep and f.ranks > 1 for axis in self.axes for s in axis for f in s.factors)
+
+    @property
     def dims(self) -> frozenset[str]:
         """Elastic dims that cut this parameter."""
         return frozenset(f.dim for axis in self.axes for s in axis for f in s.factors if f.dim)

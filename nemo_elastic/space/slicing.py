@@ -238,11 +238,6 @@ def _is_of_experts(axis: Axis) -> bool:
     return any(f.ep for s in axis for f in s.factors)
 
 
-def is_split_over_experts(spec: ParamSpec) -> bool:
-    """Whether expert-parallel ranks hold a part each."""
-    return any(f.ranks > 1 for axis in spec.axes if _is_of_experts(axis) for s in axis for f in s.factors)
-
-
 def _shard_index(axis: Axis, rank: int) -> Tensor | None:
     """Positions in the whole axis that a rank holds; None when it holds all."""
     if all(f.ranks == 1 for s in axis for f in s.factors):

@@ -37,7 +37,7 @@ def of_router(name: str) -> bool:
 def gradient_norms(model: nn.Module, optimizer: Any) -> Tensor:
     """(model, router) L2 norms `[2]` of the finished gradients, on the device; not finite when any element is not.
 
-    One pass and one all-reduce for both (one more for experts that ranks share out), and nothing waits: the caller reads
+    One pass and one all-reduce for both (one more where ranks share out experts), and nothing waits: the caller reads
     the numbers when it must.
 
     Args:

@@ -20,7 +20,7 @@ from ...kinds.axis import Groups
 from ...space.architecture import Architecture
 from ...space.dims import DEFAULT_FFN_GROUPS
 from ...space.layout import ParamLayout
-from ...space.slicing import is_split_over_experts, shard, unshard
+from ...space.slicing import shard, unshard
 from ..elastic.model import ElasticMambaModel
 from ..elastic.spec import elastic_stack_spec
 from ..kernels.hybrid_config import HybridConfig
@@ -216,7 +216,7 @@ def whole_tensors(
         spec, whole = layout.table[name], part
         if layout.tp_size > 1:
             whole = unshard(_gathered(part, tp_group or parallel_state.get_tensor_model_parallel_group()), spec)
-        if is_split_over_experts(spec):
+        if spec.is_shared_out:
             whole = unshard(_gathered(whole, parallel_state.get_expert_model_parallel_group()), spec, experts=True)
         yield name, whole
 

@@ -52,7 +52,6 @@ NAMES = {
 ELSEWHERE = {
     ("StageConfig", "tokens"): "becomes steps in the section itself",
     ("TrainConfig", "context_parallel_size"): "refused above 1",
-    ("TrainConfig", "expert_model_parallel_size"): "refused above 1",
     ("TrainConfig", "virtual_pipeline_model_parallel_size"): "refused above 1",
     ("ReportConfig", "title"): "read from the run folder's config.json, as plain values",
 }

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..kinds.axis import Groups
+from ..kinds import axis
 
 AUTO = "auto"  # a value that the machine decides when a run starts
 PHASES = ("warmup", "soft", "hard", "frozen")  # of the router, in this order
@@ -42,9 +42,9 @@ class ElasticConfig:
     subnets: Mapping[str, Any] = field(default_factory=dict)  # name -> forced sizes: that budget is not learned
 
     @property
-    def groups(self) -> Groups:
+    def groups(self) -> axis.Groups:
         """Of neurons and of experts."""
-        return Groups(self.ffn_groups, self.expert_groups or self.ffn_groups)
+        return axis.Groups(self.ffn_groups, self.expert_groups or self.ffn_groups)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,10 +45,10 @@ def gradient_norms(model: nn.Module, optimizer: Any) -> Tensor:
         optimizer: Megatron's optimizer of it.
     """
     parts = list(getattr(optimizer, "chained_optimizers", [optimizer]))
-    found: dict[str, list[Tensor]] = {"model": [], "router": [], "experts": []}
+    found: dict[str, list[Tensor]] = {"model": [], "router": [], "shared_out": []}
     for name, parameter, grad in _local_gradients(model, parts):
         everywhere = getattr(parameter, "allreduce", True)
-        found["router" if of_router(name) else "model" if everywhere else "experts"].append(grad)
+        found["router" if of_router(name) else "model" if everywhere else "shared_out"].append(grad)
     device = next(model.parameters()).device
     squares = torch.stack([_sum_of_squares(grads, device) for grads in found.values()])
     shared = parts[0].get_grad_stats_parallel_group()

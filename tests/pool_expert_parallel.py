@@ -5,6 +5,7 @@ but the order of sums differs.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +18,10 @@ from pool_elastic import random_weights as weights_of
 from small_parent import FFN_GROUPS, space_of
 from torch import Tensor
 
+from nemo_elastic.config.sections import StageConfig
 from nemo_elastic.kinds.axis import Groups
 from nemo_elastic.mcore.elastic.plan import hard_plan, soft_plan
+from nemo_elastic.mcore.family.teacher_cache import TeacherCache
 from nemo_elastic.mcore.models.build import (
     build_elastic_model,
     build_plain_model,
@@ -26,6 +29,7 @@ from nemo_elastic.mcore.models.build import (
     of_this_rank,
     whole_tensors,
 )
+from nemo_elastic.mcore.models.evaluate import heldout_loss
 from nemo_elastic.space.elastic_space import ElasticSpace
 
 FP64 = torch.float64
@@ -109,6 +113,24 @@ def step(
         "gradients": dict(whole_tensors(gradients(model, layout).items(), layout)),
         "values": {name: _averaged(summed_over_stages(found)) for name, found in values.items()},
     }
+
+
+def without_gradients(folder: str, sp: bool = False) -> tuple[float, float, Tensor]:
+    """Held-out losses of parent and subnet on three batches, an odd number, and three batches of a teacher's states."""
+    arch, function = parts("nemotron")
+    section, settings = {**vars(arch), **function}, {"sequence_parallel": sp}
+    student, teacher = build_elastic_model(section, ffn_groups=FFN_GROUPS, **settings), build_plain_model(
+        section, **settings)  # fmt: skip
+    for model in (student, teacher):
+        load_weights(model, weights(arch, FFN_GROUPS), arch, ffn_groups=FFN_GROUPS)
+    batches = [(tokens(arch, seed), tokens(arch, seed + 100)) for seed in range(3)]
+    subnet = space_of(arch).subnet(**CUTS["dropped"])
+    losses = [heldout_loss(student, batches, plan) for plan in (None, hard_plan(student.layout, subnet, "sliced"))]
+    sizes = {"micro_batch_size": 2, "hidden_size": arch.hidden_size, "dtype": torch.float32}
+    stages = (StageConfig(steps=3, seq_length=16, global_batch_size=2),)
+    cache = TeacherCache(Path(folder), stages, **sizes, identity={})
+    cache.fill(teacher, lambda sample, length: tokens(arch, sample, batch=1, length=length)[0])
+    return *losses, cache.read(0, 0, 6).clone()
 
 
 def _averaged(found: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 Masked, sliced and soft micro-batches are in flight together; biases favour experts that their subnets have dropped.
 """
 
+from pathlib import Path
 from typing import Any
 
 import pool_expert_parallel
@@ -63,6 +64,18 @@ def test_expert_parallel_is_one_process(
     pool: WorkerPool = request.getfixturevalue(f"pool{SIZES[name]}")
     expected = reference(feature, replicas_of(name))
     assert_same(pool.run(pool_expert_parallel.step, feature, MODES, **LAYOUTS[name]), expected)
+
+
+@pytest.mark.parametrize("name", ["ep2", "ep4"])
+def test_without_gradients_every_rank_takes_part(
+    request: pytest.FixtureRequest, one_rank: None, tmp_path: Path, name: str
+) -> None:
+    """Three batches for two ranks, or none for one of four: losses and the teacher's states are one process'."""
+    pool: WorkerPool = request.getfixturevalue(f"pool{SIZES[name]}")
+    *losses, states = pool_expert_parallel.without_gradients(str(tmp_path / "alone"))
+    for rank in pool.run(pool_expert_parallel.without_gradients, str(tmp_path / "shared"), **LAYOUTS[name]):
+        assert rank[:2] == pytest.approx(losses, rel=1e-6)
+        assert (rank[2] - states).norm() < 1e-5 * states.norm()
 
 
 @pytest.mark.parametrize("case", ["recomputed", "few_groups", "plain"])

@@ -50,6 +50,8 @@ class ElasticSpace:
         for name, field_name in DEALT_DIMS.items():
             if arch.layers_of(KIND_OF_DIM[name]) and parent_size(arch, name) % own[name]:
                 rule = f"must divide model.{name}={parent_size(arch, name)}"
+                if getattr(self, field_name) is None:
+                    field_name, rule = "ffn_groups", f"{rule}, or elastic.{field_name} must be given"
                 found.append(Problem(f"elastic.{field_name}", f"{own[name]} {rule}"))
         if self.depth_ranking is not None and sorted(self.depth_ranking) != list(range(arch.num_layers)):
             found.append(Problem("depth_ranking", f"must name each of the {arch.num_layers} layers once"))

@@ -81,8 +81,8 @@ def start_megatron() -> None:
 
 def subnet_for(space: ElasticSpace, fraction: float) -> Subnet:
     """The subnet that shrinks every width dim alike and has at most `fraction` of the parent's parameters."""
-    arch, layout = space.architecture, ParamLayout(space.architecture, ffn_groups=space.ffn_groups)
-    steps = dim_groups(arch, space.ffn_groups) | {"hidden_size": 16, "ffn_hidden_size": 64, "mamba_head_dim": 4}
+    arch, layout = space.architecture, ParamLayout(space.architecture, ffn_groups=space.groups)
+    steps = dim_groups(arch, space.groups) | {"hidden_size": 16, "ffn_hidden_size": 64, "mamba_head_dim": 4}
     parent = parameters(layout, space.full_subnet())
     for scale in range(1000, 0, -1):
         sizes = {n: max(1, round(scale / 1000 * getattr(arch, n) / steps[n])) * steps[n] for n in present_dims(arch)}

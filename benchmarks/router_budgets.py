@@ -89,7 +89,7 @@ def spaces() -> dict[str, tuple[RunConfig, ElasticSpace]]:
 
 def costs_of(run: RunConfig, space: ElasticSpace, kind: str, values: tuple[float, ...]) -> dict[str, BudgetCost]:
     """One cost per budget; memory values are shares of the parent's."""
-    layout = ParamLayout(space.architecture, ffn_groups=space.ffn_groups)
+    layout = ParamLayout(space.architecture, ffn_groups=space.groups)
     found = {}
     for value in values:
         budget = Budget(name=f"{value:g}", kind=kind, value=value)

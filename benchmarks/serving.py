@@ -169,7 +169,7 @@ def hold(what: str) -> float:
             architecture = child_architecture(manifest.space.architecture, subnet)
             cut = child_tensors(MemoryReader(weights), manifest.layout, subnet)
             alone = {"full": ElasticSpace(architecture=architecture).full_subnet()}
-            own = ParamLayout(architecture, ffn_groups=manifest.layout.ffn_groups)
+            own = ParamLayout(architecture, ffn_groups=manifest.layout.groups)
             alive.append(ElasticFamily({t.name: t.read() for t in cut}, own, plain_model(WIDE, architecture), alone))
         del weights, cut
     else:

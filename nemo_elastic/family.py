@@ -15,13 +15,14 @@ from .config.model_fields import architecture_of
 from .config.sections import RunConfig, TrainConfig
 from .cost.budget import BudgetCost
 from .cost.conditions import serving_of
+from .kinds.axis import Groups
 from .problems import Problem, ProblemsError, raise_if_any
 from .shapes.search import propose_uniform
 from .space.alignment import rounding_step
 from .space.architecture import Architecture
 from .space.blocks import DEPTH_UNITS, block_problems
 from .space.budget import Budget
-from .space.dims import DIMS, KIND_OF_DIM, ElasticDim, dim_groups, least_size, parent_size, resolve_choices
+from .space.dims import DEALT_DIMS, DIMS, KIND_OF_DIM, ElasticDim, dim_groups, least_size, parent_size, resolve_choices
 from .space.elastic_space import ElasticSpace
 from .space.layout import ParamLayout
 from .space.subnet import Subnet
@@ -42,7 +43,7 @@ class Family:
 
     @cached_property
     def layout(self) -> ParamLayout:
-        return ParamLayout(self.architecture, ffn_groups=self.space.ffn_groups)
+        return ParamLayout(self.architecture, ffn_groups=self.space.groups)
 
     @property
     def learned(self) -> tuple[str, ...]:
@@ -101,7 +102,7 @@ def family_of(config: RunConfig, depth_ranking: tuple[int, ...] | None = None) -
     architecture = architecture_of(config.model)
     unit = DEPTH_UNITS[config.elastic.depth_unit or "layer"]
     raise_if_any(block_problems(architecture.hybrid_override_pattern) if unit > 1 else [])
-    groups = dim_groups(architecture, config.elastic.ffn_groups, unit)
+    groups = dim_groups(architecture, config.elastic.groups, unit)
     found: list[Problem] = []
     dims: dict[str, ElasticDim] = {}
     notes: list[str] = []
@@ -118,7 +119,7 @@ def family_of(config: RunConfig, depth_ranking: tuple[int, ...] | None = None) -
                 words = f"{given} (with {groups[name]} groups: {step}) must be at most the parent's {full}"
                 key = f"elastic.multiple_of.{name}" if given else f"elastic.dims.{name}"
                 none = f"its {groups[name]} groups need a multiple of {step}, more than the parent's {full}; lower "
-                found.append(Problem(key, words if given else f"{none}elastic.ffn_groups"))
+                found.append(Problem(key, words if given else f"{none}elastic.{DEALT_DIMS.get(name, 'ffn_groups')}"))
                 continue
             choices, rounded = resolve_choices(name, dim.choices, full, step)
             dims[name] = ElasticDim(
@@ -143,6 +144,7 @@ def family_of(config: RunConfig, depth_ranking: tuple[int, ...] | None = None) -
             architecture=architecture,
             dims=dims,
             ffn_groups=config.elastic.ffn_groups,
+            expert_groups=config.elastic.expert_groups,
             depth_ranking=depth_ranking,
             depth_unit=unit,
         )
@@ -180,7 +182,7 @@ def family_of(config: RunConfig, depth_ranking: tuple[int, ...] | None = None) -
 
 def _uniform(config: RunConfig, space: ElasticSpace, budgets: Iterable[Budget]) -> dict[str, Subnet]:
     """What a frozen router means for budgets without a subnet of their own: the even shrink that meets them."""
-    layout = ParamLayout(space.architecture, ffn_groups=space.ffn_groups)
+    layout = ParamLayout(space.architecture, ffn_groups=space.groups)
     conditions = serving_of(config.report, space.architecture).conditions
     found: list[Problem] = []
     subnets = {}
@@ -228,14 +230,15 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value == value
 
 
-def parallel_problems(architecture: Architecture, train: TrainConfig, ffn_groups: int) -> list[Problem]:
+def parallel_problems(architecture: Architecture, train: TrainConfig, groups: Groups) -> list[Problem]:
     """What the parallel layout breaks for the PARENT in training (children keep the parent's stages)."""
     found = []
     tp, pp = train.tensor_model_parallel_size, train.pipeline_model_parallel_size
-    try:
-        ParamLayout(architecture, ffn_groups=ffn_groups, tp_size=tp)
-    except ProblemsError as error:
-        found += error.problems
+    for sizes in ({"tp_size": tp}, {"ep_size": train.expert_model_parallel_size}):
+        try:
+            ParamLayout(architecture, ffn_groups=groups, **sizes)
+        except ProblemsError as error:
+            found += error.problems
     n = architecture.num_layers
     if n % pp:
         near = ", ".join(str(d) for d in range(1, n + 1) if n % d == 0 and d <= 16)
@@ -245,7 +248,7 @@ def parallel_problems(architecture: Architecture, train: TrainConfig, ffn_groups
         found.append(
             Problem("train.sequence_parallel", "true needs train.tensor_model_parallel_size above 1; set false")
         )
-    for name in ("expert_model_parallel_size", "virtual_pipeline_model_parallel_size"):
+    for name in ("virtual_pipeline_model_parallel_size",):
         size = getattr(train, name)
         if size is not None and size > 1:
             found.append(Problem(f"train.{name}", f"{size} is not supported yet; leave it at 1"))

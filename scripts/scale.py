@@ -181,7 +181,7 @@ def teacher(work: Work, fastest: Mapping[int, Row]) -> str:
         how = how_of(row)
         held, dp = row["memory_bytes"]["teacher"], how.data_parallel_size
         last = how.pipeline_model_parallel_size - 1
-        output = held_bytes(work.table(how.tensor_model_parallel_size), how, last, cached=True)["teacher"]
+        output = held_bytes(work.table_of(how), how, last, cached=True)["teacher"]
         gathered = gather_seconds(gpu, how.tensor_model_parallel_size, dp, held) * row["stages"][LONG]["micro_batches"]
         rows.append((n, name(row), f"{held / 1e9:.2f}", f"{held / 1e9 / row['memory_gb']:.0%}", f"{output / 1e9:.2f}",
                      f"{held / dp / 1e9:.2f}", f"{gathered / row['stages'][LONG]['step_seconds']:.1%}"))  # fmt: skip

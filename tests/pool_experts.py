@@ -4,15 +4,22 @@ from typing import Any
 
 import torch
 from expert_features import parts
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import dist_checkpointing
 from pool_elastic import layout_of, random_weights, tokens
 from small_parent import FFN_GROUPS
 from torch import Tensor
 
 from nemo_elastic.importance.ranking import random_orders
-from nemo_elastic.mcore.models.build import build_plain_model, load_weights, named_global_parameters, whole_tensors
+from nemo_elastic.mcore.models.build import (
+    build_plain_model,
+    load_weights,
+    named_global_parameters,
+    of_this_rank,
+    whole_tensors,
+)
 from nemo_elastic.mcore.ranking.collect import collect_widths
 from nemo_elastic.mcore.ranking.sort_live import sort_model
+from nemo_elastic.mcore.ranking.stack_forward import Groups
 from nemo_elastic.space.dims import present_dims
 
 FP64 = torch.float64
@@ -30,8 +37,8 @@ def plain(feature: str, sp: bool = False) -> Any:
 def scores(feature: str, sp: bool = False) -> dict[str, dict[int, Tensor]]:
     """Of four samples, dealt to the replicas."""
     arch, _ = parts(feature)
-    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    batches = [tokens(arch, seed) for seed in range(SAMPLES)][rank::size]
+    replicas = Groups.from_megatron().dp
+    batches = [tokens(arch, seed) for seed in range(SAMPLES)][replicas.rank() :: replicas.size()]
     return collect_widths(plain(feature, sp), batches, layout_of(arch))
 
 
@@ -41,7 +48,7 @@ def sorted_weights(feature: str, sp: bool = False) -> dict[str, Tensor]:
     orders = random_orders(layout_of(arch), present_dims(arch), torch.Generator().manual_seed(3))
     model = plain(feature, sp)
     sort_model(model, layout_of(arch), orders)
-    local = layout_of(arch, parallel_state.get_tensor_model_parallel_world_size())
+    local = of_this_rank(arch, FFN_GROUPS)
     return {n: w.detach() for n, w in whole_tensors(named_global_parameters(model, local), local)}
 
 
@@ -60,5 +67,5 @@ def load(folder: str, feature: str) -> dict[str, Tensor]:
         parameter.data.fill_(7.0)
     state = dist_checkpointing.load(model.sharded_state_dict(prefix="module."), folder)
     model.load_state_dict({name.removeprefix("module."): value for name, value in state.items()}, strict=False)
-    local = layout_of(arch, parallel_state.get_tensor_model_parallel_world_size())
+    local = of_this_rank(arch, FFN_GROUPS)
     return {n: w.detach() for n, w in whole_tensors(named_global_parameters(model, local), local)}

@@ -28,7 +28,13 @@ from nemo_elastic.mcore.family.gradients import gradient_norms, hand_norm
 from nemo_elastic.mcore.family.planner import Planner
 from nemo_elastic.mcore.family.teacher_cache import TeacherCache
 from nemo_elastic.mcore.kernels.context import own_chunks
-from nemo_elastic.mcore.models.build import build_plain_model, load_weights, named_global_parameters, whole_tensors
+from nemo_elastic.mcore.models.build import (
+    build_plain_model,
+    load_weights,
+    named_global_parameters,
+    of_this_rank,
+    whole_tensors,
+)
 from nemo_elastic.mcore.models.evaluate import heldout_loss
 from nemo_elastic.mcore.runtime.parallel import broadcast_from_last_stage, data_parallel_rank_and_size, stage_ends
 from nemo_elastic.mcore.versions import build_optimizer, layer_pattern
@@ -75,13 +81,21 @@ def run_config(*, tied: bool = False, vocab_size: int = 64, feature: str = "", *
 
 
 def build(
-    run: RunConfig, dtype: torch.dtype, ranking: tuple[int, ...] = RANKING, *, load: bool = True, **more: Any
+    run: RunConfig,
+    dtype: torch.dtype,
+    ranking: tuple[int, ...] = RANKING,
+    *,
+    load: bool = True,
+    sharing: int | None = None,
+    **more: Any,
 ) -> tuple[FamilyModel, Planner]:
-    """Model and planner of a run; `load`: with the random weights of the small parent."""
+    """Model and planner of a run; `load`: with the random weights of the small parent.
+
+    `sharing`: of a planner, where it is not the expert-parallel size.
+    """
     family = family_of(run, ranking)
-    arch, groups = family.architecture, family.space.ffn_groups
-    tp = parallel_state.get_tensor_model_parallel_world_size()
-    layout = ParamLayout(arch, ffn_groups=groups, tp_size=tp)
+    arch, groups = family.architecture, family.space.groups
+    layout = of_this_rank(arch, groups)
     teacher = build_plain_model(run.model, params_dtype=dtype, **more)  # its configuration is the family's, too
     teacher.config.has_cond_embedder = True  # as `ElasticSSMConfig` says
     first, last = stage_ends()
@@ -101,7 +115,9 @@ def build(
         module.to(dtype)
     router = Router(family.space, family.learned, run.router, seed=3)
     model.attach(router, teacher if run.distill.needs_teacher else None)
-    planner = Planner(family, run.router, layout, timeline=Timeline(1, 3, 5, 6), seed=run.train.seed)
+    sharing = sharing or max(1, layout.ep_size // parallel_state.get_context_parallel_world_size())
+    timeline = Timeline(1, 3, 5, 6)
+    planner = Planner(family, run.router, layout, timeline=timeline, seed=run.train.seed, sharing=sharing)
     return model, planner
 
 

@@ -51,7 +51,6 @@ NAMES = {
 # Read in another way: what it is, and the test below.
 ELSEWHERE = {
     ("StageConfig", "tokens"): "becomes steps in the section itself",
-    ("TrainConfig", "expert_model_parallel_size"): "refused above 1",
     ("TrainConfig", "virtual_pipeline_model_parallel_size"): "refused above 1",
     ("ReportConfig", "title"): "read from the run folder's config.json, as plain values",
 }

@@ -111,7 +111,7 @@ def edited(nested: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"version": 2}, "version: 2 cannot be read here, 1 can; install a newer"),
+        ({"version": 3}, "version: 3 cannot be read here, 1 and 2 can; install a newer"),
         ({"version": "one"}, "version: 'one' cannot be read here"),
         ({"format": "zip"}, r"format: must be 'nemo_elastic\.nested'"),
         ({"subnet": {}}, "subnet: is no key of a manifest; did you mean 'subnets'"),

@@ -59,16 +59,19 @@ def test_who_cannot_say_experts_refuses_them(tmp_path: Path, format: str, reader
 def test_megatrons_checkpoints_hold_whole_experts_at_any_layout(
     tmp_path: Path, pool2: WorkerPool, pool4: WorkerPool, feature: str
 ) -> None:
-    """Saved at TP 2 (gate and up apart) and TP 2 x PP 2; read by offsets, and loaded by Megatron at other layouts."""
+    """Saved at TP 2 (gate and up apart), EP 2 and both; read by offsets, and loaded by Megatron at other layouts."""
     arch, _ = expert_features.parts(feature)
     wanted = weights_of(arch, torch.float64)
-    for pool, name, layout in ((pool2, "two", {"tp": 2}), (pool4, "four", {"tp": 2, "pp": 2})):
+    saves = ((pool2, "two", {"tp": 2}), (pool2, "shared", {"ep": 2}), (pool4, "four", {"tp": 2, "pp": 2}),
+             (pool4, "both", {"tp": 2, "ep": 2}))  # fmt: skip
+    for pool, name, layout in saves:
         pool.run(pool_experts.save, str(tmp_path / name), feature, **layout)
         reader = TorchDistReader(tmp_path / name)
         assert set(reader.names()) == set(wanted)
         assert all(
             torch.equal(reader.read(n).to(w.dtype), w.to(reader.dtype(n)).to(w.dtype)) for n, w in wanted.items()
         )
-    for folder, layout in (("four", {"tp": 2}), ("two", {"pp": 2})):
+    loads = (("four", {"tp": 2}), ("two", {"pp": 2}), ("both", {"pp": 2}), ("four", {"ep": 2}), ("shared", {"tp": 2}))
+    for folder, layout in loads:
         for rank in pool2.run(pool_experts.load, str(tmp_path / folder), feature, **layout):
             assert rank and all(torch.equal(w, wanted[n].to(w.dtype)) for n, w in rank.items())

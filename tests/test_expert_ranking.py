@@ -82,17 +82,22 @@ def test_scores_are_those_of_the_formula(feature: str) -> None:
 
 LAYOUTS = {
     "tp2_sp": {"tp": 2, "sp": True}, "pp2": {"pp": 2}, "dp2": {}, "tp2_pp2_sp": {"tp": 2, "pp": 2, "sp": True},
-    "tp2_dp2": {"tp": 2},
+    "tp2_dp2": {"tp": 2}, "ep2": {"ep": 2}, "ep2_dp2": {"ep": 2}, "ep2_tp2_sp": {"ep": 2, "tp": 2, "sp": True},
+    "ep2_pp2": {"ep": 2, "pp": 2},
 }  # fmt: skip
-SIZES = {"tp2_sp": 2, "pp2": 2, "dp2": 2, "tp2_pp2_sp": 4, "tp2_dp2": 4}
+SIZES = {name: 2 if name in ("tp2_sp", "pp2", "dp2", "ep2") else 4 for name in LAYOUTS}
 
 
 @pytest.mark.parametrize("name", list(LAYOUTS))
 def test_a_layout_changes_nothing(request: pytest.FixtureRequest, one_rank: None, name: str) -> None:
     pool: WorkerPool = request.getfixturevalue(f"pool{SIZES[name]}")
     alone, in_order = pool_experts.scores("nemotron"), pool_experts.sorted_weights("nemotron")
+    layout = layout_of(parts("nemotron")[0])
+    orders = width_orders(alone, layout)
     for rank in pool.run(pool_experts.scores, "nemotron", **LAYOUTS[name]):
         assert rank.keys() == alone.keys()
+        found = width_orders(rank, layout)
+        assert all(torch.equal(found[n][dim], order) for n in orders for dim, order in orders[n].items())
         for dim, rows in alone.items():
             assert all(difference(rank[dim][layer], row) < 1e-5 for layer, row in rows.items()), dim
     for rank in pool.run(pool_experts.sorted_weights, "nemotron", **LAYOUTS[name]):

@@ -197,7 +197,11 @@ def six_steps_alike(pool: WorkerPool, feature: str, tolerance: float) -> None:
     """Losses of six steps at TP 2 x PP 2 with sequence parallelism, and where they end, against one process."""
     settings = ALL_STEPS | {"feature": feature}
     expected = pool_family.train_steps(**settings)
-    for rank in pool.run(pool_family.train_steps, **LAYOUTS["tp2_pp2_sp"], **settings):
+    assert_alike(pool.run(pool_family.train_steps, **LAYOUTS["tp2_pp2_sp"], **settings), expected, tolerance)
+
+
+def assert_alike(ranks: list[dict[str, Any]], expected: dict[str, Any], tolerance: float) -> None:
+    for rank in ranks:
         for ours, theirs in zip(rank["steps"], expected["steps"], strict=True):
             assert ours["losses"] == pytest.approx(theirs["losses"], rel=tolerance, abs=1e-5)
         assert_same_run(rank, expected, 1e-3)
@@ -216,6 +220,32 @@ def test_six_steps_of_adam_of_a_family_end_alike(pool4: WorkerPool, one_rank: No
 
 def test_six_steps_of_adam_with_experts_end_alike(pool4: WorkerPool, one_rank: None) -> None:
     six_steps_alike(pool4, "nemotron", 1e-5)
+
+
+EXPERTS = {"ep2_pp2": {"ep": 2, "pp": 2}, "ep2_tp2_sp": {"ep": 2, "tp": 2, "sp": True}, "ep2_dp2": {"ep": 2}}
+
+
+@pytest.mark.parametrize("name", ["ep2_pp2", *(pytest.param(n, marks=pytest.mark.slow) for n in list(EXPERTS)[1:])])
+def test_six_steps_of_adam_with_experts_shared_out_end_alike(pool4: WorkerPool, one_rank: None, name: str) -> None:
+    """In one process two micro-batches, one after the other, share a draw, as those of two ranks do."""
+    settings = ALL_STEPS | {"feature": "nemotron"}
+    if "sharing" not in _references:
+        _references["sharing"] = pool_family.train_steps(**settings, sharing=2)
+    assert_alike(pool4.run(pool_family.train_steps, **EXPERTS[name], **settings), _references["sharing"], 1e-5)
+
+
+@pytest.mark.parametrize("name", ["ep2_tp2_sp", pytest.param("ep2_pp2", marks=pytest.mark.slow)])
+def test_a_step_with_experts_shared_out_is_one_process(pool4: WorkerPool, one_rank: None, name: str) -> None:
+    """Soft and hard: losses, gradients of model and router, choices."""
+    expected = pool_family.train_steps(feature="nemotron", sharing=2)
+    assert_same(pool4.run(pool_family.train_steps, **EXPERTS[name], feature="nemotron"), expected)
+
+
+@pytest.mark.parametrize("ep", [pytest.param(2, marks=pytest.mark.slow), 4])
+def test_context_parallel_ranks_share_out_experts(pool4: WorkerPool, one_rank: None, ep: int) -> None:
+    """Two of one sample, or four of two samples, which share a draw."""
+    expected = pool_family.train_steps(feature="nemotron", sharing=ep // 2)
+    assert_same(pool4.run(pool_family.train_steps, cp=2, ep=ep, feature="nemotron"), expected)
 
 
 @pytest.mark.slow
@@ -251,6 +281,18 @@ def test_the_distributed_optimizer_changes_nothing(request: pytest.FixtureReques
         pool.run(pool_family.train_steps, **LAYOUTS[name], **ALL_STEPS, distributed_optimizer=on)
         for on in (True, False)
     ]
+    assert_same_with_both(*runs)
+
+
+@pytest.mark.slow
+def test_the_distributed_optimizer_changes_nothing_of_experts_shared_out(pool4: WorkerPool) -> None:
+    settings = ALL_STEPS | {"feature": "nemotron", "ep": 2}
+    assert_same_with_both(*(
+        pool4.run(pool_family.train_steps, **settings, distributed_optimizer=on) for on in (True, False)
+    ))  # fmt: skip
+
+
+def assert_same_with_both(*runs: list[dict[str, Any]]) -> None:
     for on, off in zip(*runs, strict=True):
         # The norm that gradients are clipped by is summed in another order; fp32 rounding grows from there. How much
         # depends on the processor's kernels: under 1e-5 on one, 1.3e-5 on another after six steps.

@@ -13,6 +13,7 @@ from torch import nn
 
 from nemo_elastic.mcore import versions
 from nemo_elastic.nemo.plain.optimizer import OptimizerModule, apply_multipliers, gather_in_the_schedule
+from nemo_elastic.nemo.plain.optimizer_states import dealt
 from nemo_elastic.nemo.plain.trainer import build_optimizer
 from nemo_elastic.nemo.run.train import decays_not, is_router
 from nemo_elastic.problems import ProblemsError
@@ -145,3 +146,44 @@ def test_a_context_holds_the_module_and_gives_it_back(tmp_path) -> None:
     again = io.load(tmp_path, OptimizerModule)
     assert type(again) is OptimizerModule and again.config == made.config
     assert (again.scale_lr_cond, again.no_weight_decay_cond, again.lr_mult) == (is_router, decays_not, 10.0)
+
+
+def test_a_state_is_dealt_to_as_many_optimizers_as_there_are() -> None:
+    """Experts that ranks share out have one of their own: settings follow, tensors stay where they were read."""
+
+    def group(decay: float, experts: bool, **more: object) -> dict:
+        return {
+            "pre_wd_mult": decay,
+            "pre_lr_mult": 1.0,
+            "is_decoupled_lr": False,
+            "is_expert_parallel": experts,
+            **more,
+        }
+
+    def optimizer(*groups: dict) -> types.SimpleNamespace:
+        return types.SimpleNamespace(optimizer=types.SimpleNamespace(state_dict=lambda: {"param_groups": list(groups)}))
+
+    dense = optimizer(group(0.0, False, params=[0, 1]), group(1.0, False, params=[2]))
+    shared = optimizer(group(1.0, True, params=[0]))
+    alone = optimizer(group(0.0, False, params=[0, 1]), group(1.0, False, params=[2, 3]))
+    saved = [group(0.0, False, lr=0.1, step=7), group(1.0, False, lr=0.2, step=7)]
+    one = {
+        "optimizer": {"param_groups": saved},
+        "kind": "x",
+        0: {"param_state": {0: "a"}},
+        1: {"param_state": {0: "b"}},
+    }
+    first, second = dealt(one, [dense, shared]).values()
+    assert (first["param_state"], second["param_state"]) == ({0: "a"}, {0: "b"})
+    assert [g["lr"] for g in first["optimizer"]["param_groups"]] == [0.1, 0.2]
+    (own,) = second["optimizer"]["param_groups"]
+    assert (own["lr"], own["step"], own["is_expert_parallel"], own["params"]) == (0.2, 7, True, [0])
+    several = {0: {"optimizer": {"param_groups": saved}}, 1: {"optimizer": {"param_groups": [saved[1]]}},
+               "param_state": {0: "c"}}  # fmt: skip
+    found = dealt(several, [alone])
+    assert found["param_state"] == {0: "c"} and 0 not in found
+    assert [g["params"] for g in found["optimizer"]["param_groups"]] == [[0, 1], [2, 3]]
+    plain = {0: {"param_groups": saved, "state": {"common_step": 5, 9: "old"}}, 1: {}, "state": {0: "d"}}
+    assert dealt(plain, [alone])["state"] == {"common_step": 5, 0: "d"}
+    untouched = {0: {"optimizer": {}}, 1: {"optimizer": {}}}
+    assert dealt(untouched, [dense, shared]) is untouched

@@ -112,12 +112,14 @@ class WorkerPool:
         tp: int = 1,
         pp: int = 1,
         cp: int = 1,
+        ep: int = 1,
         timeout: float = 120.0,
         **keywords: Any,
     ) -> list[Any]:
         """The results of `function(*arguments, **keywords)` on every rank under TP x PP x CP.
 
-        What remains is data parallel.
+        What remains is data parallel. `ep` of the data- and context-parallel ranks share out a layer's experts.
+
         Sequence parallelism is a matter of the model's config: it is passed on, as a keyword, to the function.
 
         Raises:
@@ -130,6 +132,7 @@ class WorkerPool:
             "tensor_model_parallel_size": tp,
             "pipeline_model_parallel_size": pp,
             "context_parallel_size": cp,
+            "expert_model_parallel_size": ep,
         }
         message = (function.__module__, function.__qualname__, layout, pickle.dumps((arguments, keywords)))
         try:

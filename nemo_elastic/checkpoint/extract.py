@@ -87,7 +87,7 @@ def child_pattern(architecture: Architecture, subnet: Subnet) -> str:
 
 def child_layout(layout: ParamLayout, subnet: Subnet) -> ParamLayout:
     """The table of a uniform child as a model of its own."""
-    return ParamLayout(child_architecture(layout.architecture, subnet), ffn_groups=layout.ffn_groups)
+    return ParamLayout(child_architecture(layout.architecture, subnet), ffn_groups=layout.groups)
 
 
 def plain_model(model: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:

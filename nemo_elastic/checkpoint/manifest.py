@@ -25,6 +25,7 @@ from ..space.subnet import Subnet
 
 FORMAT = "nemo_elastic.nested"
 VERSION = 1
+EXPERT_GROUPS = 2  # as 1, and `space.expert_groups`, where experts have other groups than neurons
 FOLDER = "elastic"
 MANIFEST_FILE = "elastic/manifest.json"
 PERMUTATIONS_FILE = "elastic/permutations.safetensors"
@@ -58,7 +59,7 @@ class Manifest:
     @property
     def layout(self) -> ParamLayout:
         """The table of the nested weights."""
-        return ParamLayout(self.space.architecture, ffn_groups=self.space.ffn_groups)
+        return ParamLayout(self.space.architecture, ffn_groups=self.space.groups)
 
     def subnet(self, budget: str) -> Subnet:
         """The child of a budget.
@@ -75,12 +76,14 @@ class Manifest:
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
         space = self.space
+        one = space.groups.experts == space.groups.ffn
         return {
             "format": FORMAT,
-            "version": VERSION,
+            "version": VERSION if one else EXPERT_GROUPS,
             "model": dict(self.model),
             "space": {
                 "ffn_groups": space.ffn_groups,
+                **({} if one else {"expert_groups": space.groups.experts}),
                 "depth_unit": space.depth_unit,
                 "depth_ranking": None if space.depth_ranking is None else list(space.depth_ranking),
                 "dims": {
@@ -107,9 +110,11 @@ def manifest_from_dict(data: Any) -> Manifest:
     if not isinstance(data, Mapping) or data.get("format") != FORMAT:
         raise ProblemsError([Problem("format", f"must be {FORMAT!r}: this is not the manifest of a nested checkpoint")])
     version = data.get("version")
-    if version != VERSION:
-        remedy = "install a newer nemo-elastic" if isinstance(version, int) and version > VERSION else "write it again"
-        raise ProblemsError([Problem("version", f"{version!r} cannot be read here, {VERSION} can; {remedy}")])
+    if version not in (VERSION, EXPERT_GROUPS):
+        newer = isinstance(version, int) and version > EXPERT_GROUPS
+        remedy = "install a newer nemo-elastic" if newer else "write it again"
+        words = f"{version!r} cannot be read here, {VERSION} and {EXPERT_GROUPS} can; {remedy}"
+        raise ProblemsError([Problem("version", words)])
     found = [Problem(key, "is missing") for key in REQUIRED if key not in data]
     found += [Problem(str(k), f"is no key of a manifest{did_you_mean(str(k), _KEYS)}") for k in data if k not in _KEYS]
     found += [Problem(k, "must be a mapping") for k in MAPPINGS if not isinstance(data.get(k, {}), Mapping)]
@@ -149,7 +154,10 @@ def manifest_from_dict(data: Any) -> Manifest:
 
 def _space(model: Mapping[str, Any], space: Mapping[str, Any]) -> ElasticSpace:
     bare = ElasticSpace(
-        architecture=architecture_of(model), ffn_groups=space["ffn_groups"], depth_unit=space.get("depth_unit", 1)
+        architecture=architecture_of(model),
+        ffn_groups=space["ffn_groups"],
+        expert_groups=space.get("expert_groups"),
+        depth_unit=space.get("depth_unit", 1),
     )
     ranking = space["depth_ranking"]
     unknown = sorted(set(space["dims"]) - set(bare.dims))

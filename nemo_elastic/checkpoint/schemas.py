@@ -77,7 +77,7 @@ def plain_child(
         if name not in CAN_VARY[schema]
     )
     largest = largest_architecture(parent, subnet)
-    own = ParamLayout(largest, ffn_groups=layout.ffn_groups)
+    own = ParamLayout(largest, ffn_groups=layout.groups)
     tensors = child_tensors(reader, layout, subnet, dtype)
     if not varied:
         return PlainChild(largest, own, tensors, {}, 0)

@@ -49,10 +49,10 @@ def layout_tables(result: Row) -> list[Any]:
         f"layouts on {gpus['count']:,} GPUs of {gpus['memory_gb']:g} GB, the fastest first (estimated, never measured)"
     )
     table = Table(title=title, title_justify="left")
-    for heading in ("TP", "PP", "CP", "DP", "micro-batch", "recompute", "GB a GPU", "s/step", "days"):
+    for heading in ("TP", "PP", "CP", "EP", "DP", "micro-batch", "recompute", "GB a GPU", "s/step", "days"):
         table.add_column(heading, no_wrap=True, justify="left" if heading == "recompute" else "right")
     for row in rows[:MOST]:
-        sizes = (row[f"{name}_parallel_size"] for name in ("tensor_model", "pipeline_model", "context"))
+        sizes = (row[f"{name}_parallel_size"] for name in ("tensor_model", "pipeline_model", "context", "expert_model"))
         more = (row["data_parallel_size"], row["micro_batch_size"], row["recompute_granularity"] or "none")
         table.add_row(*map(str, (*sizes, *more)), f"{row['memory_gb']:.1f}", f"{row['step_seconds']:.3g}",
                       f"{row['days']:.3g}")  # fmt: skip

@@ -63,8 +63,10 @@ def _run(run: Row) -> list[Any]:
     sizes = f"TP {layout['tensor_model_parallel_size']} x PP {layout['pipeline_model_parallel_size']}"
     if layout["context_parallel_size"] > 1:
         sizes += f" x CP {layout['context_parallel_size']}"
+    experts = layout["expert_model_parallel_size"]
     replicas = layout["largest_data_parallel_size"]
-    lines.append(f"layout:  {sizes} = {layout['gpus_per_replica']} GPUs a replica, up to {replicas:,} replicas")
+    shared = f", {experts} of which share out experts" if experts > 1 else ""
+    lines.append(f"layout:  {sizes} = {layout['gpus_per_replica']} GPUs a replica, up to {replicas:,} replicas{shared}")
     stay = "all stay" if saved["kept"] == saved["count"] else f"{saved['kept']:,} stay (train.keep_checkpoints)"
     lines.append(f"saved:   every {saved['every_steps']:,} steps, {saved['count']:,} checkpoints, {stay}")
     return [*lines, _schedule(run["schedule"])]

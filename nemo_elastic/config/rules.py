@@ -169,6 +169,9 @@ def _data_problems(config: RunConfig) -> Iterable[Problem]:
 
 
 def _elastic_problems(config: RunConfig) -> Iterable[Problem]:
+    experts = config.elastic.expert_groups
+    if experts is not None and experts < 1:
+        yield Problem("elastic.expert_groups", f"{experts} must be above 0; empty: elastic.ffn_groups")
     if config.rank.ffn_site == "linear_fc1_output" and config.model.get("gated_linear_unit"):
         words = "linear_fc1_output has a gate and a neuron for each unit of a gated MLP; rank by linear_fc2_input"
         yield Problem("rank.ffn_site", words)

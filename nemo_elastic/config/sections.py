@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..kinds import axis
+
 AUTO = "auto"  # a value that the machine decides when a run starts
 PHASES = ("warmup", "soft", "hard", "frozen")  # of the router, in this order
 
@@ -35,8 +37,14 @@ class ElasticConfig:
     multiple_of: Mapping[str, int] = field(default_factory=dict)  # dim -> what ratios round to, as kernels like
     depth_unit: str | None = None  # layer or block (a mixer and its MLP); empty: as the parent's files say, else layer
     ffn_groups: int = 8  # groups that FFN neurons are dealt to; every TP size must divide it
+    expert_groups: int | None = None  # groups of experts; every EP size must divide it; empty: as many as ffn_groups
     budgets: Mapping[str, Any] = field(default_factory=dict)  # name -> fraction, parameters, or {kind:, value:}
     subnets: Mapping[str, Any] = field(default_factory=dict)  # name -> forced sizes: that budget is not learned
+
+    @property
+    def groups(self) -> axis.Groups:
+        """Of neurons and of experts."""
+        return axis.Groups(self.ffn_groups, self.expert_groups or self.ffn_groups)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +194,7 @@ class TrainConfig:
     pipeline_model_parallel_size: int = 1
     sequence_parallel: bool = False
     context_parallel_size: int = 1
-    expert_model_parallel_size: int = 1
+    expert_model_parallel_size: int = 1  # ranks that share out a layer's experts; made of data-parallel ones
     virtual_pipeline_model_parallel_size: int | None = None
     micro_batch_size: int = 4
     precision: str = AUTO  # bf16-mixed on a GPU, 32 on a CPU; decided when a run starts, and kept
@@ -207,6 +215,11 @@ class TrainConfig:
     wandb_project: str | None = None  # empty: nemo-elastic
     wait_minutes: float = 1440.0  # how long processes wait for one that sorts, nests or extracts, before they give up
     preemption: bool = True  # SIGTERM saves a checkpoint and stops after the step
+
+    @property
+    def sharing(self) -> int:
+        """Replicas whose ranks share out experts, and so run one subnet: context-parallel ranks come first."""
+        return max(1, self.expert_model_parallel_size // self.context_parallel_size)
 
     @property
     def distributed_optimizer(self) -> bool:

@@ -20,6 +20,7 @@ class GpuLayout:
     Attributes:
         data_parallel_size: replicas that have samples of their own. Gradients and optimizer shards go over these times
             `context_parallel_size`.
+        expert_model_parallel_size: how many of these share out a layer's experts.
         element: bytes of a weight and of an activation: 2 in bf16-mixed, 4 in fp32.
         rotary_percent: share of a head's channels that positions turn; 0 without positions.
         kernels: as of `kinds.kind.Ran`.
@@ -28,6 +29,7 @@ class GpuLayout:
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
     context_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
     data_parallel_size: int = 1
     sequence_parallel: bool = False
     micro_batch_size: int = 1
@@ -46,6 +48,11 @@ class GpuLayout:
     def shards(self) -> int:
         """How many GPUs share the optimizer's states of the same weights."""
         return self.data_parallel_size * self.context_parallel_size
+
+    @property
+    def expert_shards(self) -> int:
+        """How many GPUs share the optimizer's states of the same experts."""
+        return self.shards // self.expert_model_parallel_size
 
     @property
     def sequence_share(self) -> float:

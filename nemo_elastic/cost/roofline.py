@@ -51,13 +51,18 @@ class Seconds:
     memory: float = 0.0
     tensor: float = 0.0
     context: float = 0.0
+    experts: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.product + self.memory + self.tensor + self.context
+        return sum(self.parts())
 
     def __add__(self, other: Seconds) -> Seconds:
         return Seconds(*(a + b for a, b in zip(self.parts(), other.parts(), strict=True)))
+
+    def backward(self, tensor: float) -> Seconds:
+        """Of a forward: twice its products and memory, `tensor` times its tensor-parallel exchange, once the others."""
+        return Seconds(2 * self.product, 2 * self.memory, tensor * self.tensor, self.context, self.experts)
 
     def times(self, factor: float) -> Seconds:
         """All of it `factor` times."""
@@ -65,7 +70,7 @@ class Seconds:
 
     def parts(self) -> tuple[float, ...]:
         """In the order of the fields."""
-        return (self.product, self.memory, self.tensor, self.context)
+        return (self.product, self.memory, self.tensor, self.context, self.experts)
 
 
 def link_gbs(machine: Machine, stride: int, size: int) -> float:
@@ -91,12 +96,14 @@ def layer_forward(
     flops = layer_flops(layout, letter, sizes, sequence_length=seq_length) * tokens / seq_length / tp
     weights = how.element * layer_parameters(layout, letter, sizes)  # the table is a shard's
     kept = layer_bytes(layout, how, running, layer, seq_length, None) * tokens
+    ep, sent = how.expert_model_parallel_size, kind_of(letter).dispatched(arch, sizes)
     exchanged = kind_of(letter).exchanged(arch, sizes, cp) if cp > 1 else 0.0
     return Seconds(
         max(flops / (machine.matmul_tflops * 1e12), weights / (machine.memory_tbs * 1e12)),
         machine.memory_passes * kept / (machine.memory_tbs * 1e12),
         2 * _between(layout, how, machine, running, seq_length),
         how.element * exchanged * tokens / tp / (link_gbs(machine, tp, cp) * 1e9),
+        gather_seconds(machine, tp, ep, how.element * sent * tokens),  # whole tokens on every tensor-parallel rank
     )
 
 
@@ -153,7 +160,7 @@ def student_seconds(
 ) -> Seconds:
     """Forward and backward of one student's micro-batch on a stage, the head's part included."""
     forward, back = stage_forward(layout, how, machine, running, stage, seq_length), _backward_share(how, running)
-    total = forward + Seconds(2 * forward.product, 2 * forward.memory, back * forward.tensor, forward.context)
+    total = forward + forward.backward(back)
     for layer, count in alike(layout, how, running, stage):
         total += again_seconds(layout, how, machine, running, layer, seq_length).times(count)
     if how.is_last(stage):
@@ -180,12 +187,14 @@ def teacher_seconds(
 
 def update_seconds(layout: ParamLayout, how: GpuLayout, machine: Machine, stage: int) -> dict[str, float]:
     """Once a step: gradients summed over replicas in fp32, weights gathered (distributed optimizer), and Adam."""
-    elements = sum(stage_rows(layout, how, stage).values())
-    stride, size = how.tensor_model_parallel_size, how.shards
+    rows, stride = stage_rows(layout, how, stage), how.tensor_model_parallel_size
+    experts = sum(n for name, n in rows.items() if name in layout.table and layout.table[name].is_shared_out)
+    parts = [(sum(rows.values()) - experts, stride, how.shards)]
+    parts.append((experts, stride * how.expert_model_parallel_size, how.expert_shards))
     moved = 4 + how.element if how.use_distributed_optimizer else 8
-    shard = elements / (size if how.use_distributed_optimizer else 1)
+    shard = sum(n / (size if how.use_distributed_optimizer else 1) for n, _, size in parts)
     return {
-        "gradients": gather_seconds(machine, stride, size, moved * elements),
+        "gradients": sum(gather_seconds(machine, apart, size, moved * n) for n, apart, size in parts),
         "optimizer": shard * OPTIMIZER_BYTES / (machine.memory_tbs * 1e12),
     }
 

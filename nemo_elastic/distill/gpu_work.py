@@ -46,17 +46,22 @@ class Work:
         self.run, self.family = run, family
         self.stages = [shares(run, family, subnets, i) for i in range(len(run.train.stages))]
         self.router = router_elements(run, family)
-        self._tables: dict[int, ParamLayout | None] = {}
+        self._tables: dict[tuple[int, int], ParamLayout | None] = {}
 
-    def table(self, tp: int) -> ParamLayout | None:
-        """The table of a tensor-parallel size, made once; None where the sizes do not allow it."""
-        if tp not in self._tables:
+    def table(self, tp: int, ep: int = 1) -> ParamLayout | None:
+        """The table of a tensor- and an expert-parallel size, made once; None where the sizes do not allow it."""
+        if (tp, ep) not in self._tables:
+            groups = self.family.space.groups
             try:
-                made = ParamLayout(self.family.architecture, ffn_groups=self.family.space.ffn_groups, tp_size=tp)
+                made = ParamLayout(self.family.architecture, ffn_groups=groups, tp_size=tp, ep_size=ep)
             except ProblemsError:
                 made = None
-            self._tables[tp] = made
-        return self._tables[tp]
+            self._tables[tp, ep] = made
+        return self._tables[tp, ep]
+
+    def table_of(self, how: GpuLayout) -> ParamLayout:
+        """The table of a layout's rank."""
+        return self.table(how.tensor_model_parallel_size, how.expert_model_parallel_size)
 
     def micro_batches(self, how: GpuLayout, index: int) -> int:
         """Micro-batches of a replica in a step of stage `index`."""

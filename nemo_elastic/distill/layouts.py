@@ -1,6 +1,7 @@
 """`plan --gpus`: the layouts of a run over N GPUs that fit their memory, fastest first. Estimated; pure; no torch.
 
-    layout      TP x PP x CP x DP = N, a micro-batch size, a recomputation: all that the run's own rules allow
+    layout      TP x PP x CP x DP = N, EP of CP x DP where there are experts, a micro-batch size, a recomputation: all
+                that the run's own rules allow
     memory      of the GPU that has most: held + max over stages of the curriculum, pipeline stages and what runs of
                 (saved x in flight + hand-over + max(head, one layer at work)) + report.gpu.reserve_gb
     step        `cost.roofline`, mean over the phases of the router and the budgets that a stage draws
@@ -22,7 +23,7 @@ from ..cost.gpu_layout import GpuLayout, Running
 from ..cost.held_memory import held_bytes
 from ..cost.roofline import Seconds, hand_over_seconds, student_seconds, teacher_seconds, update_seconds
 from ..family import Family
-from ..plan.context import chunk_step, shares_heads
+from ..plan.context import chunk_step, share_experts, shares_heads
 from .gpu_work import Share, Work, rotary_percent
 
 MICRO_BATCHES = (1, 2, 4, 8)  # sizes that are tried
@@ -68,13 +69,15 @@ def candidates(work: Work, gpus: int, contexts: Sequence[int] = CONTEXT) -> Iter
         if cp > 1 and not shares_heads(work.family, tp, cp):
             continue
         dp = gpus // (tp * pp * cp)
-        for micro, recompute in product(MICRO_BATCHES, RECOMPUTES):
+        experts = [ep for ep in _divisors(dp * cp) if share_experts(cp, ep) and work.table(tp, ep)]
+        for micro, recompute, ep in product(MICRO_BATCHES, RECOMPUTES, experts):
             if any(stage.global_batch_size % (dp * micro) for stage in stages):
                 continue
             yield GpuLayout(
                 tensor_model_parallel_size=tp,
                 pipeline_model_parallel_size=pp,
                 context_parallel_size=cp,
+                expert_model_parallel_size=ep,
                 data_parallel_size=dp,
                 sequence_parallel=tp > 1,
                 micro_batch_size=micro,
@@ -87,7 +90,7 @@ def candidates(work: Work, gpus: int, contexts: Sequence[int] = CONTEXT) -> Iter
 
 def memory_bytes(work: Work, how: GpuLayout) -> dict[str, float]:
     """Bytes by what they are on the GPU that has most, and which stage of the curriculum asks for them."""
-    run, layout, worst = work.run, work.table(how.tensor_model_parallel_size), {"total": -1.0}
+    run, layout, worst = work.run, work.table_of(how), {"total": -1.0}
     for stage in range(how.pipeline_model_parallel_size):
         if 1 < stage < how.pipeline_model_parallel_size - 1 and _as_before(work.family, how, stage):
             continue  # fewer in flight than the stage before it, and the same layers
@@ -111,7 +114,7 @@ def memory_bytes(work: Work, how: GpuLayout) -> dict[str, float]:
 
 def _moment(work: Work, how: GpuLayout, stage: int, index: int, row: Sequence[Share]) -> dict[str, float]:
     """What the micro-batches in flight keep, and the highest moment on the way."""
-    run, layout = work.run, work.table(how.tensor_model_parallel_size)
+    run, layout = work.run, work.table_of(how)
     length, teacher = run.train.stages[index].seq_length, run.distill.needs_teacher
     micro_batches = work.micro_batches(how, index)
     students = list(dict.fromkeys(share.running for share in row))
@@ -138,7 +141,7 @@ def _moment(work: Work, how: GpuLayout, stage: int, index: int, row: Sequence[Sh
 
 def stage_seconds(work: Work, how: GpuLayout, index: int) -> dict[str, Any]:
     """Seconds of a step of stage `index` of the curriculum, and what they are made of."""
-    run, layout, machine = work.run, work.table(how.tensor_model_parallel_size), work.run.report.gpu
+    run, layout, machine = work.run, work.table_of(how), work.run.report.gpu
     arch, full = work.family.architecture, Running(subnet=work.family.space.full_subnet())
     stages, teacher = range(how.pipeline_model_parallel_size), run.distill.needs_teacher
     cached, length = bool(run.distill.teacher_cache), run.train.stages[index].seq_length
@@ -163,6 +166,7 @@ def stage_seconds(work: Work, how: GpuLayout, index: int) -> dict[str, Any]:
         "memory": micro_batches * slowest.memory,
         "tensor_parallel": micro_batches * slowest.tensor,
         "context_parallel": micro_batches * slowest.context,
+        "expert_parallel": micro_batches * slowest.experts,
         "hand_over": micro_batches * handed,
         "bubble": (len(stages) - 1) * one,
         **update,
@@ -191,7 +195,8 @@ def described(work: Work, how: GpuLayout, memory: Mapping[str, float]) -> dict[s
 def sizes_of(how: GpuLayout) -> dict[str, Any]:
     """A layout by the names of Megatron's configuration."""
     names = (
-        "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "data_parallel_size",
+        "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
+        "expert_model_parallel_size", "data_parallel_size",
         "sequence_parallel", "micro_batch_size", "recompute_granularity",
     )  # fmt: skip
     return {name: getattr(how, name) for name in names}

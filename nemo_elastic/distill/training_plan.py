@@ -43,6 +43,7 @@ def training_plan(run: RunConfig, family: Family) -> dict[str, Any] | None:
             "tensor_model_parallel_size": run.train.tensor_model_parallel_size,
             "pipeline_model_parallel_size": run.train.pipeline_model_parallel_size,
             "context_parallel_size": run.train.context_parallel_size,
+            "expert_model_parallel_size": run.train.expert_model_parallel_size,
             "gpus_per_replica": run.train.tensor_model_parallel_size
             * run.train.pipeline_model_parallel_size
             * run.train.context_parallel_size,

@@ -41,7 +41,7 @@ def hidden_scores(per_norm: Mapping[int, Tensor]) -> Tensor:
 def width_orders(widths: Widths, layout: ParamLayout) -> Orders:
     """Orders of every dim that `widths` has scores for, by layer; each layer's entry has the hidden order too."""
     arch = layout.architecture
-    groups = dim_groups(arch, layout.ffn_groups)
+    groups = dim_groups(arch, layout.groups)
     shared = {}
     if widths.get("hidden_size"):
         shared["hidden_size"] = group_order(hidden_scores(widths["hidden_size"]), 1)

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from .axis import Axis, MakeFactor, Segment
+from .axis import Axis, Groups, MakeFactor, Segment
 from .kind import Dim, Gguf, HuggingFace, Kind, Packed, PerLayer, Ran, Size, Sizes, size_of
 
 
-def _axes(arch: Any, ffn_groups: int, factor: MakeFactor) -> dict[str, Axis]:
+def _axes(arch: Any, groups: Groups, factor: MakeFactor) -> dict[str, Axis]:
     per_group = arch.num_attention_heads // arch.num_query_groups
     queries = factor("num_attention_heads", arch.num_query_groups, per_group, tp=True)
     queries_keys_values = factor("num_attention_heads", arch.num_query_groups, per_group, fixed=2, tp=True)
@@ -88,7 +88,7 @@ ATTENTION = Kind(
         Dim(
             name="num_attention_heads",
             place=30,
-            groups=lambda arch, ffn_groups: arch.num_query_groups,
+            groups=lambda arch, groups: arch.num_query_groups,
             ratios=(1.0, 0.75, 0.5),
             words="attention heads",
             short="attn\nheads",

@@ -2,7 +2,7 @@
 
 A `Factor` is `groups` groups of `count` units (plus `fixed` units at the end of every group that no child loses); a
 `Segment` is a product of factors (Mamba's z rows are group, head, channel); an axis is a sum of segments
-(`[z+x+B+C+dt]`). Tensor parallelism splits an axis by whole groups. No torch here.
+(`[z+x+B+C+dt]`). Tensor and expert parallelism split an axis by whole groups. No torch here.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,6 +14,7 @@ from typing import Any
 class Factor:
     """`groups` x (`count` elastic units + `fixed` units always kept). `dim=None`: nothing of it is ever cut.
 
+    `tp`, `ep`: who splits the groups, tensor- or expert-parallel ranks, of which there are `ranks`.
     `padding`: how many of the groups, the last ones, are zeros that whole tensors do not have.
     """
 
@@ -22,6 +23,7 @@ class Factor:
     count: int
     fixed: int = 0
     tp: bool = False
+    ep: bool = False
     ranks: int = 1
     padding: int = 0
 
@@ -55,6 +57,19 @@ class Segment:
         return product
 
 
+@dataclass(frozen=True)
+class Groups:
+    """How many groups are made of units that belong to none by nature."""
+
+    ffn: int  # neurons: elastic.ffn_groups
+    experts: int  # elastic.expert_groups
+
+    @classmethod
+    def of(cls, groups: "int | Groups") -> "Groups":
+        """A number is that of both."""
+        return cls(groups, groups) if isinstance(groups, int) else groups
+
+
 Axis = tuple[Segment, ...]
-# (dim or None, groups, units of a group, *, fixed=0, tp=False) -> a factor of the table at hand, of its TP size.
+# (dim or None, groups, units of a group, *, fixed=0, tp=False, ep=False) -> a factor of the table at hand.
 MakeFactor = Callable[..., Factor]

@@ -13,20 +13,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from .axis import Axis, MakeFactor, Segment
+from .axis import Axis, Groups, MakeFactor, Segment
 from .kind import Dim, Kind, Ran, Size, Sizes, size_of
 
 COUNT, NEURONS, SHARED = "num_moe_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"
 LATENT, TOPK, BIAS = "moe_latent_size", "moe_router_topk", "moe_router_enable_expert_bias"
 
 
-def _axes(arch: Any, ffn_groups: int, factor: MakeFactor) -> dict[str, Axis]:
-    neurons = factor(NEURONS, ffn_groups, getattr(arch, NEURONS) // ffn_groups, tp=True)
-    shared = factor(SHARED, ffn_groups, getattr(arch, SHARED) // ffn_groups, tp=True)
+def _axes(arch: Any, groups: Groups, factor: MakeFactor) -> dict[str, Axis]:
+    neurons = factor(NEURONS, groups.ffn, getattr(arch, NEURONS) // groups.ffn, tp=True)
+    shared = factor(SHARED, groups.ffn, getattr(arch, SHARED) // groups.ffn, tp=True)
+    experts = COUNT, groups.experts, getattr(arch, COUNT) // groups.experts
     rows = ("gate", "up") if arch.gated_linear_unit else ("ffn",)
     latent, hidden = getattr(arch, LATENT), factor("hidden_size", 1, arch.hidden_size)
     return {
-        "expert": (Segment("expert", (factor(COUNT, ffn_groups, getattr(arch, COUNT) // ffn_groups),)),),
+        "expert": (Segment("expert", (factor(*experts),)),),  # of the router, which every rank has whole
+        "held_expert": (Segment("expert", (factor(*experts, ep=True),)),),
         "expert_ffn": (Segment("ffn", (neurons,)),),
         "expert_fc1": tuple(Segment(name, (neurons,)) for name in rows),
         "expert_hidden": (Segment("latent", (factor(None, 1, latent),)),)
@@ -68,6 +70,10 @@ def _saved(arch: Any, sizes: Sizes, ran: Ran) -> dict[str, float]:
     }
 
 
+def _dispatched(arch: Any, sizes: Sizes) -> float:
+    return 2 * getattr(arch, TOPK) * (getattr(arch, LATENT) or size_of(arch, sizes, "hidden_size"))
+
+
 def _met(arch: Any, sizes: Sizes) -> dict[str, tuple[int, Any]]:
     share = getattr(arch, TOPK), size_of(arch, sizes, COUNT)
     return {"mlp.experts.experts.linear_fc1.weight": share, "mlp.experts.experts.linear_fc2.weight": share}
@@ -81,11 +87,12 @@ def _broken(arch: Any) -> Iterator[tuple[str, str]]:
 
 
 def _dim(name: str, place: int, words: str, short: str, *, least: Any = lambda arch: 1, **more: Any) -> Dim:
+    experts = name == COUNT
     return Dim(
         name=name,
         place=place,
-        groups=lambda arch, ffn_groups: ffn_groups,
-        dealt=True,
+        groups=lambda arch, groups: groups.experts if experts else groups.ffn,
+        dealt="expert_groups" if experts else "ffn_groups",
         least=least,
         words=words,
         short=short,
@@ -132,8 +139,8 @@ EXPERTS = Kind(
         "mlp.router.weight": ("expert", "hidden"),
         "mlp.router.expert_bias": ("expert",),
         "mlp.fc1_latent_proj.weight": ("latent", "hidden"),
-        "mlp.experts.experts.linear_fc1.weight": ("expert", "expert_fc1", "expert_hidden"),
-        "mlp.experts.experts.linear_fc2.weight": ("expert", "expert_hidden", "expert_ffn"),
+        "mlp.experts.experts.linear_fc1.weight": ("held_expert", "expert_fc1", "expert_hidden"),
+        "mlp.experts.experts.linear_fc2.weight": ("held_expert", "expert_hidden", "expert_ffn"),
         "mlp.fc2_latent_proj.weight": ("hidden", "latent"),
         "mlp.shared_experts.linear_fc1.weight": ("shared_fc1", "hidden"),
         "mlp.shared_experts.linear_fc2.weight": ("hidden", "shared_ffn"),
@@ -151,6 +158,7 @@ EXPERTS = Kind(
     recomputed=_flops,
     saved=_saved,
     met=_met,
+    dispatched=_dispatched,
     broken=_broken,
     aligned={"expert_ffn": "neurons of an expert", "shared_ffn": "neurons of the shared expert"},
     fp8={"expert_ffn": "moe_ffn_hidden_size {width}"},

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .axis import Axis, MakeFactor
+from .axis import Axis, Groups, MakeFactor
 
 Sizes = Mapping[str, Any]
 
@@ -44,10 +44,11 @@ class Dim:
     Attributes:
         name: of the size that it cuts.
         place: where it is listed among all dims; the seeds of a router and the columns of tables follow this order.
-        groups: (architecture, elastic.ffn_groups) -> number of groups whose first units a child keeps.
+        groups: (architecture, groups of neurons and experts) -> number of groups whose first units a child keeps.
         per_layer: layers of a child may differ in it; else it has one value per net.
         within: the dim whose units have an order of this one's each: neurons, within experts.
-        dealt: units belong to no group by nature: they are ranked over the whole layer and dealt to the groups.
+        dealt: units belong to no group by nature: they are ranked over the whole layer and dealt to the groups, whose
+            number is this field of `elastic`.
         multiple: (large parent?, widest tensor-parallel size) -> what ratios round to by default.
         least: architecture -> the smallest size of a child.
         ratios: choices that `config --from` offers; none: the dim is left alone.
@@ -58,10 +59,10 @@ class Dim:
 
     name: str
     place: int = 1000
-    groups: Callable[[Any, int], int] = lambda arch, ffn_groups: 1
+    groups: Callable[[Any, Groups], int] = lambda arch, groups: 1
     per_layer: bool = True
     within: str | None = None
-    dealt: bool = False
+    dealt: str | None = None
     multiple: Callable[[bool, int], int] = lambda large, ranks: 1
     least: Callable[[Any], int] = lambda arch: 1
     ratios: tuple[float, ...] = ()
@@ -172,7 +173,7 @@ class Kind:
         flags: true or false of a plain model (fields of `TransformerConfig`) on which its rows depend.
         rows: parameter behind the layer's prefix -> names of its axes; `hidden`, `one` are everybody's.
         only_with: row -> the flags (or sizes) of which one must be true (not 0) for it to be there; others always are.
-        axes: (architecture, elastic.ffn_groups, make a factor) -> its axes by name.
+        axes: (architecture, groups of neurons and experts, make a factor) -> its axes by name.
         norm: (row of its norm, the name of that row where Transformer Engine fuses it into the linear behind).
         stored_in_parts: rows that stock checkpoints hold segment by segment (of the first axis).
         extra_states: modules of it that have a Transformer Engine state of their own in stock checkpoints.
@@ -188,6 +189,8 @@ class Kind:
             gives to, other context-parallel ranks, over all tensor-parallel ones.
         shares_context: (architecture, sizes, tensor-parallel size, context-parallel size) -> whether so many ranks can
             share out what a layer of these sizes computes over whole sequences.
+        dispatched: (architecture, sizes) -> elements of a token that its forward sends to the ranks that hold its
+            experts and gets back, if all of them are elsewhere.
         aligned: axis of a linear -> how notes call it; `conv_axis`: the axis that the causal convolution runs over.
         fp8: axis that FP8 wants in multiples of 16 -> words, in which `{width}` and dims are put.
         ranking: field of `RankConfig` -> its choices and their meanings: which activation ranks its dims.
@@ -209,7 +212,7 @@ class Kind:
     flags: tuple[str, ...] = ()
     rows: Mapping[str, tuple[str, ...]]
     only_with: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    axes: Callable[[Any, int, MakeFactor], dict[str, Axis]]
+    axes: Callable[[Any, Groups, MakeFactor], dict[str, Axis]]
     norm: tuple[str, str]
     stored_in_parts: tuple[str, ...] = ()
     extra_states: tuple[str, ...] = ()
@@ -221,6 +224,7 @@ class Kind:
     saved: Callable[[Any, Sizes, Ran], dict[str, float]]
     exchanged: Callable[[Any, Sizes, int], float] = lambda arch, sizes, context: 0.0
     shares_context: Callable[[Any, Sizes, int, int], bool] = lambda arch, sizes, ranks, context: True
+    dispatched: Callable[[Any, Sizes], float] = lambda arch, sizes: 0.0
     aligned: Mapping[str, str] = field(default_factory=dict)
     conv_axis: str | None = None
     fp8: Mapping[str, str] = field(default_factory=dict)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .axis import Axis, MakeFactor, Segment
+from .axis import Axis, Groups, MakeFactor, Segment
 from .kind import Dim, Gguf, HuggingFace, Kind, Ran, Size, Sizes, size_of
 from .scan_chunk import scan_chunk_length
 
@@ -18,7 +18,7 @@ SITES = {
 }
 
 
-def _axes(arch: Any, ffn_groups: int, factor: MakeFactor) -> dict[str, Axis]:
+def _axes(arch: Any, groups: Groups, factor: MakeFactor) -> dict[str, Axis]:
     heads = factor("mamba_num_heads", arch.mamba_num_groups, arch.mamba_num_heads // arch.mamba_num_groups, tp=True)
     channel = factor("mamba_head_dim", 1, arch.mamba_head_dim)
     state = factor(None, arch.mamba_num_groups, arch.mamba_state_dim, tp=True)
@@ -149,7 +149,7 @@ MAMBA = Kind(
         Dim(
             name="mamba_num_heads",
             place=20,
-            groups=lambda arch, ffn_groups: arch.mamba_num_groups,
+            groups=lambda arch, groups: arch.mamba_num_groups,
             multiple=lambda large, ranks: 8 * (ranks if large else 1),  # heads of a rank: see `alignment`
             ratios=(1.0, 0.75, 0.5),
             words="Mamba heads",

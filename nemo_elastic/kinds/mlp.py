@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .axis import Axis, MakeFactor, Segment
+from .axis import Axis, Groups, MakeFactor, Segment
 from .kind import Dim, Gguf, HuggingFace, Kind, PerLayer, Ran, Size, Sizes, size_of
 
 SITES = {
@@ -16,8 +16,8 @@ SITES = {
 }
 
 
-def _axes(arch: Any, ffn_groups: int, factor: MakeFactor) -> dict[str, Axis]:
-    neurons = factor("ffn_hidden_size", ffn_groups, arch.ffn_hidden_size // ffn_groups, tp=True)
+def _axes(arch: Any, groups: Groups, factor: MakeFactor) -> dict[str, Axis]:
+    neurons = factor("ffn_hidden_size", groups.ffn, arch.ffn_hidden_size // groups.ffn, tp=True)
     rows = ("gate", "up") if arch.gated_linear_unit else ("ffn",)
     return {"ffn": (Segment("ffn", (neurons,)),), "fc1": tuple(Segment(name, (neurons,)) for name in rows)}
 
@@ -50,8 +50,8 @@ MLP = Kind(
         Dim(
             name="ffn_hidden_size",
             place=10,
-            groups=lambda arch, ffn_groups: ffn_groups,
-            dealt=True,
+            groups=lambda arch, groups: groups.ffn,
+            dealt="ffn_groups",
             multiple=lambda large, ranks: 64 if large else 8,
             ratios=(1.0, 0.75, 0.5),
             words="FFN size",

@@ -69,6 +69,7 @@ class Run:
         process_groups.start(
             settings.tensor_model_parallel_size,
             settings.pipeline_model_parallel_size,
+            expert_model_parallel_size=settings.expert_model_parallel_size,
             seed=settings.seed,
             wait_minutes=settings.wait_minutes,
         )
@@ -195,7 +196,7 @@ class Run:
         """Held-out loss of the same children cut from the sorted parent before any training."""
         self.start()
         family = self.configured.family(sorted_parent(sorted_folder).depth_ranking)
-        groups = family.space.ffn_groups
+        groups = family.space.groups
         model = build_elastic_model(
             self.config.model, ffn_groups=groups, sequence_parallel=self.config.train.sequence_parallel
         )

@@ -20,10 +20,13 @@ MOST = 16  # sizes that are tried for a message
 
 def context_problems(family: Family, train: TrainConfig) -> list[Problem]:
     """Why a family cannot be trained over `train.context_parallel_size` ranks."""
-    size, tp = train.context_parallel_size, train.tensor_model_parallel_size
+    size, tp, experts = train.context_parallel_size, train.tensor_model_parallel_size, train.expert_model_parallel_size
     if size == 1:
         return []
     found = []
+    if not share_experts(size, experts):
+        words = f"{experts} and train.context_parallel_size={size}: one must divide the other"
+        found.append(Problem("train.expert_model_parallel_size", words))
     wrong = [f"{name} {n}" for name, n in _sizes(family) if not _is_shared(family, tp, size, name, n)]
     if wrong:
         possible = ", ".join(str(n) for n in range(1, MOST + 1) if shares_heads(family, tp, n))
@@ -43,6 +46,11 @@ def context_problems(family: Family, train: TrainConfig) -> list[Problem]:
 def shares_heads(family: Family, tensor_parallel: int, context_parallel: int) -> bool:
     """Whether so many context-parallel ranks can share the heads of the parent and of every child."""
     return all(_is_shared(family, tensor_parallel, context_parallel, name, n) for name, n in _sizes(family))
+
+
+def share_experts(context_parallel: int, expert_parallel: int) -> bool:
+    """Whether ranks that share experts have one sample between them, or whole ones."""
+    return max(context_parallel, expert_parallel) % min(context_parallel, expert_parallel) == 0
 
 
 def chunk_step(tensor_parallel: int, context_parallel: int) -> int:

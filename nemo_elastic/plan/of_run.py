@@ -41,7 +41,7 @@ def plan(
         found += error.problems
         bare = replace(run.elastic, dims={}, budgets={}, subnets={})
         family = family_of(replace(run, elastic=bare))
-    found += parallel_problems(family.architecture, run.train, family.space.ffn_groups)
+    found += parallel_problems(family.architecture, run.train, family.space.groups)
     found += context_problems(family, run.train)
     found += low_precision_problems(run.model)
     try:

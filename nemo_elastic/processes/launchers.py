@@ -7,6 +7,7 @@ other launchers set (Slurm's, NODE_RANK) is never read.
 
 import os
 from collections.abc import Mapping
+from math import lcm
 
 from ..problems import Problem, ProblemsError
 
@@ -26,6 +27,7 @@ def data_parallel_size(
     tensor_model_parallel_size: int,
     pipeline_model_parallel_size: int,
     context_parallel_size: int = 1,
+    expert_model_parallel_size: int = 1,
 ) -> int:
     """Replicas of the model that so many processes run.
 
@@ -42,6 +44,13 @@ def data_parallel_size(
             layout += f" x context_parallel_size={context_parallel_size}"
         words = f"{layout} needs a multiple of {needed} processes, {processes} started; "
         raise ProblemsError([Problem("train", words + "use torchrun --nproc-per-node or --nproc")])
+    ranks = processes // needed * context_parallel_size
+    if ranks % expert_model_parallel_size:
+        of = "data-parallel" if context_parallel_size == 1 else "data- and context-parallel"
+        words = f"{expert_model_parallel_size} must divide the {ranks} {of} ranks of {processes} processes; "
+        least = needed // context_parallel_size * lcm(context_parallel_size, expert_model_parallel_size)
+        remedy = f"start a multiple of {least}, or set a divisor of {ranks}"
+        raise ProblemsError([Problem("train.expert_model_parallel_size", words + remedy)])
     return processes // needed
 
 

@@ -97,7 +97,7 @@ class RunFolder:
     @cached_property
     def layout(self) -> ParamLayout | None:
         """The table that counts parameters."""
-        groups = self.config.elastic.ffn_groups if self.config else DEFAULT_FFN_GROUPS
+        groups = self.config.elastic.groups if self.config else DEFAULT_FFN_GROUPS
         try:
             return ParamLayout(self.architecture, ffn_groups=groups) if self.architecture else None
         except ProblemsError:
@@ -108,7 +108,11 @@ class RunFolder:
         if values is None or not self.layout:
             return None
         try:
-            space = ElasticSpace(architecture=self.architecture, ffn_groups=self.layout.ffn_groups)
+            space = ElasticSpace(
+                architecture=self.architecture,
+                ffn_groups=self.layout.groups.ffn,
+                expert_groups=self.layout.groups.experts,
+            )
             return space.subnet_from_dict(values)
         except (ProblemsError, TypeError, ValueError):
             return None

@@ -102,7 +102,7 @@ def padding_notes(architecture: Architecture, tp_size: int) -> list[str]:
 def _widths(space: ElasticSpace, tp_size: int, axis: str) -> Iterator[tuple[int, dict[str, int]]]:
     """(width of an axis on one rank, sizes it follows from) of every choice; nothing where `tp_size` is not legal."""
     try:
-        layout = ParamLayout(space.architecture, ffn_groups=space.ffn_groups, tp_size=tp_size)
+        layout = ParamLayout(space.architecture, ffn_groups=space.groups, tp_size=tp_size)
     except ProblemsError:
         return
     segments = layout.axes[axis]

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..kinds import dims as dims_of_kinds
 from ..kinds import kind_of_dim
+from ..kinds.axis import Groups
 from ..problems import Problem, nearest_multiples, raise_if_any
 from .architecture import Architecture
 
@@ -19,18 +20,22 @@ WIDTH_DIMS = (HIDDEN, *(dim.name for dim in dims_of_kinds()))
 DIMS = (*WIDTH_DIMS, DEPTH)
 KIND_OF_DIM = {dim.name: kind_of_dim(dim.name).letter for dim in dims_of_kinds()}  # dim -> letter of its layers
 PER_LAYER_DIMS = tuple(dim.name for dim in dims_of_kinds() if dim.per_layer)
-DEALT_DIMS = tuple(dim.name for dim in dims_of_kinds() if dim.dealt)  # ranked over the layer, then dealt to groups
+# Ranked over the layer, then dealt to groups -> the field of `elastic` that says how many.
+DEALT_DIMS = {dim.name: dim.dealt for dim in dims_of_kinds() if dim.dealt}
 WITHIN = {dim.name: dim.within for dim in dims_of_kinds() if dim.within}  # an order for each unit of another dim
 DEFAULT_FFN_GROUPS = 8
 
 
-def dim_groups(architecture: Architecture, ffn_groups: int = DEFAULT_FFN_GROUPS, depth_unit: int = 1) -> dict[str, int]:
+def dim_groups(
+    architecture: Architecture, ffn_groups: int | Groups = DEFAULT_FFN_GROUPS, depth_unit: int = 1
+) -> dict[str, int]:
     """Number of groups whose first units a child keeps, per dim. A size must be a multiple of it.
 
     Args:
         depth_unit: layers that depth drops as one (`blocks`).
     """
-    of_kinds = {dim.name: dim.groups(architecture, ffn_groups) for dim in dims_of_kinds()}
+    groups = Groups.of(ffn_groups)
+    of_kinds = {dim.name: dim.groups(architecture, groups) for dim in dims_of_kinds()}
     return {HIDDEN: 1, **of_kinds, DEPTH: depth_unit}
 
 

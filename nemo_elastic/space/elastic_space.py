@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..kinds.axis import Groups
 from ..problems import Problem, did_you_mean, nearest_multiples, raise_if_any
 from .architecture import Architecture
 from .blocks import block_problems, units_of
@@ -39,15 +40,19 @@ class ElasticSpace:
     architecture: Architecture
     dims: Mapping[str, ElasticDim] = field(default_factory=dict)
     ffn_groups: int = DEFAULT_FFN_GROUPS
+    expert_groups: int | None = None  # as many as of neurons
     depth_ranking: tuple[int, ...] | None = None
     depth_unit: int = 1
 
     def __post_init__(self) -> None:
         arch, found = self.architecture, []
-        for name in DEALT_DIMS:
-            if arch.layers_of(KIND_OF_DIM[name]) and parent_size(arch, name) % self.ffn_groups:
+        own = dim_groups(arch, self.groups)
+        for name, field_name in DEALT_DIMS.items():
+            if arch.layers_of(KIND_OF_DIM[name]) and parent_size(arch, name) % own[name]:
                 rule = f"must divide model.{name}={parent_size(arch, name)}"
-                found.append(Problem("elastic.ffn_groups", f"{self.ffn_groups} {rule}"))
+                if getattr(self, field_name) is None:
+                    field_name, rule = "ffn_groups", f"{rule}, or elastic.{field_name} must be given"
+                found.append(Problem(f"elastic.{field_name}", f"{own[name]} {rule}"))
         if self.depth_ranking is not None and sorted(self.depth_ranking) != list(range(arch.num_layers)):
             found.append(Problem("depth_ranking", f"must name each of the {arch.num_layers} layers once"))
         found += block_problems(arch.hybrid_override_pattern) if self.depth_unit > 1 else []
@@ -55,13 +60,18 @@ class ElasticSpace:
         if self.depth_ranking is not None and not self._whole_units(self.depth_ranking):
             words = f"must list the {self.depth_unit} layers of a block one after the other; rank again"
             raise_if_any([Problem("depth_ranking", words)])
-        groups = dim_groups(arch, self.ffn_groups, self.depth_unit)
+        groups = dim_groups(arch, self.groups, self.depth_unit)
         every = {
             n: self.dims.get(n)
             or ElasticDim(name=n, full=parent_size(arch, n), groups=groups[n], choices=(), least=least_size(arch, n))
             for n in DIMS
         }
         object.__setattr__(self, "dims", every)
+
+    @property
+    def groups(self) -> Groups:
+        """Of neurons and of experts."""
+        return Groups(self.ffn_groups, self.expert_groups or self.ffn_groups)
 
     @property
     def depth_is_assumed(self) -> bool:

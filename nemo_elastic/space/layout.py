@@ -5,7 +5,8 @@ extraction and name conversion all read this table; nothing else in the package 
 name that no row matches is an error, never a pass-through.
 
 Tensor parallelism splits an axis by whole groups: a factor with `tp=True` holds `groups / tp_size` groups on a rank,
-so a rank's shard is described by the same table (`ParamLayout(..., tp_size=n)`). The vocabulary alone need not be a
+so a rank's shard is described by the same table (`ParamLayout(..., tp_size=n)`); expert parallelism likewise splits the
+axis of experts (`ep=True`, `ep_size`). The vocabulary alone need not be a
 multiple: it is padded to the next one, as Megatron does, and the padding is `mcore.kernels.padded_vocabulary`'s. No
 torch here.
 """
@@ -18,7 +19,7 @@ from math import gcd
 from typing import Any
 
 from ..kinds import kind_of, kinds, kinds_of
-from ..kinds.axis import Axis, Factor, Segment
+from ..kinds.axis import Axis, Factor, Groups, Segment
 from ..problems import Problem, ProblemsError
 from .architecture import Architecture
 from .dims import DEFAULT_FFN_GROUPS, HIDDEN
@@ -46,6 +47,11 @@ class ParamSpec:
         return product
 
     @property
+    def is_shared_out(self) -> bool:
+        """Whether expert-parallel ranks hold a part each."""
+        return any(f.ep and f.ranks > 1 for axis in self.axes for s in axis for f in s.factors)
+
+    @property
     def dims(self) -> frozenset[str]:
         """Elastic dims that cut this parameter."""
         return frozenset(f.dim for axis in self.axes for s in axis for f in s.factors if f.dim)
@@ -61,19 +67,31 @@ _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.+)$")
 
 
 class ParamLayout:
-    """The table for one parent; `tp_size` > 1 gives the table of one tensor-parallel shard."""
+    """The table for one parent, or of the shard of one rank, where `tp_size` or `ep_size` > 1.
 
-    def __init__(self, architecture: Architecture, *, ffn_groups: int = DEFAULT_FFN_GROUPS, tp_size: int = 1) -> None:
+    Args:
+        ffn_groups: groups of neurons and, if it is one number, of experts.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        *,
+        ffn_groups: int | Groups = DEFAULT_FFN_GROUPS,
+        tp_size: int = 1,
+        ep_size: int = 1,
+    ) -> None:
         self.architecture = architecture
-        self.ffn_groups = ffn_groups
-        self.tp_size = tp_size
+        self.groups = Groups.of(ffn_groups)
+        self.tp_size, self.ep_size = tp_size, ep_size
         self._check_tp()
+        self._check_ep()
 
     def _check_tp(self) -> None:
         arch, key = self.architecture, "train.tensor_model_parallel_size"
         pattern = arch.hybrid_override_pattern
         whole = {
-            "elastic.ffn_groups": self.ffn_groups,
+            "elastic.ffn_groups": self.groups.ffn,
             **{f"model.{name}": getattr(arch, name) for kind in kinds_of(pattern) for name in kind.split_by},
         }
         size = gcd(*whole.values())
@@ -86,6 +104,22 @@ class ParamLayout:
         if bad:
             raise ProblemsError(bad)
 
+    def _check_ep(self) -> None:
+        if self.ep_size == 1:
+            return
+        key, groups = "train.expert_model_parallel_size", self.groups.experts
+        if not any(f.ep for axis in self._held_axes() for s in axis for f in s.factors):
+            words = f"{self.ep_size} needs a model with experts, and this one has no layer of them; set 1"
+            raise ProblemsError([Problem(key, words)])
+        if groups % self.ep_size:
+            near = ", ".join(str(n) for n in range(1, groups + 1) if groups % n == 0)
+            words = f"{self.ep_size} must divide elastic.expert_groups={groups}; possible: {near}, or other groups"
+            raise ProblemsError([Problem(key, words)])
+
+    def _held_axes(self) -> Iterator[Axis]:
+        for spec in self.table.values():
+            yield from spec.axes
+
     @property
     def padded_vocab_size(self) -> int:
         """Rows of the embedding over all ranks: the vocabulary, up to the next multiple of `tp_size`."""
@@ -96,8 +130,11 @@ class ParamLayout:
         rows = self.padded_vocab_size // self.tp_size
         return min(rows, max(0, (rank + 1) * rows - self.architecture.vocab_size))
 
-    def _factor(self, dim: str | None, groups: int, count: int, *, fixed: int = 0, tp: bool = False) -> Factor:
-        return Factor(dim, groups, count, fixed, tp, self.tp_size if tp else 1)
+    def _factor(
+        self, dim: str | None, groups: int, count: int, *, fixed: int = 0, tp: bool = False, ep: bool = False
+    ) -> Factor:
+        ranks = self.tp_size if tp else self.ep_size if ep else 1
+        return Factor(dim, groups, count, fixed, tp, ep, ranks)
 
     def _vocabulary(self) -> Factor:
         rows = self.padded_vocab_size
@@ -114,7 +151,7 @@ class ParamLayout:
             "one": (Segment("one", (factor(None, 1, 1),)),),
         }
         for kind in kinds():
-            found |= kind.axes(a, self.ffn_groups, factor)
+            found |= kind.axes(a, self.groups, factor)
         return found
 
     @cached_property

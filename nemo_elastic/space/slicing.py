@@ -197,13 +197,16 @@ def _factor_order(factor: Factor, orders: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([units[order].view(factor.local_groups, factor.count), fixed], dim=1).flatten()
 
 
-def shard(tensor: Tensor, spec: ParamSpec, rank: int) -> Tensor:
-    """A tensor-parallel rank's part of a whole parameter; `spec` is the row of the shard's table (`tp_size` > 1).
+def shard(tensor: Tensor, spec: ParamSpec, rank: int, expert_rank: int = 0) -> Tensor:
+    """A rank's part of a whole parameter; `spec` is the row of the shard's table (`tp_size`, `ep_size` > 1).
+
+    Args:
+        rank, expert_rank: among tensor- and among expert-parallel ranks.
 
     Padding of the vocabulary comes as zeros.
     """
     for number, axis in enumerate(spec.axes):
-        index = _shard_index(axis, rank)
+        index = _shard_index(axis, expert_rank if _is_of_experts(axis) else rank)
         if index is not None:
             held = index[index < tensor.shape[number]]
             part = tensor.index_select(number, held.to(tensor.device))
@@ -217,14 +220,22 @@ def _padded(tensor: Tensor, number: int, more: int) -> Tensor:
     return torch.cat([tensor, tensor.new_zeros(shape)], dim=number)
 
 
-def unshard(shards: list[Tensor], spec: ParamSpec) -> Tensor:
-    """The whole parameter from all ranks' parts, in rank order; padding of the vocabulary is cut."""
+def unshard(shards: list[Tensor], spec: ParamSpec, *, experts: bool = False) -> Tensor:
+    """The whole parameter from all ranks' parts, in rank order; padding of the vocabulary is cut.
+
+    Args:
+        experts: the parts are of expert-parallel ranks, not of tensor-parallel ones.
+    """
     for number, axis in enumerate(spec.axes):
-        if _shard_index(axis, 0) is not None:
+        if _is_of_experts(axis) == experts and _shard_index(axis, 0) is not None:
             order = torch.argsort(torch.cat([_shard_index(axis, rank) for rank in range(len(shards))]))
             order = order[: len(order) - sum(f.padding for s in axis for f in s.factors)]
             return torch.cat(shards, dim=number).index_select(number, order.to(shards[0].device))
     return shards[0]
+
+
+def _is_of_experts(axis: Axis) -> bool:
+    return any(f.ep for s in axis for f in s.factors)
 
 
 def _shard_index(axis: Axis, rank: int) -> Tensor | None:

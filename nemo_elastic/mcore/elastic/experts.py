@@ -133,8 +133,10 @@ def observe(collector: Observer, number: int, layer: nn.Module) -> None:
 
     def watch(experts: Tensor, neurons: Tensor, outputs: Tensor) -> None:
         def per_expert(values: Tensor) -> Tensor:
-            empty = values.new_zeros(arch.num_moe_experts, *values.shape[1:])
-            return empty.index_add(0, experts, values)
+            found = values.new_zeros(arch.num_moe_experts, *values.shape[1:]).index_add_(0, experts, values)
+            if mixture.ep_group.size() > 1:  # each rank saw its own experts
+                torch.distributed.all_reduce(found, group=mixture.ep_group)
+            return found
 
         # A copy: the sum over ranks is taken in place.
         whole = reduce_from_tensor_model_parallel_region(outputs.double().clone(), group=mixture.tp_group)

@@ -45,7 +45,7 @@ class ElasticMambaModel(PlainModel):
     """Megatron's hybrid model at the parent's size whose forward takes a `Plan`.
 
     Args:
-        layout: the parameter table of a tensor-parallel shard (`ParamLayout(..., tp_size=TP)`).
+        layout: the parameter table of a tensor-parallel shard (`ParamLayout(..., tp_size=TP, ep_size=EP)`).
         others: those of Megatron's model, its spec `elastic_stack_spec()`, its `vocab_size` the padded one.
 
     Raises:
@@ -57,6 +57,7 @@ class ElasticMambaModel(PlainModel):
         raise_if_any(low_precision_problems(vars(config)))
         super().__init__(config, *args, layout=layout, **kwargs)
         assert layout.tp_size == self.pg_collection.tp.size(), "the table must be that of one tensor-parallel shard"
+        assert layout.ep_size == config.expert_model_parallel_size, "... and of one expert-parallel shard"
         self.layout = layout
         refuse_plain_layers(self.decoder.layers, layout, self.pg_collection.pp)
         self.decoder.bind(layout, self.pg_collection.tp)

@@ -79,7 +79,8 @@ def check_processes(config: RunConfig, processes: int, *, ranks: bool = False, t
     """
     settings = config.train
     tp, pp = settings.tensor_model_parallel_size, settings.pipeline_model_parallel_size
-    replicas, found = data_parallel_size(processes, tp, pp, settings.context_parallel_size), []
+    context, experts = settings.context_parallel_size, settings.expert_model_parallel_size
+    replicas, found = data_parallel_size(processes, tp, pp, context, experts), []
     if trains and not settings.stages:
         raise ProblemsError([NO_STAGES])
     for i, stage in enumerate(settings.stages if trains else ()):
@@ -87,11 +88,17 @@ def check_processes(config: RunConfig, processes: int, *, ranks: bool = False, t
         if stage.global_batch_size % (micro * replicas):
             words = f"{stage.global_batch_size} must be a multiple of micro batch {micro} x {replicas} replicas"
             found.append(Problem(f"train.stages.{i}.global_batch_size", words))
-    replicas = data_parallel_size(processes, tp, pp)  # a ranking has no context parallelism
+    replicas = data_parallel_size(processes, tp, pp, 1, experts)  # a ranking has no context parallelism
     for field in ("samples", "depth_samples") if ranks else ():
-        if (count := getattr(config.rank, field)) % replicas:
-            found.append(Problem(f"rank.{field}", f"{count} must be a multiple of the {replicas} data-parallel ranks"))
+        if (count := getattr(config.rank, field)) % (shares := replicas // experts):
+            words = f"{count} must be a multiple of the {shares} data-parallel ranks" + of_experts(experts)
+            found.append(Problem(f"rank.{field}", words))
     raise_if_any(found)
+
+
+def of_experts(size: int) -> str:
+    """That expert-parallel ranks see the same samples."""
+    return f" that do not share experts ({size} do)" if size > 1 else ""
 
 
 def is_ranked(out: Path) -> bool:

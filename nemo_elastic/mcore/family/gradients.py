@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
@@ -36,20 +37,29 @@ def of_router(name: str) -> bool:
 def gradient_norms(model: nn.Module, optimizer: Any) -> Tensor:
     """(model, router) L2 norms `[2]` of the finished gradients, on the device; not finite when any element is not.
 
-    One pass and one all-reduce for both, and nothing waits: the caller reads the numbers when it must.
+    One pass and one all-reduce for both (one more where ranks share out experts), and nothing waits: the caller reads
+    the numbers when it must.
 
     Args:
         model: this rank's model; parameters under `router.` are the router's.
         optimizer: Megatron's optimizer of it.
     """
     parts = list(getattr(optimizer, "chained_optimizers", [optimizer]))
-    found: dict[bool, list[Tensor]] = {False: [], True: []}
-    for name, grad in _local_gradients(model, parts):
-        found[of_router(name)].append(grad)
+    found: dict[str, list[Tensor]] = {"model": [], "router": [], "shared_out": []}
+    for name, parameter, grad in _local_gradients(model, parts):
+        everywhere = getattr(parameter, "allreduce", True)
+        found["router" if of_router(name) else "model" if everywhere else "shared_out"].append(grad)
     device = next(model.parameters()).device
     squares = torch.stack([_sum_of_squares(grads, device) for grads in found.values()])
-    torch.distributed.all_reduce(squares, group=parts[0].get_grad_stats_parallel_group())
-    return squares.sqrt()
+    shared = parts[0].get_grad_stats_parallel_group()
+    if isinstance(parts[0], DistributedOptimizer) or parallel_state.get_expert_model_parallel_world_size() == 1:
+        torch.distributed.all_reduce(squares, group=shared)
+    else:  # whole gradients: expert-parallel ranks have other experts, and the same of all else
+        torch.distributed.all_reduce(squares[:2], group=shared)
+        experts = parallel_state.get_expert_tensor_model_pipeline_parallel_group()
+        torch.distributed.all_reduce(squares[2:], group=experts)
+    of_model, of_router_, of_experts = squares
+    return torch.stack([of_model + of_experts, of_router_]).sqrt()
 
 
 def hand_norm(optimizer: Any, norm: float) -> None:
@@ -74,7 +84,7 @@ def _sum_of_squares(grads: list[Tensor], device: torch.device) -> Tensor:
     return torch.stack(torch._foreach_norm(grads)).square().sum()
 
 
-def _local_gradients(model: nn.Module, optimizers: list[Any]) -> Iterator[tuple[str, Tensor]]:
+def _local_gradients(model: nn.Module, optimizers: list[Any]) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
     shards: dict[nn.Parameter, Any] = {}
     sharded = [o for o in optimizers if isinstance(o, DistributedOptimizer)]
     for optimizer in sharded:
@@ -89,7 +99,7 @@ def _local_gradients(model: nn.Module, optimizers: list[Any]) -> Iterator[tuple[
             if p not in shards:
                 continue
             grad = grad.view(-1)[shards[p].start : shards[p].end]
-        yield name, grad.float()
+        yield name, p, grad.float()
 
 
 def last_bad_gradient(model: nn.Module) -> str | None:

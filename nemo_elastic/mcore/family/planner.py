@@ -1,7 +1,8 @@
 """From a budget to the plan of a micro-batch: what the schedule says, what the router chooses, what is pinned.
 
 A pure function of (configuration, router weights, seed, step, global micro-batch index), so that all tensor- and
-pipeline-parallel ranks agree without talking, and data parallelism changes nothing (METHOD section 5). Phases:
+pipeline-parallel ranks agree without talking, and data parallelism changes nothing (METHOD section 5). Expert-parallel
+ranks, which have other micro-batches, share a draw. Phases:
 
     warmup  every budget on its fixed uniform subnet           no router
     soft    masks mixed by the router's noisy probabilities    full compute
@@ -74,6 +75,8 @@ class Planner:
         layout: the table of this rank's tensor-parallel shard.
         timeline: when the router's phases begin (`Timeline.of`).
         mode: how hard plans run.
+        sharing: micro-batches, one after the other, that share a draw: those of an expert-parallel group, whose ranks
+            run one subnet between them.
         conditions: serving conditions of memory budgets (`BudgetCost`).
     """
 
@@ -86,9 +89,10 @@ class Planner:
         timeline: Timeline,
         seed: int,
         mode: Mode = "sliced",
+        sharing: int = 1,
         **conditions: Any,
     ) -> None:
-        self.family, self.layout, self.mode = family, layout, mode
+        self.family, self.layout, self.mode, self.sharing = family, layout, mode, sharing
         self.config = resolve_recipe(config)
         self.timeline, self.seed, self.conditions = timeline, seed, conditions
         self.state = PlannerState()
@@ -151,7 +155,11 @@ class Planner:
         self, probabilities: Mapping[str, float], step: int, global_micro_batch: int, count: int = 1
     ) -> dict[str, float]:
         """The budgets a micro-batch is assigned, with their shares of its loss."""
-        return sample_budgets(probabilities, self.seed, step, global_micro_batch, count)
+        return sample_budgets(probabilities, self.seed, step, self._draw(global_micro_batch), count)
+
+    def _draw(self, global_micro_batch: int) -> int:
+        """The first of the micro-batches that share its draw, of budgets and of noise."""
+        return global_micro_batch - global_micro_batch % self.sharing
 
     def pinned(self, name: str, phase: str) -> Subnet | None:
         """The subnet of a budget that is not the router's to choose now; None when it is."""
@@ -177,7 +185,7 @@ class Planner:
         pinned = self.pinned(budget, state.phase)
         if pinned is not None:
             return Planned(budget, state.phase, self.plan_of(pinned))
-        noise = gumbel_noise(router.shapes, self.seed, state.step, index, student)
+        noise = gumbel_noise(router.shapes, self.seed, state.step, self._draw(index), student)
         output = router(router.budget_vector(budget), tau=state.point.tau, scale=state.point.scale, noise=noise)
         pi, chosen = output.probabilities, state.chosen[budget]
         if state.phase == "soft":

@@ -106,14 +106,18 @@ class TeacherCache:
                 np.lib.format.open_memmap(self._partial(number), "w+", self._numpy, self._shape(number)).flush()
         barrier()
         replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        experts = parallel_state.get_expert_model_parallel_world_size() > 1
         for number, stage in enumerate(self.stages):
             count = stage.steps * stage.global_batch_size
             size = stage.micro_batch_size or self.micro_batch_size
-            batches = [range(a, min(a + size, count)) for a in range(0, count, size)][replica::replicas]
+            every = [range(a, min(a + size, count)) for a in range(0, count, size)]
+            batches = every[replica::replicas]
+            if experts and len(batches) * replicas < len(every):
+                batches.append(range(0))  # runs the last one, for the others' tokens, and writes nothing
             states = np.load(self._partial(number), mmap_mode="r+", allow_pickle=False)
             for batch in batches:
-                hidden = self._run(teacher, number, batch, read_tokens)
-                if hidden is not None:
+                hidden = self._run(teacher, number, batch or every[-1], read_tokens)
+                if hidden is not None and batch:
                     states[batch.start : batch.stop, self._positions(number)] = self._to_numpy(hidden.transpose(0, 1))
             states.flush()
         barrier()

@@ -24,40 +24,45 @@ Sizes = Mapping[str, int]
 
 
 class GroupedLinear(MegatronModule):
-    """The weights of a linear in every expert, `[E, rows, columns]`, one of both split over tensor-parallel ranks.
+    """The weights of a linear in every expert, `[E/ep, rows, columns]`, one of both split over tensor-parallel ranks.
 
     Args:
+        shape: of all ranks.
         split: the axis that is split, 1 (a column-parallel linear) or 2 (row-parallel).
         halves: rows are [gate; up], each of which is split.
     """
 
     def __init__(
         self, config: TransformerConfig, shape: tuple[int, int, int], *, split: int, init: Any, tp_group: Any,
-        halves: bool = False,
+        ep_group: Any, halves: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(config)
-        self.split, self.halves, self.tp_group = split, halves, tp_group
-        local = [n // tp_group.size() if axis == split else n for axis, n in enumerate(shape)]
+        self.split, self.halves, self.tp_group, self.ep_group = split, halves, tp_group, ep_group
+        ranks = {0: ep_group.size(), split: tp_group.size()}
+        local = [n // ranks.get(axis, 1) for axis, n in enumerate(shape)]
         self.weight = nn.Parameter(torch.empty(local, dtype=config.params_dtype))
         if config.perform_initialization:
             for expert in self.weight.data:
                 init(expert)
         self.weight.tensor_model_parallel, self.weight.partition_dim, self.weight.partition_stride = True, split, 1
+        # What tells Megatron's reduction and optimizer that data-parallel ranks hold other experts.
+        self.weight.allreduce = ep_group.size() == 1
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """One tensor over all experts, as Megatron's experts write it."""
         from megatron.core import parallel_state
 
         key, rank, size, axis = f"{prefix}weight", self.tp_group.rank(), self.tp_group.size(), self.split
-        replica = (0, 0, parallel_state.get_data_parallel_rank(with_context_parallel=True))
+        held = (0, self.ep_group.rank(), self.ep_group.size())
+        replica = (0, 0, parallel_state.get_expert_data_parallel_rank())
         if not (self.halves and size > 1):
-            offset = (axis, rank, size)
-            return {key: ShardedTensor.from_rank_offsets(key, self.weight, offset, replica_id=replica)}
+            offsets = held, (axis, rank, size)
+            return {key: ShardedTensor.from_rank_offsets(key, self.weight, *offsets, replica_id=replica)}
 
         def build(key: str, whole: Tensor, replica_id: Any, flattened_range: Any) -> list[ShardedTensor]:
             return [
                 ShardedTensor.from_rank_offsets(
-                    key, half.contiguous(), (axis, rank + number * size, 2 * size), replica_id=replica_id
+                    key, half.contiguous(), held, (axis, rank + number * size, 2 * size), replica_id=replica_id
                 )
                 for number, half in enumerate(whole.chunk(2, dim=axis))
             ]

@@ -2,15 +2,16 @@
 
     y = sum over chosen e of w_e fc2_e(act(fc1_e(x)))  +  shared_fc2(act(shared_fc1(x)))
 
-Every tensor-parallel rank has all experts, with a part of each one's neurons: tokens are gathered once in front and
-summed once behind, as around an MLP, and none is sent anywhere. Experts lie in one tensor per linear, so that the table
+A tensor-parallel rank has a part of each expert's neurons: tokens are gathered once in front and summed once behind, as
+around an MLP. An expert-parallel rank has a block of the experts, and tokens are sent there and back in between
+(`dispatch.py`); with one such rank none is sent anywhere. Experts lie in one tensor per linear, so that the table
 cuts them as any other axis, and a checkpoint has the keys and shapes of Megatron's own experts. The tests hold it
 against Megatron's `MoELayer`, in whose dispatchers and experts a dropped expert could not be left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from .dispatch import Dispatch
 from .grouped_linear import GroupedLinear, grouped
 from .routing import Router
 
@@ -78,9 +80,10 @@ class Mixture(MegatronModule):
     def __init__(self, config: TransformerConfig, pg_collection: Any = None, **_: Any) -> None:
         super().__init__(config)
         self.tp_group = parallel_state.get_tensor_model_parallel_group() if pg_collection is None else pg_collection.tp
+        self.ep_group = parallel_state.get_expert_model_parallel_group()
         hidden, latent = config.hidden_size, config.moe_latent_size
         count, neurons, gated = config.num_moe_experts, config.moe_ffn_hidden_size, config.gated_linear_unit
-        width, more = latent or hidden, {"tp_group": self.tp_group}
+        width, more = latent or hidden, {"tp_group": self.tp_group, "ep_group": self.ep_group}
         self.router = Router(config)
         self.watch: Watch | None = None
         if latent:
@@ -134,17 +137,36 @@ class Mixture(MegatronModule):
             tokens = copy_to_tensor_model_parallel_region(tokens, group=self.tp_group)
             weights = copy_to_tensor_model_parallel_region(weights, group=self.tp_group)
         of_expert, of_token = chosen.t().nonzero(as_tuple=True)
-        counts = chosen.sum(0).tolist()
+        x, share, counts, way = tokens[of_token], weights[of_token, of_expert].unsqueeze(-1), chosen.sum(0), None
+        if self.ep_group.size() > 1:
+            way = Dispatch(counts, self.ep_group)
+            x, share, experts = way.there(x), way.there(share), self._held(experts)
+        counts = counts.tolist() if way is None else way.counts
         first, second = self.experts.experts.linear_fc1.weight, self.experts.experts.linear_fc2.weight
-        y = inner(self.activated(grouped(tokens[of_token], first, counts, experts, fc1, sizes)))
-        y = neurons = y * weights[of_token, of_expert].unsqueeze(-1).to(y.dtype)
+        y = inner(self.activated(grouped(x, first, counts, experts, fc1, sizes)))
+        y = neurons = y * share.to(y.dtype)
         y = grouped(y, second, counts, experts, fc2, sizes)
         if self.watch is not None:
-            self.watch(of_expert, neurons.detach(), y.detach())
+            self._watched(counts, experts, neurons.detach(), y.detach(), way)
+        y = y if way is None else way.back(y)
         out = torch.zeros_like(tokens).index_add(0, of_token, y)
         if parallel:
             return reduce_scatter_to_sequence_parallel_region(out, group=self.tp_group)
         return reduce_from_tensor_model_parallel_region(out, group=self.tp_group)
+
+    def _held(self, experts: Sequence[int]) -> list[int]:
+        """Which of this rank's tensor the experts are that it holds; `experts` are in the order of all."""
+        rank, held = self.ep_group.rank(), self.experts.experts.linear_fc1.weight.shape[0]
+        share = len(experts) // self.ep_group.size()
+        return [expert - rank * held for expert in experts[rank * share : (rank + 1) * share]]
+
+    def _watched(self, counts: Sequence[int], experts: Sequence[int], neurons: Tensor, y: Tensor, way: Any) -> None:
+        """Show what the experts did to this rank's tokens."""
+        first = self.ep_group.rank() * self.experts.experts.linear_fc1.weight.shape[0]
+        named = (
+            torch.tensor([first + expert for expert in experts]).repeat_interleave(torch.tensor(counts)).to(y.device)
+        )
+        self.watch(*(t if way is None else t[way.own] for t in (named, neurons, y)))
 
     def activated(self, y: Tensor) -> Tensor:
         """`[..., f]`, or gated `[gate; up]` `[..., 2f]`, -> `[..., f]`."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ...config.function_fields import arithmetic_of, beyond_stock
 from ...config.model_fields import architecture_of
 from ...kinds import flags, kinds_of, sizes
+from ...kinds.axis import Groups
 from ...space.architecture import Architecture
 from ...space.dims import DEFAULT_FFN_GROUPS
 from ...space.layout import ParamLayout
@@ -58,6 +59,7 @@ def transformer_config(model: Architecture | Mapping[str, Any], **more: Any) -> 
         "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
         "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
         "context_parallel_size": parallel_state.get_context_parallel_world_size(),
+        "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
         # Stages exchange [s, b, k] of any k; Megatron refuses that beside its default MoE dispatcher even without MoE.
         "variable_seq_lengths": True,
         "moe_token_dispatcher_type": "alltoall",
@@ -122,13 +124,18 @@ def build_elastic_model(
     model: Architecture | Mapping[str, Any],
     config: TransformerConfig | None = None,
     *,
-    ffn_groups: int = DEFAULT_FFN_GROUPS,
+    ffn_groups: int | Groups = DEFAULT_FFN_GROUPS,
     local: bool = False,
     **more: Any,
 ) -> ElasticMambaModel:
     """The elastic model of this rank; its parameters have the plain model's names and shapes. `local`: as above."""
     config, architecture = config or transformer_config(model, **more), sizes_of(model)
-    layout = ParamLayout(architecture, ffn_groups=ffn_groups, tp_size=config.tensor_model_parallel_size)
+    layout = ParamLayout(
+        architecture,
+        ffn_groups=ffn_groups,
+        tp_size=config.tensor_model_parallel_size,
+        ep_size=config.expert_model_parallel_size,
+    )
     spec = elastic_stack_spec(pattern=architecture.hybrid_override_pattern, local=local)
     return ElasticMambaModel(
         config, spec, layout=layout, vocab_size=layout.padded_vocab_size, **_model_arguments(architecture)
@@ -168,23 +175,35 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
+def of_this_rank(architecture: Architecture, ffn_groups: int | Groups) -> ParamLayout:
+    """The table of a rank's shard at the layout that is initialised."""
+    return ParamLayout(
+        architecture,
+        ffn_groups=ffn_groups,
+        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+        ep_size=parallel_state.get_expert_model_parallel_world_size(),
+    )
+
+
+def model_parallel_ranks() -> tuple[int, int]:
+    """This rank's numbers among tensor- and among expert-parallel ranks, which say what of a parameter it holds."""
+    return parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_expert_model_parallel_rank()
+
+
 @torch.no_grad()
 def load_weights(
-    model: nn.Module, whole: Any, architecture: Architecture, *, ffn_groups: int = DEFAULT_FFN_GROUPS
+    model: nn.Module, whole: Any, architecture: Architecture, *, ffn_groups: int | Groups = DEFAULT_FFN_GROUPS
 ) -> None:
     """Copy whole tensors into this rank's shards.
 
     Args:
         whole: a `TensorReader` (`read(name)`) or a mapping, by canonical name.
     """
-    rank = parallel_state.get_tensor_model_parallel_rank()
-    layout = ParamLayout(
-        architecture, ffn_groups=ffn_groups, tp_size=parallel_state.get_tensor_model_parallel_world_size()
-    )
+    layout, ranks = of_this_rank(architecture, ffn_groups), model_parallel_ranks()
     read = whole.__getitem__ if isinstance(whole, Mapping) else whole.read
     for name, parameter in named_global_parameters(model, layout):
         spec = layout.table[name]
-        value = shard(read(name), spec, rank)
+        value = shard(read(name), spec, *ranks)
         if value.shape != parameter.shape:
             raise ValueError(f"{name} has shape {tuple(value.shape)}, the model needs {tuple(parameter.shape)}")
         parameter.copy_(value)
@@ -193,13 +212,17 @@ def load_weights(
 def whole_tensors(
     parts: Iterable[tuple[str, Tensor]], layout: ParamLayout, *, tp_group: Any = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole tensor) from every tensor-parallel rank's parts (weights or gradients); collective over TP."""
-    size = layout.tp_size
+    """(name, whole tensor) from every model-parallel rank's parts (weights or gradients); collective over TP and EP."""
     for name, part in parts:
-        if size == 1:
-            yield name, part
-            continue
-        group = tp_group or parallel_state.get_tensor_model_parallel_group()
-        shards = [torch.empty_like(part) for _ in range(size)]
-        torch.distributed.all_gather(shards, part.contiguous(), group=group)
-        yield name, unshard(shards, layout.table[name])
+        spec, whole = layout.table[name], part
+        if layout.tp_size > 1:
+            whole = unshard(_gathered(part, tp_group or parallel_state.get_tensor_model_parallel_group()), spec)
+        if spec.is_shared_out:
+            whole = unshard(_gathered(whole, parallel_state.get_expert_model_parallel_group()), spec, experts=True)
+        yield name, whole
+
+
+def _gathered(part: Tensor, group: Any) -> list[Tensor]:
+    shards = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(group.size())]
+    torch.distributed.all_gather(shards, part.contiguous(), group=group)
+    return shards

@@ -35,6 +35,8 @@ def heldout_loss(model: nn.Module, batches: Sequence[tuple[Tensor, ...]], plan: 
     core.eval()
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     mine = batches[rank::size] if len(batches) >= size else batches
+    if parallel_state.get_expert_model_parallel_world_size() > 1 and len(mine) * size < len(batches):
+        mine = [*mine, _weightless(batches[-1])]  # expert-parallel ranks need each other in every forward
     context = parallel_state.get_context_parallel_group()
     mine = [tuple(own_chunks(part, context) for part in batch) for batch in mine]
     total = torch.stack([run_forward(core, piece, plan) for piece in _equal_shapes(mine)]).sum(0)
@@ -46,6 +48,10 @@ def heldout_loss(model: nn.Module, batches: Sequence[tuple[Tensor, ...]], plan: 
         last = parallel_state.get_pipeline_model_parallel_last_rank()
         dist.broadcast(total, src=last, group=parallel_state.get_pipeline_model_parallel_group())
     return float(total[0] / total[1])  # the one time that the device is waited for
+
+
+def _weightless(batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    return batch[0], batch[1], torch.zeros_like(batch[1], dtype=torch.float32)
 
 
 def _equal_shapes(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterable[list[tuple[Tensor, Tensor]]]:

@@ -111,7 +111,8 @@ def write_sorted(
             "version": 1,
             "source": source,
             "architecture": asdict(layout.architecture),
-            "ffn_groups": layout.ffn_groups,
+            "ffn_groups": layout.groups.ffn,
+            "expert_groups": layout.groups.experts,
             "depth_ranking": list(importance.depth_ranking) or None,
             "sha256": hashes,
         }

@@ -38,7 +38,7 @@ class WidthCollector:
     def __init__(self, model: nn.Module, layout: ParamLayout, settings: WidthSettings, groups: Groups) -> None:
         self.stack = StackForward(model, groups)
         self.layout, self.settings, self.groups = layout, settings, groups
-        self.local = ParamLayout(layout.architecture, ffn_groups=layout.ffn_groups, tp_size=groups.tp.size())
+        self.local = ParamLayout(layout.architecture, ffn_groups=layout.groups, tp_size=groups.tp.size())
         self.aggregation = AGGREGATIONS[settings.aggregation]
         self.totals: dict[Site, Tensor] = {}
         self.sums: dict[str, int | None] = {}  # sites that are plain sums over tokens -> the axis that TP splits
@@ -126,6 +126,7 @@ class WidthCollector:
         flat = [self.totals[site].flatten() for site in sites]
         joined = torch.cat([*flat, flat[0].new_tensor([self.samples])])
         dist.all_reduce(joined, group=self.groups.dp)
+        dist.broadcast(joined, dist.get_global_rank(self.groups.ep, 0), group=self.groups.ep)  # alike to the last bit
         *totals, samples = joined.split([self.totals[site].numel() for site in sites] + [1])
         count = int(samples.item())
         found = {}

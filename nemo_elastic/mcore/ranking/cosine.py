@@ -43,6 +43,7 @@ def cosine_scores(
     dist.all_reduce(sums, group=groups.dp)
     tokens_seen = sums[depth].clone()  # before the stages, which all saw them, are summed
     dist.all_reduce(sums, group=groups.pp)
-    dist.broadcast(sums, dist.get_global_rank(groups.tp, 0), group=groups.tp)
+    for group in (groups.tp, groups.ep):
+        dist.broadcast(sums, dist.get_global_rank(group, 0), group=group)
     scores = (1.0 - sums[:depth] / tokens_seen).tolist()
     return {first: scores[first] for first in range(0, depth, unit)}

@@ -221,7 +221,8 @@ class DepthAblation:
         if self.stack.sequence_is_split:
             dist.all_reduce(values, group=self.groups.tp)
         dist.all_reduce(values, group=self.groups.dp)
-        dist.broadcast(values, dist.get_global_rank(self.groups.tp, 0), group=self.groups.tp)
+        for group in (self.groups.tp, self.groups.ep):
+            dist.broadcast(values, dist.get_global_rank(group, 0), group=group)
         dist.broadcast(values, dist.get_global_rank(self.groups.pp, self.stack.stages - 1), group=self.groups.pp)
         return dict(zip(keys, values.tolist(), strict=True))
 

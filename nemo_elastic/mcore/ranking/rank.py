@@ -72,6 +72,7 @@ def rank_parent(
         unit=depth_unit,
     )
     parallel = {"tp": groups.tp.size(), "pp": groups.pp.size(), "dp": groups.dp.size()}
+    parallel |= {"ep": groups.ep.size()} if groups.ep.size() > 1 else {}
     provenance = {
         "config": asdict(config) | {"min_layers": min_layers, "top_channels": top_channels, "depth_unit": depth_unit},
         "source": dict(source or {}),

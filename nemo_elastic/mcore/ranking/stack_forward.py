@@ -23,11 +23,15 @@ SENDS_IN_FLIGHT = 8
 
 @dataclass(frozen=True)
 class Groups:
-    """Process groups that ranking reduces over."""
+    """Process groups that ranking reduces over.
+
+    Expert-parallel ranks need each other in every forward: here they see the same samples.
+    """
 
     tp: dist.ProcessGroup
     pp: dist.ProcessGroup
-    dp: dist.ProcessGroup
+    dp: dist.ProcessGroup  # that have other samples
+    ep: dist.ProcessGroup
 
     @classmethod
     def from_megatron(cls) -> Groups:
@@ -41,7 +45,8 @@ class Groups:
         return cls(
             tp=parallel_state.get_tensor_model_parallel_group(),
             pp=parallel_state.get_pipeline_model_parallel_group(),
-            dp=parallel_state.get_data_parallel_group(),
+            dp=parallel_state.get_expert_data_parallel_group(),
+            ep=parallel_state.get_expert_model_parallel_group(),
         )
 
 

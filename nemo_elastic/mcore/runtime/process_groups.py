@@ -33,6 +33,7 @@ def start(
     pipeline_model_parallel_size: int = 1,
     context_parallel_size: int = 1,
     *,
+    expert_model_parallel_size: int = 1,
     seed: int = 1234,
     wait_minutes: float | None = None,
 ) -> int:
@@ -57,16 +58,26 @@ def start(
         device = own_gpu()  # before the first collective: NCCL takes the current device, which is the first one
         alone = {} if store is None else {"store": store, "rank": 0, "world_size": 1}
         dist.init_process_group("gloo" if device is None else "nccl", device_id=device, **alone)
-    wanted = (tensor_model_parallel_size, pipeline_model_parallel_size, context_parallel_size)
+    wanted = (
+        tensor_model_parallel_size,
+        pipeline_model_parallel_size,
+        context_parallel_size,
+        expert_model_parallel_size,
+    )
     data_parallel_size(dist.get_world_size(), *wanted)
     if parallel_state.model_parallel_is_initialized():
-        tp = parallel_state.get_tensor_model_parallel_world_size()
-        pp = parallel_state.get_pipeline_model_parallel_world_size()
-        if (tp, pp, parallel_state.get_context_parallel_world_size()) == wanted:
+        there = (
+            parallel_state.get_tensor_model_parallel_world_size(),
+            parallel_state.get_pipeline_model_parallel_world_size(),
+            parallel_state.get_context_parallel_world_size(),
+            parallel_state.get_expert_model_parallel_world_size(),
+        )
+        if there == wanted:
             return dist.get_rank()
         forget_layout()
-    sizes = {"tensor_model": wanted[0], "pipeline_model": wanted[1], "context": wanted[2]}
-    parallel_state.initialize_model_parallel(**{f"{name}_parallel_size": size for name, size in sizes.items()})
+    names = ("tensor_model", "pipeline_model", "context", "expert_model")
+    sizes = {f"{name}_parallel_size": size for name, size in zip(names, wanted, strict=True)}
+    parallel_state.initialize_model_parallel(**sizes)
     model_parallel_cuda_manual_seed(seed)
     return dist.get_rank()
 

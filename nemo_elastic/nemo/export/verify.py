@@ -107,7 +107,8 @@ def verify(
         opened = [open_child(name, Path(folder), nested, format) for name, folder in children.items()]
     report, total = report or (lambda what, done, total: None), 2 * len(children)
     sizes = (run.train.tensor_model_parallel_size, run.train.pipeline_model_parallel_size)
-    process_groups.start(*sizes, seed=run.train.seed, wait_minutes=run.train.wait_minutes)
+    experts, wait = run.train.expert_model_parallel_size, run.train.wait_minutes
+    process_groups.start(*sizes, expert_model_parallel_size=experts, seed=run.train.seed, wait_minutes=wait)
     # Greedy choice for llama.cpp's comparison runs prompts of every length, which sequence parallelism cannot split.
     model = elastic_from(nested, sequence_parallel=run.train.sequence_parallel and format != "gguf")
     if format == "gguf":
@@ -135,7 +136,7 @@ def verify(
 
 def elastic_from(nested: Nested, *, sequence_parallel: bool = False) -> Any:
     """The elastic model of this rank with a nested checkpoint's weights, fp32."""
-    architecture, groups = nested.layout.architecture, nested.layout.ffn_groups
+    architecture, groups = nested.layout.architecture, nested.layout.groups
     model = build_elastic_model(
         nested.manifest.model,
         ffn_groups=groups,

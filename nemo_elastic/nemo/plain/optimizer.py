@@ -16,10 +16,16 @@ from nemo.lightning.megatron_parallel import MegatronParallel
 from nemo.utils import AppState
 
 from nemo_elastic.mcore.versions import build_optimizer
+from nemo_elastic.nemo.plain.optimizer_states import dealt
 
 
 class NamedGroupsOptimizer(McoreDistributedOptimizer):
     """Megatron's optimizer as a torch one. Checkpoints say by `metadata` how its state is laid out in them."""
+
+    def load_state_dict(self, state_dict: dict[Any, Any]) -> None:
+        """A loaded state, whether or not experts were shared out by those who saved it."""
+        chain = getattr(self.mcore_optimizer, "chained_optimizers", [self.mcore_optimizer])
+        super().load_state_dict(dict(dealt(state_dict, chain)))
 
     def sharded_state_dict(
         self,

@@ -117,6 +117,7 @@ def check_layout(
     global_batch_size: int,
     micro_batch_size: int,
     context_parallel_size: int = 1,
+    expert_model_parallel_size: int = 1,
 ) -> int:
     """The data-parallel size of a layout.
 
@@ -124,7 +125,7 @@ def check_layout(
         ValueError: when the processes do not fill it, or the global batch is not whole micro-batches on every rank.
     """
     sizes = (tensor_model_parallel_size, pipeline_model_parallel_size, context_parallel_size)
-    data_parallel = data_parallel_size(processes, *sizes)
+    data_parallel = data_parallel_size(processes, *sizes, expert_model_parallel_size)
     if global_batch_size % (micro_batch_size * data_parallel):
         raise ValueError(
             f"train.global_batch_size={global_batch_size} must be a multiple of train.micro_batch_size="
@@ -142,6 +143,7 @@ def build_trainer(
     tensor_model_parallel_size: int = 1,
     pipeline_model_parallel_size: int = 1,
     context_parallel_size: int = 1,
+    expert_model_parallel_size: int = 1,
     sequence_parallel: bool = False,
     precision: Precision = "32",
     use_distributed_optimizer: bool | None = None,
@@ -182,6 +184,7 @@ def build_trainer(
         global_batch_size,
         micro_batch_size,
         context_parallel_size,
+        expert_model_parallel_size,
     )
     pl.seed_everything(seed, verbose=False)
     on_gpu = torch.cuda.is_available()
@@ -191,6 +194,7 @@ def build_trainer(
         tensor_model_parallel_size=tensor_model_parallel_size,
         pipeline_model_parallel_size=pipeline_model_parallel_size,
         context_parallel_size=context_parallel_size,
+        expert_model_parallel_size=expert_model_parallel_size,
         sequence_parallel=sequence_parallel and tensor_model_parallel_size > 1,
         pipeline_dtype=dtype,
         ddp=DistributedDataParallelConfig(

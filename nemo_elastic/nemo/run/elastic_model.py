@@ -70,14 +70,17 @@ class ElasticSSMConfig(HybridSSMConfig):
         parent = sorted_parent(self.sorted_parent)
         family = self.family()
         layout = ParamLayout(
-            family.architecture, ffn_groups=family.space.ffn_groups, tp_size=self.tensor_model_parallel_size
+            family.architecture,
+            ffn_groups=family.space.groups,
+            tp_size=self.tensor_model_parallel_size,
+            ep_size=self.expert_model_parallel_size,
         )
         spec = elastic_stack_spec(self.hybrid_override_pattern)
         arguments = model_arguments(self, tokenizer, pre_process, post_process)
         model = FamilyModel(self, spec, layout=layout, **arguments)
         teacher = build_plain_model(family.architecture, config=self) if run.distill.needs_teacher else None
         for module in (model,) if teacher is None else (model, teacher):
-            load_weights(module, parent.reader, family.architecture, ffn_groups=family.space.ffn_groups)
+            load_weights(module, parent.reader, family.architecture, ffn_groups=family.space.groups)
             module.to(dtype=self.params_dtype)
         process_groups.barrier()  # ranks read a large parent at their own pace
         names = family.learned

@@ -47,10 +47,11 @@ def rank_run(run: Configured, out: Path, *, resume: bool = False, report: Report
     """
     config, family = settled(run.config), run.family()
     train = config.train
-    raise_if_any(parallel_problems(family.architecture, train, family.space.ffn_groups))
+    raise_if_any(parallel_problems(family.architecture, train, family.space.groups))
     process_groups.start(
         train.tensor_model_parallel_size,
         train.pipeline_model_parallel_size,
+        expert_model_parallel_size=train.expert_model_parallel_size,
         seed=train.seed,
         wait_minutes=train.wait_minutes,
     )
@@ -58,7 +59,7 @@ def rank_run(run: Configured, out: Path, *, resume: bool = False, report: Report
     reader = open_parent(config.parent, family.layout)
     sample, text = calibration(config)
     model = build_plain_model(config.model, **precision(train))
-    load_weights(model, reader, family.architecture, ffn_groups=family.space.ffn_groups)
+    load_weights(model, reader, family.architecture, ffn_groups=family.space.groups)
     process_groups.barrier()  # ranks read a large parent at their own pace
     dims = family.space.dims
     weights = process_groups.on_first_rank(lambda: weights_digest(reader, family.layout))

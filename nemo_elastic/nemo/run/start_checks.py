@@ -49,7 +49,7 @@ def check_rank(run: Configured, out: Path, processes: int, *, once: bool = False
 
     def parent() -> None:
         family = run.family()
-        raise_if_any(parallel_problems(family.architecture, config.train, family.space.ffn_groups))
+        raise_if_any(parallel_problems(family.architecture, config.train, family.space.groups))
         open_parent(config.parent, family.layout)
 
     checks = (

@@ -84,13 +84,14 @@ def train(
     run, parent = settled(configured.config), sorted_parent(sorted_folder)
     family = configured.family(parent.depth_ranking)
     raise_if_any(shapes_not_searched(run, family))
-    raise_if_any(parallel_problems(family.architecture, run.train, family.space.ffn_groups))
+    raise_if_any(parallel_problems(family.architecture, run.train, family.space.groups))
     raise_if_any(context_problems(family, run.train))
     check_processes(run, started_processes())
     process_groups.start(  # NeMo keeps the groups of a ranking in this process, which had no context parallelism
         run.train.tensor_model_parallel_size,
         run.train.pipeline_model_parallel_size,
         run.train.context_parallel_size,
+        run.train.expert_model_parallel_size,
         seed=run.train.seed,
         wait_minutes=run.train.wait_minutes,
     )
@@ -100,6 +101,7 @@ def train(
         "tensor_model_parallel_size": run.train.tensor_model_parallel_size,
         "pipeline_model_parallel_size": run.train.pipeline_model_parallel_size,
         "context_parallel_size": run.train.context_parallel_size,
+        "expert_model_parallel_size": run.train.expert_model_parallel_size,
         "sequence_parallel": run.train.sequence_parallel,
         "precision": run.train.precision,
     }
@@ -132,11 +134,15 @@ def train(
         family,
         run.router,
         ParamLayout(
-            family.architecture, ffn_groups=family.space.ffn_groups, tp_size=run.train.tensor_model_parallel_size
+            family.architecture,
+            ffn_groups=family.space.groups,
+            tp_size=run.train.tensor_model_parallel_size,
+            ep_size=run.train.expert_model_parallel_size,
         ),
         timeline=Timeline.of(resolve_recipe(run.router), steps, stages),
         seed=run.train.seed,
         mode=run.train.mode,
+        sharing=run.train.sharing,
         **serving_of(run.report, family.architecture).conditions,
     )
     teacher = CachedTeacher(run, data, sorted_folder, config.params_dtype) if run.distill.teacher_cache else None

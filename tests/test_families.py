@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_family import random_weights
-from family_configs import BAMBA_9B, GRANITE_4_H_MICRO, LLAMA3, PUBLISHED, QWEN2_5_7B
+from family_configs import (
+    ACTIVE,
+    BAMBA_9B,
+    GRANITE_4_H_MICRO,
+    LLAMA3,
+    PUBLISHED,
+    QWEN2_5_7B,
+)
 
 from nemo_elastic.checkpoint.hf_config import check_hf, hf_config
 from nemo_elastic.checkpoint.reader import MemoryReader
@@ -24,6 +31,7 @@ from nemo_elastic.config.parent_hf import adapter_of_model, model_from_hf
 from nemo_elastic.huggingface import ADAPTERS
 from nemo_elastic.huggingface.read import PLAIN
 from nemo_elastic.kinds import kinds
+from nemo_elastic.kinds.experts import EXPERTS
 from nemo_elastic.plan.of_parent import plan_parent
 from nemo_elastic.plan.starting import starting_configuration
 from nemo_elastic.problems import ProblemsError
@@ -51,9 +59,11 @@ def folder(path: Path, config: dict[str, Any]) -> Path:
 
 
 def function(model: dict[str, Any]) -> dict[str, Any]:
-    """What decides a model's function, defaults filled in."""
+    """What decides a model's function, defaults filled in; sizes of layers that it has not left out."""
     whole = whole_model(model)
-    return {name: whole[name] for name in FUNCTION} | {"seq_length": model.get("seq_length")}
+    absent = {s.name for kind in kinds() if kind.letter not in whole["hybrid_override_pattern"] for s in kind.sizes}
+    said = {name: whole[name] for name in FUNCTION if name not in absent}
+    return said | {"seq_length": model.get("seq_length")}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -61,6 +71,8 @@ def test_plan_counts_what_the_makers_published(name: str, tmp_path: Path) -> Non
     config, count, conf = PUBLISHED[name]
     found = plan_parent(str(folder(tmp_path / "parent", config)))
     assert found["supported"] and found["parent"]["parameters"] == count
+    assert found["parent"]["active_parameters"] == ACTIVE.get(name, count)
+    assert (found["budgets"][0]["active_parameters"] < count) == (name in ACTIVE)
     adapter = TYPES[config["model_type"]]
     assert found["budgets"][0]["deployment"]["hugging_face"] == f"loads as {adapter.words}"
     said = parent_files(str(tmp_path / "parent"))
@@ -105,9 +117,12 @@ def test_every_field_of_the_function_is_said_or_refused() -> None:
     for adapter in ADAPTERS:
         spoken = {*adapter.keys(), *adapter.speaks, *adapter.has, *PLAIN}
         rotary = {name for name in ARITHMETIC if name.startswith(("rotary_", "rope_", "seq_len"))}
-        experts = {
-            name for name in (*FLAGS, *ARITHMETIC) if name.startswith("moe_")
-        }  # whose letter no family can say yet
+        experts = {name for name in (*FLAGS, *ARITHMETIC) if name.startswith("moe_")}
+        if experts <= spoken:
+            experts = set()
+        else:
+            refused = adapter.pattern_problems(f"*{EXPERTS.letter}", "x")
+            assert refused and "mixture of experts" in refused[0].message, adapter.model_type
         assert all(adapter.pattern_problems(kind.letter * 2, "x") for kind in kinds() if kind.huggingface is None)
         forgotten = {*FLAGS, *ARITHMETIC} - spoken - rotary - experts  # rotary: position_embedding_type is in PLAIN
         assert forgotten <= {"fp32_residual_connection"}, adapter.model_type

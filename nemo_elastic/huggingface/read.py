@@ -101,11 +101,12 @@ def model_of(adapter: Adapter, config: Mapping[str, Any], file: str | Path) -> d
     """
     said = Said(config, file)
     model: dict[str, Any] = {"hybrid_override_pattern": adapter.pattern(said)}
-    for one in adapter.fields:
+    fields = [one for one in adapter.fields if one.when(model)]
+    for one in fields:
         model[one.ours] = _read(one, said, model)
     model |= adapter.has
     own = {key for only in adapter.only for key in only.keys} | {key for one in adapter.fields for key in one.keys}
-    own |= {adapter.elsewhere[name] for name in adapter.speaks if name in adapter.elsewhere}
+    own |= {adapter.elsewhere[name] for name in adapter.speaks if name in adapter.elsewhere} | set(adapter.handles)
     named = config.get("architectures")
     if isinstance(named, list) and named and adapter.architecture not in named:
         words = f"{named} must hold {adapter.architecture}: a causal language model with its output layer"
@@ -132,6 +133,7 @@ def config_of(adapter: Adapter, model: Model, dtype: str, token_ids: Mapping[str
     """
     raise_if_any(unsayable(adapter, model))
     fields = sorted((*adapter.fields, *adapter.hints), key=lambda one: _WRITTEN.index(one.kind))
+    fields = [one for one in fields if one.when(model)]
     return {
         "architectures": [adapter.architecture],
         "model_type": adapter.model_type,

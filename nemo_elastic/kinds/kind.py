@@ -118,7 +118,8 @@ class HuggingFace:
 
     Attributes:
         blocks: its words in `layers_block_type`, today's first.
-        names: parameter behind its layer's prefix -> the names it has there (several: `packed` says how it is split).
+        names: parameter behind its layer's prefix -> the names it has there (several: `packed` says how it is split;
+            with a `#`: one for each unit of the parameter's first axis).
     """
 
     blocks: tuple[str, ...]

@@ -1,0 +1,65 @@
+"""What families with experts share: fields that only a model with experts has, and what its router computes.
+
+    norm_topk_prob    sigmoid: the chosen scores are divided by their sum, as Megatron does wherever more than one is
+                      chosen;  softmax: over the chosen ones, else over all (`moe_router_pre_softmax`)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..kinds.experts import BIAS, COUNT, EXPERTS, LATENT, NEURONS, SHARED, TOPK
+from ..problems import Problem
+from .adapter import Field, Model, Only
+from .said import Said
+
+SCORE, FIRST, SCALING = "moe_router_score_function", "moe_router_pre_softmax", "moe_router_topk_scaling_factor"
+ROUTING = (SCORE, FIRST, SCALING, BIAS)
+SOME = "one of every mixture"
+NO_GROUPS = Only(
+    keys=("n_group", "topk_group"),
+    allowed=(1, None),
+    why="experts would have to stay in their routing groups, which is not supported",
+    unsaid=True,
+)
+
+
+def has_experts(model: Model) -> bool:
+    """Whether there is a layer of them."""
+    return EXPERTS.letter in (model.get("hybrid_override_pattern") or "")
+
+
+def sizes(*, count: tuple[str, ...], shared: str | None = None, neurons: str = "moe_intermediate_size") -> tuple:
+    """Sizes of experts under a family's keys."""
+    found = [(COUNT, count), (TOPK, ("num_experts_per_tok",)), (NEURONS, (neurons,))]
+    found += [(SHARED, (shared,))] if shared else []
+    return tuple(Field(ours=ours, keys=keys, when=has_experts) for ours, keys in found)
+
+
+def router_problems(model: Model, family: str, wanted: Mapping[str, Any]) -> list[Problem]:
+    """What of a model's experts a family cannot say, which has `wanted`; `SOME`: any size but 0."""
+    if not has_experts(model):
+        return []
+    said = {name: None if name == SCALING and model[name] == 1.0 else model[name] for name in wanted}
+    return [
+        Problem(f"model.{name}", f"{said[name]!r} cannot be said in Hugging Face's {family}, which has {only!r}")
+        for name, only in wanted.items()
+        if (not said[name] if only == SOME else said[name] != only)
+    ]
+
+
+def read_renormalised(said: Said, model: Model) -> bool | None:
+    """`norm_topk_prob` of a sigmoid router, which Megatron's divides by the sum exactly where several are chosen."""
+    several, value = model.get(TOPK) != 1, said.config.get("norm_topk_prob")
+    if (True if value is None else value) is not several:
+        words = f"{value!r} must be {str(several).lower()}: Megatron's sigmoid router divides the weights of the chosen "
+        said.wrong("norm_topk_prob", f"{words}experts by their sum where there are several, and only there")
+    return several
+
+
+def read_scaling(said: Said) -> dict[str, Any]:
+    """`routed_scaling_factor`; None where it is one: a model section need not say that."""
+    value = said.config.get("routed_scaling_factor")
+    value = said.number("routed_scaling_factor", 1.0 if value is None else value)
+    return {SCALING: None if value == 1.0 else value}

@@ -125,7 +125,9 @@ def child_tensors(
         axes = [elastic["axes"][axis] for axis in axes]
         units = [None] if EACH not in name else places(axes.pop(0), {}, sizes)[0].tolist()
         for place, unit in enumerate(units):
-            stored, renamed = (name, new) if unit is None else (name.replace(EACH, str(unit)), new.replace(EACH, str(place)))
+            stored, renamed = (
+                (name, new) if unit is None else (name.replace(EACH, str(unit)), new.replace(EACH, str(place)))
+            )
             with safe_open(path / (where[stored] if where else SINGLE), "pt") as file:
                 tensor, dtype = file.get_tensor(stored), file.get_slice(stored).get_dtype()
             yield renamed, cut(tensor, axes, sizes, child["padded"]), dtype

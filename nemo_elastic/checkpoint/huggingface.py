@@ -2,8 +2,8 @@
 
 Names come from the adapter of a family; all tensors are the same bytes on both sides except fused rows: attention's are
 per query group `[Q .. Q, K, V]` in Megatron and three tensors in Hugging Face (`kinds.Packed`), a gated MLP's are
-`[gate; up]` and mostly two tensors (`huggingface.adapter.Stacked`); and experts, one tensor `[E, f, h]` here and mostly one
-or two for each of them there (`Each`).
+`[gate; up]` and mostly two tensors (`huggingface.adapter.Stacked`); experts are one tensor `[E, f, h]` here, and mostly
+one or two for each of them there (`Each`).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -96,9 +96,7 @@ def hf_tensors(tensors: list[LazyTensor], layout: ParamLayout, adapter: Adapter)
             yield LazyTensor(name, tensor.dtype, shape, lambda n=number, split=split: split.part(n))
 
 
-def _shapes(
-    whole: tuple[int, ...], packed: Packing, count: int, architecture: Architecture
-) -> list[tuple[int, ...]]:
+def _shapes(whole: tuple[int, ...], packed: Packing, count: int, architecture: Architecture) -> list[tuple[int, ...]]:
     if isinstance(packed, Each):
         return [(whole[1] // packed.parts, *whole[2:])] * count
     if isinstance(packed, Stacked):
@@ -200,7 +198,9 @@ class HuggingFaceReader:
             for source, other in zip(sources[1:], others, strict=True):
                 if other != first:
                     shown = [f"{str(dtype).removeprefix('torch.')} {list(shape)}" for dtype, shape in (other, first)]
-                    words = f"has {source} as {shown[0]} and {sources[0]} as {shown[1]}: all experts of a layer are alike"
+                    words = (
+                        f"has {source} as {shown[0]} and {sources[0]} as {shown[1]}: all experts of a layer are alike"
+                    )
                     return [Problem(str(self.folder), words)]
         return []
 

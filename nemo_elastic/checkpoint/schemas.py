@@ -73,7 +73,8 @@ def plain_child(
     parent, varied = layout.architecture, per_layer_dims(layout.architecture, subnet)
     raise_if_any(
         Problem(
-            "--hf-schema", f"{schema} cannot say {name} per layer ({_few(sizes)}): {WHY_OF.get(name, WHY[schema])}; {_remedy(name)}"
+            "--hf-schema",
+            f"{schema} cannot say {name} per layer ({_few(sizes)}): {WHY_OF.get(name, WHY[schema])}; {_remedy(name)}",
         )
         for name, sizes in varied.items()
         if name not in CAN_VARY[schema]

@@ -66,6 +66,7 @@ class Only:
     Attributes:
         allowed: the first is written, unless `unsaid`: other families have that key, or `Adapter.write` writes it.
         default: what the configuration class takes where the file does not say, if that is not allowed.
+        when: a model of which it is asked.
     """
 
     keys: tuple[str, ...]
@@ -73,6 +74,7 @@ class Only:
     why: str
     default: Any = None
     unsaid: bool = False
+    when: Callable[[Model], bool] = lambda model: True
 
 
 BLOCKS_SAY = {

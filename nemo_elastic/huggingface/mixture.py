@@ -1,7 +1,7 @@
 """What families with experts share: fields that only a model with experts has, and what its router computes.
 
-    norm_topk_prob    sigmoid: the chosen scores are divided by their sum, as Megatron does wherever more than one is
-                      chosen;  softmax: over the chosen ones, else over all (`moe_router_pre_softmax`)
+norm_topk_prob    sigmoid: the chosen scores are divided by their sum, as Megatron does wherever more than one is
+                  chosen;  softmax: over the chosen ones, else over all (`moe_router_pre_softmax`)
 """
 
 from __future__ import annotations
@@ -9,25 +9,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..kinds.experts import BIAS, COUNT, EXPERTS, LATENT, NEURONS, SHARED, TOPK
+from ..kinds import kind_of_dim
 from ..problems import Problem
 from .adapter import Field, Model, Only
 from .said import Said
 
+COUNT, NEURONS, SHARED = "num_moe_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"
+LATENT, TOPK, BIAS = "moe_latent_size", "moe_router_topk", "moe_router_enable_expert_bias"
 SCORE, FIRST, SCALING = "moe_router_score_function", "moe_router_pre_softmax", "moe_router_topk_scaling_factor"
 ROUTING = (SCORE, FIRST, SCALING, BIAS)
-SOME = "one of every mixture"
+SOME = "a size of it, in every mixture"
+
+
+def has_experts(model: Model) -> bool:
+    """Whether there is a layer of them."""
+    return kind_of_dim(COUNT).letter in (model.get("hybrid_override_pattern") or "")
+
+
 NO_GROUPS = Only(
     keys=("n_group", "topk_group"),
     allowed=(1, None),
     why="experts would have to stay in their routing groups, which is not supported",
     unsaid=True,
+    when=has_experts,
 )
-
-
-def has_experts(model: Model) -> bool:
-    """Whether there is a layer of them."""
-    return EXPERTS.letter in (model.get("hybrid_override_pattern") or "")
 
 
 def sizes(*, count: tuple[str, ...], shared: str | None = None, neurons: str = "moe_intermediate_size") -> tuple:
@@ -42,8 +47,9 @@ def router_problems(model: Model, family: str, wanted: Mapping[str, Any]) -> lis
     if not has_experts(model):
         return []
     said = {name: None if name == SCALING and model[name] == 1.0 else model[name] for name in wanted}
+    words = {name: only if only == SOME else repr(only) for name, only in wanted.items()}
     return [
-        Problem(f"model.{name}", f"{said[name]!r} cannot be said in Hugging Face's {family}, which has {only!r}")
+        Problem(f"model.{name}", f"{said[name]!r} cannot be said in Hugging Face's {family}, which has {words[name]}")
         for name, only in wanted.items()
         if (not said[name] if only == SOME else said[name] != only)
     ]
@@ -53,7 +59,9 @@ def read_renormalised(said: Said, model: Model) -> bool | None:
     """`norm_topk_prob` of a sigmoid router, which Megatron's divides by the sum exactly where several are chosen."""
     several, value = model.get(TOPK) != 1, said.config.get("norm_topk_prob")
     if (True if value is None else value) is not several:
-        words = f"{value!r} must be {str(several).lower()}: Megatron's sigmoid router divides the weights of the chosen "
+        words = (
+            f"{value!r} must be {str(several).lower()}: Megatron's sigmoid router divides the weights of the chosen "
+        )
         said.wrong("norm_topk_prob", f"{words}experts by their sum where there are several, and only there")
     return several
 

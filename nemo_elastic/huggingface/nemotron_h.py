@@ -13,8 +13,22 @@ from ..kinds import kind_of, kinds, kinds_of, sizes
 from ..problems import Problem
 from ..space.architecture import DEEPEST, layers_with, without_prediction
 from .adapter import Adapter, Field, Model, Only
-from .mixture import BIAS, FIRST, LATENT, NO_GROUPS, ROUTING, SCALING, SCORE, SHARED, SOME, TOPK, has_experts
-from .mixture import read_renormalised, read_scaling, router_problems
+from .mixture import (
+    BIAS,
+    FIRST,
+    LATENT,
+    NO_GROUPS,
+    ROUTING,
+    SCALING,
+    SCORE,
+    SHARED,
+    SOME,
+    TOPK,
+    has_experts,
+    read_renormalised,
+    read_scaling,
+    router_problems,
+)
 from .said import Said
 from .scan import EPSILON, NO_STEP_ABOVE, NO_STEP_BELOW, epsilon_problems, one_epsilon, read_step_limit
 
@@ -44,7 +58,13 @@ ONLY = (
         for key in ("use_bias", "mlp_bias", "attention_bias", "mamba_proj_bias")
     ),
     Only(keys=("sliding_window",), allowed=(None,), why="attention sees everything before a token"),
-    Only(keys=("n_shared_experts",), allowed=(1, None), why="a mixture has one shared expert here", unsaid=True),
+    Only(
+        keys=("n_shared_experts",),
+        allowed=(1, None),
+        why="a mixture has one shared expert here",
+        unsaid=True,
+        when=has_experts,
+    ),
     NO_GROUPS,
 )
 # What a NemotronH out of Megatron always is. The step of the scan is softplus(dt + dt_bias), unclamped, in Megatron's

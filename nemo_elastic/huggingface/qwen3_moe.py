@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..problems import Problem
-from .adapter import Adapter, Model, Only
+from .adapter import BLOCKS_SAY, Adapter, Model, Only
 from .blocks import (
     ATTENTION,
     GATED,
@@ -96,4 +96,5 @@ QWEN3_MOE = Adapter(
     write=_write,
     fixed={**NO_WINDOWS, "attention_dropout": 0.0, "initializer_range": 0.02, "output_router_logits": False},
     problems=_problems,
+    elsewhere={**BLOCKS_SAY, FIRST: "norm_topk_prob"},
 )

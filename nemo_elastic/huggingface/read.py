@@ -112,7 +112,8 @@ def model_of(adapter: Adapter, config: Mapping[str, Any], file: str | Path) -> d
         words = f"{named} must hold {adapter.architecture}: a causal language model with its output layer"
         said.wrong("architectures", words)
     for only in (*adapter.only, *(f for f in FOREIGN if not own & set(f.keys))):
-        _check(only, said)
+        if only.when(model):
+            _check(only, said)
     model |= adapter.read(said, model)
     for one in adapter.hints:
         if (value := said.config.get(one.keys[0])) is not None:

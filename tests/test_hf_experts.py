@@ -195,3 +195,11 @@ def test_a_quantized_folder_is_known_by_its_second_file(tmp_path: Path) -> None:
     (parent / "hf_quant_config.json").write_text("{}")
     with pytest.raises(ProblemsError, match=r"hf_quant_config\.json: is of quantized weights.*give the bf16 folder"):
         parent_files(str(parent))
+
+
+def test_a_child_has_at_least_as_many_experts_as_are_chosen() -> None:
+    said = expert_features.SIZES | expert_features.FEATURES["nemotron"] | {"num_moe_experts": 16, "moe_router_topk": 9}
+    space = manifest({**MODEL, "hybrid_override_pattern": PATTERN, **said}).space
+    with pytest.raises(ProblemsError, match=r"num_moe_experts.* 8 .*9"):
+        space.subnet(num_moe_experts=8)
+    assert space.subnet(num_moe_experts=16).num_moe_experts == (16, 16, 16)

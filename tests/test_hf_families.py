@@ -216,7 +216,7 @@ def family(folder: Path) -> Manifest:
         cut |= {"moe_ffn_hidden_size": (16, 8, 16)}
         large, small, ragged = ({**one, "num_moe_experts": 8} for one in (large, small, ragged))
     if layers["E"] and arch.moe_shared_expert_intermediate_size:
-        cut |= {"moe_shared_expert_intermediate_size": (24, 16, 32)}
+        cut |= {"moe_shared_expert_intermediate_size": (24, 16, 16)}
     for name, (much, little, some) in cut.items():
         count = layers["-" if name == "ffn_hidden_size" else "E"]
         large[name], small[name] = much, little

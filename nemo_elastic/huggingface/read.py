@@ -32,7 +32,7 @@ PLAIN: dict[str, Any] = {
 }
 _SEES_ALL = "attention sees everything before a token"
 _CAP = "scores and logits are not capped"
-_EXPERTS = "experts are not supported yet"
+_EXPERTS = "models of this family have no experts"
 # Keys of no family here, met in forks and relatives of them: with another value they are another function.
 _OTHER_FAMILIES = "models of this family have no such part"
 FOREIGN = (
@@ -81,7 +81,9 @@ FOREIGN = (
         Only(keys=(key,), allowed=(None, 0, []), why=_EXPERTS)
         for key in ("num_experts", "moe_num_experts", "moe_layers", "first_k_dense_replace")
     ),
-    Only(keys=("num_nextn_predict_layers",), allowed=(None, 0), why="multi-token prediction is not supported yet"),
+    Only(
+        keys=("num_nextn_predict_layers",), allowed=(None, 0), why="models of this family do not predict further tokens"
+    ),
     Only(keys=("clip_qkv",), allowed=(None,), why="queries, keys and values are not clipped"),
     Only(
         keys=("no_rope_layers", "no_rope_layer_interval"),

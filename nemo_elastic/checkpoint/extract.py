@@ -17,7 +17,7 @@ from ..kinds import sizes as sizes_of_kinds
 from ..problems import Problem, raise_if_any
 from ..space.architecture import KIND_NAMES, Architecture
 from ..space.dims import KIND_OF_DIM, PER_LAYER_DIMS, WIDTH_DIMS
-from ..space.layout import ParamLayout, ParamSpec
+from ..space.layout import ParamLayout, ParamSpec, is_uncast
 from ..space.slicing import take
 from ..space.subnet import Subnet, layer_sizes
 from .reader import LazyTensor, TensorReader
@@ -32,11 +32,11 @@ def child_tensors(
 
     Args:
         reader: the nested (or any parent's) weights, described by `layout`.
-        dtype: cast to it; None keeps what is stored.
+        dtype: cast to it, but for what is never cast (`Kind.uncast`); None keeps what is stored.
     """
     found = []
     for name, spec, sizes in layout.child_params(subnet):
-        kept = dtype or reader.dtype(spec.name)
+        kept = reader.dtype(spec.name) if dtype is None or is_uncast(spec) else dtype
         found.append(LazyTensor(name, kept, tuple(spec.shape(sizes)), _Cut(reader, spec, sizes, kept)))
     return found
 

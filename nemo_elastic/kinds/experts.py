@@ -147,6 +147,7 @@ EXPERTS = Kind(
         "mlp.shared_experts.linear_fc1.weight": (SHARED,),
         "mlp.shared_experts.linear_fc2.weight": (SHARED,),
     },
+    uncast=("mlp.router.expert_bias",),  # near ties are decided by its last bits
     axes=_axes,
     norm=("pre_mlp_layernorm.weight", "pre_mlp_layernorm.weight"),
     flops=_flops,
@@ -171,6 +172,7 @@ EXPERTS = Kind(
             "mlp.shared_experts.linear_fc2.weight": ("mixer.shared_experts.down_proj.weight",),
         },
     ),
+    serving="nemo_elastic.serving.experts",
     module="nemo_elastic.mcore.elastic.experts",
     slot="E",
 )

@@ -175,6 +175,7 @@ class Kind:
         only_with: row -> the flags (or sizes) of which one must be true (not 0) for it to be there; others always are.
         axes: (architecture, elastic.ffn_groups, make a factor) -> its axes by name.
         norm: (row of its norm, the name of that row where Transformer Engine fuses it into the linear behind).
+        uncast: rows that keep their dtype where a model is cast to another one.
         stored_in_parts: rows that stock checkpoints hold segment by segment (of the first axis).
         extra_states: modules of it that have a Transformer Engine state of their own in stock checkpoints.
         flops: (architecture, sizes, sequence length, chunk) -> forward FLOPs of one layer for one sequence.
@@ -210,6 +211,7 @@ class Kind:
     only_with: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     axes: Callable[[Any, int, MakeFactor], dict[str, Axis]]
     norm: tuple[str, str]
+    uncast: tuple[str, ...] = ()
     stored_in_parts: tuple[str, ...] = ()
     extra_states: tuple[str, ...] = ()
     flops: Callable[[Any, Sizes, int, int], Any]

@@ -152,7 +152,11 @@ LEFT_OUT = {
     "num_logits_to_keep": "which logits are returned",
     "z_loss_coefficient": "of a loss",
     "output_router_logits": "experts",
-    "router_aux_loss_coef": "experts",
+    "router_aux_loss_coef": "of a loss",
+    "use_mamba_kernels": "how a kernel works",
+    "expand": "derived from heads and channels",
+    "mtp_layers_block_type": "of the multi-token prediction that num_nextn_predict_layers=0 leaves out",
+    "moe_shared_expert_overlap": "when the shared expert is computed",
     "max_window_layers": "of windows, which use_sliding_window=False leaves out",
     "layer_types": "of windows; Granite's are written",
     "rope_parameters": "of a Granite without positions",
@@ -174,6 +178,11 @@ def test_what_a_file_does_not_say_is_what_its_class_takes() -> None:
         for kind in ("llama", "qwen2", "qwen3", "bamba", "granitemoehybrid")
     }
     files["granitemoehybrid"] |= {"num_local_experts": 0, "rms_norm_eps": 1e-5}  # what else it takes is refused
+    chosen = {"num_experts_per_tok": 4, "rms_norm_eps": 1e-5}
+    files["granite with experts"] = {**files["granitemoehybrid"], "num_local_experts": 16, **chosen}
+    files["qwen3_moe"] = {**files["qwen3"], **chosen, "model_type": "qwen3_moe", "num_experts": 8}
+    files["qwen3_moe"] |= {"moe_intermediate_size": 16}
+    files["nemotron_h"] = {**NEMOTRON, "hidden_size": 256}
     command = [HF_PYTHON, "-I", "-c", ASKED, json.dumps(list(files.values()))]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -35,7 +35,9 @@ NO_GROUPS = Only(
 )
 
 
-def sizes(*, count: tuple[str, ...], shared: str | None = None, neurons: str = "moe_intermediate_size") -> tuple:
+def sizes(
+    *, count: tuple[str, ...], shared: str | None = None, neurons: str = "moe_intermediate_size"
+) -> tuple[Field, ...]:
     """Sizes of experts under a family's keys."""
     found = [(COUNT, count), (TOPK, ("num_experts_per_tok",)), (NEURONS, (neurons,))]
     found += [(SHARED, (shared,))] if shared else []
@@ -55,15 +57,14 @@ def router_problems(model: Model, family: str, wanted: Mapping[str, Any]) -> lis
     ]
 
 
-def read_renormalised(said: Said, model: Model) -> bool | None:
-    """`norm_topk_prob` of a sigmoid router, which Megatron's divides by the sum exactly where several are chosen."""
+def check_renormalised(said: Said, model: Model) -> None:
+    """Note a `norm_topk_prob` of a sigmoid router that says otherwise than Megatron's divides."""
     several, value = model.get(TOPK) != 1, said.config.get("norm_topk_prob")
     if (True if value is None else value) is not several:
         words = (
             f"{value!r} must be {str(several).lower()}: Megatron's sigmoid router divides the weights of the chosen "
         )
         said.wrong("norm_topk_prob", f"{words}experts by their sum where there are several, and only there")
-    return several
 
 
 def read_scaling(said: Said) -> dict[str, Any]:

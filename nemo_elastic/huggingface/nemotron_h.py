@@ -24,8 +24,8 @@ from .mixture import (
     SHARED,
     SOME,
     TOPK,
+    check_renormalised,
     has_experts,
-    read_renormalised,
     read_scaling,
     router_problems,
 )
@@ -141,7 +141,7 @@ def _read(said: Said, model: Model) -> dict[str, Any]:
         said.wrong(PREDICTION[0], f"{blocks!r} must be a number of blocks, 0 or more")
     if not has_experts(model):
         return {}
-    read_renormalised(said, model)
+    check_renormalised(said, model)
     return {SCORE: "sigmoid", BIAS: True, **read_scaling(said)}
 
 

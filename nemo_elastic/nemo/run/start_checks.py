@@ -99,6 +99,7 @@ def check_train(
         again = is_ranked(out) and not force
         return collected(
             lambda: check_inputs(run),
+            lambda: say_left_out(config.parent.path),
             lambda: check_processes(config, processes, ranks=not again),
             *_surroundings(config, out),
             lambda: run_problems(out, force=force, resume=resume, remedy=remedy),

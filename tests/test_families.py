@@ -170,7 +170,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window"),
     ("granitemoehybrid", {"num_local_experts": "many"}, "num_local_experts"),
     ("granite_mixed", {"num_experts_per_tok": 73}, "num_experts_per_tok"),
-    ("granite_mixed", {"intermediate_size": None}, "intermediate_size"),
+    ("granite_mixed", {"intermediate_size": "wide"}, "intermediate_size"),
     ("granite_mixed", {"shared_intermediate_size": 0}, "shared_intermediate_size"),
     ("llama", {"rope_parameters": {"rope_theta": 1.0, **LLAMA3, "factor": 32.0}}, "rope_parameters.rope_theta"),
     ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "rope_parameters"),
@@ -213,9 +213,9 @@ def test_another_function_is_refused_by_its_key(kind: str, change: dict[str, Any
 
 
 def test_what_a_class_takes_for_a_missing_key_counts_as_said() -> None:
-    """Granite's class has eight experts where the file says nothing, and how many is to be said."""
+    """Granite's class has eight experts where the file says nothing; with none chosen that is no model."""
     bare = {name: value for name, value in GRANITE_4_H_MICRO.items() if name != "num_local_experts"}
-    with pytest.raises(ProblemsError, match="num_local_experts: is not given"):
+    with pytest.raises(ProblemsError, match="num_experts_per_tok: 0 must be a positive integer"):
         model_from_hf(bare)
     assert model_from_hf({n: v for n, v in LLAMA.items() if n != "rms_norm_eps"})["layernorm_epsilon"] == 1e-6
 

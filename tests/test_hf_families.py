@@ -106,6 +106,7 @@ NEMOTRON = {
     **EXPERTS,
     "model_type": "nemotron_h",
     "layers_block_type": ["linear_attention", "moe", "full_attention", "moe", "linear_attention", "moe", "mlp", "moe"],
+    "num_hidden_layers": 8,
     "mamba_num_heads": 12,
     "mamba_head_dim": 8,
     "n_groups": 2,
@@ -190,7 +191,7 @@ def test_what_a_file_does_not_say_is_what_its_class_takes() -> None:
         model = model_from_hf(file)
         known = {name: value for name, value in model_from_hf(whole).items() if name in model}
         assert known == {**known, **model}, kind
-        assert set(model_from_hf(whole)) - set(model) <= {"init_method_std", "attention_dropout"}
+        assert set(model_from_hf(whole)) - set(model) <= {"init_method_std", "attention_dropout", "hidden_dropout"}
         written = hf_config(model, torch.float32, {})
         assert len(fields) > 15 and set(fields) - set(written) - TOKEN_IDS <= set(LEFT_OUT), kind
         assert model_from_hf(written) == {**model_from_hf(written), **model}, kind

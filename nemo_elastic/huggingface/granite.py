@@ -39,7 +39,22 @@ from .mamba_blocks import (
     without_mamba,
     write_expansion,
 )
-from .mixture import BIAS, FIRST, LATENT, ROUTING, SCALING, SCORE, SHARED, SOME, has_experts, router_problems, sizes
+from .mixture import (
+    BIAS,
+    COUNT,
+    FIRST,
+    LATENT,
+    NEURONS,
+    ROUTING,
+    SCALING,
+    SCORE,
+    SHARED,
+    SOME,
+    TOPK,
+    has_experts,
+    router_problems,
+    sizes,
+)
 from .positions import FIELDS, read_rotary, rotary_problems, write_rotary
 from .said import Said
 from .scan import EPSILON, epsilon_problems, one_epsilon, read_step_limit
@@ -57,7 +72,7 @@ NAMES = {
     "mlp.shared_experts.linear_fc2.weight": ("shared_mlp.output_linear.weight",),
 }
 DENSE, MIXED = feed_forwards(NAMES)
-EXPERTS_UNSAID = 8  # of the configuration class, where a file does not say how many
+UNSAID = {COUNT: 8, TOPK: 2, NEURONS: 11008, SHARED: 1024}  # of the configuration class, where a file does not say it
 # What its mixtures compute: a softmax over the chosen experts' scores.
 MIXTURE = {SCORE: "softmax", BIAS: False, FIRST: False, SCALING: None, SHARED: SOME, LATENT: 0}
 _EPSILON = "Granite has one for all norms"
@@ -79,7 +94,7 @@ _MULTIPLIERS = tuple(
 
 def _pattern(said: Said) -> str | None:
     blocks, known = blocks_of(said), mixers(NAMES)
-    experts = said.config.get("num_local_experts", EXPERTS_UNSAID)
+    experts = said.config.get("num_local_experts", UNSAID[COUNT])
     if experts is not None and (isinstance(experts, bool) or not isinstance(experts, int) or experts < 0):
         said.wrong("num_local_experts", f"{repr(experts)[:40]} must be a number of experts, 0 for none")
         return None
@@ -155,7 +170,7 @@ GRANITE = Adapter(
     pattern_problems=whole_blocks(NAMES),
     fields=(
         *attention_fields(groups=None, ffn=_FFN),
-        *sizes(count=("num_local_experts",), shared="shared_intermediate_size", neurons="intermediate_size"),
+        *sizes(("num_local_experts",), neurons="intermediate_size", shared="shared_intermediate_size", unsaid=UNSAID),
         *MAMBA_SIZES,
         activation({"silu": "silu"}),
         *_MULTIPLIERS,

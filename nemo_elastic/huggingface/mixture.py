@@ -36,12 +36,12 @@ NO_GROUPS = Only(
 
 
 def sizes(
-    *, count: tuple[str, ...], shared: str | None = None, neurons: str = "moe_intermediate_size"
+    count: tuple[str, ...], *, neurons: str, shared: str | None = None, unsaid: Mapping[str, int]
 ) -> tuple[Field, ...]:
-    """Sizes of experts under a family's keys."""
+    """Sizes of experts under a family's keys; `unsaid`: what its class takes where a file does not say them."""
     found = [(COUNT, count), (TOPK, ("num_experts_per_tok",)), (NEURONS, (neurons,))]
     found += [(SHARED, (shared,))] if shared else []
-    return tuple(Field(ours=ours, keys=keys, when=has_experts) for ours, keys in found)
+    return tuple(Field(ours=ours, keys=keys, default=unsaid[ours], when=has_experts) for ours, keys in found)
 
 
 def router_problems(model: Model, family: str, wanted: Mapping[str, Any]) -> list[Problem]:

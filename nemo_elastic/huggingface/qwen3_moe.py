@@ -24,7 +24,20 @@ from .blocks import (
     epsilon,
     whole_blocks,
 )
-from .mixture import BIAS, FIRST, LATENT, NEURONS, ROUTING, SCALING, SCORE, SHARED, router_problems, sizes
+from .mixture import (
+    BIAS,
+    COUNT,
+    FIRST,
+    LATENT,
+    NEURONS,
+    ROUTING,
+    SCALING,
+    SCORE,
+    SHARED,
+    TOPK,
+    router_problems,
+    sizes,
+)
 from .positions import FIELDS, read_rotary, rotary_problems, write_rotary
 from .qwen3 import NO_WINDOWS
 from .said import Said
@@ -38,6 +51,7 @@ NAMES = {
     "mlp.experts.experts.linear_fc2.weight": ("mlp.experts.#.down_proj.weight",),
 }
 MIXTURE = {SCORE: "softmax", BIAS: False, SCALING: None, SHARED: 0, LATENT: 0}
+UNSAID = {COUNT: 128, TOPK: 8, NEURONS: 768}  # of the configuration class, where a file does not say it
 _ALL = "every block ends in experts here"
 
 
@@ -76,7 +90,7 @@ QWEN3_MOE = Adapter(
     pattern_problems=whole_blocks(NAMES),
     fields=(
         *(field for field in attention_fields(groups=4) if field.ours != "ffn_hidden_size"),
-        *sizes(count=("num_experts", "num_local_experts")),
+        *sizes(("num_experts", "num_local_experts"), neurons="moe_intermediate_size", unsaid=UNSAID),
         activation(),
         epsilon(),
     ),

@@ -27,6 +27,7 @@ from nemo_elastic.nemo.export.checkpoints import extract, extract_all
 from nemo_elastic.nemo.export.hf_nested import extract_hf_nested
 from nemo_elastic.nemo.export.nested import Nested, open_nested, write_nested
 from nemo_elastic.nemo.run.start_checks import say_left_out
+from nemo_elastic.plan.deployment import hugging_face_note
 from nemo_elastic.plan.of_parent import plan_parent
 from nemo_elastic.plan.starting import starting_configuration
 from nemo_elastic.problems import ProblemsError
@@ -203,3 +204,11 @@ def test_a_child_has_at_least_as_many_experts_as_are_chosen() -> None:
     with pytest.raises(ProblemsError, match=r"num_moe_experts.* 8 .*9"):
         space.subnet(num_moe_experts=8)
     assert space.subnet(num_moe_experts=16).num_moe_experts == (16, 16, 16)
+
+
+def test_a_plan_says_what_becomes_of_sizes_that_differ() -> None:
+    whole = family("nemotron")
+    note = hugging_face_note(whole.model, whole.subnets["ragged"])
+    assert note.startswith("per-layer moe_ffn_hidden_size, moe_shared_expert_intermediate_size: padded to uniform")
+    note = hugging_face_note(whole.model, whole.subnets["counts"])
+    assert note == "per-layer num_moe_experts: no stock schema can say it"

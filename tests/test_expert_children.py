@@ -46,12 +46,11 @@ def test_nemo_opens_a_child_as_the_function_that_was_trained(tmp_path: Path, fea
         assert check.comparison.relative < 1e-6
 
 
-@pytest.mark.parametrize(("format", "reader"), [("hf", "Hugging Face's NemotronH"), ("gguf", "llama.cpp's nemotron_h")])
-def test_who_cannot_say_experts_refuses_them(tmp_path: Path, format: str, reader: str) -> None:
+def test_who_cannot_say_experts_refuses_them(tmp_path: Path) -> None:
     nested = nested_family(tmp_path, "nemotron")
     with pytest.raises(ProblemsError) as error:
-        extract_all(nested, tmp_path / "out", format=format)
-    assert f"'E' (mixture of experts) cannot be said in {reader}" in str(error.value)
+        extract_all(nested, tmp_path / "out", format="gguf")
+    assert "'E' (mixture of experts) cannot be said in llama.cpp's nemotron_h" in str(error.value)
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 

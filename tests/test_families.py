@@ -11,7 +11,17 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_family import random_weights
-from family_configs import BAMBA_9B, GRANITE_4_H_MICRO, LLAMA3, PUBLISHED, QWEN2_5_7B
+from family_configs import (
+    ACTIVE,
+    BAMBA_9B,
+    GRANITE_4_H_MICRO,
+    GRANITE_4_H_SMALL,
+    LLAMA3,
+    NANO_30B,
+    PUBLISHED,
+    QWEN2_5_7B,
+    QWEN3_30B_A3B,
+)
 
 from nemo_elastic.checkpoint.hf_config import check_hf, hf_config
 from nemo_elastic.checkpoint.reader import MemoryReader
@@ -24,6 +34,7 @@ from nemo_elastic.config.parent_hf import adapter_of_model, model_from_hf
 from nemo_elastic.huggingface import ADAPTERS
 from nemo_elastic.huggingface.read import PLAIN
 from nemo_elastic.kinds import kinds
+from nemo_elastic.kinds.experts import EXPERTS
 from nemo_elastic.plan.of_parent import plan_parent
 from nemo_elastic.plan.starting import starting_configuration
 from nemo_elastic.problems import ProblemsError
@@ -40,6 +51,7 @@ OF_TYPE = {
     "bamba": BAMBA_9B,
     "granitemoehybrid": GRANITE_4_H_MICRO,
 }
+MIXED = {"nemotron_h": NANO_30B, "granite_mixed": GRANITE_4_H_SMALL, "qwen3_moe": QWEN3_30B_A3B}
 TYPES = {adapter.model_type: adapter for adapter in ADAPTERS}
 
 
@@ -51,9 +63,11 @@ def folder(path: Path, config: dict[str, Any]) -> Path:
 
 
 def function(model: dict[str, Any]) -> dict[str, Any]:
-    """What decides a model's function, defaults filled in."""
+    """What decides a model's function, defaults filled in; sizes of layers that it has not left out."""
     whole = whole_model(model)
-    return {name: whole[name] for name in FUNCTION} | {"seq_length": model.get("seq_length")}
+    absent = {s.name for kind in kinds() if kind.letter not in whole["hybrid_override_pattern"] for s in kind.sizes}
+    said = {name: whole[name] for name in FUNCTION if name not in absent}
+    return said | {"seq_length": model.get("seq_length")}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -61,6 +75,8 @@ def test_plan_counts_what_the_makers_published(name: str, tmp_path: Path) -> Non
     config, count, conf = PUBLISHED[name]
     found = plan_parent(str(folder(tmp_path / "parent", config)))
     assert found["supported"] and found["parent"]["parameters"] == count
+    assert found["parent"]["active_parameters"] == ACTIVE.get(name, count)
+    assert (found["budgets"][0]["active_parameters"] < count) == (name in ACTIVE)
     adapter = TYPES[config["model_type"]]
     assert found["budgets"][0]["deployment"]["hugging_face"] == f"loads as {adapter.words}"
     said = parent_files(str(tmp_path / "parent"))
@@ -105,9 +121,12 @@ def test_every_field_of_the_function_is_said_or_refused() -> None:
     for adapter in ADAPTERS:
         spoken = {*adapter.keys(), *adapter.speaks, *adapter.has, *PLAIN}
         rotary = {name for name in ARITHMETIC if name.startswith(("rotary_", "rope_", "seq_len"))}
-        experts = {
-            name for name in (*FLAGS, *ARITHMETIC) if name.startswith("moe_")
-        }  # whose letter no family can say yet
+        experts = {name for name in (*FLAGS, *ARITHMETIC) if name.startswith("moe_")}
+        if experts <= spoken:
+            experts = set()
+        else:
+            refused = adapter.pattern_problems(f"*{EXPERTS.letter}", "x")
+            assert refused and "mixture of experts" in refused[0].message, adapter.model_type
         assert all(adapter.pattern_problems(kind.letter * 2, "x") for kind in kinds() if kind.huggingface is None)
         forgotten = {*FLAGS, *ARITHMETIC} - spoken - rotary - experts  # rotary: position_embedding_type is in PLAIN
         assert forgotten <= {"fp32_residual_connection"}, adapter.model_type
@@ -131,6 +150,28 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     *((kind, {"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling") for kind in ("llama", "qwen2", "qwen3", "bamba")),
     *((kind, {"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_scaling") for kind in ("llama", "qwen3")),
     *((kind, {"partial_rotary_factor": 0.25}, "partial_rotary_factor") for kind in ("llama", "bamba")),
+    *(("nemotron_h", {key: 2}, key) for key in ("n_group", "topk_group", "n_shared_experts")),
+    *(("nemotron_h", {key: None}, key) for key in ("n_routed_experts", "moe_intermediate_size", "num_experts_per_tok")),
+    ("nemotron_h", {"norm_topk_prob": False}, "norm_topk_prob"),
+    ("nemotron_h", {"num_experts_per_tok": 1}, "norm_topk_prob"),
+    ("nemotron_h", {"num_experts_per_tok": 129}, "num_experts_per_tok"),
+    ("nemotron_h", {"moe_shared_expert_intermediate_size": 0}, "moe_shared_expert_intermediate_size"),
+    ("nemotron_h", {"moe_latent_size": "small"}, "moe_latent_size"),
+    ("nemotron_h", {"routed_scaling_factor": 0}, "routed_scaling_factor"),
+    ("nemotron_h", {"num_local_experts": 64}, "num_local_experts"),
+    ("nemotron_h", {"num_nextn_predict_layers": -1}, "num_nextn_predict_layers"),
+    ("nemotron_h", {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}}, "quantization_config"),
+    ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step"),
+    ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers"),
+    ("qwen3_moe", {"norm_topk_prob": "yes"}, "norm_topk_prob"),
+    ("qwen3_moe", {"num_experts_per_tok": 1}, "norm_topk_prob"),
+    ("qwen3_moe", {"num_experts": 0}, "num_experts"),
+    ("qwen3_moe", {"attention_bias": True}, "attention_bias"),
+    ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window"),
+    ("granitemoehybrid", {"num_local_experts": "many"}, "num_local_experts"),
+    ("granite_mixed", {"num_experts_per_tok": 73}, "num_experts_per_tok"),
+    ("granite_mixed", {"intermediate_size": "wide"}, "intermediate_size"),
+    ("granite_mixed", {"shared_intermediate_size": 0}, "shared_intermediate_size"),
     ("llama", {"rope_parameters": {"rope_theta": 1.0, **LLAMA3, "factor": 32.0}}, "rope_parameters.rope_theta"),
     ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "rope_parameters"),
     ("llama", {"rope_scaling": {**LLAMA3, "factor": 0}}, "rope_scaling.factor"),
@@ -156,7 +197,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("bamba", {"attn_layer_indices": [40]}, "attn_layer_indices"),
     ("bamba", {"attn_rotary_emb": 128}, "attn_rotary_emb"),
     ("bamba", {"mlp_bias": True}, "mlp_bias"),
-    ("granitemoehybrid", {"num_local_experts": 8}, "num_local_experts"),
+    ("granitemoehybrid", {"num_local_experts": 8}, "num_experts_per_tok"),
     ("granitemoehybrid", {"layer_types": ["mamba"]}, "layer_types"),
     ("granitemoehybrid", {"layer_types": ["conv"] * 40}, "layer_types"),
     ("granitemoehybrid", {"position_embedding_type": "alibi"}, "position_embedding_type"),
@@ -167,14 +208,14 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 @pytest.mark.parametrize(("kind", "change", "key"), REFUSED, ids=lambda v: v if isinstance(v, str) else "")
 def test_another_function_is_refused_by_its_key(kind: str, change: dict[str, Any], key: str) -> None:
     with pytest.raises(ProblemsError) as error:
-        model_from_hf({**OF_TYPE[kind], **change}, "here/config.json")
+        model_from_hf({**(OF_TYPE | MIXED)[kind], **change}, "here/config.json")
     assert [p.key for p in error.value.problems] == [f"here/config.json: {key}"]
 
 
 def test_what_a_class_takes_for_a_missing_key_counts_as_said() -> None:
-    """Granite's class has eight experts where the file says nothing."""
+    """Granite's class has eight experts where the file says nothing; with none chosen that is no model."""
     bare = {name: value for name, value in GRANITE_4_H_MICRO.items() if name != "num_local_experts"}
-    with pytest.raises(ProblemsError, match="num_local_experts: is not given, which means 8"):
+    with pytest.raises(ProblemsError, match="num_experts_per_tok: 0 must be a positive integer"):
         model_from_hf(bare)
     assert model_from_hf({n: v for n, v in LLAMA.items() if n != "rms_norm_eps"})["layernorm_epsilon"] == 1e-6
 

@@ -119,7 +119,7 @@ def test_no_field_of_the_configuration_class_is_left_to_its_default() -> None:
         ({"intermediate_size": [80, 40, 40]}, "is a list"),
         ({"layer_norm_epsilon": 1e-6}, "1e-06 must be 1e-05"),
         ({"mlp_hidden_act": "swish2"}, "'swish2' is not supported"),
-        ({"layers_block_type": ["moe"] * 8, "hybrid_override_pattern": None}, "mixture of experts"),
+        ({"layers_block_type": ["moe"] * 8, "hybrid_override_pattern": None}, "n_routed_experts: is not given"),
     ],
 )
 def test_other_models_are_refused(change: dict, words: str) -> None:

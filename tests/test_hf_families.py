@@ -100,9 +100,47 @@ PARENTS: dict[str, dict[str, Any]] = {
         "residual_multiplier": 0.5,
     },
 }
-IN_CI = "granite"
+EXPERTS = {"num_experts_per_tok": 3, "moe_intermediate_size": 24}
+NEMOTRON = {
+    **ATTENTION,
+    **EXPERTS,
+    "model_type": "nemotron_h",
+    "layers_block_type": ["linear_attention", "moe", "full_attention", "moe", "linear_attention", "moe", "mlp", "moe"],
+    "num_hidden_layers": 8,
+    "mamba_num_heads": 12,
+    "mamba_head_dim": 8,
+    "n_groups": 2,
+    "ssm_state_size": 16,
+    "time_step_min": 1e-30,
+    "n_routed_experts": 16,
+    "moe_shared_expert_intermediate_size": 40,
+    "routed_scaling_factor": 2.5,
+}
+PARENTS |= {
+    "nemotron_experts": NEMOTRON,
+    "nemotron_latent": {**NEMOTRON, "moe_latent_size": 20, "routed_scaling_factor": 5.0},
+    "granite_experts": {
+        **PARENTS["granite"],
+        "num_local_experts": 16,
+        "num_experts_per_tok": 3,
+        "intermediate_size": 24,
+        "shared_intermediate_size": 40,
+        "position_embedding_type": "nope",
+    },
+    "qwen3_experts": {
+        **ATTENTION,
+        **EXPERTS,
+        "model_type": "qwen3_moe",
+        "num_experts": 16,
+        "norm_topk_prob": True,
+        "rope_theta": 1e6,
+        "head_dim": 16,
+    },
+    "qwen3_experts_first": {**ATTENTION, **EXPERTS, "model_type": "qwen3_moe", "num_experts": 16},
+}
+IN_CI = ("granite", "nemotron_experts")
 FAMILIES = [
-    pytest.param(name, marks=[pytest.mark.slow, *([] if name == IN_CI else [pytest.mark.families])]) for name in PARENTS
+    pytest.param(name, marks=[pytest.mark.slow, *([] if name in IN_CI else [pytest.mark.families])]) for name in PARENTS
 ]
 pytestmark = [
     pytest.mark.skipif(not HF_PYTHON.is_file(), reason="make setup-hf makes the venv with transformers 5"),
@@ -115,7 +153,11 @@ LEFT_OUT = {
     "num_logits_to_keep": "which logits are returned",
     "z_loss_coefficient": "of a loss",
     "output_router_logits": "experts",
-    "router_aux_loss_coef": "experts",
+    "router_aux_loss_coef": "of a loss",
+    "use_mamba_kernels": "how a kernel works",
+    "expand": "derived from heads and channels",
+    "mtp_layers_block_type": "of the multi-token prediction that num_nextn_predict_layers=0 leaves out",
+    "moe_shared_expert_overlap": "when the shared expert is computed",
     "max_window_layers": "of windows, which use_sliding_window=False leaves out",
     "layer_types": "of windows; Granite's are written",
     "rope_parameters": "of a Granite without positions",
@@ -137,6 +179,11 @@ def test_what_a_file_does_not_say_is_what_its_class_takes() -> None:
         for kind in ("llama", "qwen2", "qwen3", "bamba", "granitemoehybrid")
     }
     files["granitemoehybrid"] |= {"num_local_experts": 0, "rms_norm_eps": 1e-5}  # what else it takes is refused
+    chosen = {"num_experts_per_tok": 4, "rms_norm_eps": 1e-5}
+    files["granite with experts"] = {**files["granitemoehybrid"], "num_local_experts": 16, **chosen}
+    files["qwen3_moe"] = {**files["qwen3"], **chosen, "model_type": "qwen3_moe", "num_experts": 8}
+    files["qwen3_moe"] |= {"moe_intermediate_size": 16}
+    files["nemotron_h"] = {**NEMOTRON, "hidden_size": 256}
     command = [HF_PYTHON, "-I", "-c", ASKED, json.dumps(list(files.values()))]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -144,7 +191,7 @@ def test_what_a_file_does_not_say_is_what_its_class_takes() -> None:
         model = model_from_hf(file)
         known = {name: value for name, value in model_from_hf(whole).items() if name in model}
         assert known == {**known, **model}, kind
-        assert set(model_from_hf(whole)) - set(model) <= {"init_method_std", "attention_dropout"}
+        assert set(model_from_hf(whole)) - set(model) <= {"init_method_std", "attention_dropout", "hidden_dropout"}
         written = hf_config(model, torch.float32, {})
         assert len(fields) > 15 and set(fields) - set(written) - TOKEN_IDS <= set(LEFT_OUT), kind
         assert model_from_hf(written) == {**model_from_hf(written), **model}, kind
@@ -169,26 +216,27 @@ def family(folder: Path) -> Manifest:
     ranking = tuple(unit * block + half for block in [0, *range(blocks - 1, 0, -1)] for half in range(unit))
     dims = {"hidden_size": ElasticDim(name="hidden_size", full=arch.hidden_size, groups=1, choices=(40, 32))}
     space = ElasticSpace(architecture=arch, dims=dims, ffn_groups=8, depth_ranking=ranking, depth_unit=unit)
-    mamba = {"large": {"mamba_num_heads": 10}, "small": {"mamba_num_heads": 8}} if arch.mamba_num_heads > 1 else {}
+    large, small = {"num_attention_heads": 8}, {"num_attention_heads": 4, "num_layers": arch.num_layers - 2 * unit}
+    layers = {letter: len(arch.layers_of(letter)) for letter in "M*-E"}
+    if layers["M"]:
+        large, small = large | {"mamba_num_heads": 10}, small | {"mamba_num_heads": 8}
+    ragged = {**large, "num_attention_heads": [8, 4, *[8] * layers["*"]][: layers["*"]]}
+    cut = {"ffn_hidden_size": (56, 40, 48)} if layers["-"] else {}
+    if layers["E"]:
+        cut |= {"moe_ffn_hidden_size": (16, 8, 16)}
+        large, small, ragged = ({**one, "num_moe_experts": 8} for one in (large, small, ragged))
+    if layers["E"] and arch.moe_shared_expert_intermediate_size:
+        cut |= {"moe_shared_expert_intermediate_size": (24, 16, 16)}
+    for name, (much, little, some) in cut.items():
+        count = layers["-" if name == "ffn_hidden_size" else "E"]
+        large[name], small[name] = much, little
+        ragged[name] = [much, little, *[some] * count][:count]
     subnets = {
         "full": space.full_subnet(),
-        "large": space.subnet(hidden_size=40, ffn_hidden_size=56, num_attention_heads=8, **mamba.get("large", {})),
-        "small": space.subnet(
-            hidden_size=32,
-            ffn_hidden_size=40,
-            num_attention_heads=4,
-            num_layers=arch.num_layers - 2 * unit,
-            **mamba.get("small", {}),
-        ),
+        "large": space.subnet(hidden_size=40, **large),
+        "small": space.subnet(hidden_size=32, **small),
+        "ragged": space.subnet(hidden_size=40, **ragged),
     }
-    few = arch.num_layers // unit
-    heads = [8, 4, *[8] * few][: sum(letter == "*" for letter in arch.hybrid_override_pattern)]
-    subnets["ragged"] = space.subnet(
-        hidden_size=40,
-        ffn_hidden_size=[56, 40, *[48] * (few - 2)],
-        num_attention_heads=heads,
-        **mamba.get("large", {}),
-    )
     budgets = {name: Budget(name=name, kind="fraction", value=1 / n) for n, name in enumerate(subnets, start=1)}
     config = load_config("tiny_parent.yaml", ["train.val_samples=4"]).config
     return Manifest(model=model, space=space, budgets=budgets, subnets=subnets, provenance={"config": plain(config)})

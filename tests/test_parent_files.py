@@ -85,7 +85,6 @@ REFUSED = {
     "mamba_dt_limit": [0.001, float("inf")],
     "mamba_n_groups": 2,
     "attention_head_dim": 8,
-    "num_nextn_predict_layers": 1,
     "quantization_config": {"quant_method": "modelopt"},
 }
 NO_MATTER = {
@@ -124,6 +123,7 @@ NO_MATTER = {
     "norm_topk_prob": False,
     "mtp_layers_block_type": ["mlp"],
     "mtp_hybrid_override_pattern": "-",
+    "num_nextn_predict_layers": 1,  # what follows the layers is left out, and said
     # NemotronH has no positions
     "rope_theta": 500000.0,
     "rope_scaling": {"factor": 2.0},
@@ -230,7 +230,7 @@ CONTEXT_WITH_ROPE = {
 CONTEXT_REFUSED = {
     "num_layers": 4, "normalization": "LayerNorm", "num_moe_experts": 4,
     "glu_linear_offset": 1.0, "no_rope_freq": 4, "rotary_interleaved": True,
-    "multi_latent_attention": True, "mtp_num_layers": 1, "activation_func_clamp_value": 7.0,
+    "multi_latent_attention": True, "activation_func_clamp_value": 7.0,
     "apply_residual_connection_post_layernorm": True, "heterogeneous_block_specs": True,
     "layernorm_zero_centered_gamma": True, "softmax_type": "off-by-one", "window_attn_skip_freq": 2,
     "window_size": [16, 0], "attention_output_gate": True, "experimental_attention_variant": "gated_delta_net",
@@ -255,8 +255,9 @@ CONTEXT_NO_MATTER = (
     "enable_autocast", "first_last_layers_bf16", "fp16", "fp4", "fp8", "num_layers_at_", "params_dtype", "quant_",
     # training and initialisation
     "calculate_per_token_loss", "data_step_fn", "embedding_init", "forward_step_fn", "init_m", "output_layer_init",
-    "perform_init", "test_mode", "mtp_loss",
-    "mtp_standalone", "qk_clip",
+    "perform_init", "test_mode", "qk_clip",
+    # predicts further tokens in training: no part of the model, left out and said
+    "mtp_",
     # of parts that a pattern of M, * and - has none of: experts, other positions and attentions
     "moe_", "mrope",
     "dsa_", "linear_",

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from ..kinds import kinds_of
+from ..kinds import dims, kinds_of
 from ..kinds import sizes as sizes_of_kinds
 from ..problems import Problem, raise_if_any
 from ..space.architecture import KIND_NAMES, Architecture
 from ..space.dims import KIND_OF_DIM, PER_LAYER_DIMS, WIDTH_DIMS
-from ..space.layout import ParamLayout, ParamSpec
+from ..space.layout import ParamLayout, ParamSpec, is_uncast
 from ..space.slicing import take
 from ..space.subnet import Subnet, layer_sizes
 from .reader import LazyTensor, TensorReader
@@ -32,11 +32,11 @@ def child_tensors(
 
     Args:
         reader: the nested (or any parent's) weights, described by `layout`.
-        dtype: cast to it; None keeps what is stored.
+        dtype: cast to it, but for what is never cast (`Kind.uncast`); None keeps what is stored.
     """
     found = []
     for name, spec, sizes in layout.child_params(subnet):
-        kept = dtype or reader.dtype(spec.name)
+        kept = reader.dtype(spec.name) if dtype is None or is_uncast(spec) else dtype
         found.append(LazyTensor(name, kept, tuple(spec.shape(sizes)), _Cut(reader, spec, sizes, kept)))
     return found
 
@@ -70,7 +70,7 @@ def child_architecture(architecture: Architecture, subnet: Subnet) -> Architectu
         Problem(
             f"elastic.dims.{name}.per_layer",
             f"this child has {_named(sizes)} in its {KIND_NAMES[KIND_OF_DIM[name]]} layers; a plain model "
-            "has one value for all and cannot say that; give --format hf, or train with per_layer: false",
+            f"has one value for all and cannot say that; {_otherwise(name)}train with per_layer: false",
         )
         for name, sizes in per_layer_dims(architecture, subnet).items()
     )
@@ -96,6 +96,11 @@ def plain_model(model: Mapping[str, Any], architecture: Architecture) -> dict[st
     fixed = {size.name for size in sizes_of_kinds() if size.fixed or (size.none_if_absent and size not in there)}
     own = {name: value for name, value in vars(architecture).items() if name not in fixed}
     return {**{n: v for n, v in model.items() if n != "num_layers" and n not in fixed}, **own}
+
+
+def _otherwise(name: str) -> str:
+    said = any(dim.name == name and dim.schemas for dim in dims())
+    return "give --format hf, or " if said else ""
 
 
 def _named(sizes: tuple[int, ...]) -> str:

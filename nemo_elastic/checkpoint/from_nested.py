@@ -27,6 +27,7 @@ from torch import Tensor
 FORMAT, VERSION = "nemo_elastic.hf_nested", 1
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 4 * 2**30
+EACH = "#"  # in a name: the number of a unit of the first axis, an expert's
 LAYER = re.compile(r"^(.*\.layers\.)(\d+)(\..+)$")
 
 
@@ -121,9 +122,15 @@ def child_tensors(
             continue
         sizes = child["layers"][str(number)] if layer else child["outer"]
         new = f"{layer[1]}{kept.index(number)}{layer[3]}" if layer else name
-        with safe_open(path / (where[name] if where else SINGLE), "pt") as file:
-            tensor, dtype = file.get_tensor(name), file.get_slice(name).get_dtype()
-        yield new, cut(tensor, [elastic["axes"][axis] for axis in axes], sizes, child["padded"]), dtype
+        axes = [elastic["axes"][axis] for axis in axes]
+        units = [None] if EACH not in name else places(axes.pop(0), {}, sizes)[0].tolist()
+        for place, unit in enumerate(units):
+            stored, renamed = (
+                (name, new) if unit is None else (name.replace(EACH, str(unit)), new.replace(EACH, str(place)))
+            )
+            with safe_open(path / (where[stored] if where else SINGLE), "pt") as file:
+                tensor, dtype = file.get_tensor(stored), file.get_slice(stored).get_dtype()
+            yield renamed, cut(tensor, axes, sizes, child["padded"]), dtype
 
 
 def cut(tensor: Tensor, axes: Sequence[Any], sizes: Mapping[str, int], padded: Mapping[str, int]) -> Tensor:

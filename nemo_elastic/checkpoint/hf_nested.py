@@ -4,7 +4,7 @@
 
 The script (`from_nested.py`) travels with the folder and knows nothing of this package: elastic.json holds the one
 table in Hugging Face's names. A fused tensor is stored in parts there, and so are its axes: a group's fixed units are
-tensors of their own.
+tensors of their own. Experts are, too: `#` in a name is the number of a unit of the first axis.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from ..config.parent_hf import adapter_of_model
 from ..cost.counts import parameters
-from ..huggingface import NEMOTRON_H
+from ..huggingface import NEMOTRON_H, Each
 from ..kinds.axis import Axis, Factor, Segment
 from ..problems import Problem, ProblemsError
 from ..space.layout import ParamLayout
@@ -26,7 +26,7 @@ from ..space.subnet import layer_sizes
 from .extract import per_layer_dims, plain_model
 from .hf_config import hf_config
 from .hf_folder import model_card, write_hf_folder
-from .huggingface import hf_names, packing
+from .huggingface import hf_templates, packing
 from .manifest import Manifest
 from .safetensors_reader import INDEX_FILE, SINGLE_FILE
 from .schemas import PlainChild
@@ -129,9 +129,9 @@ def _child(manifest: Manifest, budget: str, own: NestedChild, ids: Mapping[str, 
 
 def _hf_axes(layout: ParamLayout, name: str) -> Iterator[tuple[str, list[tuple[str, Any]]]]:
     """Each tensor on disk of a canonical one, with its axes: a label, and what it is made of as JSON has it."""
-    spec, names, packed = layout.table[name], hf_names(layout, name, NEMOTRON_H), packing(layout, name, NEMOTRON_H)
+    spec, names, packed = layout.table[name], hf_templates(layout, name, NEMOTRON_H), packing(layout, name, NEMOTRON_H)
     known = {axis: label for label, axis in layout.axes.items()}
-    if packed is None:
+    if packed is None or isinstance(packed, Each):  # a unit's number in the name, its axis the first
         yield names[0], [(known[axis], _json(axis)) for axis in spec.axes]
         return
     fused, *others = spec.axes

@@ -60,7 +60,7 @@ def main(request: str, out: str, answer: str) -> None:
         folders.append(
             {
                 "class": f"{type(model).__module__}.{type(model).__name__}",
-                "parameters": sum(p.numel() for p in model.parameters()),
+                "parameters": sum(t.numel() for t in (*model.parameters(), *_stored_buffers(model))),
                 "loading": {name: sorted(map(str, value)) for name, value in loading.items() if value},
             }
         )
@@ -68,6 +68,12 @@ def main(request: str, out: str, answer: str) -> None:
     save_file(found, out)
     with open(answer, "w") as file:
         json.dump({"transformers": transformers.__version__, "torch": torch.__version__, "folders": folders}, file)
+
+
+def _stored_buffers(model: Any) -> list[Any]:
+    """Buffers that are weights, as the bias by which experts are chosen; those that are computed are not stored."""
+    stored = model.state_dict()
+    return [buffer for name, buffer in model.named_buffers() if name in stored]
 
 
 def _follow(model: Any, between: str | None) -> dict[int, Any]:

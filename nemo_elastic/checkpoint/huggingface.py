@@ -2,7 +2,8 @@
 
 Names come from the adapter of a family; all tensors are the same bytes on both sides except fused rows: attention's are
 per query group `[Q .. Q, K, V]` in Megatron and three tensors in Hugging Face (`kinds.Packed`), a gated MLP's are
-`[gate; up]` and mostly two tensors (`huggingface.adapter.Stacked`).
+`[gate; up]` and mostly two tensors (`huggingface.adapter.Stacked`); experts are one tensor `[E, f, h]` here, and mostly
+one or two for each of them there (`Each`).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from ..config.model_fields import architecture_of
 from ..config.parent_files import read_json
-from ..config.parent_hf import family_of_hf, model_from_hf
-from ..huggingface import Adapter, Stacked
+from ..config.parent_hf import family_of_hf, left_out_note, model_from_hf
+from ..huggingface import Adapter, Each, Stacked
+from ..huggingface.adapter import EACH
 from ..kinds.kind import Packed
 from ..problems import Problem, ProblemsError, raise_if_any
 from ..space.architecture import Architecture
@@ -26,11 +28,20 @@ from .reader import LazyTensor, TensorReader
 from .safetensors_reader import SafetensorsReader
 
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
-Packing = Packed | Stacked
+Packing = Packed | Stacked | Each
+NAMED = 4  # that a problem lists
 
 
 def hf_names(layout: ParamLayout, name: str, adapter: Adapter) -> tuple[str, ...]:
-    """Names on disk of one canonical tensor (several for a packed one)."""
+    """Names on disk of one canonical tensor: several for a packed one, unit by unit where each has its own."""
+    found = hf_templates(layout, name, adapter)
+    if EACH not in found[0]:
+        return found
+    return tuple(new.replace(EACH, str(unit)) for unit in range(layout.table[name].shape({})[0]) for new in found)
+
+
+def hf_templates(layout: ParamLayout, name: str, adapter: Adapter) -> tuple[str, ...]:
+    """The same with `EACH` for the number of a unit."""
     spec = layout.table[name]
     if spec.layer is None:
         return (adapter.outer[name],)
@@ -40,11 +51,16 @@ def hf_names(layout: ParamLayout, name: str, adapter: Adapter) -> tuple[str, ...
 
 def packing(layout: ParamLayout, name: str, adapter: Adapter) -> Packing | None:
     """How one canonical tensor is split; None where it is stored whole."""
-    return None if layout.table[name].layer is None else adapter.packed.get(name.split(".", 3)[3])
+    if layout.table[name].layer is None:
+        return None
+    row = name.split(".", 3)[3]
+    return Each(len(adapter.names[row])) if EACH in adapter.names[row][0] else adapter.packed.get(row)
 
 
 def split_packed(tensor: Tensor, packed: Packing, count: int, architecture: Architecture) -> tuple[Tensor, ...]:
     """`[groups x (rest + 1 + 1 ..) x d, ..]` to `count` tensors `[rest d, ..]`, `[groups d, ..]`, ..; or equal ones."""
+    if isinstance(packed, Each):
+        return tuple(part for unit in tensor for part in unit.chunk(packed.parts))
     if isinstance(packed, Stacked):
         return tensor.chunk(count)
     groups, d = (getattr(architecture, size) for size in (packed.groups, packed.channels))
@@ -56,6 +72,9 @@ def split_packed(tensor: Tensor, packed: Packing, count: int, architecture: Arch
 
 def merge_packed(parts: Sequence[Tensor], packed: Packing, architecture: Architecture) -> Tensor:
     """Inverse of `split_packed`."""
+    if isinstance(packed, Each):
+        n = packed.parts
+        return torch.stack([torch.cat(list(parts[i : i + n])) for i in range(0, len(parts), n)])
     if isinstance(packed, Stacked):
         return torch.cat(list(parts))
     groups, d = (getattr(architecture, size) for size in (packed.groups, packed.channels))
@@ -72,16 +91,18 @@ def hf_tensors(tensors: list[LazyTensor], layout: ParamLayout, adapter: Adapter)
             yield LazyTensor(names[0], tensor.dtype, tensor.shape, tensor.read)
             continue
         split = _SplitOnce(tensor, packed, len(names), arch)
-        for number, (name, rows) in enumerate(zip(names, _rows(tensor, packed, len(names), arch), strict=True)):
-            shape = (rows, *tensor.shape[1:])
+        shapes = _shapes(tensor.shape, packed, len(names), arch)
+        for number, (name, shape) in enumerate(zip(names, shapes, strict=True)):
             yield LazyTensor(name, tensor.dtype, shape, lambda n=number, split=split: split.part(n))
 
 
-def _rows(tensor: LazyTensor, packed: Packing, count: int, architecture: Architecture) -> list[int]:
+def _shapes(whole: tuple[int, ...], packed: Packing, count: int, architecture: Architecture) -> list[tuple[int, ...]]:
+    if isinstance(packed, Each):
+        return [(whole[1] // packed.parts, *whole[2:])] * count
     if isinstance(packed, Stacked):
-        return [tensor.shape[0] // count] * count
+        return [(whole[0] // count, *whole[1:])] * count
     single = getattr(architecture, packed.groups) * getattr(architecture, packed.channels)
-    return [tensor.shape[0] - (count - 1) * single, *[single] * (count - 1)]
+    return [(rows, *whole[1:]) for rows in (whole[0] - (count - 1) * single, *[single] * (count - 1))]
 
 
 class _SplitOnce:
@@ -131,22 +152,28 @@ class HuggingFaceReader:
                 )
                 if wanted != value
             )
-        self._raw: TensorReader = SafetensorsReader(self.folder)
+        self._raw = SafetensorsReader(self.folder)
         on_disk = {self._written(name): name for name in self._raw.names() if not name.endswith(adapter.buffers)}
+        if left_out_note(self.config, file):
+            on_disk = {new: name for new, name in on_disk.items() if not new.startswith(adapter.left_out)}
         raise_if_any(_quantized(self.folder, self._raw))
         self._layout = layout = ParamLayout(self._architecture, ffn_groups=1)
         self._sources: dict[str, tuple[str, ...]] = {}
+        lost: list[str] = []
         for name in layout.table:
-            sources = tuple(on_disk.pop(theirs, "") for theirs in hf_names(layout, name, adapter))
+            theirs = hf_names(layout, name, adapter)
+            sources = tuple(on_disk.pop(one, "") for one in theirs)
             if all(sources):
                 self._sources[name] = sources
-        lost = sorted(set(layout.table) - set(self._sources))
-        found = [Problem(str(self.folder), f"lacks {', '.join(hf_names(layout, lost[0], adapter))}")] if lost else []
+            lost = lost or [one for one, source in zip(theirs, sources, strict=True) if not source]
+        more = f" and {len(lost) - NAMED} more" if len(lost) > NAMED else ""
+        found = [Problem(str(self.folder), f"lacks {', '.join(lost[:NAMED])}{more}")] if lost else []
         own_head = (
             on_disk.pop(adapter.outer[HEAD], None) if self._architecture.share_embeddings_and_output_weights else None
         )
         if own_head is not None and output_weights is None and not lost:
             found += self._untied(own_head)
+        found += [] if lost else self._unlike()
         if on_disk:
             found.append(Problem(str(self.folder), f"has {min(on_disk)}, which config.json does not describe"))
         raise_if_any(found)
@@ -162,6 +189,21 @@ class HuggingFaceReader:
         )
         return [Problem(str(self.folder), words)]
 
+    def _unlike(self) -> list[Problem]:
+        """Units of one parameter that are stored one by one are alike."""
+        for name, sources in self._sources.items():
+            if not isinstance(packing(self._layout, name, self.adapter), Each):
+                continue
+            first, *others = ((self._raw.dtype(source), self._raw.shape(source)) for source in sources)
+            for source, other in zip(sources[1:], others, strict=True):
+                if other != first:
+                    shown = [f"{str(dtype).removeprefix('torch.')} {list(shape)}" for dtype, shape in (other, first)]
+                    words = (
+                        f"has {source} as {shown[0]} and {sources[0]} as {shown[1]}: all experts of a layer are alike"
+                    )
+                    return [Problem(str(self.folder), words)]
+        return []
+
     def _written(self, name: str) -> str:
         """A name on disk with the prefix that is written today."""
         today, *_ = prefixes = self.adapter.prefixes
@@ -173,7 +215,11 @@ class HuggingFaceReader:
         return list(self._sources)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Whole shape (rows of q, k and v together)."""
+        """Whole shape (rows of q, k and v together; experts behind one another)."""
+        packed = packing(self._layout, name, self.adapter)
+        if isinstance(packed, Each):
+            rows, *rest = self._raw.shape(self._sources[name][0])
+            return (len(self._sources[name]) // packed.parts, packed.parts * rows, *rest)
         first, *rest = (self._raw.shape(source) for source in self._sources[name])
         return (first[0] + sum(shape[0] for shape in rest), *first[1:])
 
@@ -182,11 +228,15 @@ class HuggingFaceReader:
         return self._raw.dtype(self._sources[name][0])
 
     def read(self, name: str) -> Tensor:
-        """The tensor; parts of a packed one are interleaved by group, or stacked."""
-        parts, packed = (
-            [self._raw.read(source) for source in self._sources[name]],
-            packing(self._layout, name, self.adapter),
-        )
+        """The tensor; parts of a packed one are interleaved by group, or stacked. Experts are read where they go."""
+        packed = packing(self._layout, name, self.adapter)
+        if isinstance(packed, Each):
+            whole = torch.empty(self.shape(name), dtype=self.dtype(name))
+            windows = split_packed(whole, packed, len(self._sources[name]), self._architecture)
+            for source, window in zip(self._sources[name], windows, strict=True):
+                self._raw.read(source, window)
+            return whole
+        parts = [self._raw.read(source) for source in self._sources[name]]
         return parts[0] if packed is None or len(parts) == 1 else merge_packed(parts, packed, self._architecture)
 
 

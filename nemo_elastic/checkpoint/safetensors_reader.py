@@ -136,10 +136,10 @@ class SafetensorsReader:
         """Dtype from the header."""
         return self._entries[name].dtype
 
-    def read(self, name: str) -> Tensor:
-        """Read one tensor from its file."""
+    def read(self, name: str, into: Tensor | None = None) -> Tensor:
+        """Read one tensor from its file, new or `into` a contiguous one that fits."""
         entry = self._entries[name]
-        return read_tensor(self._held.open(entry.path.name), entry.offset, entry.dtype, entry.shape, entry.path)
+        return read_tensor(self._held.open(entry.path.name), entry.offset, entry.dtype, entry.shape, entry.path, into)
 
 
 def read_tensor(

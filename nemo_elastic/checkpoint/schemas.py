@@ -2,7 +2,7 @@
 
 | schema | says | read by |
 |---|---|---|
-| `uniform` | one size for all: FFN neurons and query heads are padded with zeros | everything |
+| `uniform` | one size for all: neurons (of experts too) and query heads are padded with zeros | everything |
 | `list` | `intermediate_size` as a list, one entry per MLP layer | vLLM |
 | `per_layer_config` | any of the sizes, by layer number | the configuration of transformers 5 |
 
@@ -34,7 +34,9 @@ CAN_VARY = {schema: tuple(dim.name for dim in dims() if schema in dim.schemas) f
 WHY = {
     "uniform": "padding Mamba heads with zeros would change the gated norm of the others",
     "list": "the list schema has one size per MLP layer and none for other layers",
+    "per_layer_config": "no reader knows it",
 }
+WHY_OF = {"num_moe_experts": "a mixture there has one number of experts for all layers"}
 _VARYING = {dim.name for dim in dims() if dim.schemas}
 HF_FIELDS = {size.name: size.huggingface[0] for size in sizes_of_kinds() if size.name in _VARYING}
 
@@ -71,7 +73,8 @@ def plain_child(
     parent, varied = layout.architecture, per_layer_dims(layout.architecture, subnet)
     raise_if_any(
         Problem(
-            "--hf-schema", f"{schema} cannot say {name} per layer ({_few(sizes)}): {WHY.get(schema)}; {_remedy(name)}"
+            "--hf-schema",
+            f"{schema} cannot say {name} per layer ({_few(sizes)}): {WHY_OF.get(name, WHY[schema])}; {_remedy(name)}",
         )
         for name, sizes in varied.items()
         if name not in CAN_VARY[schema]
@@ -131,4 +134,6 @@ def _few(sizes: tuple[int, ...]) -> str:
 
 def _remedy(name: str) -> str:
     kind = KIND_NAMES[KIND_OF_DIM[name]]
-    return f"give --hf-schema per_layer_config, or train {kind} layers with elastic.dims.{name}.per_layer=false"
+    trained = f"train {kind} layers with elastic.dims.{name}.per_layer=false"
+    other = next((schema for schema in reversed(SCHEMAS) if name in CAN_VARY[schema]), None)
+    return f"give --hf-schema {other}, or {trained}" if other else trained

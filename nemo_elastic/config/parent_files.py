@@ -13,11 +13,12 @@ from typing import Any
 from ..problems import Problem, ProblemsError, raise_if_any
 from .function_fields import ARITHMETIC, OWN, ROTARY
 from .model_fields import FLAGS, FUNCTION, model_problems
-from .parent_hf import family_of_hf, keys_of_hf, model_from_hf
+from .parent_hf import family_of_hf, keys_of_hf, left_out_note, model_from_hf
 from .parent_nemo import CONTEXT_FILES, read_nemo_context
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 BUILTIN = "builtin:"
+QUANTIZED_FILE = "hf_quant_config.json"  # beside a config.json that need not say it
 TIED = "share_embeddings_and_output_weights"
 # What a parent's files that do not say it mean: positions, multipliers and parts that a model has not by default.
 UNSAID = {
@@ -32,13 +33,14 @@ PARENTS_OWN = ("seq_length",)
 class ParentFiles:
     """A model section, the file that says it, and the names that fields have there (their own where not listed).
 
-    `depth_unit`: what its kind of model can drop (`space.blocks`).
+    `depth_unit`: what its kind of model can drop (`space.blocks`). `left_out`: what of it children are made without.
     """
 
     model: Mapping[str, Any]
     file: Path
     keys: Mapping[str, str]
     depth_unit: str = "layer"
+    left_out: str | None = None
 
 
 def folder_of(path: str) -> Path:
@@ -68,14 +70,18 @@ def parent_files(path: str) -> ParentFiles | None:
     folder = _place(path)
     if any((folder / "context" / name).is_file() for name in CONTEXT_FILES):
         context = read_nemo_context(folder)
-        return ParentFiles(context.model, context.file, {})
+        return ParentFiles(context.model, context.file, {}, left_out=context.left_out)
     file = folder / "config.json"
     if not file.is_file():
         return None
     config = read_json(file)
     if is_hugging_face(config):
         family = family_of_hf(config, file)
-        return ParentFiles(model_from_hf(config, file), file, keys_of_hf(family), family.depth_unit)
+        if (folder / QUANTIZED_FILE).is_file():
+            words = "is of quantized weights, which cannot be pruned or trained; give the bf16 folder"
+            raise ProblemsError([Problem(str(folder / QUANTIZED_FILE), words)])
+        model, note = model_from_hf(config, file), left_out_note(config, file)
+        return ParentFiles(model, file, keys_of_hf(family), family.depth_unit, note)
     raise_if_any(Problem(f"{file}: {p.key.removeprefix('model.')}", p.message) for p in model_problems(config))
     return ParentFiles(config, file, {})
 

@@ -6,7 +6,10 @@ from typing import Any
 
 from ..huggingface import Adapter, adapter_for, adapter_of_type, model_of
 from ..problems import Problem, ProblemsError, raise_if_any
+from ..space.architecture import without_prediction
 from .model_fields import model_problems, whole_model
+
+PREDICTED = "its blocks of multi-token prediction are left out; children are made without them"
 
 
 def family_of_hf(config: Any, file: str | Path = "config.json") -> Adapter:
@@ -36,6 +39,14 @@ def model_from_hf(config: Any, file: str | Path = "config.json") -> dict[str, An
 
     raise_if_any(Problem(key(p.key), p.message) for p in model_problems(model))
     return model
+
+
+def left_out_note(config: Mapping[str, Any], file: str | Path = "config.json") -> str | None:
+    """What of a parent its children are made without, in words; None: nothing."""
+    blocks, pattern = config.get("num_nextn_predict_layers"), config.get("hybrid_override_pattern")
+    if not (isinstance(blocks, int) and blocks > 0) and without_prediction(pattern) == pattern:
+        return None
+    return f"{file}: {PREDICTED}"
 
 
 def keys_of_hf(adapter: Adapter) -> dict[str, str]:

@@ -14,8 +14,10 @@ import yaml
 
 from ..files import read_json, read_yaml
 from ..problems import Problem, ProblemsError, raise_if_any
+from ..space.architecture import without_prediction
 from .function_fields import ROTARY
 from .model_fields import FUNCTION, ONLY, model_problems, required_of
+from .parent_hf import PREDICTED
 from .stored_rows import embedding_rows
 
 CONTEXT_FILES = YAML_FILE, JSON_FILE = "model.yaml", "io.json"
@@ -36,11 +38,15 @@ ACTIVATION_OF_CLASS = (("nemotron", "squared_relu"), ("ssmconfig", "gelu"))
 
 @dataclass(frozen=True)
 class NemoContext:
-    """What a context says of the model (`SSMConfig` fields), the file that does, and its tokenizer folder (or None)."""
+    """What a context says of the model (`SSMConfig` fields), the file that does, and its tokenizer folder (or None).
+
+    `left_out`: what of it children are made without, in words.
+    """
 
     model: Mapping[str, Any]
     file: Path
     tokenizer: Path | None
+    left_out: str | None = None
 
 
 def read_nemo_context(checkpoint: str | Path) -> NemoContext:
@@ -58,13 +64,24 @@ def read_nemo_context(checkpoint: str | Path) -> NemoContext:
             fields = fields_of(path)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
             raise ProblemsError([Problem(str(path), f"cannot be read ({str(error)[:160]})")]) from error
-        return NemoContext(_model(fields, path, embedding_rows(Path(checkpoint))), path, _tokenizer(folder))
+        fields, predicts = _without_prediction(fields)
+        model = _model(fields, path, embedding_rows(Path(checkpoint)))
+        return NemoContext(model, path, _tokenizer(folder), f"{path}: {PREDICTED}" if predicts else None)
     words = f"has neither {YAML_FILE} nor {JSON_FILE}; copy the whole checkpoint"
     raise ProblemsError([Problem(str(folder), words)])
 
 
+def _without_prediction(fields: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    """(the same without multi-token prediction, whether there was some)."""
+    pattern = fields.get("hybrid_override_pattern")
+    kept = {name: value for name, value in fields.items() if not name.startswith("mtp_")}
+    short = without_prediction(pattern)
+    return {**kept, "hybrid_override_pattern": short}, short != pattern or bool(fields.get("mtp_num_layers"))
+
+
 BALANCING = "moe_router_load_balancing_type"  # one of them is another routing
 # How a parent with experts was trained; none of it is in the function that it computes.
+ONE_GROUP = ("moe_router_num_groups", "moe_router_group_topk")  # of all experts: no routing groups
 OF_TRAINING = ("moe_aux_loss_coeff", "moe_input_jitter_eps", "moe_z_loss_coeff")
 
 
@@ -75,6 +92,7 @@ def _model(fields: Mapping[str, Any], path: Path, rows: int | None) -> dict[str,
     found: list[Problem] = []
     wanted = [n for n in (*FUNCTION, *ONLY, *HINTS, "num_layers", BALANCING) if n not in OF_TRAINING]
     model = {n: fields[n] for n in wanted if n != "activation_func" and fields.get(n) is not None}
+    model = {n: value for n, value in model.items() if n not in ONE_GROUP or value != 1}
     for name in [name for name, value in model.items() if not isinstance(value, bool | int | float | str)]:
         found.append(Problem(f"{path}: {name}", f"{str(model[name])[:80]} is neither a number nor a word"))
     activation = _activation(fields)

@@ -24,6 +24,16 @@ class Stacked:
     """Rows of a fused parameter that others store in equal parts, one behind the other (a gated MLP's gate and up)."""
 
 
+@dataclass(frozen=True)
+class Each:
+    """A parameter of which others store every unit of the first axis on its own (an expert), in `parts` equal ones."""
+
+    parts: int = 1
+
+
+EACH = "#"  # in a name: the number of the unit
+
+
 @dataclass(frozen=True, kw_only=True)
 class Field:
     """A model field and the keys of config.json with the same value, today's first.
@@ -35,6 +45,7 @@ class Field:
         null: the model field whose value it has where the file says null; with `missing` also where it says nothing.
         derived: (file, model so far) -> its value where the file says nothing, null or `auto`.
         words: of a word: ours -> theirs.
+        when: a model of which it is read and written, by what is known so far: the pattern always is.
     """
 
     ours: str
@@ -45,6 +56,7 @@ class Field:
     missing: bool = False
     derived: Callable[[Said, Model], Any] | None = None
     words: Mapping[str, str] = field(default_factory=dict)
+    when: Callable[[Model], bool] = lambda model: True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +66,7 @@ class Only:
     Attributes:
         allowed: the first is written, unless `unsaid`: other families have that key, or `Adapter.write` writes it.
         default: what the configuration class takes where the file does not say, if that is not allowed.
+        when: a model of which it is asked.
     """
 
     keys: tuple[str, ...]
@@ -61,6 +74,7 @@ class Only:
     why: str
     default: Any = None
     unsaid: bool = False
+    when: Callable[[Model], bool] = lambda model: True
 
 
 BLOCKS_SAY = {
@@ -90,15 +104,17 @@ class Adapter:
         depth_unit: what it can drop (`space.blocks`): `block` where a layer of theirs is a mixer and an MLP.
         outer: canonical name outside the stack -> name on disk.
         prefixes: in front of all but the head; the first is written.
-        names: parameter behind its layer's prefix -> names behind `PREFIXlayers.N.` (several: `packed` says how).
+        names: parameter behind its layer's prefix -> names behind `PREFIXlayers.N.` (several: `packed` says how;
+            with a `#`: one for each unit of the first axis, `Each`).
         packed: parameter -> how it is split.
-        buffers: ends of names that older folders hold and nothing reads.
+        buffers: ends of names that older folders hold and nothing reads; `left_out`: starts of those of parts that
+            children are made without (multi-token prediction).
         between: the name of the norm between the two halves of a block.
         pattern: what the file says of the layers, None with a problem noted; `layers`: (pattern) -> keys.
         pattern_problems: (pattern, reader's words) -> why it cannot be said.
         fields, hints, only: see there.
         has: fields that every model of the family has, beside `PLAIN`.
-        speaks: fields that `read` and `write` handle.
+        speaks: fields that `read` and `write` handle; `handles`: keys that `pattern` and `read` do.
         read: (file, model so far) -> more of the model section; `write`: whole model -> more keys.
         fixed: further keys that are always written so.
         problems: whole model -> what else cannot be said.
@@ -119,6 +135,7 @@ class Adapter:
     names: Mapping[str, tuple[str, ...]]
     packed: Mapping[str, Packed | Stacked]
     buffers: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
     between: str | None = None
     pattern: Callable[[Said], str | None]
     layers: Callable[[str], dict[str, Any]]
@@ -128,6 +145,7 @@ class Adapter:
     only: tuple[Only, ...]
     has: Model = field(default_factory=dict)
     speaks: tuple[str, ...] = ()
+    handles: tuple[str, ...] = ()
     read: Callable[[Said, Model], dict[str, Any]] = _nothing
     write: Callable[[Model], dict[str, Any]] = lambda model: {}
     fixed: Mapping[str, Any] = field(default_factory=dict)

@@ -118,10 +118,10 @@ def older_words(names: Names, pattern: str) -> list[str]:
     return [kind_of(letter).huggingface.blocks[-1] for letter in pattern[::2]]
 
 
-def pattern_of(words: Sequence[str], names: Names) -> str:
-    """Two letters a block."""
-    letters = mixers(names)
-    return "".join(letters[word] + _feed_forward(names) for word in words)
+def pattern_of(words: Sequence[str], names: Names, feed_forward: str | None = None) -> str:
+    """Two letters a block; `feed_forward`: that of a family that has several."""
+    letters, ends = mixers(names), feed_forward or feed_forwards(names)[0]
+    return "".join(letters[word] + ends for word in words)
 
 
 def blocks_of(said: Said, key: str = "num_hidden_layers") -> int | None:
@@ -161,13 +161,16 @@ def whole_blocks(names: Names, needs: Names | None = None) -> Callable[[str, str
 
     def problems(pattern: str, reader: str) -> list[Problem]:
         key = "model.hybrid_override_pattern"
-        known = {*mixers(names).values(), _feed_forward(names)}
+        known = {*mixers(names).values(), *feed_forwards(names)}
         for letter in dict.fromkeys(pattern):
             if letter not in known:
                 return [Problem(key, f"{letter!r} ({kind_of(letter).words}) cannot be said in {reader}")]
         if not is_blocks(pattern):
             words = f"{pattern} cannot be said in {reader}, which knows only whole blocks of a mixer and an MLP; "
             return [Problem(key, f"{words}train with elastic.depth_unit=block")]
+        if len(set(pattern[1::2])) > 1:
+            both = " and ".join(kind_of(letter).words for letter in dict.fromkeys(pattern[1::2]))
+            return [Problem(key, f"{pattern} cannot be said in {reader}, whose blocks are alike: it has {both}")]
         if needs and not set(pattern) & set(mixers(needs).values()):
             return [Problem(key, f"{pattern} cannot be said in {reader}, which has Mamba layers")]
         return []
@@ -175,8 +178,10 @@ def whole_blocks(names: Names, needs: Names | None = None) -> Callable[[str, str
     return problems
 
 
-def _feed_forward(names: Names) -> str:
-    return next(kind.letter for kind in kinds() if kind.huggingface and kind.ends_block and kind.norm[0] in names)
+def feed_forwards(names: Names) -> list[str]:
+    """Letters of the feed-forward layers that a family has names for; their norm alone says nothing."""
+    found = [kind for kind in kinds() if kind.huggingface and kind.ends_block]
+    return [kind.letter for kind in found if all(row in names for row in kind.rows if row not in kind.only_with)]
 
 
 def _other(listed: Any, word: str) -> str:

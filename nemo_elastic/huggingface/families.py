@@ -17,9 +17,10 @@ from .llama import LLAMA
 from .nemotron_h import NEMOTRON_H
 from .qwen2 import QWEN2
 from .qwen3 import QWEN3
+from .qwen3_moe import QWEN3_MOE
 from .read import unsayable
 
-ADAPTERS: tuple[Adapter, ...] = (NEMOTRON_H, LLAMA, QWEN2, QWEN3, BAMBA, GRANITE)
+ADAPTERS: tuple[Adapter, ...] = (NEMOTRON_H, LLAMA, QWEN2, QWEN3, QWEN3_MOE, BAMBA, GRANITE)
 
 
 def adapter_of_type(model_type: Any, file: str | Path = "config.json") -> Adapter:

@@ -11,8 +11,24 @@ from typing import Any
 
 from ..kinds import kind_of, kinds, kinds_of, sizes
 from ..problems import Problem
-from ..space.architecture import DEEPEST, layers_with
+from ..space.architecture import DEEPEST, layers_with, without_prediction
 from .adapter import Adapter, Field, Model, Only
+from .mixture import (
+    BIAS,
+    FIRST,
+    LATENT,
+    NO_GROUPS,
+    ROUTING,
+    SCALING,
+    SCORE,
+    SHARED,
+    SOME,
+    TOPK,
+    check_renormalised,
+    has_experts,
+    read_scaling,
+    router_problems,
+)
 from .said import Said
 from .scan import EPSILON, NO_STEP_ABOVE, NO_STEP_BELOW, epsilon_problems, one_epsilon, read_step_limit
 
@@ -20,11 +36,13 @@ _SAID = [kind for kind in kinds() if kind.huggingface]
 _BLOCKS = {kind.letter: kind.huggingface.blocks for kind in _SAID}
 KIND_OF_BLOCK = {
     **{today: letter for letter, (today, *_) in _BLOCKS.items()},
-    "moe": "E",
     **{older: letter for letter, (_, *rest) in _BLOCKS.items() for older in rest},
 }
 ACTIVATIONS = {"squared_relu": "relu2", "relu": "relu", "gelu": "gelu", "silu": "silu"}
 NULL = {"num_query_groups": "num_attention_heads"}  # every query head has its own key head
+PREDICTION = ("num_nextn_predict_layers", "mtp_hybrid_override_pattern", "mtp_layers_block_type")
+# What its mixtures compute: any other router, and one without a shared expert, is another function of its tensors.
+MIXTURE = {SCORE: "sigmoid", BIAS: True, FIRST: False, SHARED: SOME}
 _NO_ROWS = "parameters that no row of the table has"
 ONLY = (
     one_epsilon(("layer_norm_epsilon", "rms_norm_eps"), "NemotronH has one for all norms"),
@@ -41,11 +59,13 @@ ONLY = (
     ),
     Only(keys=("sliding_window",), allowed=(None,), why="attention sees everything before a token"),
     Only(
-        keys=("num_nextn_predict_layers",),
-        allowed=(0, None),
-        why="multi-token prediction is not supported yet",
+        keys=("n_shared_experts",),
+        allowed=(1, None),
+        why="a mixture has one shared expert here",
         unsaid=True,
+        when=has_experts,
     ),
+    NO_GROUPS,
 )
 # What a NemotronH out of Megatron always is. The step of the scan is softplus(dt + dt_bias), unclamped, in Megatron's
 # kernels. transformers' prefill (not its decode) raises it to `time_step_min`, other readers clamp it to
@@ -83,6 +103,7 @@ def _pattern(said: Said) -> str | None:
         words = "is not given, nor layers_block_type" if pattern is None else f"{pattern!r} must be a string of letters"
         said.wrong(key, words)
         return None
+    pattern = without_prediction(pattern)
     if len(pattern) > DEEPEST:
         said.wrong(key, f"{len(pattern):,} layers, at most {DEEPEST:,} can be described: is it a typo?")
         return None
@@ -116,15 +137,51 @@ def _pattern_problems(pattern: str, reader: str) -> list[Problem]:
 
 def _read(said: Said, model: Model) -> dict[str, Any]:
     read_step_limit(said)
-    return {}
+    if (blocks := said.config.get(PREDICTION[0])) is not None and (not isinstance(blocks, int) or blocks < 0):
+        said.wrong(PREDICTION[0], f"{blocks!r} must be a number of blocks, 0 or more")
+    if not has_experts(model):
+        return {}
+    check_renormalised(said, model)
+    return {SCORE: "sigmoid", BIAS: True, **read_scaling(said)}
 
 
 def _write(model: Model) -> dict[str, Any]:
+    experts = {
+        "norm_topk_prob": model[TOPK] != 1,
+        "routed_scaling_factor": model[SCALING] or 1.0,
+        "moe_latent_size": model[LATENT] or None,
+        "n_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "output_router_logits": False,
+    }
     return {
         "layer_norm_epsilon": model["layernorm_epsilon"],
         "conv_kernel": model["mamba_conv_kernel"],
         "residual_in_fp32": bool(model["fp32_residual_connection"]),
+        **(experts if has_experts(model) else {}),
     }
+
+
+def _problems(model: Model) -> list[Problem]:
+    found = epsilon_problems("NemotronH has one for all norms")(model)
+    return found + router_problems(model, "NemotronH", MIXTURE)
+
+
+def _sizes() -> tuple[Field, ...]:
+    """Of every kind; a mixture's of models that have one, its latent size none where nothing is said."""
+    of_some = {size.name for size in sizes() if size.none_if_absent}
+    return tuple(
+        Field(
+            ours=size.name,
+            keys=size.huggingface,
+            null=NULL.get(size.name),
+            default=0 if size.name == LATENT else None,
+            when=has_experts if size.name in of_some else lambda model: True,
+        )
+        for size in sizes()
+        if size.huggingface
+    )
 
 
 NEMOTRON_H = Adapter(
@@ -146,11 +203,7 @@ NEMOTRON_H = Adapter(
     pattern_problems=_pattern_problems,
     fields=(
         Field(ours="hidden_size", keys=("hidden_size",)),
-        *(
-            Field(ours=size.name, keys=size.huggingface, null=NULL.get(size.name))
-            for size in sizes()
-            if size.huggingface
-        ),
+        *_sizes(),
         Field(ours="vocab_size", keys=("vocab_size",)),
         Field(ours="share_embeddings_and_output_weights", keys=("tie_word_embeddings",), kind="flag", default=False),
         Field(ours="activation_func", keys=("mlp_hidden_act",), kind="word", default="squared_relu", words=ACTIVATIONS),
@@ -163,14 +216,17 @@ NEMOTRON_H = Adapter(
     ),
     only=ONLY,
     has={"layernorm_epsilon": EPSILON, "softmax_scale": None},
-    speaks=("layernorm_epsilon", "fp32_residual_connection"),
+    speaks=("layernorm_epsilon", "fp32_residual_connection", *ROUTING),
+    handles=PREDICTION,
+    left_out=("mtp.",),
     read=_read,
     write=_write,
     fixed=FIXED,
-    problems=epsilon_problems("NemotronH has one for all norms"),
+    problems=_problems,
     elsewhere={
         "hybrid_override_pattern": "hybrid_override_pattern or layers_block_type",
         "layernorm_epsilon": "layer_norm_epsilon",
+        SCALING: "routed_scaling_factor",
     },
     unclamped={"time_step_min": NO_STEP_BELOW},
 )

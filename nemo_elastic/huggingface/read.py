@@ -32,7 +32,7 @@ PLAIN: dict[str, Any] = {
 }
 _SEES_ALL = "attention sees everything before a token"
 _CAP = "scores and logits are not capped"
-_EXPERTS = "experts are not supported yet"
+_EXPERTS = "models of this family have no experts"
 # Keys of no family here, met in forks and relatives of them: with another value they are another function.
 _OTHER_FAMILIES = "models of this family have no such part"
 FOREIGN = (
@@ -81,7 +81,9 @@ FOREIGN = (
         Only(keys=(key,), allowed=(None, 0, []), why=_EXPERTS)
         for key in ("num_experts", "moe_num_experts", "moe_layers", "first_k_dense_replace")
     ),
-    Only(keys=("num_nextn_predict_layers",), allowed=(None, 0), why="multi-token prediction is not supported yet"),
+    Only(
+        keys=("num_nextn_predict_layers",), allowed=(None, 0), why="models of this family do not predict further tokens"
+    ),
     Only(keys=("clip_qkv",), allowed=(None,), why="queries, keys and values are not clipped"),
     Only(
         keys=("no_rope_layers", "no_rope_layer_interval"),
@@ -101,17 +103,19 @@ def model_of(adapter: Adapter, config: Mapping[str, Any], file: str | Path) -> d
     """
     said = Said(config, file)
     model: dict[str, Any] = {"hybrid_override_pattern": adapter.pattern(said)}
-    for one in adapter.fields:
+    fields = [one for one in adapter.fields if one.when(model)]
+    for one in fields:
         model[one.ours] = _read(one, said, model)
     model |= adapter.has
     own = {key for only in adapter.only for key in only.keys} | {key for one in adapter.fields for key in one.keys}
-    own |= {adapter.elsewhere[name] for name in adapter.speaks if name in adapter.elsewhere}
+    own |= {adapter.elsewhere[name] for name in adapter.speaks if name in adapter.elsewhere} | set(adapter.handles)
     named = config.get("architectures")
     if isinstance(named, list) and named and adapter.architecture not in named:
         words = f"{named} must hold {adapter.architecture}: a causal language model with its output layer"
         said.wrong("architectures", words)
     for only in (*adapter.only, *(f for f in FOREIGN if not own & set(f.keys))):
-        _check(only, said)
+        if only.when(model):
+            _check(only, said)
     model |= adapter.read(said, model)
     for one in adapter.hints:
         if (value := said.config.get(one.keys[0])) is not None:
@@ -132,6 +136,7 @@ def config_of(adapter: Adapter, model: Model, dtype: str, token_ids: Mapping[str
     """
     raise_if_any(unsayable(adapter, model))
     fields = sorted((*adapter.fields, *adapter.hints), key=lambda one: _WRITTEN.index(one.kind))
+    fields = [one for one in fields if one.when(model)]
     return {
         "architectures": [adapter.architecture],
         "model_type": adapter.model_type,

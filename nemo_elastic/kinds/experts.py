@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from .axis import Axis, Groups, MakeFactor, Segment
-from .kind import Dim, Kind, Ran, Size, Sizes, size_of
+from .kind import Dim, HuggingFace, Kind, Ran, Size, Sizes, size_of
 
 COUNT, NEURONS, SHARED = "num_moe_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"
 LATENT, TOPK, BIAS = "moe_latent_size", "moe_router_topk", "moe_router_enable_expert_bias"
@@ -107,11 +107,11 @@ EXPERTS = Kind(
     heading="experts",
     colours=("#a8324a", "#e8889a"),
     sizes=(
-        Size(name=COUNT, default=1, none_if_absent=True),
-        Size(name=NEURONS, default=1, none_if_absent=True),
-        Size(name=TOPK, default=1, none_if_absent=True),
-        Size(name=SHARED, required=False, default=0, none_if_absent=True),
-        Size(name=LATENT, required=False, default=0, none_if_absent=True),
+        Size(name=COUNT, default=1, none_if_absent=True, huggingface=("n_routed_experts", "num_local_experts")),
+        Size(name=NEURONS, default=1, none_if_absent=True, huggingface=("moe_intermediate_size",)),
+        Size(name=TOPK, default=1, none_if_absent=True, huggingface=("num_experts_per_tok",)),
+        Size(name=SHARED, required=False, default=0, none_if_absent=True, huggingface=(SHARED,)),
+        Size(name=LATENT, required=False, default=0, none_if_absent=True, huggingface=(LATENT,)),
     ),
     dims=(
         _dim(COUNT, 50, "experts", "experts", least=lambda arch: getattr(arch, TOPK), ratios=(1.0, 0.75, 0.5)),
@@ -123,6 +123,7 @@ EXPERTS = Kind(
             within=COUNT,
             multiple=lambda large, ranks: 64 if large else 8,
             ratios=(1.0, 0.75, 0.5),
+            schemas=("uniform",),
         ),
         _dim(
             SHARED,
@@ -131,6 +132,7 @@ EXPERTS = Kind(
             "shared\nffn",
             multiple=lambda large, ranks: 64 if large else 8,
             ratios=(1.0, 0.75, 0.5),
+            schemas=("uniform",),
         ),
     ),
     flags=("gated_linear_unit", BIAS),
@@ -152,6 +154,7 @@ EXPERTS = Kind(
         "mlp.shared_experts.linear_fc1.weight": (SHARED,),
         "mlp.shared_experts.linear_fc2.weight": (SHARED,),
     },
+    uncast=("mlp.router.expert_bias",),  # near ties are decided by its last bits
     axes=_axes,
     norm=("pre_mlp_layernorm.weight", "pre_mlp_layernorm.weight"),
     flops=_flops,
@@ -163,6 +166,21 @@ EXPERTS = Kind(
     aligned={"expert_ffn": "neurons of an expert", "shared_ffn": "neurons of the shared expert"},
     fp8={"expert_ffn": "moe_ffn_hidden_size {width}"},
     ends_block=True,
+    huggingface=HuggingFace(
+        blocks=("moe",),
+        names={
+            "pre_mlp_layernorm.weight": ("norm.weight",),
+            "mlp.router.weight": ("mixer.gate.weight",),
+            "mlp.router.expert_bias": ("mixer.gate.e_score_correction_bias",),
+            "mlp.fc1_latent_proj.weight": ("mixer.fc1_latent_proj.weight",),
+            "mlp.experts.experts.linear_fc1.weight": ("mixer.experts.#.up_proj.weight",),
+            "mlp.experts.experts.linear_fc2.weight": ("mixer.experts.#.down_proj.weight",),
+            "mlp.fc2_latent_proj.weight": ("mixer.fc2_latent_proj.weight",),
+            "mlp.shared_experts.linear_fc1.weight": ("mixer.shared_experts.up_proj.weight",),
+            "mlp.shared_experts.linear_fc2.weight": ("mixer.shared_experts.down_proj.weight",),
+        },
+    ),
+    serving="nemo_elastic.serving.experts",
     module="nemo_elastic.mcore.elastic.experts",
     slot="E",
 )

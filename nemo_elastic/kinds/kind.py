@@ -119,7 +119,8 @@ class HuggingFace:
 
     Attributes:
         blocks: its words in `layers_block_type`, today's first.
-        names: parameter behind its layer's prefix -> the names it has there (several: `packed` says how it is split).
+        names: parameter behind its layer's prefix -> the names it has there (several: `packed` says how it is split;
+            with a `#`: one for each unit of the parameter's first axis).
     """
 
     blocks: tuple[str, ...]
@@ -175,6 +176,7 @@ class Kind:
         only_with: row -> the flags (or sizes) of which one must be true (not 0) for it to be there; others always are.
         axes: (architecture, groups of neurons and experts, make a factor) -> its axes by name.
         norm: (row of its norm, the name of that row where Transformer Engine fuses it into the linear behind).
+        uncast: rows that keep their dtype where a model is cast to another one.
         stored_in_parts: rows that stock checkpoints hold segment by segment (of the first axis).
         extra_states: modules of it that have a Transformer Engine state of their own in stock checkpoints.
         flops: (architecture, sizes, sequence length, chunk) -> forward FLOPs of one layer for one sequence.
@@ -214,6 +216,7 @@ class Kind:
     only_with: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     axes: Callable[[Any, Groups, MakeFactor], dict[str, Axis]]
     norm: tuple[str, str]
+    uncast: tuple[str, ...] = ()
     stored_in_parts: tuple[str, ...] = ()
     extra_states: tuple[str, ...] = ()
     flops: Callable[[Any, Sizes, int, int], Any]

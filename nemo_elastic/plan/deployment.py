@@ -73,11 +73,10 @@ def hugging_face_note(model: Mapping[str, Any], subnet: Subnet) -> str:
         return f"loads as {adapter.words}"
     padded = [dim.name for dim in dims() if "uniform" in dim.schemas and dim.name in ragged]
     listed = [dim.name for dim in dims() if "list" in dim.schemas and dim.name in ragged]
-    if adapter.depth_unit != "layer" and ragged == padded:
-        return f"per-layer {', '.join(padded)}: padded to uniform without loss"
-    if ragged == listed:
-        return f"per-layer {', '.join(listed)}: padded to uniform without loss, or a list for newer readers"
-    return f"per-layer {', '.join(n for n in ragged if n not in listed)}: no stock schema can say it"
+    if ragged == padded:
+        more = ", or a list for newer readers" if ragged == listed and adapter.depth_unit == "layer" else ""
+        return f"per-layer {', '.join(padded)}: padded to uniform without loss{more}"
+    return f"per-layer {', '.join(n for n in ragged if n not in padded)}: no stock schema can say it"
 
 
 def _child(model: Mapping[str, Any], architecture: Architecture, subnet: Subnet) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from ..config.parent_files import parent_files
 from ..config.sections import RunConfig
 from ..cost.budget import BudgetCost
 from ..cost.conditions import Serving, serving_of
@@ -68,7 +69,7 @@ def plan(
         *padding_notes(family.architecture, tp),
     ]
     return described_plan(run.name, family, serving, budgets) | {
-        "notes": [*family.notes, *_notes(family), *aligned, *misses(budgets, run.router.tolerance)],
+        "notes": [*_left_out(run), *family.notes, *_notes(family), *aligned, *misses(budgets, run.router.tolerance)],
         "problems": [{"key": p.key, "message": p.message} for p in dict.fromkeys(found)],
     }
 
@@ -161,6 +162,12 @@ def misses(budgets: Iterable[Mapping[str, Any]], tolerance: float) -> list[str]:
             words = f"its {b['origin']} subnet is {abs(b['error']):.1%} {side} the budget"
             found.append(f"{b['name']}: {words} (router.tolerance {tolerance:g})")
     return found
+
+
+def _left_out(run: RunConfig) -> list[str]:
+    """What of the parent its children are made without."""
+    said = parent_files(run.parent.path) if run.parent.path else None
+    return [said.left_out] if said and said.left_out else []
 
 
 def _notes(family: Family) -> Sequence[str]:

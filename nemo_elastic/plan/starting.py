@@ -49,6 +49,7 @@ def starting_configuration(path: str, key: str = "--from") -> str:
     lines = [
         f"# A family of {folder.resolve().name}: {whole:,} parameters, {arch.num_layers} layers.",
         f"# The model is what {said.file.name} says. `nemo-elastic plan --config THIS` shows what the budgets mean.",
+        *([f"# {said.left_out}."] if said.left_out else []),
         f"name: {_word(folder)}",
         "",
         "parent:",

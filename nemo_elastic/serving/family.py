@@ -22,9 +22,9 @@ from ..cost.counts import parameters
 from ..kinds import kinds
 from ..nemo.export.nested import open_nested
 from ..problems import Problem, ProblemsError, did_you_mean, raise_if_any
-from ..space.layout import ParamLayout
+from ..space.layout import ParamLayout, is_uncast
 from ..space.subnet import Subnet
-from .decode import Cache, DecodeStep
+from .decode import Cache, DecodeStep, records
 from .network import ACTIVATIONS, Network
 from .sampling import next_tokens
 
@@ -71,7 +71,10 @@ class ElasticFamily:
         opened = open_nested(nested)
         raise_if_any(_unsupported(opened.manifest.model))
         with opened.reader as reader:
-            weights = {name: reader.read(name).to(device, dtype) for name in opened.layout.table}
+            weights = {
+                name: reader.read(name).to(device, None if is_uncast(spec) else dtype)
+                for name, spec in opened.layout.table.items()
+            }
         return cls(weights, opened.layout, opened.manifest.model, opened.manifest.subnets, opened.tokenizer)
 
     @property
@@ -113,9 +116,15 @@ class ElasticFamily:
 
         Raises:
             ValueError: no rows, or no room.
+            ProblemsError: on a GPU, a model with experts.
         """
         if batch < 1 or room < 1:
             raise ValueError(f"batch={batch} and room={room} must be at least 1")
+        if records(self.device) and any(getattr(layer, "waits", False) for layer in self._network.layers):
+            words = (
+                "a step with experts cannot be one CUDA graph, as which of them run is known only behind their router"
+            )
+            raise ProblemsError([Problem("decode_step", f"{words}; call generate without a step")])
         return DecodeStep(self._network, self.active, batch, room)
 
     @torch.inference_mode()

@@ -7,8 +7,10 @@ percent of a model) are cut by `slicing.take`, which copies where a child leaves
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -102,9 +104,19 @@ class Network:
         def vector(name: str) -> Tensor:
             return self._vector(self._layout.table[prefix + name], sizes)
 
+        def each(name: str) -> list[Linear]:
+            spec = self._layout.table[prefix + name]
+            weight, (first, *rest) = self._weights[spec.name], spec.axes
+            one = replace(spec, axes=tuple(rest))
+            kept = take(torch.arange(len(weight)), replace(spec, axes=(first,)), sizes)
+            return [scaled(weight[unit], one) for unit in kept.tolist()]
+
         def matrix(name: str) -> Linear:
             spec = self._layout.table[prefix + name]
-            found = linear(self._weights[spec.name], spec, sizes, compact=self._compact)
+            return scaled(self._weights[spec.name], spec)
+
+        def scaled(weight: Tensor, spec: ParamSpec) -> Linear:
+            found = linear(weight, spec, sizes, compact=self._compact)
             row = self._layout.table.get(spec.name.removesuffix("weight") + "bias")
             into_stream = spec.axes[0] == self._layout.axes["hidden"]
             scale = self._function["residual_multiplier"] if into_stream else 1.0
@@ -112,5 +124,5 @@ class Network:
                 return found
             return Affine(found, None if row is None else self._vector(row, sizes), scale)
 
-        parts = Parts(arch, sizes, vector, matrix, self.eps, self._activation, self._function)
+        parts = Parts(arch, sizes, vector, matrix, each, self.eps, self._activation, self._function)
         return build_layer(kind_of(arch.hybrid_override_pattern[number]), parts)

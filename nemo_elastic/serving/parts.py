@@ -41,6 +41,7 @@ class Parts:
     Attributes:
         vector, matrix: row -> a tensor cut to the child; a linear over the parent's weight, with its bias, and of what
             goes into the residual stream the multiple that the model says.
+        each: row -> such a linear for every unit that the child keeps of its first axis, an expert each.
         eps: of its norm. `activation`: elementwise.
         function: what the model section says beside the sizes (`arithmetic_of`).
     """
@@ -49,6 +50,7 @@ class Parts:
     sizes: Mapping[str, int]
     vector: Callable[[str], Tensor]
     matrix: Callable[[str], Linear]
+    each: Callable[[str], list[Linear]]
     eps: float
     activation: Callable[[Tensor], Tensor]
     function: Mapping[str, Any]

@@ -11,6 +11,7 @@ from ..problems import Problem, raise_if_any
 
 MOST_LAYERS = 4  # that a problem lists
 DEEPEST = 2000
+PREDICTION = "/"  # what follows predicts further tokens in training, and is no layer of the model
 KIND_NAMES = {kind.letter: kind.name for kind in kinds()}
 UNSUPPORTED_KINDS = {
     "G": "gated delta net",
@@ -94,6 +95,11 @@ def layers_with(pattern: str, letter: str) -> str:
     layers = [str(layer) for layer, other in enumerate(pattern) if other == letter]
     more = f", ... ({len(layers)} of them)" if len(layers) > MOST_LAYERS else ""
     return f"layer{'s' * (len(layers) > 1)} {', '.join(layers[:MOST_LAYERS])}{more} of {len(pattern)}"
+
+
+def without_prediction(pattern: str) -> str:
+    """The layers of a Megatron pattern in front of its multi-token prediction, `ME*E/*E/*E`."""
+    return pattern.partition(PREDICTION)[0] if isinstance(pattern, str) else pattern
 
 
 def pattern_problems(pattern: str) -> list[Problem]:

@@ -217,6 +217,11 @@ class ParamLayout:
                 yield f"decoder.layers.{position[spec.layer]}.{suffix}", spec, self.sizes(subnet, spec.layer)
 
 
+def is_uncast(spec: ParamSpec) -> bool:
+    """Whether a parameter keeps its dtype where a model is cast to another one."""
+    return spec.layer is not None and _LAYER.match(spec.name).group(2) in kind_of(spec.kind).uncast
+
+
 def fused_name(name: str, kind: str) -> str:
     """A layer's canonical parameter name as stock checkpoints (Transformer Engine spec) write it."""
     match = _LAYER.match(name)

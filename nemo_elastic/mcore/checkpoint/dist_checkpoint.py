@@ -5,6 +5,8 @@ Saved at any TP x PP: chunks are put together by the offsets in `.metadata`. Sto
 
     in_proj.weight = [z; x; B; C; dt]      conv1d.{weight,bias} = [x; B; C]      (rows)
 
+So are experts that are stored one by one, gate and up perhaps apart (`stored_names`), into `[E, f, h]`.
+
 No pickle is executed: `.metadata` goes through `preflight`, tensors through `tensor_record`. Every file is
 opened with the folder and read through that handle.
 """
@@ -12,38 +14,16 @@ opened with the folder and read through that handle.
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from nemo_elastic.checkpoint.held_files import HeldFolder
-from nemo_elastic.kinds import kinds
 from nemo_elastic.mcore.checkpoint.preflight import Chunk, RefusedPickle, StoredTensor, read_metadata
+from nemo_elastic.mcore.checkpoint.stored_names import HALVES, PARTS, place_of, suffix_of
 from nemo_elastic.mcore.checkpoint.tensor_record import read_record
 from nemo_elastic.problems import Problem, ProblemsError
-
-PARTS = {row: tuple(kind.rows[row][0].split("+")) for kind in kinds() for row in kind.stored_in_parts}
-_UNFUSED = {fused: own for own, fused in (kind.norm for kind in kinds())}
-_PREFIX = re.compile(r"^(module\.|model\.)*(?=embedding\.|decoder\.|output_layer\.)")
-_LAYER = re.compile(r"^(decoder\.layers\.\d+\.)(.+)$")
-
-
-def split_key(key: str) -> tuple[str, str | None] | None:
-    """(canonical name, part or None) of a checkpoint key; None for what is no weight (optimizer, router, ...)."""
-    prefix = _PREFIX.match(key)
-    if prefix is None:
-        return None
-    name = key[prefix.end() :]
-    layer = _LAYER.match(name)
-    if layer is None:
-        return name, None
-    start, suffix = layer.groups()
-    for whole, parts in PARTS.items():
-        if suffix.startswith(f"{whole}.") and suffix[len(whole) + 1 :] in parts:
-            return start + whole, suffix[len(whole) + 1 :]
-    return start + _UNFUSED.get(suffix, suffix), None
 
 
 def weights_folder(path: str | os.PathLike[str]) -> Path:
@@ -67,18 +47,35 @@ class TorchDistReader:
         self._held = HeldFolder(self.path)
         self._stored = read_metadata(self._held).tensors
         self._keys: dict[str, list[str]] = {}
-        by_part: dict[str, dict[str | None, str]] = {}
+        self._units: dict[str, list[list[str]]] = {}  # of weights whose experts are stored one by one
+        found: dict[str, dict[int | None, dict[str | None, str]]] = {}
         for key in self._stored:
-            split = split_key(key)
-            if split is not None:
-                by_part.setdefault(split[0], {})[split[1]] = key
-        for name, parts in by_part.items():
-            order = PARTS.get(_suffix(name), ()) if None not in parts else (None,)
-            lost = [p for p in order if p not in parts]
-            if lost:
-                raise self._problem(f"lacks part {lost[0]!r} of {name}: not a whole checkpoint; copy it again")
-            self._keys[name] = [parts[p] for p in order]
+            if (place := place_of(key)) is not None:
+                found.setdefault(place.name, {}).setdefault(place.unit, {})[place.part] = key
+        for name, units in found.items():
+            if None in units:
+                self._keys[name] = self._in_order(name, units[None])
+                continue
+            count = max(units) + 1
+            if lost := [unit for unit in range(count) if unit not in units]:
+                raise self._problem(f"lacks expert {lost[0]} of {name}: not a whole checkpoint; copy it again")
+            self._units[name] = [self._in_order(name, units[unit]) for unit in range(count)]
+            self._check_alike(name)
         self._check_files()
+
+    def _in_order(self, name: str, parts: dict[str | None, str]) -> list[str]:
+        """Keys of the parts of a weight, in the order of their rows."""
+        if None in parts:
+            return [parts[None]]
+        order = PARTS.get(suffix_of(name), HALVES)
+        if lost := [part for part in order if part not in parts]:
+            raise self._problem(f"lacks part {lost[0]!r} of {name}: not a whole checkpoint; copy it again")
+        return [parts[part] for part in order]
+
+    def _check_alike(self, name: str) -> None:
+        said = [[(self._stored[key].shape, self._stored[key].dtype) for key in keys] for keys in self._units[name]]
+        if unlike := [unit for unit, one in enumerate(said) if one != said[0]]:
+            raise self._problem(f"expert {unlike[0]} of {name} has another shape or dtype than the first one")
 
     def _check_files(self) -> None:
         ends: dict[str, int] = {}
@@ -93,23 +90,32 @@ class TorchDistReader:
 
     def names(self) -> list[str]:
         """Canonical names of all weights."""
-        return list(self._keys)
+        return [*self._keys, *self._units]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Whole shape."""
-        first, *rest = (self._stored[key].shape for key in self._keys[name])
-        return (first[0] + sum(shape[0] for shape in rest), *first[1:]) if first else ()
+        units = self._units.get(name)
+        first, *rest = (self._stored[key].shape for key in (units[0] if units else self._keys[name]))
+        shape = (first[0] + sum(shape[0] for shape in rest), *first[1:]) if first else ()
+        return (len(units), *shape) if units else shape
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype as stored."""
-        return self._stored[self._keys[name][0]].dtype
+        return self._stored[self._units[name][0][0] if name in self._units else self._keys[name][0]].dtype
 
     def read(self, name: str) -> Tensor:
         """The whole tensor, put together from parts and chunks."""
+        if name in self._units:
+            whole = torch.empty(self.shape(name), dtype=self.dtype(name))
+            for keys, unit in zip(self._units[name], whole, strict=True):
+                self._read_rows(keys, unit)
+            return whole
         keys = self._keys[name]
         if len(keys) == 1:
             return self.read_key(keys[0])
-        whole = torch.empty(self.shape(name), dtype=self.dtype(name))
+        return self._read_rows(keys, torch.empty(self.shape(name), dtype=self.dtype(name)))
+
+    def _read_rows(self, keys: list[str], whole: Tensor) -> Tensor:
         row = 0
         for key in keys:
             rows = self._stored[key].shape[0]
@@ -119,7 +125,7 @@ class TorchDistReader:
 
     def other_keys(self) -> list[str]:
         """Keys of tensors that are no weight of the model: optimizer state, router, ..."""
-        return [key for key in self._stored if split_key(key) is None]
+        return [key for key in self._stored if place_of(key) is None]
 
     def read_key(self, key: str, into: Tensor | None = None) -> Tensor:
         """One tensor by the checkpoint's own key, new or in place of `into`.
@@ -171,8 +177,3 @@ class TorchDistReader:
 
     def _problem(self, message: str) -> ProblemsError:
         return ProblemsError([Problem(str(self.path), message)])
-
-
-def _suffix(name: str) -> str:
-    match = _LAYER.match(name)
-    return match.group(2) if match else name

@@ -33,8 +33,8 @@ from torch.distributed.checkpoint.metadata import (
 from nemo_elastic.checkpoint.reader import LazyTensor
 from nemo_elastic.checkpoint.writer import SHARD_BYTES, HashingFile, read_ahead
 from nemo_elastic.kinds import kind_of
-from nemo_elastic.mcore.checkpoint.dist_checkpoint import PARTS
 from nemo_elastic.mcore.checkpoint.preflight import COMMON_FILE, CONFIG_FILE, METADATA_FILE
+from nemo_elastic.mcore.checkpoint.stored_names import PARTS
 from nemo_elastic.space.layout import ParamLayout, fused_name
 
 PREFIX = "module."

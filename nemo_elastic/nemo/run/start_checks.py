@@ -14,8 +14,10 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 
+from nemo_elastic.config.parent_files import parent_files
 from nemo_elastic.config.sections import RunConfig
 from nemo_elastic.data.entries import entry_problems
 from nemo_elastic.data.of_run import check_text, text_tokenizer
@@ -51,6 +53,7 @@ def check_rank(run: Configured, out: Path, processes: int, *, once: bool = False
         family = run.family()
         raise_if_any(parallel_problems(family.architecture, config.train, family.space.groups))
         open_parent(config.parent, family.layout)
+        say_left_out(config.parent.path)
 
     checks = (
         parent,
@@ -63,6 +66,14 @@ def check_rank(run: Configured, out: Path, processes: int, *, once: bool = False
         lambda: collected(*_of_this_machine(config, out)),
         wait_minutes=config.train.wait_minutes,
     )
+
+
+@cache
+def say_left_out(parent: str | None) -> None:
+    """Once: what of a parent its children are made without."""
+    said = parent_files(parent) if parent else None
+    if said and said.left_out:
+        logger.warning("%s", said.left_out)
 
 
 def check_train(
@@ -88,6 +99,7 @@ def check_train(
         again = is_ranked(out) and not force
         return collected(
             lambda: check_inputs(run),
+            lambda: say_left_out(config.parent.path),
             lambda: check_processes(config, processes, ranks=not again),
             *_surroundings(config, out),
             lambda: run_problems(out, force=force, resume=resume, remedy=remedy),

@@ -55,9 +55,10 @@ PARENTS = {  # by a parent's own seed
     1: Parent("first", (1, 2, 3)),
     2: Parent("second", (4, 5, 6)),
     3: Parent("transformer", (7,), "transformer.yaml"),
+    4: Parent("experts", (8,), "experts.yaml"),
 }
-FIRST, SECOND, TRANSFORMER = (parent.seeds for parent in PARENTS.values())
-ALL = (*FIRST, *SECOND, *TRANSFORMER)
+FIRST, SECOND, TRANSFORMER, EXPERTS = (parent.seeds for parent in PARENTS.values())
+ALL = (*FIRST, *SECOND, *TRANSFORMER, *EXPERTS)
 ONCE, THERE = FIRST[:1], SECOND[:1]  # one seed, on the first parent or on the second
 
 

@@ -195,6 +195,7 @@ class TrainConfig:
     recompute_granularity: str | None = None  # full or selective
     use_distributed_optimizer: bool | None = None  # shards Adam's state over data parallel; empty: with bf16-mixed
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    moe_router_bias_update_rate: float = 0.0  # how far a step moves the bias of experts by their tokens; 0: not at all
     stages: tuple[StageConfig, ...] = ()
     log_every_steps: int = 10
     val_every_steps: int = 100

@@ -23,7 +23,6 @@ from nemo_elastic.config import load_values
 from nemo_elastic.config.sections import RunConfig, StageConfig
 from nemo_elastic.family import family_of
 from nemo_elastic.mcore.elastic.spec import elastic_stack_spec
-from nemo_elastic.mcore.family.expert_load import load_of
 from nemo_elastic.mcore.family.family_model import FamilyModel
 from nemo_elastic.mcore.family.gradients import gradient_norms, hand_norm
 from nemo_elastic.mcore.family.planner import Planner
@@ -142,7 +141,8 @@ def train_steps(
     optimizer = _optimizer(wrapped, distributed_optimizer) if optimize else None
     states = None if cache is None else _filled(cache, model, dtype)
     reduction = ElasticLossReduction(run.distill, tuple(run.elastic.budgets), planner.loss)
-    model.load = None if bias_rate is None else load_of(model, list(run.elastic.budgets))
+    if bias_rate is not None:
+        model.count_experts(list(run.elastic.budgets))
     found: dict[str, Any] = {"steps": []}
     for step in steps:
         wrapped.zero_grad_buffer()

@@ -19,7 +19,7 @@ from torch import Tensor
 from ...router.model import Router
 from ..elastic.model import ElasticMambaModel
 from ..elastic.plan import Plan
-from .expert_load import ExpertLoad
+from .expert_load import ExpertLoad, load_of
 from .heads import Heads, cached_head, student_head, teacher_head
 from .router_module import RouterModule
 
@@ -41,6 +41,11 @@ class FamilyModel(ElasticMambaModel):
         if teacher is not None:
             teacher.requires_grad_(False).eval()
         object.__setattr__(self, "teacher", teacher)
+
+    def count_experts(self, budgets: Sequence[str]) -> ExpertLoad | None:
+        """Count the tokens of experts by budget from now on; None where there are no experts."""
+        self.load = load_of(self, budgets)
+        return self.load
 
     def retire_teacher(self) -> None:
         """Free all but its output weights: a cache has the results."""

@@ -18,7 +18,7 @@ from nemo_elastic.config.load import plain
 from nemo_elastic.config.sections import RunConfig
 from nemo_elastic.distill.curriculum import budget_probabilities, stage_at
 from nemo_elastic.mcore.family.budget_notes import notes_at
-from nemo_elastic.mcore.family.expert_load import ExpertLoad, load_of
+from nemo_elastic.mcore.family.expert_load import ExpertLoad
 from nemo_elastic.mcore.family.family_model import FamilyModel
 from nemo_elastic.mcore.family.planner import Planner, StepState
 from nemo_elastic.mcore.models.build import unwrapped
@@ -88,7 +88,7 @@ class ElasticCallback(pl.Callback):
         """Zero-shot losses, before the first step of a run."""
         self.model = unwrapped(pl_module.module)
         self.step = trainer.global_step
-        self.load = self.model.load = load_of(self.model, list(self.run.elastic.budgets))
+        self.load = self.model.count_experts(list(self.run.elastic.budgets))
         if self.load is not None and self._load_before is not None:
             self.load.load_state_dict(self._load_before)
         if trainer.is_global_zero:

@@ -174,6 +174,8 @@ class Series:
         subnets = records[max(records)]["subnets"]
         family = family_of(load_config(config_of(seed), words).config, depth_ranking(folder))
         counts = {n: parameters(family.layout, family.space.subnet_from_dict(s)) for n, s in subnets.items()}
+        load = next((r["experts"] for _, r in sorted(steps.items(), reverse=True) if "experts" in r), {})
+        load = {n: {key: row[key] for key in ("busiest", "idle")} for n, row in load.items()}
         return {
             "name": run.name,
             "group": run.group,
@@ -187,6 +189,7 @@ class Series:
             "parameters": counts,
             "subnets": subnets,
             "curve": curve,
+            **({"experts": load} if load else {}),
             "score": json.loads((folder / "score.json").read_text(encoding="utf-8")),
         }
 

@@ -106,6 +106,9 @@ def claims(parents: Mapping[int, Results]) -> list[dict[str, str]]:
     return [claim.row(parents) for claim in CLAIMS]
 
 
+EXPERTS = ("num_moe_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size")
+
+
 def found_shapes(results: Results) -> list[dict[str, str]]:
     """A row per child and way to its shape, of the first seed: its sizes, and which layers it lacks."""
     rows = []
@@ -118,5 +121,7 @@ def found_shapes(results: Results) -> list[dict[str, str]]:
                 row["dropped"] = ", ".join(str(n) for n in range(LAYERS) if n not in kept) or "none"
                 for dim in ("hidden_size", "ffn_hidden_size", "mamba_num_heads", "num_attention_heads"):
                     row[dim] = str(subnet.get(dim) or NONE)  # an empty list: no such layer
+                experts = [str(subnet.get(dim) or "") for dim in EXPERTS]
+                row["experts"] = "{} x {} + {}".format(*experts) if experts[0] else NONE
                 rows.append(row)
     return rows

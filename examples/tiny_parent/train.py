@@ -103,7 +103,7 @@ def main() -> None:
     from nemo_elastic.nemo.plain.data import TextDataModule
     from nemo_elastic.nemo.plain.plain_config import plain_model_config
     from nemo_elastic.nemo.plain.pretrain import PretrainConfig, pretrain
-    from nemo_elastic.nemo.plain.tiny_parent import bf16_weights, heldout_loss, save_card, save_parent
+    from nemo_elastic.nemo.plain.tiny_parent import bf16_weights, expert_load, heldout_loss, save_card, save_parent
     from nemo_elastic.nemo.plain.tokenizer import load_tokenizer
 
     torch.set_num_threads(args.threads)
@@ -135,12 +135,16 @@ def main() -> None:
         seed=args.seed,
     )
     tokens = {split: len(data.windows(split).stream) for split in ("train", "heldout")}
-    command = "python examples/tiny_parent/train.py " + shlex.join(sys.argv[1:])
+    words = [word for word in sys.argv[1:] if word != "--resume"]
+    command = "python examples/tiny_parent/train.py " + shlex.join(words)
 
     def export(module: torch.nn.Module, run: dict[str, Any]) -> None:
+        with expert_load(module) as load:
+            loss = heldout_loss(module, data.windows("heldout"), args.batch_size)
         facts = {
             **run,
-            "heldout_loss": round(heldout_loss(module, data.windows("heldout"), args.batch_size), 5),
+            "heldout_loss": round(loss, 5),
+            **({"expert_load": load, "bias_update_rate": module.config.moe_router_bias_update_rate} if load else {}),
             "parameters": sum(math.prod(w.shape) for w in bf16_weights(module).values()),
             "global_batch_size": args.batch_size,
             "lr": args.lr,

@@ -15,7 +15,7 @@ PHASES = ("warmup", "soft", "hard", "frozen")  # of the router, in this order
 class ParentConfig:
     """Where the trained parent is."""
 
-    path: str | None = None  # a NeMo checkpoint or Hugging Face folder, or builtin:tiny_parent
+    path: str | None = None  # a NeMo checkpoint or Hugging Face folder, builtin:tiny_parent or builtin:tiny_experts
     output_weights: str | None = None  # if a tied parent stores an lm_head of its own: embedding or lm_head counts
 
 

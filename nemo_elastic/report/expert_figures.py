@@ -59,7 +59,7 @@ def _busiest(axes: Axes, run: RunFolder, clock: Clock, series: Mapping[str, list
         (line,) = axes.plot(*zip(*points, strict=True), color=LIGHT[budget_colour(place)], linewidth=1.7)
         tip(line, f"{name}: busiest expert over the mean")
         ends.append((name, budget_colour(place), points[-1][1], f"{points[-1][1]:.2f}"))
-    axes.set_ylim(1, max(axes.get_ylim()[1], 1.1))
+    axes.set_ylim(1, 1 + 1.12 * (max(axes.get_ylim()[1], 1.1) - 1))
     end_labels(axes, clock.end, ends)
     token_axis(axes, clock)
 

@@ -267,7 +267,7 @@ def bias_rows(results: Results) -> list[dict[str, str]]:
         for budget in BUDGETS if seeds else ():
             ours, frozen = (results.losses(n, budget, seeds) for n in (name, "greedy-family"))
             row[budget], row[f"over_{budget}"] = spread(ours), NONE if what else relative(ours, frozen)
-            row[f"load_{budget}"] = spread([results.runs[name, s]["experts"][budget]["busiest"] for s in seeds], ".2f")
+            row[f"load_{budget}"] = spread([results.runs[name, s]["experts"][budget] for s in seeds], ".2f")
         rows += [row] if seeds else []
     return rows
 

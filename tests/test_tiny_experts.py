@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -62,6 +63,20 @@ def short_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
     out = tmp_path_factory.mktemp("experts") / "run"
     done = nemo_elastic("quickstart", *CONFIG, "--json", "--out", str(out), *MOVED)
     return out, json.loads(done.stdout)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_reap_keeps_more_than_frequency_and_random_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One draw, half of the experts, a few windows of what `benchmarks/expert_ranking.py` measures."""
+    skip_without_slot()
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.setattr("nemo_elastic.mcore.runtime.process_groups.start", lambda *sizes: None)
+    from expert_ranking import Study
+
+    parent = ROOT / "nemo_elastic" / "assets" / "tiny_experts"
+    study = Study(SimpleNamespace(parent=parent, counts=[8], windows=8, samples=16, seq_length=128))
+    found = {name: study.losses(orders)["8"] for name, orders in study.scores(0).items()}
+    assert study.parent_loss < found["reap"] < min(found["frequency"], found["random"])
 
 
 def lines(out: Path) -> list[dict[str, Any]]:

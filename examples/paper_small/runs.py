@@ -192,7 +192,8 @@ def drawn(probabilities: Mapping[str, float]) -> tuple[dict[str, Any], ...]:
 def searched() -> Iterator[Run]:
     """(a) and (b) with the shapes of `plan --search greedy`, known before any training; longer; with what helped."""
     yield from compared("greedy", "greedy-", STEPS, "greedy search over the ranking's scores (`plan --search`)",
-                        dict.fromkeys(("equal", "all"), (*SECOND, *TRANSFORMER, *EXPERTS)), "greedy")  # fmt: skip
+                        {"equal": (*SECOND, *TRANSFORMER, *EXPERTS), "all": (*SECOND, *TRANSFORMER)},
+                        "greedy")  # fmt: skip
     given = {"group": "greedy", "budgets": BUDGETS, "shapes_of": "greedy"}
     for name, what, probabilities, rate, seeds in (
         ("best", "`small` drawn most (0.3, 0.25, 0.45), learning rate 7e-4", SMALL_FIRST, 7e-4, THERE),

@@ -154,6 +154,8 @@ MEASURES = (
     ),
     Measure("ranking", "CPU time, greedy / naive", inverse("greedy.cpu_time_ratio")),
     Measure("ranking_quality", "loss, sorted / random orders", sorted_over_random),
+    Measure("expert_ranking", "loss, REAP / random orders", "counts.*.reap_over_random", "limits.reap_over_others"),
+    Measure("expert_ranking", "loss, REAP / frequency", "counts.*.reap_over_frequency", "limits.reap_over_others"),
     Measure("router_budgets", "error before repair", of_recipe("before"), "limits.before", unit="%"),
     Measure("router_budgets", "error after repair", of_recipe("after"), "limits.after", unit="%"),
     *(

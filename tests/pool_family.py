@@ -41,6 +41,7 @@ from nemo_elastic.mcore.versions import build_optimizer, layer_pattern
 from nemo_elastic.nemo.plain.optimizer import apply_multipliers
 from nemo_elastic.nemo.run.elastic_model import ElasticLossReduction
 from nemo_elastic.nemo.run.guard import FiniteGuard
+from nemo_elastic.nemo.run.step_record import step_subnets
 from nemo_elastic.nemo.run.train import decays_not, is_router
 from nemo_elastic.router.model import Router
 from nemo_elastic.router.schedule import Timeline
@@ -134,6 +135,7 @@ def train_steps(
     distill: dict[str, Any] | None = None,
     half: int | None = None,
     cache: str | None = None,
+    bias_rate: float | None = None,
     **more: Any,
 ) -> dict[str, Any]:
     """Steps of the run as `ElasticCallback` and NeMo run them: per step the losses, whole gradients and choices.
@@ -142,6 +144,7 @@ def train_steps(
         steps: numbers of the run's steps: 0 warm-up, 1 and 2 soft, 3 and 4 hard, 5 frozen.
         half: only the first or the second of a micro-batch's students.
         cache: folder of the teacher's states, filled first where it is not whole.
+        bias_rate: count the tokens of experts, and move their bias by so much a step.
         optimize: take Adam steps in between (else the weights stay).
     """
     run = run_config(tied=tied, vocab_size=vocab_size, feature=feature, **(distill or {}))
@@ -155,6 +158,8 @@ def train_steps(
     optimizer = _optimizer(wrapped, distributed_optimizer) if optimize else None
     states = None if cache is None else _filled(cache, model, dtype)
     reduction = ElasticLossReduction(run.distill, tuple(run.elastic.budgets), planner.loss)
+    if bias_rate is not None:
+        model.count_experts(list(run.elastic.budgets))
     found: dict[str, Any] = {"steps": []}
     for step in steps:
         wrapped.zero_grad_buffer()
@@ -177,6 +182,11 @@ def train_steps(
             hand_norm(optimizer, own)
             record["grad_norm"] = float(optimizer.step()[1])
         planner.end_step(state)
+        if model.load is not None:
+            soft = planner.learned if state.phase == "soft" else ()
+            ran = step_subnets(planner, state)
+            model.load.end_step(bias_rate, {name: subnet for name, subnet in ran.items() if name not in soft})
+            record["load"], record["ran"] = model.load.total.clone(), ran
         found["steps"].append(record)
     last = planner.choices(model.policy)
     found["subnets"] = {n: planner.subnet_of_choice(n, c).to_dict() for n, c in last.items()}
@@ -240,7 +250,8 @@ def _schedule(
     def forward_step(iterator: Any, module: Any) -> tuple[Any, Any]:
         batch = next(iterator)
         plans = [p.plan for p in batch["elastic"]]
-        out = module(batch["tokens"], None, None, elastic=plans, distill=True, cached=batch["teacher"])
+        budgets = [p.budget for p in batch["elastic"]]
+        out = module(batch["tokens"], None, None, elastic=plans, distill=True, cached=batch["teacher"], budgets=budgets)
         return out, lambda heads: reduction.forward(batch, heads)
 
     return get_forward_backward_func()(

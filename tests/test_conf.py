@@ -48,6 +48,7 @@ ACTIVE = {  # what one token passes through
     "star_elastic.yaml": 3_580_076_352,
     "granite_4_h_small.yaml": 8_803_121_664,
     "qwen3_30b_a3b.yaml": 3_353_032_704,
+    "tiny_experts.yaml": 1_154_404,
 }
 KINDS = {  # Mamba, attention, MLP, experts layers
     "nemotron_nano_12b_v2.yaml": (28, 6, 28),
@@ -71,6 +72,7 @@ KINDS = {  # Mamba, attention, MLP, experts layers
     "granite_4_h_small.yaml": (36, 4, 0, 40),
     "qwen3_30b_a3b.yaml": (0, 48, 0, 48),
     "tiny_parent.yaml": (7, 2, 7),
+    "tiny_experts.yaml": (5, 2, 0, 5),
 }
 HUGGING_FACE = {"llama": "Llama", "qwen3": "Qwen3", "qwen2": "Qwen2", "bamba": "Bamba", "granite": "Granite"}
 NEMO = {  # NeMo's own class of the same model
@@ -248,7 +250,7 @@ def test_the_wheel_carries_the_configurations(tmp_path: Path) -> None:
     for name in (*PARENTS, *GROUPS):
         assert (installed / "nemo_elastic" / "conf" / name).read_text() == (CONF / name).read_text()
     environment = {"PYTHONPATH": str(installed), "PATH": "/usr/bin:/bin"}
-    for name in ("tiny_parent.yaml", "nemotron_h_47b.yaml"):
+    for name in ("tiny_parent.yaml", "tiny_experts.yaml", "nemotron_h_47b.yaml"):
         done = subprocess.run(
             [sys.executable, "-m", "nemo_elastic", "plan", "--config", name, "--json"],
             capture_output=True,

@@ -109,9 +109,10 @@ def test_equal_tokens_per_child(prefix: str, times: int) -> None:
             assert sum(stage["steps"] for stage in whole.stages) == sum(STEPS) and whole.shapes_of == alone.shapes_of
 
 
-SIZES_OF = {  # a child of the hybrids, and of the transformer, whose blocks are dropped whole
+SIZES_OF = {  # a child of the hybrids, of the transformer, whose blocks are dropped whole, and of the one with experts
     "parent.yaml": {"hidden_size": 168, "ffn_hidden_size": 448, "layers": [0, 1, 2, 3, 5, 6, 7, 8, 9, 10, 11]},
     "transformer.yaml": {"hidden_size": 168, "ffn_hidden_size": 320, "layers": [0, 1, 2, 3, 6, 7, 8, 9, 10, 11]},
+    "experts.yaml": {"num_moe_experts": 12, "moe_ffn_hidden_size": 72, "layers": [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11]},
 }
 MADE = sorted({(name, PARENTS[parent_of(seed)].config) for name, run in RUNS.items() for seed in run.seeds})
 
@@ -304,7 +305,7 @@ def test_tokens_to_equal_loss_are_read_off_runs_that_ended() -> None:
 
 
 def test_a_claim_holds_or_not_on_each_kind_of_parent() -> None:
-    """Budget by budget, on the mean over seeds; hybrids together, the transformer by itself."""
+    """Budget by budget, on the mean over seeds; hybrids together, other kinds by themselves."""
     from claims import claims
     from readings import Results
 
@@ -315,7 +316,7 @@ def test_a_claim_holds_or_not_on_each_kind_of_parent() -> None:
 
     first = of(1, family=(2.0, 3.0), shapes_even=(2.2, 3.3))
     second = of(4, family=(2.0, 3.0), greedy_family=(1.8, 2.7))
-    assert claims({1: first, 2: second}) == []  # no transformer, nothing to say
+    assert claims({1: first, 2: second}) == []  # no other parent, nothing to say
     rows = claims({1: first, 2: second, 3: of(7, family=(2.0, 3.0), shapes_even=(2.2, 2.7), greedy_family=(2.2, 3.3))})
     even, greedy = (
         next(row for row in rows if row["words"].startswith(w)) for w in ("Shapes matter", "Greedy search ends")

@@ -197,6 +197,23 @@ def test_sheets_of_layers_router_and_budgets_are_exact(finished: Path) -> None:
     assert rows_of(finished, "timings")[1] == {"phase": "train", "seconds": "187.25"}
 
 
+def test_the_load_of_experts_is_drawn_and_written(tmp_path: Path) -> None:
+    """Shares of the mean over the experts that a budget keeps; a run without experts has neither figure nor sheet."""
+    out = write_run(tmp_path, steps=25)
+    path = out / "logs" / "train.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = {"small": {"tokens": {"1": [6, None, 2, None], "3": [3, 3, 0, 2]}, "busiest": 1.5, "idle": 0.125}}
+    lines[9]["experts"] = {"full": {"tokens": {"1": [1, 1, 1, 1]}, "busiest": 1.0, "idle": 0.0}, **rows}
+    lines[19]["experts"] = rows
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = Page(write_report(out).read_text(encoding="utf-8")).text
+    assert "Load of experts" in text and (out / "report" / "expert_load.png").is_file()
+    found = rows_of(out, "expert_load")
+    assert [r["step"] for r in found] == ["10"] * 10 + ["20"] * 6
+    last = [(r["budget"], r["layer"], r["expert"], r["tokens"], r["over_mean"]) for r in found[-6:-3]]
+    assert last == [("small", "1", "0", "6", "1.5"), ("small", "1", "2", "2", "0.5"), ("small", "3", "0", "3", "1.5")]
+
+
 def test_the_same_run_gives_the_same_bytes(finished: Path) -> None:
     folder = finished / "report"
     before = {path.name: path.read_bytes() for path in folder.iterdir()}

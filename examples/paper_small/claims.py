@@ -1,4 +1,4 @@
-"""What was found on the hybrids, said so that another kind of parent can agree or not: the page's *A transformer*."""
+"""What was found on the hybrids, said so that another kind of parent can agree or not: the page's *Other parents*."""
 
 from __future__ import annotations
 
@@ -31,17 +31,20 @@ class Claim:
     budgets: Sequence[str] = CHILDREN
 
     def row(self, parents: Mapping[int, Results]) -> dict[str, str]:
-        """The difference on every parent, and whether the claim holds there (hybrids together, the others together)."""
+        """The difference on every parent, and whether the claim holds there (parents of a kind together)."""
         row = {"words": self.words}
-        met: dict[bool, list[bool]] = {True: [], False: []}
+        met: dict[str, list[bool]] = {kind: [] for kind in KINDS}
         for number, results in parents.items():
             found = {budget: self.pairs(results, budget) for budget in self.budgets}
             found = {budget: pair for budget, pair in found.items() if pair[0]}
             row[str(number)] = ", ".join(f"`{b}` {relative(*pair)}" for b, pair in found.items()) or NONE
             for ours, theirs in found.values():
                 mean = statistics.fmean(a / b - 1 for a, b in zip(ours, theirs, strict=True))
-                met[PARENTS[number].hybrid].append(mean < self.limit if self.below else mean > self.limit)
-        return row | {"hybrid": held(met[True]), "transformer": held(met[False])}
+                met[PARENTS[number].kind].append(mean < self.limit if self.below else mean > self.limit)
+        return row | {kind: held(found) for kind, found in met.items()}
+
+
+KINDS = tuple(dict.fromkeys(parent.kind for parent in PARENTS.values()))
 
 
 def held(met: Sequence[bool]) -> str:
@@ -97,10 +100,13 @@ CLAIMS = (
 
 
 def claims(parents: Mapping[int, Results]) -> list[dict[str, str]]:
-    """A row per claim, where a transformer has runs; nothing else."""
+    """A row per claim, where another kind of parent has runs; nothing else."""
     if not any(results.runs for number, results in parents.items() if not PARENTS[number].hybrid):
         return []
     return [claim.row(parents) for claim in CLAIMS]
+
+
+EXPERTS = ("num_moe_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size")
 
 
 def found_shapes(results: Results) -> list[dict[str, str]]:
@@ -115,5 +121,7 @@ def found_shapes(results: Results) -> list[dict[str, str]]:
                 row["dropped"] = ", ".join(str(n) for n in range(LAYERS) if n not in kept) or "none"
                 for dim in ("hidden_size", "ffn_hidden_size", "mamba_num_heads", "num_attention_heads"):
                     row[dim] = str(subnet.get(dim) or NONE)  # an empty list: no such layer
+                experts = [str(subnet.get(dim) or "") for dim in EXPERTS]
+                row["experts"] = "{} x {} + {}".format(*experts) if experts[0] else NONE
                 rows.append(row)
     return rows

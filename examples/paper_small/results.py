@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from claims import claims, found_shapes
+from claims import KINDS, claims, found_shapes
 from figures import write as write_figures
 from readings import NONE, Results
 from runs import BUDGETS, CHILDREN, FOUR_CHILDREN, PARENTS, RUNS, SCRATCH_STEPS, STEPS
 from tables import (
     best_rows,
+    bias_rows,
     by_class,
     cpu_seconds,
     family_ratio,
@@ -46,7 +47,7 @@ def page(parents: Mapping[int, Results], figures: list[str]) -> str:
         undefined=jinja2.StrictUndefined,
     )
     parts = [
-        {"parent": PARENTS[number].name, "number": number, "hybrid": PARENTS[number].hybrid, **part(results)}
+        {"parent": PARENTS[number].name, "number": number, "kind": PARENTS[number].kind, **part(results)}
         for number, results in parents.items()
     ]
     runs = [run for results in parents.values() for run in results.runs.values()]
@@ -60,6 +61,7 @@ def page(parents: Mapping[int, Results], figures: list[str]) -> str:
         scratch_steps=SCRATCH_STEPS,
         verdict=lambda *which: verdict((r for n, r in parents.items() if PARENTS[n].hybrid), *which),
         claims=claims(parents),
+        kinds=KINDS,
         real=real_parent(),
         machines=machines(runs),
         count=len(runs),
@@ -131,6 +133,7 @@ TABLES: dict[str, Callable[[Results], list[dict[str, str]]]] = {
     "curricula": of_group("stages", BUDGETS, "family"),
     "tries": of_group("tries", BUDGETS, "family"),
     "speed": speed,
+    "bias": bias_rows,
     "found": found_shapes,
 }
 

@@ -1,9 +1,9 @@
 """Every run of the small reproduction, as overrides of a parent's YAML: what the paper claims, and what was tried.
 
 A seed is of everything that is drawn in a run, and belongs to one parent (PARENTS): settings were chosen on the first
-hybrid, the second confirms them, the third parent asks whether they hold for a transformer. A step is 2,048 tokens of
-student text in every run. STEPS are those of the family of three budgets; a child alone gets as many steps as the
-family spent on it (equal tokens per child), or as many as the family took (equal total steps).
+hybrid, the second confirms them, later parents ask whether they hold for a transformer and with experts. A step is
+2,048 tokens of student text in every run. STEPS are those of the family of three budgets; a child alone gets as many
+steps as the family spent on it (equal tokens per child), or as many as the family took (equal total steps).
 """
 
 from __future__ import annotations
@@ -46,18 +46,24 @@ class Parent:
     config: str = "parent.yaml"
 
     @property
+    def kind(self) -> str:
+        """hybrid, as the paper's; transformer; or experts."""
+        return "hybrid" if self.config == "parent.yaml" else self.config.removesuffix(".yaml")
+
+    @property
     def hybrid(self) -> bool:
         """As the paper's."""
-        return self.config == "parent.yaml"
+        return self.kind == "hybrid"
 
 
 PARENTS = {  # by a parent's own seed
     1: Parent("first", (1, 2, 3)),
     2: Parent("second", (4, 5, 6)),
     3: Parent("transformer", (7,), "transformer.yaml"),
+    4: Parent("experts", (8,), "experts.yaml"),
 }
-FIRST, SECOND, TRANSFORMER = (parent.seeds for parent in PARENTS.values())
-ALL = (*FIRST, *SECOND, *TRANSFORMER)
+FIRST, SECOND, TRANSFORMER, EXPERTS = (parent.seeds for parent in PARENTS.values())
+ALL = (*FIRST, *SECOND, *TRANSFORMER, *EXPERTS)
 ONCE, THERE = FIRST[:1], SECOND[:1]  # one seed, on the first parent or on the second
 
 
@@ -67,7 +73,7 @@ class Run:
 
     Attributes:
         name: of its file; the seed is appended.
-        group: headline, best, greedy, longer, four, shapes, depth, mamba, stages, speed or tries.
+        group: headline, best, greedy, longer, four, shapes, depth, mamba, stages, speed, tries or bias.
         what: a line of the results.
         budgets: `elastic.budgets`.
         stages: `train.stages`.
@@ -186,7 +192,8 @@ def drawn(probabilities: Mapping[str, float]) -> tuple[dict[str, Any], ...]:
 def searched() -> Iterator[Run]:
     """(a) and (b) with the shapes of `plan --search greedy`, known before any training; longer; with what helped."""
     yield from compared("greedy", "greedy-", STEPS, "greedy search over the ranking's scores (`plan --search`)",
-                        {"equal": (*SECOND, *TRANSFORMER), "all": (*SECOND, *TRANSFORMER)}, "greedy")  # fmt: skip
+                        {"equal": (*SECOND, *TRANSFORMER, *EXPERTS), "all": (*SECOND, *TRANSFORMER)},
+                        "greedy")  # fmt: skip
     given = {"group": "greedy", "budgets": BUDGETS, "shapes_of": "greedy"}
     for name, what, probabilities, rate, seeds in (
         ("best", "`small` drawn most (0.3, 0.25, 0.45), learning rate 7e-4", SMALL_FIRST, 7e-4, THERE),
@@ -312,9 +319,17 @@ def tries() -> Iterator[Run]:
               budgets=BUDGETS, stages=stages(*third, WEIGHTS), words=SHARED)  # fmt: skip
 
 
+def expert_bias() -> Iterator[Run]:
+    """The bias of experts, moved by the tokens of those that a budget keeps; in `greedy-family` it is frozen."""
+    for name, rate in {"bias-moved": 1e-3, "bias-slow": 1e-4}.items():
+        yield Run(name=name, group="bias", what=f"moved by {rate:g} a step", budgets=BUDGETS,
+                  stages=stages(*STEPS, WEIGHTS), words=(EVEN, f"train.moe_router_bias_update_rate={rate:g}"),
+                  shapes_of="greedy", seeds=EXPERTS)  # fmt: skip
+
+
 RUNS = {
     run.name: run
-    for make in (headline, best, searched, longer, family_of_four, shapes, ablations, tries)
+    for make in (headline, best, searched, longer, family_of_four, shapes, ablations, tries, expert_bias)
     for run in make()
 }
 GROUPS = tuple(dict.fromkeys(run.group for run in RUNS.values()))

@@ -89,6 +89,11 @@ def _routing_problems(model: Mapping[str, Any], said: Mapping[str, Any]) -> list
     if model.get("moe_router_load_balancing_type") == "sinkhorn":
         words = "'sinkhorn' is another routing, which is not supported; remove it"
         found.append(Problem("model.moe_router_load_balancing_type", words))
+    if model.get("moe_router_bias_update_rate"):
+        words = (
+            "is no size or function of the model, and nothing here follows it; give train.moe_router_bias_update_rate"
+        )
+        found.append(Problem("model.moe_router_bias_update_rate", words))
     if not model.get("num_moe_experts") or said["moe_router_score_function"] != "softmax":
         return found
     if model.get("moe_router_enable_expert_bias"):

@@ -46,7 +46,8 @@ NOT_NEGATIVE = (
     "distill.kd_weight",
     "distill.ce_weight", "distill.hidden_weight", "train.optimizer.min_lr",
     "train.optimizer.warmup_steps", "train.optimizer.weight_decay",
-    "train.optimizer.clip_grad", "data.num_workers", "rank.min_attention_layers", "report.gpu.reserve_gb",
+    "train.optimizer.clip_grad", "train.moe_router_bias_update_rate", "data.num_workers", "rank.min_attention_layers",
+    "report.gpu.reserve_gb",
 )  # fmt: skip
 LOGGERS = ("tensorboard", "wandb")
 SEEDS = ("train.seed", "rank.seed")  # 32 bits: what Lightning and numpy take
@@ -135,10 +136,15 @@ def _rate_problems(config: RunConfig) -> Iterable[Problem]:
     settings = config.train.optimizer
     rates = {"train.optimizer.lr": settings.lr, "router.lr": config.router.lr}
     rates |= {f"train.stages.{i}.lr": s.lr for i, s in enumerate(config.train.stages) if s.lr is not None}
+    moves = "train.moe_router_bias_update_rate"
+    rates[moves] = moved = config.train.moe_router_bias_update_rate
+    if moved and not config.model.get("moe_router_enable_expert_bias"):
+        words = f"{moved} moves a bias that this parent has not (model.moe_router_enable_expert_bias); leave it out"
+        yield Problem(moves, words)
     for key, rate in rates.items():
         if rate == float("inf"):
             yield Problem(key, "inf must be finite")
-        elif key != "router.lr" and rate < settings.min_lr:
+        elif key not in ("router.lr", moves) and rate < settings.min_lr:
             yield Problem(key, f"{rate} must not be below train.optimizer.min_lr={settings.min_lr}")
     if any(not 0 <= beta < 1 for beta in settings.betas):
         yield Problem("train.optimizer.betas", f"{list(settings.betas)} must be from 0 to below 1")

@@ -17,7 +17,7 @@ PHASES = ("warmup", "soft", "hard", "frozen")  # of the router, in this order
 class ParentConfig:
     """Where the trained parent is."""
 
-    path: str | None = None  # a NeMo checkpoint or Hugging Face folder, or builtin:tiny_parent
+    path: str | None = None  # a NeMo checkpoint or Hugging Face folder, builtin:tiny_parent or builtin:tiny_experts
     output_weights: str | None = None  # if a tied parent stores an lm_head of its own: embedding or lm_head counts
 
 
@@ -203,6 +203,7 @@ class TrainConfig:
     recompute_granularity: str | None = None  # full or selective
     use_distributed_optimizer: bool | None = None  # shards Adam's state over data parallel; empty: with bf16-mixed
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    moe_router_bias_update_rate: float = 0.0  # how far a step moves the bias of experts by their tokens; 0: not at all
     stages: tuple[StageConfig, ...] = ()
     log_every_steps: int = 10
     val_every_steps: int = 100

@@ -10,6 +10,7 @@ from ..space.architecture import KIND_NAMES
 from ..space.subnet import layer_sizes
 from .budget_rows import KEPT, BudgetRow
 from .evaluations import rows as evaluation_rows
+from .expert_figures import load_series, shares
 from .layer_figures import layer_scores
 from .run_folder import RunFolder
 from .time_axis import Clock
@@ -43,7 +44,7 @@ def _cell(value: Any) -> Any:
 def sheets(run: RunFolder, rows: list[BudgetRow]) -> list[Sheet]:
     """Every sheet that has a row."""
     made = (_budgets(rows), _validation(run), _train(run), _router(run), _importance(run, rows), _children(run, rows))
-    return [sheet for sheet in (*made, _evaluations(run), _timings(run)) if sheet.rows]
+    return [sheet for sheet in (*made, _expert_load(run), _evaluations(run), _timings(run)) if sheet.rows]
 
 
 def _budgets(rows: list[BudgetRow]) -> Sheet:
@@ -86,6 +87,18 @@ def _router(run: RunFolder) -> Sheet:
     keys = ("argmax_error", "error", "price")
     body = [(step, name, *(entry.get(k) for k in keys)) for step, name, entry in router_series(run)]
     return Sheet("router", ("step", "budget", *keys), tuple(body))
+
+
+def _expert_load(run: RunFolder) -> Sheet:
+    body = [
+        (step, name, layer, expert, tokens, share)
+        for name, rows in load_series(run).items()
+        for step, row in rows
+        for layer, counts in row["tokens"].items()
+        for expert, (tokens, share) in enumerate(zip(counts, shares(counts), strict=True))
+        if tokens is not None
+    ]
+    return Sheet("expert_load", ("step", "budget", "layer", "expert", "tokens", "over_mean"), tuple(body))
 
 
 def _importance(run: RunFolder, rows: list[BudgetRow]) -> Sheet:

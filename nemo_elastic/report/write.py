@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from ..kinds import kinds
-from . import layer_figures, router_figures, trade_off, training_curves, width_figures
+from . import expert_figures, layer_figures, router_figures, trade_off, training_curves, width_figures
 from .budget_rows import BudgetRow, budget_rows
 from .csv_files import sheets
 from .drawing import inline_svg, save_png
@@ -80,6 +80,12 @@ def figures(run: RunFolder, rows: list[BudgetRow]) -> Iterator[tuple[str, str, s
             "tolerance), and the weight that steers it."
         )
         yield "router", "Router", caption, lambda: training_curves.router(run)
+    if expert_figures.load_series(run):
+        caption = (
+            "How evenly tokens meet experts: 1 is every expert alike. Below, the last logged steps: a row per layer, a "
+            "cell per expert, the stronger the more tokens it had; dots are experts that the budget does not keep."
+        )
+        yield "expert_load", "Load of experts", caption, lambda: expert_figures.load(run)
     series = router_figures.probability_series(run)
     if series:
         caption = (

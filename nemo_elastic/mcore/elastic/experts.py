@@ -25,7 +25,7 @@ from ..kernels.kind_modules import norm_keys
 from ..kernels.mixture import Mixture
 from ..kernels.norm import RMSNorm
 from ..kernels.observing import Observer, WidthSettings
-from ..kernels.routing import chosen, logits
+from ..kernels.routing import chosen, kept_experts, logits
 from .call import LayerCall, MaskCache, inner_multiplier, times
 from .layers import ElasticLayer
 from .linear import column_parallel, row_parallel, taken
@@ -43,6 +43,7 @@ class ElasticMixture(Mixture):
     def bind(self, rows: dict[str, ParamSpec], axes: dict[str, Axis], tp_group: Any) -> None:
         """Learn this layer's rows of the parameter table."""
         self.rows, self.axes, self.elastic_tp_group, self.masks = rows, axes, tp_group, MaskCache()
+        self.router.elastic = True
 
     def elastic(self, x: Tensor, call: LayerCall, attention_mask: Tensor | None = None) -> Tensor:
         """`[s, b, h or k]` -> `[s, b, h or k]`."""
@@ -63,10 +64,7 @@ class ElasticMixture(Mixture):
     def _routed(self, flat: Tensor, call: LayerCall) -> tuple[list[int], Tensor, Tensor]:
         """The kept experts, and of each token their weights and which are chosen, both `[n, kept]`."""
         row, bias = self.rows["mlp.router.weight"], self.router.bias
-        (segment,) = self.axes["expert"]
-        (factor,) = segment.factors
-        kept = factor.kept({} if call.plan.soft else call.sizes)
-        experts = [group * factor.count + n for group in range(factor.groups) for n in range(kept)]
+        experts = kept_experts(self.axes["expert"], {} if call.plan.soft else call.sizes)
         weight = taken(self.router.weight, row, call.cut)
         scores = logits(flat, weight)
         if len(experts) < scores.shape[1]:
@@ -75,8 +73,10 @@ class ElasticMixture(Mixture):
             bias = bias[experts]
         mask = call.replicated(COUNT) if call.plan.soft else None
         if mask is not None:
-            mask = mask.repeat(factor.groups)
-        return experts, *chosen(self.config, scores, bias, mask)
+            mask = mask.repeat(len(experts) // len(mask))
+        weights, places = chosen(self.config, scores, bias, mask)
+        self.router.count(places, experts)
+        return experts, weights, places
 
     def _product(self, name: str, x: Tensor, call: LayerCall) -> Tensor:
         """To the latent channels or back; `x` itself where there are none."""

@@ -10,6 +10,7 @@ The teacher is kept outside the module tree: no gradients, no optimizer state, n
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from ...router.model import Router
 from ..elastic.model import ElasticMambaModel
 from ..elastic.plan import Plan
+from .expert_load import ExpertLoad, load_of
 from .heads import Heads, cached_head, student_head, teacher_head
 from .router_module import RouterModule
 
@@ -25,7 +27,13 @@ Cached = Callable[[], Tensor]  # reads the teacher's final hidden states; called
 
 
 class FamilyModel(ElasticMambaModel):
-    """An `ElasticMambaModel` with a router (or none, when every budget is forced) and a teacher."""
+    """An `ElasticMambaModel` with a router (or none, when every budget is forced) and a teacher.
+
+    Attributes:
+        load: counts the tokens of experts, where somebody wants them.
+    """
+
+    load: ExpertLoad | None = None
 
     def attach(self, router: Router | None, teacher: torch.nn.Module | None) -> None:
         """Give the model its router and its teacher (a plain or elastic model of the same layout, frozen here)."""
@@ -33,6 +41,11 @@ class FamilyModel(ElasticMambaModel):
         if teacher is not None:
             teacher.requires_grad_(False).eval()
         object.__setattr__(self, "teacher", teacher)
+
+    def count_experts(self, budgets: Sequence[str]) -> ExpertLoad | None:
+        """Count the tokens of experts by budget from now on; None where there are no experts."""
+        self.load = load_of(self, budgets)
+        return self.load
 
     def retire_teacher(self) -> None:
         """Free all but its output weights: a cache has the results."""
@@ -47,9 +60,11 @@ class FamilyModel(ElasticMambaModel):
         return None if self.router is None else self.router.net
 
     def forward(self, input_ids: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None, *args: Any,
-                elastic: Any = None, distill: bool = False, cached: Cached | None = None,
+                elastic: Any = None, distill: bool = False, cached: Cached | None = None, budgets: Sequence[str] = (),
                 **kwargs: Any) -> Any:  # fmt: skip
         """With `distill`: `elastic` is a sequence of plans, one per student; `Heads` on the last stage, lanes before.
+
+        `budgets` are the students', for `load`.
 
         `cached` reads the teacher's final hidden states `[s, b, h]`: then it does not run, and has no lane.
 
@@ -63,10 +78,11 @@ class FamilyModel(ElasticMambaModel):
         with torch.no_grad():
             teacher = self._teacher(input_ids, position_ids, cached)
         students = []
-        for plan, lane in zip(plans, lanes, strict=True):
+        for number, (plan, lane) in enumerate(zip(plans, lanes, strict=True)):
             if lane is not None:
                 self.decoder.set_input_tensor(lane)
-            x = super().forward(input_ids, position_ids, attention_mask, elastic=plan, hidden_only=True)
+            with nullcontext() if self.load is None else self.load.counting(budgets[number]):
+                x = super().forward(input_ids, position_ids, attention_mask, elastic=plan, hidden_only=True)
             students.append(student_head(self, x, plan) if self.post_process else x)
         if self.post_process:
             return Heads(tuple(students), teacher)

@@ -10,7 +10,7 @@ the choice and never the weight, and has no gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,19 +18,26 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from ...space.layout import Axis
+
 FP32 = ("expert_bias", "local_tokens_per_expert")
 
 
 class Router(MegatronModule):
     """`weight` `[E, h]`; with a bias, `expert_bias` `[E]`, always fp32 and without a gradient.
 
-    Megatron moves the bias after a step by `local_tokens_per_expert`, which a plain forward counts. An elastic one does
-    not, so that the bias stays as it is: what each budget's tokens would ask of it is another thing.
+    Megatron moves the bias after a step by `local_tokens_per_expert`, which training a plain model counts. An elastic
+    model (`elastic`) counts none there: what each budget's tokens ask of the bias is another thing
+    (`family.expert_load`).
+
+    Attributes:
+        tally: `[E]` integers that a forward's tokens are added to, while somebody counts.
     """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config)
-        experts = config.num_moe_experts
+        experts, self.elastic = config.num_moe_experts, False
+        self.tally: Tensor | None = None
         self.weight = nn.Parameter(torch.empty(experts, config.hidden_size, dtype=config.params_dtype))
         if config.perform_initialization:
             config.init_method(self.weight)
@@ -58,9 +65,22 @@ class Router(MegatronModule):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`[n, h]` -> weights `[n, E]`, 0 where a token does not go, and where it goes `[n, E]`."""
         weights, places = chosen(self.config, logits(x, self.weight), self.bias)
-        if self.bias is not None and self.training and torch.is_grad_enabled():
-            self.local_tokens_per_expert += places.sum(0)
+        self.count(places)
         return weights, places
+
+    def count(self, places: Tensor, experts: Sequence[int] | None = None) -> None:
+        """Count the tokens of `[n, kept]`, of which `experts` (None: of all)."""
+        if self.tally is not None:
+            self.tally[slice(None) if experts is None else experts] += places.sum(0)
+        elif not self.elastic and self.bias is not None and self.training and torch.is_grad_enabled():
+            self.local_tokens_per_expert += places.sum(0)
+
+
+def kept_experts(axis: Axis, sizes: Mapping[str, int]) -> list[int]:
+    """Which experts a layer keeps: the first of every group of its axis of experts."""
+    ((factor,),) = (segment.factors for segment in axis)
+    kept = factor.kept(sizes)
+    return [group * factor.count + n for group in range(factor.groups) for n in range(kept)]
 
 
 def logits(x: Tensor, weight: Tensor) -> Tensor:

@@ -4,7 +4,7 @@
     config.json         sizes by their `SSMConfig` names
     README.md           the card, with the hash of the weights and the command that makes them again
 
-Nothing here imports NeMo or Megatron: the module is what they built, already.
+Nothing here imports NeMo: the module is what it built, already.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import json
 import math
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,21 @@ def heldout_loss(module: nn.Module, windows: Windows, batch_size: int = 8, batch
         module.train(was_training)
 
 
+@contextmanager
+def expert_load(module: nn.Module) -> Iterator[list[float]]:
+    """Afterwards, per layer with experts, the busiest one's tokens of the forwards inside over the mean."""
+    from nemo_elastic.mcore.kernels.routing import Router
+
+    found: list[float] = []
+    routers = [part for part in module.modules() if isinstance(part, Router)]
+    for router in routers:
+        router.tally = torch.zeros(len(router.weight), dtype=torch.int64, device=router.weight.device)
+    yield found
+    for router in routers:
+        found.append(round(router.tally.max().item() / router.tally.double().mean().item(), 4))
+        router.tally = None
+
+
 def save_parent(folder: Path, module: nn.Module, sizes: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     """Write weights and config.json; each under a temporary name first. Returns the weights' SHA-256."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -93,6 +109,7 @@ def save_card(
         command: makes these files again.
     """
     heldout_bytes, loss = corpus.bytes_of("heldout"), facts["heldout_loss"]
+    load = facts.get("expert_load")
     bits_per_byte = loss / math.log(2) * tokens["heldout"] / heldout_bytes
     legend = ", ".join(f"{kind.letter} {kind.words}" for kind in kinds())
     rows = {
@@ -113,8 +130,18 @@ def save_card(
         "last incomplete batch, bf16 weights, fp32 arithmetic)",
         "held-out bits per byte": f"{bits_per_byte:.4f}",
     }
+    if load:
+        rows["tokens of the busiest expert"] = (
+            f"{min(load):.2f} to {max(load):.2f} times the mean of its layer, on the held-out text; training moved the "
+            f"expert bias by {facts['bias_update_rate']} a step"
+        )
+    name = "Tiny hybrid parent with experts" if load else "Tiny hybrid parent"
+    files = ". Tokenizer and list of the text are those of\n`../tiny_parent`."
+    if (folder / "tokenizer.json").is_file():
+        files = f""", `tokenizer.json` (byte-level BPE, {sizes["vocab_size"]} tokens, trained on the training
+split), `corpus.json` (every file of the text with its SHA-256 and split, from Python {corpus.python})."""
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    text = f"""# Tiny hybrid parent
+    text = f"""# {name}
 
 A small Mamba-attention language model, trained from nothing on Python's standard library (sources, and the help
 texts of `pydoc_data.topics`), so that every machine has a real parent and its real text. It knows how Python
@@ -125,8 +152,7 @@ looks; it is no assistant and no code generator to rely on.
 {table}
 
 Files: `model.safetensors` (bf16, Megatron's names of the stack without Transformer Engine), `config.json` (sizes by
-their `SSMConfig` names), `tokenizer.json` (byte-level BPE, {sizes["vocab_size"]} tokens, trained on the training
-split), `corpus.json` (every file of the text with its SHA-256 and split, from Python {corpus.python}).
+their `SSMConfig` names){files}
 
 Made by
 

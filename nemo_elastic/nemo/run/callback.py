@@ -18,6 +18,7 @@ from nemo_elastic.config.load import plain
 from nemo_elastic.config.sections import RunConfig
 from nemo_elastic.distill.curriculum import budget_probabilities, stage_at
 from nemo_elastic.mcore.family.budget_notes import notes_at
+from nemo_elastic.mcore.family.expert_load import ExpertLoad
 from nemo_elastic.mcore.family.family_model import FamilyModel
 from nemo_elastic.mcore.family.planner import Planner, StepState
 from nemo_elastic.mcore.models.build import unwrapped
@@ -74,6 +75,8 @@ class ElasticCallback(pl.Callback):
         self.step, self.micro_batch, self.rate = 0, 0, 0.0
         self.tokens = dict.fromkeys(run.elastic.budgets, 0)
         self.last_losses: dict[str, float] = {}
+        self.load: ExpertLoad | None = None
+        self._load_before: Any = None
         self._clock = _clocks()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: ElasticMambaModel) -> None:
@@ -85,6 +88,9 @@ class ElasticCallback(pl.Callback):
         """Zero-shot losses, before the first step of a run."""
         self.model = unwrapped(pl_module.module)
         self.step = trainer.global_step
+        self.load = self.model.count_experts(list(self.run.elastic.budgets))
+        if self.load is not None and self._load_before is not None:
+            self.load.load_state_dict(self._load_before)
         if trainer.is_global_zero:
             self.metrics.start(self.step)
         if self.teacher is not None:
@@ -119,6 +125,10 @@ class ElasticCallback(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: ElasticMambaModel, *_: Any) -> None:
         """Steer, log, validate when due."""
         self.planner.end_step(self.state)
+        if self.load is not None:
+            soft = self.planner.learned if self.state.phase == "soft" else ()
+            hard = {n: s for n, s in step_subnets(self.planner, self.state).items() if n not in soft}
+            self.load.end_step(self.run.train.moe_router_bias_update_rate, hard)
         self._log_step(trainer)
         done = trainer.global_step
         if done % self.run.train.val_every_steps == 0 or done == self.planner.timeline.total:
@@ -143,7 +153,8 @@ class ElasticCallback(pl.Callback):
         """Lambdas, pinned subnets, tokens seen per budget."""
         metrics = self.metrics.state_dict()
         planner, tokens, elastic = self.planner.state_dict(), dict(self.tokens), plain(self.run.elastic)
-        return {"planner": planner, "tokens": tokens, "metrics": metrics, "elastic": elastic}
+        load = None if self.load is None else self.load.state_dict()
+        return {"planner": planner, "tokens": tokens, "metrics": metrics, "elastic": elastic, "load": load}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take up where the checkpoint left off.
@@ -159,6 +170,7 @@ class ElasticCallback(pl.Callback):
         self.planner.load_state_dict(state_dict["planner"])
         self.tokens.update(state_dict["tokens"])
         self.metrics.load_state_dict(state_dict["metrics"])
+        self._load_before = state_dict.get("load")
 
     def _log_step(self, trainer: pl.Trainer) -> None:
         done, state, due = trainer.global_step, self.state, self.metrics.is_due(trainer.global_step)
@@ -168,14 +180,16 @@ class ElasticCallback(pl.Callback):
         before, self._clock = self._clock, _clocks()
         seconds, cpu_seconds = (now - then for now, then in zip(self._clock, before, strict=True))
         norms = self.guard.norms if self.guard else (0.0, 0.0)
+        subnets = step_subnets(self.planner, state)
         record = step_record(
             done,
             state,
             stats,
             tokens=self.tokens,
             prices={name: self.planner.state.steering.price(name) for name in state.chosen},
-            subnets=step_subnets(self.planner, state),
+            subnets=subnets,
             probabilities=router_probabilities(self.model.policy, state) if due else None,
+            experts=self.load.take(subnets) if due and self.load is not None else None,
             lr=self.rate,
             seconds=seconds,
             cpu_seconds=cpu_seconds,

@@ -46,6 +46,7 @@ def elastic_forward_step(model: llm.MambaModel, batch: Mapping[str, Any]) -> Any
         elastic=[p.plan for p in planned],
         distill=True,
         cached=batch.get("teacher"),
+        budgets=[p.budget for p in planned],
     )
 
 

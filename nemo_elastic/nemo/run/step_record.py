@@ -1,6 +1,7 @@
 """What a training step leaves in the log: one record of plain values, and the scalars of it by name.
 
     record = {step, phase, budgets: {name: {kd, ce, hidden, tokens, budget_loss}},
+              experts: {name: {tokens: {layer: per expert}, busiest, idle}},
               router: {name: {price, argmax_error, error, entropy: {dim:}, probabilities: {dim: rows}}},
               sizes: {name: {dim:}}, tokens: {name:}, tau, lr, seconds, cpu_seconds,
               tokens_per_second, grad_norm, router_grad_norm}
@@ -24,6 +25,7 @@ from nemo_elastic.space.subnet import Subnet
 
 BUDGET_FIELDS = ("kd", "ce", "hidden", "tokens", "budget_loss")
 ROUTER_FIELDS = ("price", "argmax_error", "error")
+EXPERT_FIELDS = ("busiest", "idle")
 STEP_FIELDS = {  # of a record -> scalar; NeMo logs a plain `lr` and `grad_norm` (of both together) itself
     "tau": "step/tau",
     "lr": "step/lr",
@@ -44,6 +46,7 @@ def step_record(
     prices: Mapping[str, float],
     subnets: Mapping[str, Subnet],
     probabilities: Probabilities | None = None,
+    experts: Mapping[str, Any] | None = None,
     **facts: float,
 ) -> dict[str, Any]:
     """The record of a step.
@@ -55,6 +58,7 @@ def step_record(
         prices: per learned budget.
         subnets: what each budget ran.
         probabilities: `router_probabilities`, on the steps that show them.
+        experts: per budget, `ExpertLoad.take`, on these steps.
         facts: `lr`, `seconds`, `cpu_seconds` (of this process; neither has validation in it), `grad_norm`,
             `router_grad_norm`.
     """
@@ -67,6 +71,8 @@ def step_record(
         record.setdefault("router", {})[name] = row
     record["sizes"] = {name: sizes(subnet) for name, subnet in subnets.items()}
     record["tokens"] = dict(tokens)
+    if experts:
+        record["experts"] = dict(experts)
     speed = sum(s["tokens"] for s in stats.values()) / max(facts.get("seconds", 0.0), 1e-9)
     return record | {"tau": state.point.tau, "tokens_per_second": speed} | facts
 
@@ -119,6 +125,8 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
         found |= {f"budget/{name}/{key}": float(row[key]) for key in BUDGET_FIELDS if key != "tokens"}
     found |= {f"budget/{name}/tokens": float(n) for name, n in record.get("tokens", {}).items()}
     found |= {f"size/{name}/{dim}": v for name, row in record.get("sizes", {}).items() for dim, v in row.items()}
+    for name, row in record.get("experts", {}).items():
+        found |= {f"experts/{name}/{key}": float(row[key]) for key in EXPERT_FIELDS}
     for name, row in record.get("router", {}).items():
         found |= {f"router/{name}/{key}": float(row[key]) for key in ROUTER_FIELDS}
         found |= {f"router/{name}/entropy/{dim}": value for dim, value in row.get("entropy", {}).items()}
@@ -136,6 +144,8 @@ def scalar_names(budgets: Mapping[str, Subnet], learned: Mapping[str, list[str]]
     for name in budgets:
         names += [f"budget/{name}/{key}" for key in (*BUDGET_FIELDS, "heldout_loss")]
     names += [f"size/{name}/{dim}" for name, subnet in budgets.items() for dim in sizes(subnet)]
+    with_experts = [name for name, subnet in budgets.items() if subnet.num_moe_experts]
+    names += [f"experts/{name}/{key}" for name in with_experts for key in EXPERT_FIELDS]
     for name, dims in learned.items():
         names += [f"router/{name}/{key}" for key in ROUTER_FIELDS]
         names += [f"router/{name}/entropy/{dim}" for dim in dims]

@@ -75,9 +75,10 @@ def experts() -> str:
     work = work_of(EXPERTS)
     fastest = {n: layouts(work, n, MEMORY_GB)["layouts"][0] for n in (16, *GPUS[1:])}
     least = layouts(work, GPUS[0], MEMORY_GB)["leanest"]["memory_gb"]
+    tokens, needs = f"{tokens_of(work) / 1e9:.0f} B tokens", f"the leanest layout needs {least:.0f} GB of each"
     words = f"""
-Nemotron 3 Nano 30B-A3B with children of 23B and 12B, {tokens_of(work) / 1e9:.0f} B tokens (`conf/{EXPERTS}`). Of EP ranks
-each holds 1/EP of every layer's experts, with their gradients. On {GPUS[0]} GPUs the leanest layout needs {least:.0f} GB of each."""
+Nemotron 3 Nano 30B-A3B with children of 23B and 12B, {tokens} (`conf/{EXPERTS}`). Of EP ranks each holds
+1/EP of every layer's experts, with their gradients. On {GPUS[0]} GPUs {needs}."""
     return fits(work, fastest, f"## The 30B family with experts\n{words}")
 
 

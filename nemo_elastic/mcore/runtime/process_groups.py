@@ -60,7 +60,7 @@ def start(
     if parallel_state.model_parallel_is_initialized():
         tp = parallel_state.get_tensor_model_parallel_world_size()
         pp = parallel_state.get_pipeline_model_parallel_world_size()
-        ep = parallel_state.get_expert_model_parallel_world_size()
+        ep = parallel_state.get_expert_model_parallel_group().size()
         if (tp, pp) == wanted and ep == expert_model_parallel_size:
             return dist.get_rank()
         forget_layout()

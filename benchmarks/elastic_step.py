@@ -56,6 +56,7 @@ FULL = Architecture(
 EXPERTS = Architecture(
     hybrid_override_pattern="MEM*EME",
     hidden_size=512,
+    ffn_hidden_size=1,
     num_attention_heads=8,
     num_query_groups=4,
     kv_channels=64,

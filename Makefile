@@ -62,7 +62,7 @@ test-gpu: setup  ## the tests that need a CUDA device
 test-vllm: setup setup-vllm  ## children in vLLM against their family (not in CI)
 	@$(BIN)/python -m pytest -m vllm tests/test_vllm.py -rP $(ARGS)
 
-test-families: setup setup-hf  ## every family of Hugging Face models against transformers, six steps of each at TP2 PP2 (test-slow runs one)
+test-families: setup setup-hf  ## every family of Hugging Face models against transformers, six steps of each at TP2 PP2 (test-slow runs two)
 	@$(PYTEST) -m "families" tests/test_hf_families.py tests/test_family_parallel.py -rP $(ARGS)
 
 format: setup  ## let ruff mend and format

@@ -11,7 +11,8 @@ sliced step is measured by (limit 1.08).
 
 A budget is met by shrinking every width dim alike; no layer is dropped (that costs nothing in either case). The
 optimizer steps all weights of the family whatever ran, so its ratio is the same for every budget; the child's own is
-beside it.
+beside it. `experts`: the same of a model with a mixture in every other layer, whose children have half of the experts,
+and half of the neurons of each besides; a token meets as many experts in all of them.
 `memory`: the most bytes of tensors that live at once during a step, weights and gradient buffers not counted.
 """
 
@@ -20,7 +21,7 @@ from __future__ import annotations
 import gc
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -52,6 +53,28 @@ FULL = Architecture(
     mamba_state_dim=64,
     vocab_size=8192,
 )
+EXPERTS = Architecture(
+    hybrid_override_pattern="MEM*EME",
+    hidden_size=512,
+    ffn_hidden_size=1,
+    num_attention_heads=8,
+    num_query_groups=4,
+    kv_channels=64,
+    mamba_num_heads=16,
+    mamba_head_dim=64,
+    mamba_num_groups=8,
+    mamba_state_dim=64,
+    num_moe_experts=32,
+    moe_ffn_hidden_size=768,
+    moe_router_topk=4,
+    moe_shared_expert_intermediate_size=1536,
+    moe_router_enable_expert_bias=True,
+    vocab_size=8192,
+)
+HALVED = {
+    "experts": {"num_moe_experts": 16},
+    "experts and neurons": {"num_moe_experts": 16, "moe_ffn_hidden_size": 384},
+}
 QUICK = Architecture(
     hybrid_override_pattern="M-*-",
     hidden_size=128,
@@ -170,13 +193,18 @@ def measure(
     arch: Architecture,
     fractions: list[float],
     *,
+    halved: Mapping[str, Mapping[str, int]] | None = None,
     length: int,
     repetitions: int,
     device: torch.device | None = None,
     dtype: torch.dtype = torch.float32,
     with_optimizer: bool = True,
 ) -> dict[str, Any]:
-    """Every variant in turn; all models are in memory at once, `with_optimizer` their Adam states too."""
+    """Every variant in turn; all models are in memory at once, `with_optimizer` their Adam states too.
+
+    Args:
+        halved: children by the sizes that differ from the parent's, beside those of `fractions`.
+    """
     from nemo_elastic.mcore.elastic.plan import hard_plan
     from nemo_elastic.mcore.models.build import build_elastic_model, build_plain_model
 
@@ -184,7 +212,9 @@ def measure(
     layout = ParamLayout(arch, ffn_groups=FFN_GROUPS)
     device = device or torch.device("cpu")
     ids = torch.randint(0, arch.vocab_size, (1, length), generator=torch.Generator().manual_seed(0)).to(device)
-    full, subnets = space.full_subnet(), {f: subnet_for(space, f) for f in fractions}
+    full = space.full_subnet()
+    subnets: dict[Any, Subnet] = {f: subnet_for(space, f) for f in fractions}
+    subnets |= {name: space.subnet(**sizes) for name, sizes in (halved or {}).items()}
     elastic = wrapped(build_elastic_model(arch, ffn_groups=FFN_GROUPS, params_dtype=dtype).to(device))
     plain = wrapped(build_plain_model(arch, params_dtype=dtype).to(device))
     models = {"plain": plain} | {
@@ -258,6 +288,9 @@ def main() -> int:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     how = {"length": length, "repetitions": arguments.repetitions, "device": device, "dtype": dtype}
     result = measure(arch, arguments.budgets, **how)
+    if not arguments.quick:
+        result["experts"] = measure(EXPERTS, [], halved=HALVED, **how)
+        result["met"] = result["met"] and result["experts"]["met"]
     return finish(arguments, {**result, "load_average_at_end": round(os.getloadavg()[0], 2)})
 
 

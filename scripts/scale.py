@@ -27,13 +27,13 @@ from nemo_elastic.plan.context import shares_heads
 from nemo_elastic.plan.of_run import plan
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "scale.md"
-PARENT = "nemotron_nano_12b_v2.yaml"
+PARENT, EXPERTS = "nemotron_nano_12b_v2.yaml", "star_elastic.yaml"
 GPUS, MEMORY_GB = (8, 64, 512), 80.0
 LONG = -1  # the curriculum's stage of 49,152 tokens
 DAY = 86400
 WORDS = {
     "product": "products of matrices", "memory": "memory traffic", "tensor_parallel": "tensor parallelism",
-    "context_parallel": "context parallelism",
+    "context_parallel": "context parallelism", "expert_parallel": "expert parallelism",
 }  # fmt: skip
 Row = Mapping[str, Any]
 
@@ -42,7 +42,8 @@ HEAD = """# On paper: 8, 64 and 512 GPUs
 Made by `python scripts/scale.py`, by the arithmetic of [plan.md](plan.md#what-fits-and-how-fast) and the defaults of
 `report.gpu`; do not edit. The Nemotron Nano 12B v2 family (12B, 9B, 6B), {tokens:.0f} B tokens:
 {stages}. **Nothing here has been measured on a GPU.**
-TP, PP, CP, DP: tensor, pipeline, context, data parallel; `full`, `selective`: what is recomputed.
+TP, PP, CP, EP, DP: tensor, pipeline, context, expert, data parallel; `full`, `selective`: what is recomputed. The last
+section is of the 30B family with experts.
 """
 
 
@@ -50,14 +51,14 @@ def page() -> str:
     """The whole page."""
     work = work_of()
     fastest = {n: layouts(work, n, MEMORY_GB)["layouts"][0] for n in GPUS}
-    parts = (head(work), fits(work, fastest), pipeline(work), context(work, fastest), overlap(work, fastest),
-             teacher(work, fastest))  # fmt: skip
+    parts = (head(work), fits(work, fastest, f"## What fits {MEMORY_GB:g} GB, and what bounds it"), pipeline(work),
+             context(work, fastest), overlap(work, fastest), teacher(work, fastest), experts())  # fmt: skip
     return "\n".join(parts)
 
 
-def work_of(*overrides: str) -> Work:
-    """The published run of the 12B family."""
-    run = load_config(PARENT, overrides).config
+def work_of(config: str = PARENT, *overrides: str) -> Work:
+    """A published run."""
+    run = load_config(config, overrides).config
     family = family_of(run)
     return Work(run, family, {b["name"]: family.space.subnet_from_dict(b["subnet"]) for b in plan(run)["budgets"]})
 
@@ -66,27 +67,46 @@ def head(work: Work) -> str:
     """What is trained."""
     stages = work.run.train.stages
     words = [f"{s.steps:,} steps of {s.global_batch_size:,} x {s.seq_length:,}" for s in stages]
-    tokens = sum(s.steps * s.global_batch_size * s.seq_length for s in stages)
-    return HEAD.format(tokens=tokens / 1e9, stages=", then ".join(words))
+    return HEAD.format(tokens=tokens_of(work) / 1e9, stages=", then ".join(words))
 
 
-def fits(work: Work, fastest: Mapping[int, Row]) -> str:
+def experts() -> str:
+    """The family of a mixture of experts; the fewest GPUs are two nodes."""
+    work = work_of(EXPERTS)
+    fastest = {n: layouts(work, n, MEMORY_GB)["layouts"][0] for n in (16, *GPUS[1:])}
+    least = layouts(work, GPUS[0], MEMORY_GB)["leanest"]["memory_gb"]
+    tokens, needs = f"{tokens_of(work) / 1e9:.0f} B tokens", f"the leanest layout needs {least:.0f} GB of each"
+    words = f"""
+Nemotron 3 Nano 30B-A3B with children of 23B and 12B, {tokens} (`conf/{EXPERTS}`). Of EP ranks each holds
+1/EP of every layer's experts, with their gradients. On {GPUS[0]} GPUs {needs}."""
+    return fits(work, fastest, f"## The 30B family with experts\n{words}")
+
+
+def tokens_of(work: Work) -> int:
+    """All that a run trains on."""
+    return sum(s.steps * s.global_batch_size * s.seq_length for s in work.run.train.stages)
+
+
+def fits(work: Work, fastest: Mapping[int, Row], title: str) -> str:
     """The fastest layouts, and what bounds each."""
     subnets = {s.budget: s.running.subnet for _, _, row in work.stages[LONG] for s in row}
     flops = training_cost(work.run, work.family, subnets)["flops"]["total"]
-    rows, first = [], fastest[GPUS[0]]["days"] * GPUS[0]
+    rows, least = [], min(fastest)
+    first = fastest[least]["days"] * least
+    parts = [k for k in WORDS if any(shares(work, row).get(k) for row in fastest.values())]
     for n, row in fastest.items():
         share = shares(work, row)
         rest = share["gradients"] + share["optimizer"]
         reached = flops / (n * row["days"] * DAY * work.run.report.peak_tflops * 1e12)
         rows.append((n, name(row), f"{row['memory_gb']:.1f}", f"{row['days']:.3g}", f"{first / n / row['days']:.0%}",
-                     f"{reached:.0%}", *(f"{share[k]:.1%}" for k in WORDS),
+                     f"{reached:.0%}", *(f"{share[k]:.1%}" for k in parts),
                      f"{share['bubble'] + share['hand_over']:.1%}", f"{rest:.1%}"))  # fmt: skip
     largest = {max(found, key=found.get) for found in (shares(work, row) for row in fastest.values())}
     most = " and ".join(sorted(WORDS[part] for part in largest))
-    titles = ("GPUs", "fastest layout", "GB a GPU", "days", "of 8 GPUs' pace", "MFU", "products", "memory",
-              "tensor parallel", "context parallel", "pipeline", "gradients, optimizer")  # fmt: skip
-    return f"""## What fits {MEMORY_GB:g} GB, and what bounds it
+    titles = ("GPUs", "fastest layout", "GB a GPU", "days", f"of {least} GPUs' pace", "MFU",
+              *(k.replace("_", " ").replace("product", "products") for k in parts), "pipeline",
+              "gradients, optimizer")  # fmt: skip
+    return f"""{title}
 
 {table(titles, rows)}
 Shares are of the whole run's seconds; most goes to {most}. MFU: the FLOPs of `plan --train`, recomputation not
@@ -185,7 +205,7 @@ def teacher(work: Work, fastest: Mapping[int, Row]) -> str:
         gathered = gather_seconds(gpu, how.tensor_model_parallel_size, dp, held) * row["stages"][LONG]["micro_batches"]
         rows.append((n, name(row), f"{held / 1e9:.2f}", f"{held / 1e9 / row['memory_gb']:.0%}", f"{output / 1e9:.2f}",
                      f"{held / dp / 1e9:.2f}", f"{gathered / row['stages'][LONG]['step_seconds']:.1%}"))  # fmt: skip
-    states = sum(s.steps * s.global_batch_size * s.seq_length for s in work.run.train.stages) * 2 * 5120
+    states = tokens_of(work) * 2 * work.family.architecture.hidden_size
     titles = ("GPUs", "layout", "GB", "of the GPU", "GB with a cache", "GB if dealt over replicas", "and time for it")
     return f"""## The teacher's storage
 
@@ -225,7 +245,7 @@ def shares(work: Work, row: Row) -> dict[str, float]:
 
 def name(row: Row) -> str:
     """TP 4, DP 2, full: what is not 1."""
-    names = {"TP": "tensor_model", "PP": "pipeline_model", "CP": "context", "DP": "data"}
+    names = {"TP": "tensor_model", "PP": "pipeline_model", "CP": "context", "EP": "expert_model", "DP": "data"}
     sizes = {short: row[f"{long}_parallel_size"] for short, long in names.items()}
     words = [f"{short} {size}" for short, size in sizes.items() if size > 1]
     return ", ".join([*words, row["recompute_granularity"] or "no recomputation"])

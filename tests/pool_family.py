@@ -41,7 +41,7 @@ from nemo_elastic.mcore.versions import build_optimizer, layer_pattern
 from nemo_elastic.nemo.plain.optimizer import apply_multipliers
 from nemo_elastic.nemo.run.elastic_model import ElasticLossReduction
 from nemo_elastic.nemo.run.guard import FiniteGuard
-from nemo_elastic.nemo.run.step_record import step_subnets
+from nemo_elastic.nemo.run.step_record import hard_subnets, step_subnets
 from nemo_elastic.nemo.run.train import decays_not, is_router
 from nemo_elastic.router.model import Router
 from nemo_elastic.router.schedule import Timeline
@@ -183,10 +183,8 @@ def train_steps(
             record["grad_norm"] = float(optimizer.step()[1])
         planner.end_step(state)
         if model.load is not None:
-            soft = planner.learned if state.phase == "soft" else ()
-            ran = step_subnets(planner, state)
-            model.load.end_step(bias_rate, {name: subnet for name, subnet in ran.items() if name not in soft})
-            record["load"], record["ran"] = model.load.total.clone(), ran
+            model.load.end_step(bias_rate, hard_subnets(planner, state))
+            record["load"], record["ran"] = model.load.total.clone(), step_subnets(planner, state)
         found["steps"].append(record)
     last = planner.choices(model.policy)
     found["subnets"] = {n: planner.subnet_of_choice(n, c).to_dict() for n, c in last.items()}

@@ -40,7 +40,7 @@ ELSEWHERE = {
     "make setup": "tests/test_repository.py (its parts); .ci",
     "make setup-hf": "tests/test_hf.py (where that venv is)",
     "make setup-gguf": "tests/test_gguf.py (where that venv is)",
-    "make test-families": "by hand: test-slow runs one of them; tests/test_hf_families.py",
+    "make test-families": "by hand: test-slow runs two of them; tests/test_hf_families.py",
     "make test-vllm": "by hand: its venv takes 3 GB",
     "make help": "tests/test_repository.py",
     "make smoke-engine": ".ci",

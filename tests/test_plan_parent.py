@@ -43,7 +43,7 @@ def test_a_folder_without_its_weights_or_with_others_says_so(tmp_path: Path, cap
     ("config", "reason"),
     [
         ({"model_type": "mpt", "hidden_size": 2048, "num_hidden_layers": 16}, "model_type: 'mpt'"),
-        ({**GRANITE_4_H_MICRO, "num_local_experts": 64}, "num_local_experts: 64"),
+        ({**GRANITE_4_H_MICRO, "num_local_experts": 64}, "num_experts_per_tok: 0 must be a positive integer"),
         ({"model_type": None}, "model_type: None"),
         (
             json.loads((TINY / "config.json").read_text()) | {"hybrid_override_pattern": "MGM*" * 4},

@@ -17,7 +17,6 @@ from readings import NONE, Results
 from runs import BUDGETS, CHILDREN, FOUR_CHILDREN, PARENTS, RUNS, SCRATCH_STEPS, STEPS
 from tables import (
     best_rows,
-    bias_rows,
     by_class,
     cpu_seconds,
     family_ratio,
@@ -133,7 +132,6 @@ TABLES: dict[str, Callable[[Results], list[dict[str, str]]]] = {
     "curricula": of_group("stages", BUDGETS, "family"),
     "tries": of_group("tries", BUDGETS, "family"),
     "speed": speed,
-    "bias": bias_rows,
     "found": found_shapes,
 }
 

@@ -73,7 +73,7 @@ class Run:
 
     Attributes:
         name: of its file; the seed is appended.
-        group: headline, best, greedy, longer, four, shapes, depth, mamba, stages, speed, tries or bias.
+        group: headline, best, greedy, longer, four, shapes, depth, mamba, stages, speed or tries.
         what: a line of the results.
         budgets: `elastic.budgets`.
         stages: `train.stages`.
@@ -319,17 +319,9 @@ def tries() -> Iterator[Run]:
               budgets=BUDGETS, stages=stages(*third, WEIGHTS), words=SHARED)  # fmt: skip
 
 
-def expert_bias() -> Iterator[Run]:
-    """The bias of experts, moved by the tokens of those that a budget keeps; in `greedy-family` it is frozen."""
-    for name, rate in {"bias-moved": 1e-3, "bias-slow": 1e-4}.items():
-        yield Run(name=name, group="bias", what=f"moved by {rate:g} a step", budgets=BUDGETS,
-                  stages=stages(*STEPS, WEIGHTS), words=(EVEN, f"train.moe_router_bias_update_rate={rate:g}"),
-                  shapes_of="greedy", seeds=EXPERTS)  # fmt: skip
-
-
 RUNS = {
     run.name: run
-    for make in (headline, best, searched, longer, family_of_four, shapes, ablations, tries, expert_bias)
+    for make in (headline, best, searched, longer, family_of_four, shapes, ablations, tries)
     for run in make()
 }
 GROUPS = tuple(dict.fromkeys(run.group for run in RUNS.values()))

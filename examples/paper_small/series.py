@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any, NoReturn
 
 import torch
@@ -175,9 +174,6 @@ class Series:
         subnets = records[max(records)]["subnets"]
         family = family_of(load_config(config_of(seed), words).config, depth_ranking(folder))
         counts = {n: parameters(family.layout, family.space.subnet_from_dict(s)) for n, s in subnets.items()}
-        load = expert_load(
-            r["experts"] for step, r in sorted(steps.items()) if 3 * step > 2 * max(steps) and "experts" in r
-        )
         return {
             "name": run.name,
             "group": run.group,
@@ -191,21 +187,8 @@ class Series:
             "parameters": counts,
             "subnets": subnets,
             "curve": curve,
-            **({"experts": load} if load else {}),
             "score": json.loads((folder / "score.json").read_text(encoding="utf-8")),
         }
-
-
-def expert_load(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Per budget the tokens of the busiest expert over the mean of those that it keeps, mean over layers."""
-    sums: dict[str, dict[str, list[int | None]]] = {}
-    for name, layer, tokens in (
-        (n, i, t) for row in rows for n, load in row.items() for i, t in load["tokens"].items()
-    ):
-        before = sums.setdefault(name, {}).get(layer, [0] * len(tokens))
-        sums[name][layer] = [None if n is None else n + (b or 0) for n, b in zip(tokens, before, strict=True)]
-    kept = {name: [[n for n in row if n is not None] for row in layers.values()] for name, layers in sums.items()}
-    return {n: round(fmean(max(row) * len(row) / sum(row) for row in rows), 4) for n, rows in kept.items()}
 
 
 def config_of(seed: int) -> Path:

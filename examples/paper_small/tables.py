@@ -258,20 +258,6 @@ def cpu_seconds(results: Results, *names: str) -> str:
     return spread([sum(results.runs[n, s]["curve"][-1]["cpu"] for n in names) for s in seeds], ".0f")
 
 
-def bias_rows(results: Results) -> list[dict[str, str]]:
-    """The bias of experts frozen, and moved: losses, against frozen, and the busiest expert's tokens over the mean."""
-    rows = []
-    for name, what in {"greedy-family": "frozen", "bias-slow": "", "bias-moved": ""}.items():
-        seeds = [seed for seed in results.seeds("greedy-family", name) if "experts" in results.runs[name, seed]]
-        row = {"what": what or RUNS[name].what, "seeds": ", ".join(map(str, seeds))}
-        for budget in BUDGETS if seeds else ():
-            ours, frozen = (results.losses(n, budget, seeds) for n in (name, "greedy-family"))
-            row[budget], row[f"over_{budget}"] = spread(ours), NONE if what else relative(ours, frozen)
-            row[f"load_{budget}"] = spread([results.runs[name, s]["experts"][budget] for s in seeds], ".2f")
-        rows += [row] if seeds else []
-    return rows
-
-
 PAIRS = {"shapes-own": "speed-masked", "whole-small": "speed-masked-small", "family": "speed-soft"}
 
 

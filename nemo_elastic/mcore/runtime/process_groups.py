@@ -70,7 +70,7 @@ def start(
             parallel_state.get_tensor_model_parallel_world_size(),
             parallel_state.get_pipeline_model_parallel_world_size(),
             parallel_state.get_context_parallel_world_size(),
-            parallel_state.get_expert_model_parallel_world_size(),
+            parallel_state.get_expert_model_parallel_group().size(),
         )
         if there == wanted:
             return dist.get_rank()

@@ -31,6 +31,7 @@ from nemo_elastic.nemo.run.metrics import metrics_of
 from nemo_elastic.nemo.run.resume import save_checkpoint
 from nemo_elastic.nemo.run.step_record import (
     BUDGET_FIELDS,
+    hard_subnets,
     router_probabilities,
     step_record,
     step_subnets,
@@ -126,9 +127,7 @@ class ElasticCallback(pl.Callback):
         """Steer, log, validate when due."""
         self.planner.end_step(self.state)
         if self.load is not None:
-            soft = self.planner.learned if self.state.phase == "soft" else ()
-            hard = {n: s for n, s in step_subnets(self.planner, self.state).items() if n not in soft}
-            self.load.end_step(self.run.train.moe_router_bias_update_rate, hard)
+            self.load.end_step(self.run.train.moe_router_bias_update_rate, hard_subnets(self.planner, self.state))
         self._log_step(trainer)
         done = trainer.global_step
         if done % self.run.train.val_every_steps == 0 or done == self.planner.timeline.total:

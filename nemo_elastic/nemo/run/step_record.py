@@ -103,6 +103,12 @@ def step_subnets(planner: Planner, state: StepState) -> dict[str, Subnet]:
     return found
 
 
+def hard_subnets(planner: Planner, state: StepState) -> dict[str, Subnet]:
+    """Those of the budgets whose students were hard in a step."""
+    soft = planner.learned if state.phase == "soft" else ()
+    return {name: subnet for name, subnet in step_subnets(planner, state).items() if name not in soft}
+
+
 def entropy(rows: list[list[float]]) -> float:
     """Mean over rows of -sum p log p, in nats."""
     return fmean(-sum(p * math.log(p) for p in row if p > 0) for row in rows)

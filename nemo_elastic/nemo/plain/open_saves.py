@@ -13,9 +13,21 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
-from nemo.utils.callbacks.dist_ckpt_io import AsyncFinalizableCheckpointIO
+from nemo.utils.callbacks import dist_ckpt_io
+
+from nemo_elastic.mcore.versions import AsyncCallsQueue
 
 logger = logging.getLogger(__name__)
+
+
+def install() -> None:
+    """Give NeMo the one class of Megatron that these saves need; idempotent. To be called before the trainer is built.
+
+    NeMo 2.7.3 (`utils/callbacks/dist_ckpt_io.py`) imports it behind another format's module, which megatron-core 0.16
+    has no more, and takes that for no Megatron at all.
+    """
+    dist_ckpt_io.AsyncCallsQueue = AsyncCallsQueue
+    dist_ckpt_io.HAVE_MEGATRON_CORE = True
 
 
 class OneSaveAtATime(pl.Callback):
@@ -29,7 +41,10 @@ class OneSaveAtATime(pl.Callback):
 def is_save_open(trainer: pl.Trainer) -> bool:
     """Whether a checkpoint is being written beside the run; the same on all ranks."""
     io = trainer.strategy.checkpoint_io
-    return isinstance(io, AsyncFinalizableCheckpointIO) and io.async_calls_queue.get_num_unfinalized_calls() > 0
+    return (
+        isinstance(io, dist_ckpt_io.AsyncFinalizableCheckpointIO)
+        and io.async_calls_queue.get_num_unfinalized_calls() > 0
+    )
 
 
 def finish_open_saves(trainer: pl.Trainer) -> None:

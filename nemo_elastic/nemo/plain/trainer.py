@@ -22,8 +22,7 @@ from nemo.lightning.pytorch.strategies.utils import RestoreConfig
 from nemo_elastic.mcore.checkpoint import writer as checkpoint_writer
 from nemo_elastic.mcore.checkpoint.held_checkpoint import HeldCheckpoint
 from nemo_elastic.mcore.versions import DistributedDataParallelConfig, OptimizerConfig
-from nemo_elastic.nemo.plain import cpu
-from nemo_elastic.nemo.plain.open_saves import OneSaveAtATime
+from nemo_elastic.nemo.plain import cpu, open_saves
 from nemo_elastic.nemo.plain.optimizer import OptimizerModule
 from nemo_elastic.nemo.plain.plain_config import DTYPES, Precision
 from nemo_elastic.processes.launchers import data_parallel_size, started_processes
@@ -177,6 +176,8 @@ def build_trainer(
     """
     cpu.install()
     checkpoint_writer.install()
+    if async_save:
+        open_saves.install()
     # NeMo's telemetry raises at the first save unless it was configured for a known cluster.
     CallbackGroup.get_instance()._callbacks.clear()
     num_nodes, devices, environment = lightning_layout()
@@ -224,7 +225,7 @@ def build_trainer(
             environment,
         ],
         max_steps=max_steps,
-        callbacks=[*([OneSaveAtATime()] * async_save), *callbacks],
+        callbacks=[*([open_saves.OneSaveAtATime()] * async_save), *callbacks],
         logger=list(loggers) or False,
         enable_checkpointing=checkpoint_every is not None,
         enable_progress_bar=False,

@@ -3,7 +3,9 @@
 Writers are slowed down where a moment in which a save is open must be met.
 """
 
+import multiprocessing
 import os
+import queue
 import shutil
 import signal
 import time
@@ -14,7 +16,7 @@ import pytest
 from small_run import Server, difference, helpers_of, records
 
 pytest.importorskip("nemo.lightning")
-pytestmark = pytest.mark.slow
+slow = pytest.mark.slow
 ASYNC = "train.async_save=true"
 EIGHT = "train.stages=[{steps: 8, seq_length: 32, global_batch_size: 8}]"
 LAYOUTS = {
@@ -51,6 +53,67 @@ def whole(out: Path) -> list[str]:
     return [p.name for p in whole_checkpoints(out)]
 
 
+def in_a_forked_process(work: Callable[..., object], *arguments: object) -> None:
+    process = multiprocessing.get_context("fork").Process(target=work, args=arguments)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+
+
+def test_results_of_a_process_that_has_ended_are_whole_or_none() -> None:
+    from nemo_elastic.mcore.checkpoint.writer import Results
+
+    results, large = Results(), {0: os.urandom(3_000_000)}  # no pipe holds that while nobody reads
+    in_a_forked_process(results.put, large)
+    assert results.get_nowait() == large
+    with pytest.raises(queue.Empty):
+        Results().get_nowait()
+    cut = Results()
+    in_a_forked_process(cut.put, large)
+    os.truncate(cut._file.fileno(), 1_000_000)
+    with pytest.raises(queue.Empty):
+        cut.get_nowait()
+
+
+def test_only_a_forked_process_leaves_signals_to_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nemo_elastic.mcore.checkpoint import writer
+
+    results, owners = writer.Results(), []
+    monkeypatch.setattr(writer, "_belong_to", owners.append)
+    write = writer.beside_the_run(lambda *arguments: arguments[-1].put(list(owners)))
+    write("rank", "buckets", results)
+    assert results.get_nowait() == [], "a save that the run waits for"
+    beside = writer.Results()
+    in_a_forked_process(write, "rank", "buckets", beside)
+    assert beside.get_nowait() == [os.getpid()]
+
+
+def test_a_save_that_ends_late_still_leads_to_a_deletion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from test_kept_checkpoints import checkpoint
+
+    from nemo_elastic.nemo.run import kept_checkpoints
+
+    still_open, names = [True], lambda: sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    monkeypatch.setattr(kept_checkpoints, "is_save_open", lambda trainer: still_open[0])
+    with kept_checkpoints.KeptCheckpoints(tmp_path, 1) as keep:
+        checkpoint(tmp_path, 4)
+        keep.on_save_checkpoint(None)
+        mark = checkpoint(tmp_path, 8).with_name("step=7-unfinished")
+        mark.touch()
+        keep.on_train_batch_start(None)
+        keep.on_train_batch_start(None)
+        assert names() == ["step=3", "step=7", "step=7-unfinished"], "nothing goes before the next one is whole"
+        mark.unlink()
+        still_open[0] = False
+        keep.on_train_batch_start(None)
+    assert names() == ["step=7"]
+    with kept_checkpoints.KeptCheckpoints(tmp_path, 1) as keep:
+        checkpoint(tmp_path, 12)  # became whole while the next save waited for it
+        keep.on_save_checkpoint(None)
+    assert names() == ["step=11"]
+
+
+@slow
 def test_it_writes_what_a_run_that_waits_writes(small_runs: Server) -> None:
     out, undisturbed = small_runs.ranked("beside"), small_runs.folder / "whole"
     pids = small_runs.start(out, ASYNC)
@@ -67,6 +130,7 @@ def test_it_writes_what_a_run_that_waits_writes(small_runs: Server) -> None:
         assert difference(out / part, undisturbed / part) == []
 
 
+@slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_in_every_layout(small_runs: Server, layout: str) -> None:
     waits, beside = (small_runs.ranked(f"{layout}_{how}".replace(" ", "_")) for how in ("waits", "beside"))
@@ -77,6 +141,7 @@ def test_in_every_layout(small_runs: Server, layout: str) -> None:
         assert difference(beside / part, waits / part) == []
 
 
+@slow
 @pytest.mark.parametrize("who", ["group", "last worker"])
 def test_a_signal_waits_for_the_open_save_and_for_its_own(small_runs: Server, who: str) -> None:
     out = small_runs.ranked(f"signal beside {who}")
@@ -92,12 +157,14 @@ def test_a_signal_waits_for_the_open_save_and_for_its_own(small_runs: Server, wh
     assert whole(out)[0] == "step=3" and len(whole(out)) == 2 and f"saved {out}/checkpoints/{whole(out)[1]}" in text
 
 
+@slow
 def test_a_nan_waits_for_the_open_save(small_runs: Server) -> None:
     out = small_runs.ranked("nan_beside")
     small_runs.run(out, ASYNC, codes=(2,), poison={"step": 6, "layer": 1}, slow={"writer": 4.0})
     assert whole(out) == ["step=3"] and unfinished(out) == []
 
 
+@slow
 def test_a_second_save_waits_for_the_first(small_runs: Server) -> None:
     out = small_runs.ranked("two_saves")
     pids = small_runs.start(out, ASYNC, EIGHT, "train.save_every_steps=2", slow={"writer": 1.5})
@@ -115,6 +182,7 @@ def writing(out: Path) -> list[str]:
     return [p.parent.name for p in begun if not (p / "metadata.json").exists()]
 
 
+@slow
 def test_ctrl_c_gives_the_open_save_up(small_runs: Server) -> None:
     out = small_runs.ranked("interrupted_beside")
     pids = with_save_open(small_runs, out, seconds=30.0)

@@ -34,7 +34,7 @@ def wait_for(what: Callable[[], bool], pids: list[int], seconds: float = 400.0) 
         time.sleep(0.003)
 
 
-def with_save_open(server: Server, out: Path, *words: str, size: int = 1, seconds: float = 6.0) -> list[int]:
+def with_save_open(server: Server, out: Path, *words: str, size: int = 1, seconds: float = 4.0) -> list[int]:
     """Start a run; the steps 5 and 6 have ended, and the checkpoint of step 4 is still being written."""
     pids = server.start(out, ASYNC, *words, size=size, slow={"writer": seconds})
     wait_for(lambda: (out / "logs").exists() and any(r["step"] >= 6 for r in records(out, "train")), pids)
@@ -131,6 +131,7 @@ def test_it_writes_what_a_run_that_waits_writes(small_runs: Server) -> None:
 
 
 @slow
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_in_every_layout(small_runs: Server, layout: str) -> None:
     waits, beside = (small_runs.ranked(f"{layout}_{how}".replace(" ", "_")) for how in ("waits", "beside"))
@@ -142,6 +143,7 @@ def test_in_every_layout(small_runs: Server, layout: str) -> None:
 
 
 @slow
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("who", ["group", "last worker"])
 def test_a_signal_waits_for_the_open_save_and_for_its_own(small_runs: Server, who: str) -> None:
     out = small_runs.ranked(f"signal beside {who}")
@@ -167,7 +169,7 @@ def test_a_nan_waits_for_the_open_save(small_runs: Server) -> None:
 @slow
 def test_a_second_save_waits_for_the_first(small_runs: Server) -> None:
     out = small_runs.ranked("two_saves")
-    pids = small_runs.start(out, ASYNC, EIGHT, "train.save_every_steps=2", slow={"writer": 1.5})
+    pids = small_runs.start(out, ASYNC, EIGHT, "train.save_every_steps=2", slow={"writer": 0.8})
     most = 0
     while helpers_of(pids, 0.0):
         most = max(most, len(writing(out)))

@@ -56,7 +56,7 @@ def strike(server: Server, out: Path, rng: random.Random, *, while_saving: bool,
 def strike_beside(server: Server, out: Path, what: str, rng: random.Random, *, resume: bool) -> None:
     """Start or go on, wait for the moment, kill: the open save stays unfinished, the deletion stays half done."""
     before, old = whole_checkpoints(out), moments(out, what)
-    slow = {"writer": 0.2 if what == "deleting" else 1.2, "deletion": 3.0}
+    slow = {"writer": 8.0 if what == "saving" else 0.2, "deletion": 3.0}  # longer than helpers have time to end
     (pid,) = server.start(out, "train.keep_checkpoints=2", "train.async_save=true", resume=resume, slow=slow)
     while not (new := moments(out, what) - old):
         assert _alive(pid), f"the run never came to a moment of {what}: {Path(f'{out}.log').read_text()[-6000:]}"

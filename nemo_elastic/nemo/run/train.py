@@ -91,7 +91,7 @@ def train(
         run.train.tensor_model_parallel_size,
         run.train.pipeline_model_parallel_size,
         run.train.context_parallel_size,
-        run.train.expert_model_parallel_size,
+        expert_model_parallel_size=run.train.expert_model_parallel_size,
         seed=run.train.seed,
         wait_minutes=run.train.wait_minutes,
     )

@@ -88,13 +88,13 @@ def test_quickstart_verifies_the_family_and_shows_its_load(short_run: tuple[Path
     out, result = short_run
     assert result["verified"] is True and [b["name"] for b in result["budgets"]] == ["full", "large", "small"]
     records = lines(out)
-    assert [r["step"] for r in records if "experts" in r] == [2, 4, 6, 8, 10]
+    assert [r["step"] for r in records if "expert_load" in r] == [2, 4, 6, 8, 10]
     sums = dict.fromkeys(LAYERS, 0)
-    for row in (r["experts"].get("full", {"tokens": {}}) for r in records if "experts" in r):
+    for row in (r["expert_load"].get("full", {"tokens": {}}) for r in records if "expert_load" in r):
         for layer, tokens in row["tokens"].items():
             sums[layer] += sum(tokens)
     assert set(sums.values()) == {4 * records[-1]["tokens"]["full"]} and records[-1]["tokens"]["full"] > 0
-    last = records[-1]["experts"]["small"]
+    last = records[-1]["expert_load"]["small"]
     small = next(b for b in result["budgets"] if b["name"] == "small")["subnet"]
     for layer, tokens in last["tokens"].items():
         assert int(layer) in small["layers"]
@@ -123,4 +123,4 @@ def test_the_bias_moved_by_the_rate_a_step_and_a_resume_moves_it_alike(
             name = f"decoder.layers.{layer}.mlp.router.expert_bias"
             steps = (whole.read(name) - parent.read(name).float()) / RATE
             assert (steps - steps.round()).abs().max() < 1e-2 and 0 < steps.abs().max() < 10.5
-    assert [r.get("experts") for r in lines(out)] == [r.get("experts") for r in lines(copy)]
+    assert [r.get("expert_load") for r in lines(out)] == [r.get("expert_load") for r in lines(copy)]

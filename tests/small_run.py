@@ -2,6 +2,7 @@
 
     server = Server(folder)                      # a process of this file
     pids = server.start(out, "key=value", resume=True, poison={"step": 3, "layer": 5})
+    server.start(out, slow={"writer": 1.0, "deletion": 1.0})   # a moment in which to strike
     server.wait(pids) -> exit codes (negative: the signal)
 
 Every run goes through the command line's `main`, as a user's does. `python` may be of another line of Megatron-core.
@@ -15,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -190,6 +192,28 @@ def callbacks(poison: dict[str, Any] | None, signal_at: int | None) -> list[Any]
     return ([Poison()] if poison else []) + ([Terminate()] if signal_at else [])
 
 
+def slow_down(writer: float = 0.0, deletion: float = 0.0) -> None:
+    """Seconds that a save stays open, half of them behind the writing, and that half a checkpoint lies there."""
+    from nemo_elastic.mcore.versions import checkpoint_writing
+    from nemo_elastic.nemo.run import kept_checkpoints
+
+    megatrons, delete = checkpoint_writing().FileSystemWriterAsync, shutil.rmtree
+    write = megatrons.write_preloaded_data
+
+    def write_late(*arguments: Any, **keywords: Any) -> None:
+        time.sleep(writer / 2)
+        write(*arguments, **keywords)
+        time.sleep(writer / 2)  # behind the files, before Megatron's caller learns of them
+
+    def delete_late(path: Path) -> None:
+        next(path.rglob("*.distcp")).unlink()
+        time.sleep(deletion)
+        delete(path)
+
+    megatrons.write_preloaded_data = staticmethod(write_late)
+    kept_checkpoints.shutil = types.SimpleNamespace(rmtree=delete_late)
+
+
 def _child(message: dict[str, Any], rank: int, meeting: dict[str, str]) -> int:
     os.setsid()  # a group of its own, as launchers make it
     log = os.open(message["log"], os.O_WRONLY | os.O_CREAT | (os.O_APPEND if rank else os.O_TRUNC), 0o644)
@@ -200,6 +224,8 @@ def _child(message: dict[str, Any], rank: int, meeting: dict[str, str]) -> int:
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(message["size"]), LOCAL_WORLD_SIZE=str(message["size"]),
     )  # fmt: skip
     os.environ.update(message.get("environment", {}))
+    if "slow" in message:
+        slow_down(**message["slow"])
     main = importlib.import_module(message.get("module", "nemo_elastic.cli.main")).main
     from nemo_elastic.nemo.run import train
 

@@ -209,6 +209,7 @@ OF_OTHER_VERBS = [
     "train.val_every_steps",
     "train.val_samples",
     "train.preemption",
+    "train.async_save",
     "train.wait_minutes",
     "export.hf_schema",
 ]

@@ -1,8 +1,11 @@
-"""Kill -9 at ten random moments, also while a checkpoint is being written: the end is bit-equal to a run left alone.
+"""Kill -9 at random moments, also while a checkpoint is written or deleted: the end is bit-equal to a run left alone.
 
 A run is killed, resumed, killed again, ... until it gets to its end; then the next one begins. Odd kills wait until
 NeMo has set the marker of an unfinished checkpoint and strike while the files are written, even ones while none is.
 The killed runs keep two checkpoints: there are never fewer whole ones than there were, up to two.
+
+Ten more kills meet runs that save beside their steps (`train.async_save`): five while a save is open, three while an
+old checkpoint is being deleted. Both are slowed down, and what was open must still be so when the process is dead.
 """
 
 import contextlib
@@ -21,6 +24,10 @@ from nemo_elastic.processes.training_checkpoints import whole_checkpoints
 pytest.importorskip("nemo.lightning")
 pytestmark = pytest.mark.slow
 KILLS, SEED = 10, 20
+MOMENTS = {
+    "beside_1": ["saving", "training", "saving", "deleting", "saving"],
+    "beside_2": ["training", "saving", "deleting", "saving", "deleting"],
+}
 TIMES = ("seconds", "cpu_seconds", "tokens_per_second")
 
 
@@ -44,6 +51,35 @@ def strike(server: Server, out: Path, rng: random.Random, *, while_saving: bool,
     assert code in (0, -9), Path(f"{out}.log").read_text()[-6000:]
     assert len(whole_checkpoints(out)) >= min(2, len(before)), "nothing goes before the next one is whole"
     return hit if code else "end"
+
+
+def strike_beside(server: Server, out: Path, what: str, rng: random.Random, *, resume: bool) -> None:
+    """Start or go on, wait for the moment, kill: the open save stays unfinished, the deletion stays half done."""
+    before, old = whole_checkpoints(out), moments(out, what)
+    slow = {"writer": 8.0 if what == "saving" else 0.2, "deletion": 3.0}  # longer than helpers have time to end
+    (pid,) = server.start(out, "train.keep_checkpoints=2", "train.async_save=true", resume=resume, slow=slow)
+    while not (new := moments(out, what) - old):
+        assert _alive(pid), f"the run never came to a moment of {what}: {Path(f'{out}.log').read_text()[-6000:]}"
+        time.sleep(0.003)
+    while what == "saving" and len(helpers_of([pid], 0.0)) < 2:
+        time.sleep(0.003)  # files are written by a process beside the run
+    time.sleep(rng.uniform(0.0, 0.5))
+    os.kill(pid, signal.SIGKILL)
+    assert server.wait([pid]) == [-9]
+    assert helpers_of([pid]) == [], "a process of the killed run lives on"
+    assert {name for name, _ in new} <= {p.name for p in (out / "checkpoints").iterdir()}, "it was over before the kill"
+    assert len(whole_checkpoints(out)) >= min(2, len(before)), "nothing goes before the next one is whole"
+
+
+def moments(out: Path, what: str) -> set[tuple[str, int]]:
+    """Marks of open saves with the time they were set, halves of deleted checkpoints, whole checkpoints."""
+    if what == "training":
+        return {(p.name, 0) for p in whole_checkpoints(out)}
+    with contextlib.suppress(FileNotFoundError):
+        if what == "saving":
+            return {(p.name, p.stat().st_ctime_ns) for p in (out / "checkpoints").glob("*-unfinished")}
+        return {(p.name, 0) for p in (out / "checkpoints").glob(".removed-*")}
+    return set()
 
 
 def _alive(pid: int) -> bool:
@@ -87,6 +123,15 @@ def test_ten_kills_leave_no_trace(small_runs: Server) -> None:
         check_end(small_runs, out)
     print(dict(hits), f"in {runs} runs")
     assert hits["saving"] >= 3 and hits["training"] >= 2, hits
+
+
+@pytest.mark.parametrize("name", MOMENTS)
+def test_kills_beside_open_saves_leave_no_trace(small_runs: Server, name: str) -> None:
+    out, rng = small_runs.ranked(name), random.Random(f"{SEED} {name}")
+    for number, what in enumerate(MOMENTS[name]):
+        strike_beside(small_runs, out, what, rng, resume=number > 0)
+    small_runs.run(out, "train.keep_checkpoints=2", "train.async_save=true", resume=True)
+    check_end(small_runs, out)
 
 
 def test_what_a_kill_left_of_a_checkpoint_is_ignored_and_removed(small_runs: Server) -> None:

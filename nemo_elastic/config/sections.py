@@ -211,6 +211,7 @@ class TrainConfig:
     save_every_steps: int = 100
     keep_checkpoints: int | None = None  # the newest n training checkpoints stay; empty: all of them
     keep_every_steps: int | None = None  # beside those, every one after a multiple of so many steps stays
+    async_save: bool = False  # the run goes on while a checkpoint is written; takes host memory for a copy of it
     max_time: str | None = None  # HH:MM:SS or D-HH:MM:SS after the start, or seconds: then the run saves and stops
     loggers: tuple[str, ...] = ()  # tensorboard, wandb; logs/metrics.csv is always written
     wandb_project: str | None = None  # empty: nemo-elastic

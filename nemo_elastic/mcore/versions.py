@@ -30,6 +30,7 @@ from typing import Any
 import megatron.core
 from megatron.core import optimizer as optimizers
 from megatron.core.activations import squared_relu
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.ssm import mamba_mixer as kernels
@@ -40,6 +41,7 @@ from torch import nn
 from ..problems import Problem, ProblemsError
 
 __all__ = [
+    "AsyncCallsQueue",
     "AttnBackend",
     "DistributedDataParallelConfig",
     "HybridModel",

@@ -22,7 +22,7 @@ from nemo.lightning.pytorch.strategies.utils import RestoreConfig
 from nemo_elastic.mcore.checkpoint import writer as checkpoint_writer
 from nemo_elastic.mcore.checkpoint.held_checkpoint import HeldCheckpoint
 from nemo_elastic.mcore.versions import DistributedDataParallelConfig, OptimizerConfig
-from nemo_elastic.nemo.plain import cpu
+from nemo_elastic.nemo.plain import cpu, open_saves
 from nemo_elastic.nemo.plain.optimizer import OptimizerModule
 from nemo_elastic.nemo.plain.plain_config import DTYPES, Precision
 from nemo_elastic.processes.launchers import data_parallel_size, started_processes
@@ -148,6 +148,7 @@ def build_trainer(
     precision: Precision = "32",
     use_distributed_optimizer: bool | None = None,
     checkpoint_every: int | None = None,
+    async_save: bool = False,
     save_optimizer: bool = True,
     restore_from: Path | str | None = None,
     callbacks: Sequence[pl.Callback] = (),
@@ -164,6 +165,7 @@ def build_trainer(
 
     Args:
         checkpoint_every: steps between checkpoints, all kept; None saves nothing.
+        async_save: the run goes on while a checkpoint is written (`open_saves.py`).
         restore_from: a NeMo checkpoint whose weights (no optimizer, no step) the run starts from, in any layout.
         use_distributed_optimizer: as in `build_optimizer`; give both the same.
         val_check_interval: steps between validations of `limit_val_batches` batches; None does not validate.
@@ -174,6 +176,8 @@ def build_trainer(
     """
     cpu.install()
     checkpoint_writer.install()
+    if async_save:
+        open_saves.install()
     # NeMo's telemetry raises at the first save unless it was configured for a known cluster.
     CallbackGroup.get_instance()._callbacks.clear()
     num_nodes, devices, environment = lightning_layout()
@@ -202,7 +206,7 @@ def build_trainer(
             check_for_nan_in_grad=on_gpu,  # its event synchronisation needs CUDA
             use_distributed_optimizer=on_gpu if use_distributed_optimizer is None else use_distributed_optimizer,
         ),
-        ckpt_async_save=False,
+        ckpt_async_save=async_save,
         ckpt_parallel_load=on_gpu,  # exchanges shards over NCCL
         ckpt_save_optimizer=save_optimizer,
         ckpt_optim_fully_reshardable=True,  # a run may be resumed at another TP x PP x DP
@@ -221,7 +225,7 @@ def build_trainer(
             environment,
         ],
         max_steps=max_steps,
-        callbacks=list(callbacks),
+        callbacks=[*([open_saves.OneSaveAtATime()] * async_save), *callbacks],
         logger=list(loggers) or False,
         enable_checkpointing=checkpoint_every is not None,
         enable_progress_bar=False,

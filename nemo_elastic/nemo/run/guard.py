@@ -16,6 +16,7 @@ from nemo_elastic.mcore.family.gradients import gradient_norms, hand_norm, last_
 from nemo_elastic.mcore.family.not_finite import first_bad_output
 from nemo_elastic.mcore.models.build import unwrapped
 from nemo_elastic.mcore.runtime.parallel import data_parallel_rank_and_size
+from nemo_elastic.nemo.plain.open_saves import finish_open_saves
 from nemo_elastic.problems import Problem, ProblemsError
 
 REMEDY = "lower train.optimizer.lr or router.lr, or train in fp32, and go on with --resume"
@@ -61,6 +62,7 @@ class FiniteGuard(pl.Callback):
         torch.distributed.all_reduce(fine, op=torch.distributed.ReduceOp.MIN)
         *self.norms, all_fine = torch.cat([norms, fine[None]]).tolist()  # the one wait
         if not all_fine:
+            finish_open_saves(trainer)  # every rank is here
             raise ProblemsError([Problem(f"step {trainer.global_step + 1}", self._words(pl_module))])
         hand_norm(optimizer.mcore_optimizer, math.hypot(*self.norms))
 

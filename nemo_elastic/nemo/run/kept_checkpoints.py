@@ -1,7 +1,8 @@
 """`train.keep_checkpoints`: old training checkpoints go once newer ones are whole.
 
-Looked at before every step, when the save of the step before has ended, and once behind the last: a checkpoint leaves
-only while as many newer ones as are to be kept are whole. The first rank renames it; it is deleted beside the run.
+Looked at before every step behind a save, until that save has ended, before the next save, and once behind the last
+step: a checkpoint leaves only while as many newer ones as are to be kept are whole. The first rank renames it; it is
+deleted beside the run.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from nemo_elastic.mcore.runtime import process_groups
+from nemo_elastic.nemo.plain.open_saves import is_save_open
 from nemo_elastic.processes.training_checkpoints import set_aside, superfluous, whole_checkpoints
 
 logger = logging.getLogger(__name__)
@@ -41,17 +43,18 @@ class KeptCheckpoints(pl.Callback):
         self._worker = None
 
     def on_save_checkpoint(self, *_: Any) -> None:
-        """One is being written: there is something to look at when it is whole."""
+        """One is being written: there is something to look at when it is whole. The one before is whole by now."""
+        self.clear()
         self._saved = True
 
-    def on_train_batch_start(self, *_: Any) -> None:
-        """The save of the step before has ended."""
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        """The save of the step before has ended, or goes on beside the run and is looked at again."""
         if self._saved:
             self.clear()
+            self._saved = is_save_open(trainer)
 
     def clear(self) -> None:
         """Delete what is superfluous now. Every rank may call it; the first one works."""
-        self._saved = False
         if process_groups.rank():
             return
         for path in superfluous(whole_checkpoints(self.out), self.last, self.every):

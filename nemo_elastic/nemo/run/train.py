@@ -29,6 +29,7 @@ from nemo_elastic.mcore.runtime import process_groups
 from nemo_elastic.mcore.runtime.automatic import settled
 from nemo_elastic.nemo.plain.data import TextDataModule, collate
 from nemo_elastic.nemo.plain.logs import quiet
+from nemo_elastic.nemo.plain.open_saves import given_up_on_error
 from nemo_elastic.nemo.plain.plain_config import plain_model_config
 from nemo_elastic.nemo.plain.tokenizer import load_tokenizer
 from nemo_elastic.nemo.plain.trainer import build_optimizer, build_trainer
@@ -158,6 +159,7 @@ def train(
         micro_batch_size=stages[0].micro_batch_size or run.train.micro_batch_size,
         use_distributed_optimizer=run.train.distributed_optimizer,
         checkpoint_every=min(run.train.save_every_steps, steps),
+        async_save=run.train.async_save,
         callbacks=[callback, guard, stop, *filter(None, [keep])],
         loggers=loggers_of(run, out, steps_done(resume_from)),
         log_every_n_steps=run.train.log_every_steps,
@@ -171,7 +173,7 @@ def train(
     # Megatron's loader unpickles: it is given what was checked.
     held = HeldCheckpoint(resume_from) if resume_from else nullcontext()
     with keep or nullcontext(), stop, held as checked:
-        with interrupts_as_they_are():
+        with interrupts_as_they_are(), given_up_on_error(trainer):
             trainer.fit(model, data, ckpt_path=None if checked is None else str(checked))
         finish(trainer.loggers)
         process_groups.barrier()  # the first rank takes the mark of an unfinished checkpoint away last

@@ -27,6 +27,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2": {"pp": 2},
     "dp2": {},
     "tp2_pp2_sp": {"tp": 2, "pp": 2, "sp": True},
+    "cp2": {"cp": 2},
+    "ep2": {"ep": 2},
 }
 
 

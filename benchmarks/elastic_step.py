@@ -68,7 +68,6 @@ EXPERTS = Architecture(
     moe_ffn_hidden_size=768,
     moe_router_topk=4,
     moe_shared_expert_intermediate_size=1536,
-    moe_router_enable_expert_bias=True,
     vocab_size=8192,
 )
 HALVED = {

@@ -252,7 +252,7 @@ def parallel_problems(architecture: Architecture, train: TrainConfig, groups: Gr
         size = getattr(train, name)
         if size is not None and size > 1:
             found.append(Problem(f"train.{name}", f"{size} is not supported yet; leave it at 1"))
-    if train.sequence_parallel:
+    if train.sequence_parallel and train.context_parallel_size == 1:  # else `plan.context` asks for more
         for i, stage in enumerate(train.stages):
             if stage.seq_length % tp:
                 words = f"{stage.seq_length} must be a multiple of the tensor parallel size {tp} (sequence_parallel)"

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -18,6 +19,7 @@ from torch import Tensor
 from nemo_elastic.mcore.elastic.plan import Plan, hard_plan, soft_plan
 from nemo_elastic.mcore.family.family_model import FamilyModel
 from nemo_elastic.mcore.family.planner import Planned
+from nemo_elastic.mcore.kernels.context import own_chunks
 from nemo_elastic.mcore.versions import build_optimizer
 from nemo_elastic.nemo.run.elastic_model import ElasticLossReduction
 from nemo_elastic.nemo.run.train import decays_not, is_router
@@ -176,14 +178,15 @@ def _kept(
     own = {p.untyped_storage().data_ptr() for m in (model, model.teacher) for p in m.parameters()}
     own |= {p.main_grad.untyped_storage().data_ptr() for p in model.parameters()}
     wrapped.zero_grad_buffer()
+    context = parallel_state.get_context_parallel_group()
 
     def batches() -> Iterator[dict[str, Any]]:
         for index in range(MICRO_BATCHES):
             ids = tokens(layout.architecture, seed=index, batch=MICRO_BATCH, length=LENGTH + 1)
             yield {
-                "tokens": ids[:, :-1],
-                "labels": ids[:, 1:].contiguous(),
-                "loss_mask": torch.ones(MICRO_BATCH, LENGTH),
+                "tokens": own_chunks(ids[:, :-1], context).contiguous(),
+                "labels": own_chunks(ids[:, 1:], context).contiguous(),
+                "loss_mask": own_chunks(torch.ones(MICRO_BATCH, LENGTH), context),
                 "elastic": [Planned("full", "hard", plan)],
             }
 

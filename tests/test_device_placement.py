@@ -109,8 +109,8 @@ def run_step(
         planned = planner.micro_batch(model.policy, state, shares, index)
         tokens, mask = ids(2, length), torch.ones(2, length, device=META)
         heads = model(tokens, None, None, elastic=[p.plan for p in planned], distill=True)
-        total, count, _ = reduction.forward({"labels": tokens, "loss_mask": mask, "elastic": planned}, heads)
-        backward(total / count)
+        total, _ = reduction.forward({"labels": tokens, "loss_mask": mask, "elastic": planned}, heads)
+        backward(total)
     planner.end_step(state)
 
 

@@ -45,10 +45,13 @@ def test_a_bad_size_is_refused_with_one_error(
 
 
 def test_processes_must_fill_it() -> None:
-    assert data_parallel_size(16, 2, 2, 4) == 4
+    assert data_parallel_size(16, 2, 2, expert_model_parallel_size=4) == 4
     words = r"4 must divide the 2 data-parallel ranks of 8 processes; start a multiple of 16, or set a divisor of 2"
     with pytest.raises(ProblemsError, match=words):
-        data_parallel_size(8, 2, 2, 4)
+        data_parallel_size(8, 2, 2, expert_model_parallel_size=4)
+    assert data_parallel_size(8, 2, 1, context_parallel_size=2, expert_model_parallel_size=4) == 2
+    with pytest.raises(ProblemsError, match=r"3 must divide the 4 data-parallel ranks .* multiple of 12"):
+        data_parallel_size(8, 2, 1, context_parallel_size=2, expert_model_parallel_size=3)
 
 
 def test_more_groups_allow_larger_sizes() -> None:

@@ -27,6 +27,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2": {"pp": 2},
     "dp2": {},
     "tp2_pp2_sp": {"tp": 2, "pp": 2, "sp": True},
+    "cp2": {"cp": 2},
+    "ep2": {"ep": 2},
 }
 
 
@@ -180,9 +182,11 @@ def one_process(one_rank: None) -> dict[str, Any]:
 def test_every_layout_counts_and_moves_alike(
     name: str, one_process: dict[str, Any], pool2: WorkerPool, request: pytest.FixtureRequest
 ) -> None:
+    """Ranks that share out experts share their draws, too: so does the one process that they are compared with."""
     pool = request.getfixturevalue("pool4") if name.count("2") > 1 else pool2
+    expected = run(sharing=2) if "ep" in LAYOUTS[name] else one_process
     for rank in pool.run(run, **LAYOUTS[name]):
-        for ours, theirs in zip(rank["steps"], one_process["steps"], strict=True):
+        for ours, theirs in zip(rank["steps"], expected["steps"], strict=True):
             assert torch.equal(ours["load"], theirs["load"])
         biases = {n: w for n, w in rank["weights"].items() if n.endswith(BIAS)}
-        assert all(torch.equal(w, one_process["weights"][n]) for n, w in biases.items())
+        assert all(torch.equal(w, expected["weights"][n]) for n, w in biases.items())

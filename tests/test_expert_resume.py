@@ -1,6 +1,6 @@
 """A run whose ranks share out experts goes on in one process, at TP 2 and back, and its family comes out of it.
 
-One budget besides the parent, never learned: other expert-parallel sizes draw budgets otherwise, which is no fault.
+One budget alone is drawn, and no router learns: other expert-parallel sizes draw otherwise, which is no fault.
 """
 
 import json
@@ -18,9 +18,11 @@ from small_run import write_run
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = (
-    "elastic.budgets={half: 0.7}", "elastic.subnets={}", "router.frozen=true", "train.use_distributed_optimizer=true",
-    "train.save_every_steps=2", "train.val_every_steps=100", "rank.samples=4",
-    "elastic.dims.num_moe_experts={choices: [8, 4]}", "elastic.expert_groups=4",
+    "train.stages=[{steps: 8, seq_length: 32, global_batch_size: 8, "
+    "budget_probabilities: {full: 0.0, large: 0.0, small: 1.0}}]",
+    "router.frozen=true", "train.use_distributed_optimizer=true", "train.save_every_steps=2",
+    "train.val_every_steps=100", "rank.samples=4", "elastic.dims.num_moe_experts={choices: [8, 4]}",
+    "elastic.expert_groups=4",
 )  # fmt: skip
 
 
@@ -76,10 +78,12 @@ def test_resume_at_other_expert_parallel_sizes(tmp_path: Path) -> None:
         records = go_on(config, before, out, last, processes, *words)
         assert sorted(records) == list(range(last + 2, 9)), name
         for step, record in records.items():
-            kd = record["budgets"]["half"]["kd"]
-            assert kd == pytest.approx(whole[step]["budgets"]["half"]["kd"], rel=1e-4, abs=1e-6), (name, step)
+            kd = record["budgets"]["small"]["kd"]
+            assert kd == pytest.approx(whole[step]["budgets"]["small"]["kd"], rel=1e-4, abs=1e-6), (name, step)
         for parameter, found in weights(out).items():
             error = (found - wanted[parameter]).norm() / wanted[parameter].norm().clamp_min(1e-6)
             assert error < 1e-3, f"{name} {parameter}: {error:.1e}"
-    done = nemo_elastic("extract", str(tmp_path / "whole" / "nested"), "--budget", "half", "--out", str(tmp_path / "x"))
+    done = nemo_elastic(
+        "extract", str(tmp_path / "whole" / "nested"), "--budget", "small", "--out", str(tmp_path / "x")
+    )
     assert done.returncode == 0, done.stderr[-2000:]

@@ -26,7 +26,7 @@ from nemo_elastic.router.model import Router
 from nemo_elastic.space.layout import ParamLayout
 
 MODES = ("whole", "sliced", "sliced-gates", "masked", "masked-gates", "soft")
-LAYOUTS = [  # tensor, pipeline, sequence parallel; what remains of the processes is data parallel
+LAYOUTS = [  # processes, tensor, pipeline, sequence parallel[, context]; what remains of them is data parallel
     (2, 2, 1, False),
     (2, 2, 1, True),
     (2, 1, 2, False),
@@ -39,6 +39,10 @@ LAYOUTS = [  # tensor, pipeline, sequence parallel; what remains of the processe
     (4, 2, 1, True),
     (4, 1, 2, False),
     (4, 1, 1, False),
+    (2, 1, 1, False, 2),
+    (4, 2, 1, True, 2),
+    (4, 1, 2, False, 2),
+    (4, 1, 1, False, 4),
 ]
 
 
@@ -76,7 +80,7 @@ def check(
     tied: bool,
     feature: str = "",
 ) -> None:
-    size, tp, pp, sp = layout
+    size, tp, pp, sp, cp = (*layout, 1)[:5]
     of = family(tied, feature)
     ways = {mode: way for mode, way in runnings(of).items() if mode in modes}
     distributed = element == 2
@@ -91,12 +95,14 @@ def check(
         distributed=distributed,
         tp=tp,
         pp=pp,
+        cp=cp,
     )
     table = ParamLayout(of.architecture, ffn_groups=of.space.ffn_groups, tp_size=tp)
-    replicas, router = size // tp // pp, router_of(of)
+    replicas, router = size // tp // pp // cp, router_of(of)
     how = GpuLayout(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
+        context_parallel_size=cp,
         data_parallel_size=replicas,
         sequence_parallel=sp,
         micro_batch_size=MICRO_BATCH,
@@ -126,7 +132,7 @@ def check(
     for stage, total in states.items():  # over the replicas to the byte: what is padding belongs to nobody
         rows = sum(stage_rows(table, how, stage).values())
         each = (12 if element == 2 else 8) * rows + 8 * sum(router)
-        assert total == each * (1 if distributed else replicas)
+        assert total == each * (1 if distributed else replicas * cp)
 
 
 @pytest.mark.slow

@@ -139,7 +139,7 @@ def test_a_sorted_parent_must_be_sorted_by_these_scores(own, capfd):
         if fits:
             assert work.sort(importance) == run / "sorted"
         else:
-            with pytest.raises(ProblemsError, match="is sorted by other scores or ffn_groups than this run's"):
+            with pytest.raises(ProblemsError, match="is sorted by other scores, ffn_groups or expert_groups"):
                 work.sort(importance)
     (run / "checkpoints" / "step=9").mkdir(parents=True)
     assert main(["sort", *words, *SMALL, "--force"]) == 2

@@ -393,15 +393,17 @@ def test_the_series_runs_and_does_nothing_twice(tmp_path: Path) -> None:
         "4": "family,alone-small,greedy-family",
         "1": "scratch-small,mamba-flat,shapes-random-1",
         "7": "greedy-family",
+        "8": "greedy-family",  # scored by Megatron
     }
     for seed, names in parts.items():
         done = subprocess.run([*command, "--seeds", seed, "--only", names], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
     files = {path.stem: json.loads(path.read_text()) for path in (out / "quick" / "results").glob("*.json")}
-    first, second, third = (files.pop(f"parent-{number}")["sha256"] for number in PARENTS)
+    first, second, third, fourth = (files.pop(f"parent-{number}")["sha256"] for number in PARENTS)
     assert set(files) == {f"{name}-{seed}" for seed, names in parts.items() for name in names.split(",")}
     assert {files[f"{name}-4"]["parent_sha256"] for name in parts["4"].split(",")} == {second} != {first}
     assert files["greedy-family-7"]["parent_sha256"] == third not in (first, second)
+    assert files["greedy-family-8"]["parent_sha256"] == fourth not in (first, second, third)
     assert files["mamba-flat-1"]["parent_sha256"] == first != files["scratch-small-1"]["parent_sha256"]
     assert files["alone-small-4"]["subnets"]["small"] == files["family-4"]["subnets"]["small"]
     assert files["family-4"]["curve"][-1]["cpu"] > 0 and set(files["family-4"]["score"]) == set(BUDGETS)

@@ -67,7 +67,13 @@ ROWS: tuple[
         "written, never run",
     ),
     ("Slurm, containers", "scripts run with stand-ins for Slurm and docker", {}, "never run"),
-    ("context, expert, interleaved pipeline parallelism", "refused with a message", {}, "refused with a message"),
+    (
+        "context and expert parallelism, and their products",
+        "run in the tests, equal to one process",
+        {},
+        "written, never run",
+    ),
+    ("interleaved pipeline parallelism", "refused with a message", {}, "refused with a message"),
     ("parents of 12B and up", "planned; counts are exact", {}, "never trained"),
 )
 

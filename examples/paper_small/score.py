@@ -1,6 +1,6 @@
 """Held-out loss and solved problems of every budget of a nested checkpoint, or of the parent.
 
-Without NeMo and Megatron, but where serving has no layer of a kind (experts): then the elastic Megatron model runs.
+Without NeMo and Megatron.
 
     python examples/paper_small/score.py --out runs/paper_small --weights runs/paper_small/parent --output parent.json
     python examples/paper_small/score.py --out runs/paper_small --weights .../nested --output run.json
@@ -30,8 +30,6 @@ from nemo_elastic.data.tokenizer import BPETokenizer
 from nemo_elastic.data.tokens import load_tokens
 from nemo_elastic.data.windows import Windows
 from nemo_elastic.files import write_json
-from nemo_elastic.kinds import kinds_of
-from nemo_elastic.nemo.export.nested import open_nested
 from nemo_elastic.serving import ElasticFamily
 from nemo_elastic.space.elastic_space import ElasticSpace
 from nemo_elastic.space.layout import ParamLayout
@@ -40,52 +38,8 @@ BATCH = 16
 Found = list[tuple[float, int, bool]]  # per problem
 
 
-class InMegatron:
-    """What is asked here of a family, of the elastic Megatron model."""
-
-    def __init__(self, folder: Path) -> None:
-        from nemo_elastic.mcore.models.build import build_elastic_model, load_weights
-        from nemo_elastic.mcore.runtime import process_groups
-        from nemo_elastic.nemo.export.verify import elastic_from
-
-        process_groups.start()
-        if (folder / "elastic").is_dir():
-            opened = open_nested(folder)
-            self.model, self.subnets = elastic_from(opened), opened.manifest.subnets
-        else:
-            model = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            architecture = architecture_of(model)
-            self.model = build_elastic_model(model, ffn_groups=1)
-            load_weights(self.model, SafetensorsReader(folder), architecture, ffn_groups=1)
-            self.subnets = {"parent": ElasticSpace(architecture=architecture, ffn_groups=1).full_subnet()}
-        self.model.eval()
-        self.budgets = tuple(self.subnets)
-
-    def switch(self, budget: str, *, compact: bool) -> None:
-        """Make `budget` the active one."""
-        from nemo_elastic.mcore.elastic.plan import hard_plan
-
-        self.plan = hard_plan(self.model.layout, self.subnets[budget])
-
-    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Tokens `[b, s]` -> logits `[b, s, v]`."""
-        return self.model(tokens, None, None, elastic=self.plan)
-
-
-Scored = ElasticFamily | InMegatron
-
-
-def pattern_of(folder: Path) -> str:
-    """The layers of a nested checkpoint or parent."""
-    if (folder / "elastic").is_dir():
-        return open_nested(folder).manifest.model["hybrid_override_pattern"]
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))["hybrid_override_pattern"]
-
-
-def load(folder: Path) -> Scored:
+def load(folder: Path) -> ElasticFamily:
     """A nested checkpoint, or what `parent.py` wrote as a family of one."""
-    if any(kind.serving is None for kind in kinds_of(pattern_of(folder))):
-        return InMegatron(folder)
     if (folder / "elastic").is_dir():
         return ElasticFamily.load(folder, dtype=torch.float32)
     model = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -97,7 +51,7 @@ def load(folder: Path) -> Scored:
 
 
 @torch.inference_mode()
-def window_loss(family: Scored, windows: Windows, count: int) -> float:
+def window_loss(family: ElasticFamily, windows: Windows, count: int) -> float:
     """Mean cross entropy over `count` windows, evenly spread."""
     total = 0.0
     places = [i * windows.per_epoch // count for i in range(count)]
@@ -118,7 +72,7 @@ def ids_of(problem: Problem, tokenizer: BPETokenizer) -> tuple[list[int], int]:
 
 
 @torch.inference_mode()
-def solve(family: Scored, problems: Sequence[Problem], tokenizer: BPETokenizer) -> list[tuple[float, int, bool]]:
+def solve(family: ElasticFamily, problems: Sequence[Problem], tokenizer: BPETokenizer) -> list[tuple[float, int, bool]]:
     """Per problem: summed loss of its completion, tokens of it, solved."""
     found = []
     for first in range(0, len(problems), BATCH):
@@ -135,7 +89,7 @@ def solve(family: Scored, problems: Sequence[Problem], tokenizer: BPETokenizer) 
 
 
 def score(
-    family: Scored,
+    family: ElasticFamily,
     problems: Sequence[Problem],
     tokenizer: BPETokenizer,
     text: Mapping[str, tuple[Windows, int]],

@@ -193,7 +193,7 @@ class TrainConfig:
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
     sequence_parallel: bool = False
-    context_parallel_size: int = 1
+    context_parallel_size: int = 1  # ranks that share out every sequence
     expert_model_parallel_size: int = 1  # ranks that share out a layer's experts; made of data-parallel ones
     virtual_pipeline_model_parallel_size: int | None = None
     micro_batch_size: int = 4

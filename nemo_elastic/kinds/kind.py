@@ -193,7 +193,8 @@ class Kind:
             share out what a layer of these sizes computes over whole sequences.
         dispatched: (architecture, sizes) -> elements of a token that its forward sends to the ranks that hold its
             experts and gets back, if all of them are elsewhere.
-        aligned: axis of a linear -> how notes call it; `conv_axis`: the axis that the causal convolution runs over.
+        aligned: axis of a linear -> how notes call it; `conv_axis`: the axis that the causal convolution runs over;
+            `conv_width`: (architecture, sizes, tensor-parallel size, context-parallel size) -> its channels on a rank.
         fp8: axis that FP8 wants in multiples of 16 -> words, in which `{width}` and dims are put.
         ranking: field of `RankConfig` -> its choices and their meanings: which activation ranks its dims.
         ends_block: a feed-forward layer, with which a block of models that know only whole blocks ends.
@@ -230,6 +231,7 @@ class Kind:
     dispatched: Callable[[Any, Sizes], float] = lambda arch, sizes: 0.0
     aligned: Mapping[str, str] = field(default_factory=dict)
     conv_axis: str | None = None
+    conv_width: Callable[[Any, Sizes, int, int], int] = lambda arch, sizes, ranks, context: 0
     fp8: Mapping[str, str] = field(default_factory=dict)
     ranking: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     ends_block: bool = False

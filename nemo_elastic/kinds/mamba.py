@@ -101,6 +101,12 @@ def _shares_context(arch: Any, sizes: Sizes, ranks: int, context: int) -> bool:
     return heads % context == 0 and groups > 0 and (groups % context == 0 or context % groups == 0)
 
 
+def _conv_width(arch: Any, sizes: Sizes, ranks: int, context: int) -> int:
+    """x of a rank's heads, B and C of its groups: at least one, which other ranks may have, too."""
+    groups = max(1, arch.mamba_num_groups // ranks // context)
+    return _inner(arch, sizes) // ranks // context + 2 * groups * arch.mamba_state_dim
+
+
 def _gguf_keys(arch: Any) -> dict[str, Any]:
     return {
         "ssm.conv_kernel": arch.mamba_conv_kernel,
@@ -179,6 +185,7 @@ MAMBA = Kind(
     shares_context=_shares_context,
     aligned={"z+x+B+C+dt": "in_proj rows z+x+B+C+dt", "x": "out_proj columns"},
     conv_axis="x+B+C",
+    conv_width=_conv_width,
     fp8={"z+x+B+C+dt": "in_proj rows 2D + 2GN + m = {width} (mamba_num_heads {mamba_num_heads})"},
     ranking={"mamba_site": SITES},
     huggingface=HuggingFace(blocks=("linear_attention", "mamba"), names={name: (name,) for name in ROWS}),

@@ -126,7 +126,8 @@ class Run:
         process_groups.barrier()
         if not is_sorted_by(sorted_parent(folder), importance, layout):
             words = (
-                "is sorted by other scores or ffn_groups than this run's; `nemo-elastic sort --force` sorts it again"
+                "is sorted by other scores, ffn_groups or expert_groups than this run's; "
+                "`nemo-elastic sort --force` sorts it again"
             )
             raise ProblemsError([Problem(str(folder), words)])
         return folder

@@ -65,7 +65,7 @@ def plan(
     tp = run.train.tensor_model_parallel_size
     aligned = [
         *alignment_notes(family.space, tp),
-        *convolution_notes(family.space, tp),
+        *convolution_notes(family.space, tp, run.train.context_parallel_size),
         *padding_notes(family.architecture, tp),
     ]
     return described_plan(run.name, family, serving, budgets) | {

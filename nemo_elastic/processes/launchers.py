@@ -46,8 +46,8 @@ def data_parallel_size(
         raise ProblemsError([Problem("train", words + "use torchrun --nproc-per-node or --nproc")])
     ranks = processes // needed * context_parallel_size
     if ranks % expert_model_parallel_size:
-        of = "data-parallel" if context_parallel_size == 1 else "data- and context-parallel"
-        words = f"{expert_model_parallel_size} must divide the {ranks} {of} ranks of {processes} processes; "
+        words = f"{expert_model_parallel_size} must divide the {ranks} data-parallel ranks of {processes} processes"
+        words += f" (with {context_parallel_size} context-parallel ones each); " if context_parallel_size > 1 else "; "
         least = needed // context_parallel_size * lcm(context_parallel_size, expert_model_parallel_size)
         remedy = f"start a multiple of {least}, or set a divisor of {ranks}"
         raise ProblemsError([Problem("train.expert_model_parallel_size", words + remedy)])

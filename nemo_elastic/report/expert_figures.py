@@ -22,7 +22,7 @@ def load_series(run: RunFolder) -> dict[str, list[tuple[int, Mapping[str, Any]]]
     """budget -> (step, what was logged of its experts since the row before)."""
     found: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
     for record in run.train:
-        for name, row in record.get("experts", {}).items():
+        for name, row in record.get("expert_load", {}).items():
             found.setdefault(name, []).append((record["step"], row))
     return {name: found[name] for name in run.budget_names if name in found}
 

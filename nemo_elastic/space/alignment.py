@@ -74,17 +74,20 @@ def unaligned_widths(space: ElasticSpace, tp_size: int) -> Iterator[tuple[str, i
                     yield what, width, sizes
 
 
-def convolution_notes(space: ElasticSpace, tp_size: int) -> list[str]:
+def convolution_notes(space: ElasticSpace, tp_size: int, cp_size: int = 1) -> list[str]:
     """Choices that causal-conv1d refuses: it wants the channels on a rank, x+B+C, to be a multiple of 8.
 
     (Its other rule, a width of 2 to 4, always holds: Megatron's is 4.) Only a GPU has that kernel.
     """
-    present = map(kind_of, dict.fromkeys(space.architecture.hybrid_override_pattern))
-    axes = [kind.conv_axis for kind in present if kind.conv_axis]
-    wrong = [(w, sizes) for axis in axes for w, sizes in _widths(space, tp_size, axis) if w % CONVOLUTION_MULTIPLE]
+    arch, wrong = space.architecture, []
+    for kind in map(kind_of, dict.fromkeys(arch.hybrid_override_pattern)):
+        for _, sizes in _widths(space, tp_size, kind.conv_axis) if kind.conv_axis else ():
+            if (width := kind.conv_width(arch, sizes, tp_size, cp_size)) % CONVOLUTION_MULTIPLE:
+                wrong.append((width, sizes))
     if not wrong:
         return []
-    rank = f"a rank of TP {tp_size}" if tp_size > 1 else "a GPU"
+    named = " x ".join(f"{name} {size}" for name, size in (("TP", tp_size), ("CP", cp_size)) if size > 1)
+    rank = f"a rank of {named}" if named else "a GPU"
     words = f"causal-conv1d wants multiples of {CONVOLUTION_MULTIPLE} channels x+B+C on {rank}, not"
     listed = _listed({"": [_described(width, sizes) for width, sizes in wrong]}).strip()
     return [f"{words} {listed}; choose other sizes before you train on a GPU"]

@@ -44,6 +44,7 @@ class ElasticMixture(Mixture):
         """Learn this layer's rows of the parameter table."""
         self.rows, self.axes, self.elastic_tp_group, self.masks = rows, axes, tp_group, MaskCache()
         self.router.elastic = True
+        self._indices: dict[Any, Tensor] = {}
 
     def elastic(self, x: Tensor, call: LayerCall, attention_mask: Tensor | None = None) -> Tensor:
         """`[s, b, h or k]` -> `[s, b, h or k]`."""
@@ -65,18 +66,27 @@ class ElasticMixture(Mixture):
         """The kept experts, and of each token their weights and which are chosen, both `[n, kept]`."""
         row, bias = self.rows["mlp.router.weight"], self.router.bias
         experts = kept_experts(self.axes["expert"], {} if call.plan.soft else call.sizes)
+        index = self._index(experts, flat.device)
         weight = taken(self.router.weight, row, call.cut)
         scores = logits(flat, weight)
         if len(experts) < scores.shape[1]:
-            scores = scores[:, experts]  # masked: the router is whole
+            scores = scores.index_select(1, index)  # masked: the router is whole
         if bias is not None:
-            bias = bias[experts]
+            bias = bias.index_select(0, index)
         mask = call.replicated(COUNT) if call.plan.soft else None
         if mask is not None:
             mask = mask.repeat(len(experts) // len(mask))
         weights, places = chosen(self.config, scores, bias, mask)
-        self.router.count(places, experts)
+        self.router.count(places, index)
         return experts, weights, places
+
+    def _index(self, experts: list[int], device: torch.device) -> Tensor:
+        """Kept experts on the device, made once: a list as an index is copied there, and waited for, every time."""
+        key = (len(experts), device)
+        if key not in self._indices:
+            with torch.inference_mode(False):
+                self._indices[key] = torch.tensor(experts, device=device)
+        return self._indices[key]
 
     def _product(self, name: str, x: Tensor, call: LayerCall) -> Tensor:
         """To the latent channels or back; `x` itself where there are none."""

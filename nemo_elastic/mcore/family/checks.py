@@ -18,6 +18,7 @@ from ...problems import Problem, ProblemsError, raise_if_any
 from ...processes.launchers import data_parallel_size
 from ...processes.run_parts import PARTS
 from ...space.alignment import convolution_notes
+from ..kernels.layer_specs import have_transformer_engine
 from ..models.parents import open_parent
 from ..runtime.cpu import has_mamba_kernels
 
@@ -60,11 +61,17 @@ def check_inputs(run: Configured) -> None:
 
 
 def kernel_problems(config: RunConfig, family: Family) -> list[Problem]:
-    """Sizes that the GPU kernels of THIS machine refuse; nothing where our own run in their place."""
-    notes = convolution_notes(family.space, config.train.tensor_model_parallel_size)
-    if not notes or not torch.cuda.is_available() or not has_mamba_kernels():
+    """What the GPU kernels of THIS machine refuse; nothing where our own run in their place."""
+    if not torch.cuda.is_available():
         return []
-    return [Problem("elastic.dims", note) for note in notes]
+    train, found = config.train, []
+    if has_mamba_kernels():
+        notes = convolution_notes(family.space, train.tensor_model_parallel_size, train.context_parallel_size)
+        found += [Problem("elastic.dims", note) for note in notes]
+    if train.context_parallel_size > 1 and train.precision == "32" and have_transformer_engine():
+        words = "32 has no attention kernel of Transformer Engine under context parallelism; take bf16-mixed"
+        found.append(Problem("train.precision", words))
+    return found
 
 
 def check_processes(config: RunConfig, processes: int, *, ranks: bool = False, trains: bool = True) -> None:

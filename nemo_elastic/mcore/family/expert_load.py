@@ -19,10 +19,12 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from ...kinds.experts import EXPERTS
+from ...space.dims import KIND_OF_DIM
 from ...space.subnet import Subnet
 from ..elastic.model import ElasticMambaModel
 from ..kernels.routing import Router, kept_experts
+
+COUNT = "num_moe_experts"
 
 
 class ExpertLoad:
@@ -39,7 +41,7 @@ class ExpertLoad:
     def __init__(self, model: ElasticMambaModel, budgets: Sequence[str]) -> None:
         self.layout, self.budgets = model.layout, tuple(budgets)
         arch = self.layout.architecture
-        self.layers = arch.layers_of(EXPERTS.letter)
+        self.layers = arch.layers_of(KIND_OF_DIM[COUNT])
         here = {layer.layer_number - 1: layer for layer in model.decoder.layers}
         self.routers = {
             number: next(m for m in here[number].modules() if isinstance(m, Router))
@@ -124,7 +126,7 @@ class ExpertLoad:
 
 def load_of(model: ElasticMambaModel, budgets: Sequence[str]) -> ExpertLoad | None:
     """The counts of a model; None where it has no experts."""
-    return ExpertLoad(model, budgets) if model.layout.architecture.layers_of(EXPERTS.letter) else None
+    return ExpertLoad(model, budgets) if model.layout.architecture.layers_of(KIND_OF_DIM[COUNT]) else None
 
 
 def _summary(rows: list[list[int | None]]) -> dict[str, float]:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.ssm.mamba_context_parallel import MambaContextParallel
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
@@ -29,9 +28,9 @@ def own_chunks(whole: Tensor, group: dist.ProcessGroup, dim: int = 1) -> Tensor:
     return torch.cat([chunks[rank], chunks[2 * size - 1 - rank]], dim=dim)
 
 
-def own_positions(length: int, group: dist.ProcessGroup) -> Tensor:
+def own_positions(length: int, group: dist.ProcessGroup, device: torch.device | None = None) -> Tensor:
     """`[s/n]`: which positions of a sequence of `length` tokens are this rank's."""
-    return own_chunks(torch.arange(length), group, dim=0)
+    return own_chunks(torch.arange(length, device=device), group, dim=0)
 
 
 def whole_sequence(part: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -51,7 +50,7 @@ def chunk_spans(length: int, group: dist.ProcessGroup) -> list[tuple[int, int]]:
     return [(i * half, (i + 1) * half) for i in (rank, 2 * size - 1 - rank)]
 
 
-def over_heads(mixer: Any, parameters: Mapping[str, Tensor], head_dim: int) -> MambaContextParallel:
+def over_heads(mixer: Any, parameters: Mapping[str, Tensor], head_dim: int) -> Any:
     """Megatron's exchange of positions for heads for a mixer at a subnet's sizes; does nothing without such ranks.
 
     Args:
@@ -59,7 +58,7 @@ def over_heads(mixer: Any, parameters: Mapping[str, Tensor], head_dim: int) -> M
         head_dim: channels of a head of the subnet.
     """
     heads = len(parameters["dt_bias"])
-    return MambaContextParallel(
+    return type(mixer.cp)(
         cp_group=mixer.pg_collection.cp,
         d_inner_local_tp=heads * head_dim,
         nheads_local_tp=heads,
@@ -73,7 +72,7 @@ def over_heads(mixer: Any, parameters: Mapping[str, Tensor], head_dim: int) -> M
     )
 
 
-def own_channels(multiplier: Tensor | None, parts: MambaContextParallel) -> Tensor | None:
+def own_channels(multiplier: Tensor | None, parts: Any) -> Tensor | None:
     """The part of a multiplier of x `[x/tp]` for the heads that this rank scans."""
     if multiplier is None or parts.cp_size == 1:
         return multiplier

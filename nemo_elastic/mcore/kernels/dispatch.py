@@ -1,4 +1,4 @@
-"""Tokens to the expert-parallel ranks that hold their experts, and back: one all-to-all each way.
+"""Tokens to the expert-parallel ranks that hold their experts, and back: all-to-all each way.
 
     there(x)[of local expert e] = the rows for e of every rank,    back(there(x)) == x
 

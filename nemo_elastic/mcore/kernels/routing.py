@@ -10,7 +10,7 @@ the choice and never the weight, and has no gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -68,10 +68,14 @@ class Router(MegatronModule):
         self.count(places)
         return weights, places
 
-    def count(self, places: Tensor, experts: Sequence[int] | None = None) -> None:
-        """Count the tokens of `[n, kept]`, of which `experts` (None: of all)."""
+    def count(self, places: Tensor, experts: Tensor | None = None) -> None:
+        """Count the tokens of `[n, kept]`, of which `experts` `[kept]` (None: of all)."""
         if self.tally is not None:
-            self.tally[slice(None) if experts is None else experts] += places.sum(0)
+            counts = places.sum(0)
+            if experts is None:
+                self.tally += counts
+            else:
+                self.tally.index_add_(0, experts, counts)
         elif not self.elastic and self.bias is not None and self.training and torch.is_grad_enabled():
             self.local_tokens_per_expert += places.sum(0)
 

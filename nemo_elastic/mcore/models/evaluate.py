@@ -79,7 +79,7 @@ def run_forward(model: nn.Module, batches: list[tuple[Tensor, ...]], plan: Plan 
 
     def forward_step(iterator, model):
         tokens, labels, *mask = (t.to(device) for t in next(iterator))
-        positions = own_positions(length, context).to(device).expand_as(tokens)
+        positions = own_positions(length, context, device).expand_as(tokens)
         out = model(tokens, positions, None, labels=labels, **keywords)
 
         def loss(losses: Tensor):

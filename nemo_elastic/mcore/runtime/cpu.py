@@ -197,7 +197,7 @@ SHIMS: tuple[Shim, ...] = (
             "optimizer/optimizer.py:473,481,485,907",
             "optimizer/clip_grads.py:90,103,115,174,207",
             "utils.py:1207 local_multi_tensor_l2_norm",
-            "models/common/embeddings/rope_utils.py:62",
+            "models/common/embeddings/rope_utils.py:64",
         ),
         'token counters, causal mask, loss scale, gradient norm are made on "cuda", chunks of positions page-locked',
         _literal_cuda,

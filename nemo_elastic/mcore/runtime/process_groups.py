@@ -69,7 +69,7 @@ def start(
         there = (
             parallel_state.get_tensor_model_parallel_world_size(),
             parallel_state.get_pipeline_model_parallel_world_size(),
-            parallel_state.get_context_parallel_world_size(),
+            parallel_state.get_context_parallel_group().size(),
             parallel_state.get_expert_model_parallel_group().size(),
         )
         if there == wanted:

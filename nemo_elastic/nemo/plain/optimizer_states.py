@@ -29,6 +29,9 @@ def _joined(saved: Mapping[str, Any], own: Mapping[str, Any], optimizer: Any) ->
     found = {key: value for key, value in saved.items() if key not in ("state", "param_state")} | dict(own)
     if "optimizer" in saved:  # the distributed one
         inner = saved["optimizer"]
+        moments = dict(dict(own.get("optimizer", {})).get("state", {}))
+        if moments:
+            inner = {**inner, "state": {**inner.get("state", {}), **moments}}
         return found | {"optimizer": {**inner, "param_groups": _groups(inner["param_groups"], optimizer)}}
     steps = {key: value for key, value in saved.get("state", {}).items() if key == "common_step"}
     state = steps | dict(own.get("state", {}))

@@ -72,7 +72,7 @@ def step_record(
     record["sizes"] = {name: sizes(subnet) for name, subnet in subnets.items()}
     record["tokens"] = dict(tokens)
     if experts:
-        record["experts"] = dict(experts)
+        record["expert_load"] = dict(experts)
     speed = sum(s["tokens"] for s in stats.values()) / max(facts.get("seconds", 0.0), 1e-9)
     return record | {"tau": state.point.tau, "tokens_per_second": speed} | facts
 
@@ -131,7 +131,7 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
         found |= {f"budget/{name}/{key}": float(row[key]) for key in BUDGET_FIELDS if key != "tokens"}
     found |= {f"budget/{name}/tokens": float(n) for name, n in record.get("tokens", {}).items()}
     found |= {f"size/{name}/{dim}": v for name, row in record.get("sizes", {}).items() for dim, v in row.items()}
-    for name, row in record.get("experts", {}).items():
+    for name, row in record.get("expert_load", {}).items():
         found |= {f"experts/{name}/{key}": float(row[key]) for key in EXPERT_FIELDS}
     for name, row in record.get("router", {}).items():
         found |= {f"router/{name}/{key}": float(row[key]) for key in ROUTER_FIELDS}

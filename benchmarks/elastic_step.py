@@ -11,8 +11,7 @@ sliced step is measured by (limit 1.08).
 
 A budget is met by shrinking every width dim alike; no layer is dropped (that costs nothing in either case). The
 optimizer steps all weights of the family whatever ran, so its ratio is the same for every budget; the child's own is
-beside it. `experts`: the same of a model with a mixture in every other layer, whose children have half of the experts,
-and half of the neurons of each besides; a token meets as many experts in all of them.
+beside it. `expert_step.py` measures a model with experts by the same functions.
 `memory`: the most bytes of tensors that live at once during a step, weights and gradient buffers not counted.
 """
 
@@ -53,27 +52,6 @@ FULL = Architecture(
     mamba_state_dim=64,
     vocab_size=8192,
 )
-EXPERTS = Architecture(
-    hybrid_override_pattern="MEM*EME",
-    hidden_size=512,
-    ffn_hidden_size=1,
-    num_attention_heads=8,
-    num_query_groups=4,
-    kv_channels=64,
-    mamba_num_heads=16,
-    mamba_head_dim=64,
-    mamba_num_groups=8,
-    mamba_state_dim=64,
-    num_moe_experts=32,
-    moe_ffn_hidden_size=768,
-    moe_router_topk=4,
-    moe_shared_expert_intermediate_size=1536,
-    vocab_size=8192,
-)
-HALVED = {
-    "experts": {"num_moe_experts": 16},
-    "experts and neurons": {"num_moe_experts": 16, "moe_ffn_hidden_size": 384},
-}
 QUICK = Architecture(
     hybrid_override_pattern="M-*-",
     hidden_size=128,
@@ -287,9 +265,6 @@ def main() -> int:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     how = {"length": length, "repetitions": arguments.repetitions, "device": device, "dtype": dtype}
     result = measure(arch, arguments.budgets, **how)
-    if not arguments.quick:
-        result["experts"] = measure(EXPERTS, [], halved=HALVED, **how)
-        result["met"] = result["met"] and result["experts"]["met"]
     return finish(arguments, {**result, "load_average_at_end": round(os.getloadavg()[0], 2)})
 
 

@@ -132,10 +132,7 @@ MEASURES = (
         "elastic_step", "sliced / extracted child", "budgets.*.sliced_over_extracted", "limits.sliced_over_extracted"
     ),
     Measure(
-        "elastic_step",
-        "sliced / extracted, half the experts",
-        "experts.budgets.*.sliced_over_extracted",
-        "limits.sliced_over_extracted",
+        "expert_step", "sliced / extracted child", "budgets.*.sliced_over_extracted", "limits.sliced_over_extracted"
     ),
     Measure("elastic_step", "elastic / plain, full width", "full.elastic_over_plain", "limits.elastic_over_plain"),
     Measure("elastic_step", "sliced / full model", "budgets.*.sliced_time_ratio"),

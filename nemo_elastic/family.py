@@ -102,6 +102,9 @@ def family_of(config: RunConfig, depth_ranking: tuple[int, ...] | None = None) -
     architecture = architecture_of(config.model)
     unit = DEPTH_UNITS[config.elastic.depth_unit or "layer"]
     raise_if_any(block_problems(architecture.hybrid_override_pattern) if unit > 1 else [])
+    if config.elastic.expert_groups is not None and not architecture.layers_of(KIND_OF_DIM["num_moe_experts"]):
+        words = f"{config.elastic.expert_groups} groups of experts, of which the model has none; leave it out"
+        raise ProblemsError([Problem("elastic.expert_groups", words)])
     groups = dim_groups(architecture, config.elastic.groups, unit)
     found: list[Problem] = []
     dims: dict[str, ElasticDim] = {}

@@ -320,7 +320,7 @@ def test_items_of_a_replaced_list_are_of_who_replaced_it() -> None:
 NAMED = {  # override -> whose, and the key that is named
     "elastic.ffn_groups=256": ("qwen3_30b_a3b", "elastic.ffn_groups"),
     "elastic.ffn_groups=16384": ("llama_3_2_1b", "elastic.ffn_groups"),
-    "model.moe_router_topk=1": ("qwen3_30b_a3b", "model.moe_router_pre_softmax"),
+    "model.moe_router_topk=1": ("qwen3_30b_a3b", "model.moe_router_topk"),
     "model.moe_router_score_function=softmax": ("nemotron_3_nano_30b_a3b", "model.moe_router_enable_expert_bias"),
     "model.moe_router_load_balancing_type=sinkhorn": ("qwen3_30b_a3b", "model.moe_router_load_balancing_type"),
     "elastic.dims.num_moe_experts.choices=[128,4]": ("qwen3_30b_a3b", "elastic.dims.num_moe_experts.choices"),

@@ -59,7 +59,7 @@ NOT_HERE = {
     ),
     "python examples/paper_small/think.py --draw": "it draws docs/think.png; test_think.py draws it elsewhere",
     "python examples/paper_small/results.py": "it writes docs/results.md; test_paper_small.py runs it elsewhere",
-    "for name in startup ssd kd_loss ranking serving extract elastic_step family_cost; do\n"
+    "for name in startup ssd kd_loss ranking serving extract elastic_step expert_step family_cost; do\n"
     "    .venv/bin/python benchmarks/$name.py --output benchmarks/results/$name.json > /dev/null\ndone": BENCHMARK,
     "for name in router_budgets ranking_quality; do\n"
     "    .venv/bin/python benchmarks/$name.py --output benchmarks/results/$name.json > /dev/null\ndone": BENCHMARK,

@@ -139,7 +139,7 @@ def test_other_stacks_layers_are_kept_but_for_experts() -> None:
     ("word", "key"),
     [
         ({"moe_router_enable_expert_bias": True}, "moe_router_enable_expert_bias"),
-        ({"moe_router_topk": 1}, "moe_router_pre_softmax"),
+        ({"moe_router_topk": 1}, "moe_router_topk"),
         ({"moe_router_topk": 9}, "moe_router_topk"),
         ({"moe_router_score_function": "relu"}, "moe_router_score_function"),
         ({"moe_router_num_groups": 4}, "moe_router_num_groups"),

@@ -164,7 +164,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step"),
     ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers"),
     ("qwen3_moe", {"norm_topk_prob": "yes"}, "norm_topk_prob"),
-    ("qwen3_moe", {"num_experts_per_tok": 1}, "norm_topk_prob"),
+    ("qwen3_moe", {"num_experts_per_tok": 1}, "num_experts_per_tok"),
     ("qwen3_moe", {"num_experts": 0}, "num_experts"),
     ("qwen3_moe", {"attention_bias": True}, "attention_bias"),
     ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window"),
@@ -291,3 +291,22 @@ def test_what_config_writes_for_a_family_drops_whole_blocks(name: str, tmp_path:
     ):  # whose heads of Mamba a search may cut otherwise than its hidden size; plan says so
         notes = [b["deployment"]["hugging_face"] for b in plan_parent(str(plain))["budgets"]]
         assert {note.split()[0] for note in notes} == {"loads"}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "line", "choices"),
+    [
+        ({"num_experts": 14}, "expert_groups: 2 ", "num_moe_experts: {choices: [14,"),
+        ({"num_experts": 7, "num_experts_per_tok": 2}, "expert_groups: 1 ", "num_moe_experts: {choices: [7,"),
+        ({"moe_intermediate_size": 12}, "ffn_groups: 4 ", "moe_ffn_hidden_size: {choices: [12,"),
+        ({"num_experts": 16, "num_experts_per_tok": 12}, "name: ", "moe_ffn_hidden_size"),
+    ],
+)
+def test_a_start_has_groups_that_divide_and_no_fewer_experts_than_a_token_meets(
+    tmp_path: Path, sizes: dict[str, int], line: str, choices: str
+) -> None:
+    """A child of ours may have 14 experts, and its folder is a parent, too."""
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_30B_A3B | sizes))
+    text = starting_configuration(str(tmp_path))
+    assert line in text and choices in text
+    assert "num_moe_experts: {choices: [16, 8" not in text

@@ -201,6 +201,7 @@ def test_a_plan_of_eight_gpus_within_two_seconds_and_without_torch() -> None:
     ("words", "said"),
     [
         (["--gpus", "0"], "--gpus: 0 must be above 0"),
+        (["--gpus", "1000000000000"], "--gpus: 1000000000000 must be at most 1,048,576"),
         (["--gpus", "8", "--gpu-memory", "-1"], "--gpu-memory: -1 must be a number of GB above 0"),
         (["--gpu-memory", "80"], "--gpu-memory: belongs to --gpus N"),
         (["--gpus", "8", "--search", "uniform"], "--gpus: lays out a configured run"),
@@ -217,7 +218,10 @@ def test_nothing_fits(capsys: pytest.CaptureFixture) -> None:
     found = json.loads(capsys.readouterr().out)
     assert not found["layouts"] and "the leanest needs 43.4 GB" in found["problems"][0]["message"]
     assert main(["plan", "--config", NANO, "--gpus", "7", "--json"]) == 2
-    assert "filled by no layout" in json.loads(capsys.readouterr().out)["problems"][0]["message"]
+    assert (
+        "filled by no layout: TP x PP x CP x DP, with batches dealt in whole micro-batches; nearest: 4, 8"
+        in json.loads(capsys.readouterr().out)["problems"][0]["message"]
+    )
     assert main(["plan", "--config", NANO, "--gpus", "8", "train.stages=[]", "--json"]) == 2
     assert "needs train.stages" in json.loads(capsys.readouterr().out)["problems"][0]["message"]
 

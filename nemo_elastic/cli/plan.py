@@ -12,6 +12,7 @@ from ..files import folder_problems
 from ..problems import Problem, ProblemsError, raise_if_any
 from .arguments import configuration, folders, is_override, overrides, verb_parser
 
+MOST_GPUS = 1 << 20  # more is a slip of the pen, and takes long to lay out
 EXAMPLES = """examples:
   nemo-elastic plan /models/my_parent                    # is it supported, and what a family of it could be
   nemo-elastic plan --config conf/nemotron_nano_12b_v2.yaml
@@ -120,6 +121,8 @@ def _misplaced(arguments: argparse.Namespace) -> list[Problem]:
         found.append(Problem("--gpus", f"lays out a configured run; leave out {'NESTED' if nested else '--search'}"))
     if arguments.gpus is not None and arguments.gpus < 1:
         found.append(Problem("--gpus", f"{arguments.gpus} must be above 0"))
+    if arguments.gpus is not None and arguments.gpus > MOST_GPUS:
+        found.append(Problem("--gpus", f"{arguments.gpus} must be at most {MOST_GPUS:,}"))
     if arguments.gpu_memory is not None and not 0 < arguments.gpu_memory < float("inf"):
         found.append(Problem("--gpu-memory", f"{arguments.gpu_memory:g} must be a number of GB above 0"))
     if arguments.train and arguments.search:
@@ -195,12 +198,15 @@ def _score(arguments: argparse.Namespace, resolved: Any, result: dict[str, Any])
 
     quiet_libraries(arguments.verbose)
     from ..family import Configured
+    from ..importance.store import Importance
     from ..nemo.pipeline import Run
 
     configured = Configured(resolved)
-    space = configured.family().space
-    keyed = {str(i): space.subnet_from_dict(b["subnet"]) for i, b in enumerate(result["budgets"])}
-    losses = Run(configured, run).zero_shot(run / "sorted", keyed)
+    family = configured.family()
+    keyed = {str(i): family.space.subnet_from_dict(b["subnet"]) for i, b in enumerate(result["budgets"])}
+    scored = Run(configured, run)
+    scored.check_sorted(Importance.load(run / "importance", family.architecture))
+    losses = scored.zero_shot(run / "sorted", keyed)
     for i, row in enumerate(result["budgets"]):
         row["heldout_loss"] = losses[str(i)]
 

@@ -100,8 +100,9 @@ def _routing_problems(model: Mapping[str, Any], said: Mapping[str, Any]) -> list
         words = "True needs moe_router_score_function=sigmoid: a softmax takes no bias"
         found.append(Problem("model.moe_router_enable_expert_bias", words))
     if model.get("moe_router_topk") == 1 and not said["moe_router_pre_softmax"]:
-        words = "must be true with moe_router_topk=1: a softmax over one expert is 1 whatever its score"
-        found.append(Problem("model.moe_router_pre_softmax", words))
+        words = "1 with a softmax over the chosen expert alone gives every token the weight 1, which learns nothing; "
+        words += "a softmax over all experts (moe_router_pre_softmax) is what such a model has"
+        found.append(Problem("model.moe_router_topk", words))
     return found
 
 

@@ -46,7 +46,7 @@ NOT_NEGATIVE = (
     "distill.kd_weight",
     "distill.ce_weight", "distill.hidden_weight", "train.optimizer.min_lr",
     "train.optimizer.warmup_steps", "train.optimizer.weight_decay",
-    "train.optimizer.clip_grad", "train.moe_router_bias_update_rate", "data.num_workers", "rank.min_attention_layers",
+    "train.optimizer.clip_grad", "data.num_workers", "rank.min_attention_layers",
     "report.gpu.reserve_gb",
 )  # fmt: skip
 LOGGERS = ("tensorboard", "wandb")
@@ -57,6 +57,7 @@ FRACTIONS = (
     "router.freeze_fraction",
     "router.settle_fraction",
     "report.mfu",
+    "train.moe_router_bias_update_rate",  # a score is from 0 to 1
 )
 
 

@@ -59,6 +59,13 @@ def layouts(work: Work, gpus: int, memory_gb: float, *, contexts: Sequence[int] 
     }
 
 
+def filled(work: Work, gpus: int, reach: int = 64) -> list[int]:
+    """The nearest counts of GPUs below and above `gpus`, at most `reach` away, that some layout fills."""
+    ways = (range(gpus - 1, max(0, gpus - reach), -1), range(gpus + 1, gpus + reach))
+    found = (next((n for n in way if next(candidates(work, n), None)), None) for way in ways)
+    return [n for n in found if n is not None]
+
+
 def candidates(work: Work, gpus: int, contexts: Sequence[int] = CONTEXT) -> Iterator[GpuLayout]:
     """Every layout that the parent's sizes, the curriculum's batches and lengths allow; tensor parallel in a node."""
     run, arch, stages = work.run, work.family.architecture, work.run.train.stages

@@ -193,6 +193,7 @@ class Kind:
             share out what a layer of these sizes computes over whole sequences.
         dispatched: (architecture, sizes) -> elements of a token that its forward sends to the ranks that hold its
             experts and gets back, if all of them are elsewhere.
+        context_dim: the dim that these ranks share out, if there is one.
         aligned: axis of a linear -> how notes call it; `conv_axis`: the axis that the causal convolution runs over;
             `conv_width`: (architecture, sizes, tensor-parallel size, context-parallel size) -> its channels on a rank.
         fp8: axis that FP8 wants in multiples of 16 -> words, in which `{width}` and dims are put.
@@ -228,6 +229,7 @@ class Kind:
     saved: Callable[[Any, Sizes, Ran], dict[str, float]]
     exchanged: Callable[[Any, Sizes, int], float] = lambda arch, sizes, context: 0.0
     shares_context: Callable[[Any, Sizes, int, int], bool] = lambda arch, sizes, ranks, context: True
+    context_dim: str | None = None
     dispatched: Callable[[Any, Sizes], float] = lambda arch, sizes: 0.0
     aligned: Mapping[str, str] = field(default_factory=dict)
     conv_axis: str | None = None

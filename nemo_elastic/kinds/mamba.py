@@ -183,6 +183,7 @@ MAMBA = Kind(
     saved=_saved,
     exchanged=_exchanged,
     shares_context=_shares_context,
+    context_dim="mamba_num_heads",
     aligned={"z+x+B+C+dt": "in_proj rows z+x+B+C+dt", "x": "out_proj columns"},
     conv_axis="x+B+C",
     conv_width=_conv_width,

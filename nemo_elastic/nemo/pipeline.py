@@ -117,20 +117,30 @@ class Run:
         """The sorted parent's folder.
 
         Raises:
-            ProblemsError: it is there, but sorted by other scores or groups: these would cut it in the wrong places.
+            ProblemsError: of `check_sorted`.
         """
         folder, layout = self.out / "sorted", self.configured.family().layout
         if process_groups.rank() == 0 and (force or not folder.is_dir()):
             reader = open_parent(self.config.parent, layout)
             write_sorted(folder, reader, layout, importance, source=str(self.config.parent.path), force=force)
         process_groups.barrier()
-        if not is_sorted_by(sorted_parent(folder), importance, layout):
-            words = (
-                "is sorted by other scores, ffn_groups or expert_groups than this run's; "
-                "`nemo-elastic sort --force` sorts it again"
-            )
-            raise ProblemsError([Problem(str(folder), words)])
+        self.check_sorted(importance)
         return folder
+
+    def check_sorted(self, importance: Importance) -> None:
+        """That the sorted parent is sorted by these scores, into this run's groups.
+
+        Raises:
+            ProblemsError: by others: these would cut it in the wrong places.
+        """
+        folder = self.out / "sorted"
+        if is_sorted_by(sorted_parent(folder), importance, self.configured.family().layout):
+            return
+        words = (
+            "is sorted by other scores, ffn_groups or expert_groups than this run's; "
+            "`nemo-elastic sort --force` sorts it again"
+        )
+        raise ProblemsError([Problem(str(folder), words)])
 
     def train(self, sorted_folder: Path, *, resume_from: Path | None = None) -> Trained:
         """The elastic run."""

@@ -61,11 +61,10 @@ def chunk_step(tensor_parallel: int, context_parallel: int) -> int:
 def _sizes(family: Family) -> Iterator[tuple[str, int]]:
     """(dim, size) of the parent and all that a child may have, of dims that are split over ranks."""
     pattern = family.architecture.hybrid_override_pattern
-    for kind in kinds_of(pattern):
-        for name in (dim.name for dim in kind.dims):
-            dim, given = family.space.dims[name], [row_of(s, name) for s in family.forced.values()]
-            for size in sorted({dim.full, *dim.choices, *(n for row in given for n in row)}, reverse=True):
-                yield name, size
+    for name in (kind.context_dim for kind in kinds_of(pattern) if kind.context_dim):
+        dim, given = family.space.dims[name], [row_of(s, name) for s in family.forced.values()]
+        for size in sorted({dim.full, *dim.choices, *(n for row in given for n in row)}, reverse=True):
+            yield name, size
 
 
 def _is_shared(family: Family, tensor_parallel: int, context_parallel: int, name: str, size: int) -> bool:
@@ -73,5 +72,5 @@ def _is_shared(family: Family, tensor_parallel: int, context_parallel: int, name
     return all(
         kind.shares_context(arch, {name: size}, tensor_parallel, context_parallel)
         for kind in kinds_of(arch.hybrid_override_pattern)
-        if name in [dim.name for dim in kind.dims]
+        if name == kind.context_dim
     )

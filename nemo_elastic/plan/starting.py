@@ -5,21 +5,25 @@ ones that its groups and kernels allow; budgets are three quarters and half of t
 can reach.
 """
 
+from collections.abc import Mapping
+from math import gcd
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ..config.load import load_config, load_values
+from ..config.model_fields import architecture_of
 from ..config.parent_files import ParentFiles, folder_of, parent_files
 from ..config.parent_hf import adapter_of_model
 from ..config.sections import RunConfig
 from ..cost.counts import parameters
 from ..family import Family, family_of
 from ..kinds import dims
+from ..kinds.axis import Groups
 from ..problems import Problem, ProblemsError
 from ..space.blocks import DEPTH_UNITS
-from ..space.dims import HIDDEN, KIND_OF_DIM
+from ..space.dims import DEALT_DIMS, DEFAULT_FFN_GROUPS, HIDDEN, KIND_OF_DIM, dim_groups, least_size, parent_size
 
 RATIOS: dict[str, tuple[float, ...]] = {HIDDEN: (1.0, 0.875, 0.75), **{dim.name: dim.ratios for dim in dims()}}
 SHALLOWEST, DEPTHS = 0.75, 4  # of the layers; how many smaller depths to offer
@@ -42,6 +46,7 @@ def starting_configuration(path: str, key: str = "--from") -> str:
         if name in sizes:
             own, *less = sizes[name]
             sizes[name] = (own, *(n for n in less if all(size % n == 0 for size in sizes.get(of, ()))))
+    pattern = family.architecture.hybrid_override_pattern
     arch, whole = family.architecture, parameters(family.layout, family.space.full_subnet())
     smallest = family.space.subnet(**{name: choices[-1] for name, choices in sizes.items()})
     large, small = _budgets(parameters(family.layout, smallest) / whole)
@@ -57,6 +62,7 @@ def starting_configuration(path: str, key: str = "--from") -> str:
         "",
         "elastic:",
         *([f"  depth_unit: {said.depth_unit} # of a mixer and its MLP"] if said.depth_unit != "layer" else []),
+        *(f"  {name}: {count} # which divide its sizes" for name, count in _groups(said.model, pattern).items()),
         "  dims: # sizes; the parent's own first",
         *(f"    {name}: {{choices: {list(choices)}}}" for name, choices in sizes.items()),
         "  budgets: # fractions of the parent's parameters; also a number of them, or {kind: memory_gb, value: 12}",
@@ -103,15 +109,36 @@ def _family(path: str, said: ParentFiles) -> Family:
         if ratios and KIND_OF_DIM.get(name, pattern[:1]) in pattern
     }
     unit = DEPTH_UNITS[said.depth_unit]
+    arch, groups = architecture_of(model), _groups(model, pattern)
+    neurons = groups.get("ffn_groups", DEFAULT_FFN_GROUPS)
+    steps = dim_groups(arch, Groups(neurons, groups.get("expert_groups", neurons)))
+    for name, dim in chosen.items():  # a token meets as many experts as in the parent: a child has no fewer
+        full, step, least = parent_size(arch, name), steps[name], least_size(arch, name)
+        dim["choices"] = [r for r in dim["choices"] if r == 1.0 or round(r * full / step) * step >= least]
     layers = len(pattern) // unit
     lowest = -int(-layers * SHALLOWEST // 1)
     step = max(1, -int(-(layers - lowest) // DEPTHS))
     chosen["num_layers"] = {"choices": [unit * n for n in (layers, *range(layers - step, lowest - 1, -step))]}
     return family_of(
         load_values(
-            {"parent": {"path": path}, "model": dict(model), "elastic": {"depth_unit": said.depth_unit, "dims": chosen}}
+            {
+                "parent": {"path": path},
+                "model": dict(model),
+                "elastic": {"depth_unit": said.depth_unit, "dims": chosen, **groups},
+            }
         )
     )
+
+
+def _groups(model: Mapping[str, Any], pattern: str) -> dict[str, int]:
+    """Fields of `elastic`: fewer groups than usual, where those do not divide what is dealt to them."""
+    found: dict[str, int] = {}
+    for name, field in DEALT_DIMS.items():
+        if KIND_OF_DIM[name] in pattern and isinstance(model.get(name), int) and model[name] > 0:
+            found[field] = gcd(found.get(field, DEFAULT_FFN_GROUPS), model[name])
+    if found.get("expert_groups") == found.get("ffn_groups"):
+        found.pop("expert_groups", None)  # as many as of neurons, where nothing is said
+    return {field: count for field, count in found.items() if count != DEFAULT_FFN_GROUPS or field == "expert_groups"}
 
 
 def _budgets(smallest: float) -> tuple[float, float]:

@@ -115,6 +115,28 @@ def identities_kernels(machine: Machine) -> Found:
     return Found(equal(machine, KERNEL_LIMIT if real else LIMIT), stand_in=not real)
 
 
+@check(stage=2, seconds=40, predicted={"masked_sliced": (None, 1e-5), "gradients": (None, 1e-4)})
+def experts(machine: Machine) -> Found:
+    """A mixture of experts, masked and sliced, in fp32 (in bf16 a tie may choose another expert)"""
+    one_process()
+    from expert_features import parts
+    from pool_elastic import elastic_model, layout_of, run_plan, tokens
+    from small_parent import space_of
+
+    from nemo_elastic.mcore.elastic.plan import hard_plan
+
+    arch, function = parts("nemotron")
+    layout, subnet = layout_of(arch), space_of(arch).subnet(hidden_size=36, num_moe_experts=4, moe_ffn_hidden_size=8)
+    model, ids = elastic_model(arch, function=function).to(machine.device), tokens(arch).to(machine.device)
+    (masked, whole), (sliced, cut) = (
+        run_plan(model, ids, hard_plan(layout, subnet, mode), layout) for mode in ("masked", "sliced")
+    )
+    logits = difference(sliced, masked)
+    gradients = max(difference(cut[n], value) for n, value in whole.items() if value.any())
+    assert logits < 1e-5 and gradients < 1e-4, (logits, gradients)
+    return Found({"masked_sliced": logits, "gradients": gradients})
+
+
 @check(stage=2, seconds=20, predicted={"waits": (0, 0)})
 def waits(machine: Machine) -> Found:
     """Waits for the device in a forward and backward, masked and sliced"""

@@ -30,7 +30,7 @@ def plan_tables(result: Mapping[str, Any]) -> list[Any]:
         columns |= {"GFLOPs/token": lambda b: f"{b['flops_per_token'] / 1e9:.3f}"}
     for heading in columns:
         left = heading in ("budget", "subnet", "target")
-        table.add_column(heading, no_wrap=True, justify="left" if left else "right")
+        table.add_column(heading, overflow="fold", justify="left" if left else "right")
     for row in result["budgets"]:
         table.add_row(*(column(row) for column in columns.values()))
     where = f"{serving['batch_size']} x {serving['sequence_length']:,} tokens, {escape(serving['profile'])}"

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..config.parent_files import parent_files
+from ..config.parent_files import BUILTIN, folder_of, parent_files
 from ..config.sections import RunConfig
 from ..cost.budget import BudgetCost
 from ..cost.conditions import Serving, serving_of
@@ -44,6 +44,11 @@ def plan(
         family = family_of(replace(run, elastic=bare))
     found += parallel_problems(family.architecture, run.train, family.space.groups)
     found += context_problems(family, run.train)
+    if (run.parent.path or "").startswith(BUILTIN):  # others may be on a machine that this is not
+        try:
+            folder_of(str(run.parent.path))
+        except ProblemsError as error:
+            found += error.problems
     found += low_precision_problems(run.model)
     try:
         serving = serving_of(run.report, family.architecture)

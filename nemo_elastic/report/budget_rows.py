@@ -20,6 +20,7 @@ class BudgetRow:
     """What is known of one budget. Losses are nats per token on held-out text; None: not known.
 
     Attributes:
+        active_parameters: of one token, where that is fewer than all.
         before: the child as it was before training (zero-shot).
         nested: the subnet inside the elastic model; `child`: the extracted model, loaded on its own.
         source: `results` or `log`.
@@ -29,6 +30,7 @@ class BudgetRow:
     target: str = ""
     subnet: Mapping[str, Any] | None = None
     parameters: int | None = None
+    active_parameters: int | None = None
     percent_of_parent: float | None = None
     memory_bytes: float | None = None
     before: float | None = None
@@ -52,12 +54,19 @@ class BudgetRow:
 def budget_rows(run: RunFolder) -> list[BudgetRow]:
     """A row per budget in the configuration's order."""
     by_name = {b["name"]: b for b in run.results.get("budgets", ()) if isinstance(b, Mapping) and "name" in b}
-    return [
+    rows = [
         _with_before(run, result_row(by_name[name], _target_of_config(run, name)))
         if name in by_name
         else _logged_row(run, name)
         for name in run.budget_names
     ]
+    return [_with_active(run, row) for row in rows]
+
+
+def _with_active(run: RunFolder, row: BudgetRow) -> BudgetRow:
+    subnet = run.subnet(row.subnet)
+    active = None if subnet is None else run.active_parameters(subnet)
+    return row if active is None or active == row.parameters else replace(row, active_parameters=active)
 
 
 def _with_before(run: RunFolder, row: BudgetRow) -> BudgetRow:
@@ -139,8 +148,8 @@ def target_words(target: Any) -> str:
     kind, value = target.get("kind"), target["value"]
     if kind == "fraction":
         return f"{100 * value:.4g}% of parameters"
-    if kind == "parameters":
-        return f"{value:,.0f} parameters"
+    if kind in ("parameters", "active_parameters"):
+        return f"{value:,.0f} {kind.replace('_', ' ')}"
     unit = {"memory_gb": "GB of memory", "latency_ms": "ms"}.get(str(kind), str(kind))
     return f"{value:g} {unit}"
 

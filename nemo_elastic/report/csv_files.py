@@ -49,13 +49,14 @@ def sheets(run: RunFolder, rows: list[BudgetRow]) -> list[Sheet]:
 
 def _budgets(rows: list[BudgetRow]) -> Sheet:
     names = (
-        *("name", "target", *KEPT, "layers", "parameters", "percent_of_parent", "memory_bytes"),
+        *("name", "target", *KEPT, "layers", "parameters", "active_parameters"),
+        *("percent_of_parent", "memory_bytes"),
         *("heldout_before", "heldout_nested", "heldout_child", "verified", "max_abs_difference", "source"),
     )
     body = []
     for r in rows:
         sizes = [(r.subnet or {}).get(name) for name in KEPT]
-        cost = (r.parameters, r.percent_of_parent, r.memory_bytes)
+        cost = (r.parameters, r.active_parameters, r.percent_of_parent, r.memory_bytes)
         losses = (r.before, r.nested, r.child, r.verified, r.max_abs_difference, r.source)
         body.append((r.name, r.target, *sizes, r.layers, *cost, *losses))
     return Sheet("budgets", names, tuple(body))

@@ -12,7 +12,7 @@ from typing import Any
 from ..config.load import load_values
 from ..config.sections import ReportConfig, RunConfig
 from ..cost.conditions import byte_profile
-from ..cost.counts import memory, parameters
+from ..cost.counts import active_parameters, memory, parameters
 from ..family import Family, family_of
 from ..files import read_json
 from ..problems import Problem, ProblemsError
@@ -120,6 +120,10 @@ class RunFolder:
     def parameters(self, subnet: Subnet) -> int:
         """Exact count of a child."""
         return parameters(self.layout, subnet)
+
+    def active_parameters(self, subnet: Subnet) -> int:
+        """Exact count of what one token meets of a child."""
+        return active_parameters(self.layout, subnet)
 
     def memory_bytes(self, subnet: Subnet) -> float:
         """Bytes of one serving copy at the report's batch size, length and profile."""

@@ -151,6 +151,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     *((kind, {"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_scaling") for kind in ("llama", "qwen3")),
     *((kind, {"partial_rotary_factor": 0.25}, "partial_rotary_factor") for kind in ("llama", "bamba")),
     *(("nemotron_h", {key: 2}, key) for key in ("n_group", "topk_group", "n_shared_experts")),
+    ("qwen3_moe", {"num_experts": None}, "num_experts"),
+    ("qwen3_moe", {"num_experts_per_tok": None}, "num_experts_per_tok"),
     *(("nemotron_h", {key: None}, key) for key in ("n_routed_experts", "moe_intermediate_size", "num_experts_per_tok")),
     ("nemotron_h", {"norm_topk_prob": False}, "norm_topk_prob"),
     ("nemotron_h", {"num_experts_per_tok": 1}, "norm_topk_prob"),

@@ -184,7 +184,9 @@ def _read(one: Field, said: Said, model: Model) -> Any:
     elif value is None and one.null and (one.missing or one.keys[0] in said.config):
         value = model.get(one.null)
     elif value is None and one.default is not None:
-        return one.default
+        null = one.kind == "size" and one.default and any(key in said.config for key in one.keys)
+        if not null:  # else it is refused as no number: its class would not take the default either
+            return one.default
     if one.kind == "flag":
         if value is not None and not isinstance(value, bool):
             said.wrong(one.keys[0], f"{value!r} must be true or false")

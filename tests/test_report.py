@@ -203,8 +203,8 @@ def test_the_load_of_experts_is_drawn_and_written(tmp_path: Path) -> None:
     path = out / "logs" / "train.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     rows = {"small": {"tokens": {"1": [6, None, 2, None], "3": [3, 3, 0, 2]}, "busiest": 1.5, "idle": 0.125}}
-    lines[9]["experts"] = {"full": {"tokens": {"1": [1, 1, 1, 1]}, "busiest": 1.0, "idle": 0.0}, **rows}
-    lines[19]["experts"] = rows
+    lines[9]["expert_load"] = {"full": {"tokens": {"1": [1, 1, 1, 1]}, "busiest": 1.0, "idle": 0.0}, **rows}
+    lines[19]["expert_load"] = rows
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     text = Page(write_report(out).read_text(encoding="utf-8")).text
     assert "Load of experts" in text and (out / "report" / "expert_load.png").is_file()

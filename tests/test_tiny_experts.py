@@ -40,7 +40,7 @@ def test_the_configuration_is_the_parents_and_its_budgets_differ_in_what_they_co
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("train.moe_router_bias_update_rate=-1",), "train.moe_router_bias_update_rate: -1.0 must not be negative"),
+        (("train.moe_router_bias_update_rate=-1",), "train.moe_router_bias_update_rate: -1.0 must be from 0 to 1"),
         (("train.moe_router_bias_update_rate=.inf",), "train.moe_router_bias_update_rate: inf must be finite"),
     ],
 )

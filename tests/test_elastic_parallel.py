@@ -92,8 +92,14 @@ def pool_of(request: pytest.FixtureRequest, layout: dict[str, Any]) -> WorkerPoo
     return request.getfixturevalue(f"pool{layout.get('tp', 1) * layout.get('pp', 1) * layout.get('cp', 1)}")
 
 
-@pytest.mark.parametrize("kind", ["ddp", "ddp_recompute"])
-@pytest.mark.parametrize("name", ["tp2", "tp2_pp2_sp", "tp4", "cp2_tp2_sp"])
+def each(*names: str) -> list[Any]:
+    """(layout, kind); of context parallelism one is quick."""
+    late = {(n, "ddp_recompute") for n in names if n.startswith("cp")}
+    pairs = [(n, kind) for n in names for kind in ("ddp", "ddp_recompute")]
+    return [pytest.param(*p, marks=pytest.mark.slow if p in late else (), id="-".join(p)) for p in pairs]
+
+
+@pytest.mark.parametrize(("name", "kind"), each("tp2", "tp2_pp2_sp", "tp4", "cp2_tp2_sp"))
 def test_a_layout_changes_nothing_of_a_dense_parents_features(
     request: pytest.FixtureRequest, one_rank: None, name: str, kind: str
 ) -> None:
@@ -117,8 +123,7 @@ def test_context_parallel_ranks_change_nothing_of_other_stacks(
     assert_same(pool.run(pool_elastic.schedule_step, **LAYOUTS[name], ddp=True, **alone), _features[key])
 
 
-@pytest.mark.parametrize("kind", ["ddp", "ddp_recompute"])
-@pytest.mark.parametrize("name", ["tp2", "tp2_pp2_sp", "tp4", "cp2_pp2"])
+@pytest.mark.parametrize(("name", "kind"), each("tp2", "tp2_pp2_sp", "tp4", "cp2_pp2"))
 def test_a_layout_changes_nothing_of_experts(
     request: pytest.FixtureRequest, one_rank: None, name: str, kind: str, feature: str = "nemotron"
 ) -> None:

@@ -178,7 +178,10 @@ def one_process(one_rank: None) -> dict[str, Any]:
     return run()
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+QUICK = ("tp2_sp", "pp2", "ep2")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in LAYOUTS])
 def test_every_layout_counts_and_moves_alike(
     name: str, one_process: dict[str, Any], pool2: WorkerPool, request: pytest.FixtureRequest
 ) -> None:

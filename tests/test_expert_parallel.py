@@ -56,8 +56,13 @@ def replicas_of(name: str) -> int:
     return SIZES[name] // (layout.get("tp", 1) * layout.get("pp", 1))
 
 
-@pytest.mark.parametrize("feature", ["nemotron", "granite"])
-@pytest.mark.parametrize("name", list(LAYOUTS))
+CASES = [(name, feature) for name in LAYOUTS for feature in ("nemotron", "granite")]
+QUICK = {("ep4", "nemotron"), ("ep2_tp2_sp", "granite"), ("ep2_pp2", "nemotron"), ("ep2_dp2", "granite")}
+
+
+@pytest.mark.parametrize(
+    ("name", "feature"), [pytest.param(*c, marks=() if c in QUICK else pytest.mark.slow, id="-".join(c)) for c in CASES]
+)
 def test_expert_parallel_is_one_process(
     request: pytest.FixtureRequest, one_rank: None, name: str, feature: str
 ) -> None:

@@ -61,7 +61,7 @@ NOT_HERE = {
     "python examples/paper_small/results.py": "it writes docs/results.md; test_paper_small.py runs it elsewhere",
     "for name in startup ssd kd_loss ranking serving extract elastic_step expert_step family_cost; do\n"
     "    .venv/bin/python benchmarks/$name.py --output benchmarks/results/$name.json > /dev/null\ndone": BENCHMARK,
-    "for name in router_budgets ranking_quality; do\n"
+    "for name in router_budgets ranking_quality expert_ranking; do\n"
     "    .venv/bin/python benchmarks/$name.py --output benchmarks/results/$name.json > /dev/null\ndone": BENCHMARK,
     ".venv/bin/python benchmarks/router_against_uniform.py --out runs/uniform "
     "--output benchmarks/results/router_against_uniform.json": BENCHMARK,

@@ -125,7 +125,7 @@ def check(
         for mode, kept in found["runs"].items():
             way = ways[mode]
             once = saved_bytes(table, how, way, stage, LENGTH, recompute)
-            close = 0.06 if cp > 1 and element == 4 else 0.05  # the mask of torch's later chunk of queries is a guess
+            close = 0.06 if cp > 1 and element == 4 else 0.05  # torch's attention keeps a mask
             assert kept["saved"] == pytest.approx(once * how.in_flight(stage, MICRO_BATCHES), rel=close), (
                 rank, mode)  # fmt: skip
             exchange = {"students": [way], "seq_length": LENGTH, "micro_batches": MICRO_BATCHES}

@@ -50,8 +50,6 @@ def _saved(arch: Any, sizes: Sizes, ran: Ran) -> dict[str, float]:
     kept = {"qkv": queries + 2 * keys, "into proj": queries}
     if ran.context > 1 and not ran.selective:
         kept["gathered keys and values"] = 2 * keys * ran.context
-        if ran.kernels == "torch":  # of the later chunk of queries; flash attention makes none
-            kept["mask"] = e * ran.length / 2 / ran.sequences
     kept |= {} if ran.selective else {"log-sum-exp": wide * heads / ran.ranks}
     if arch.qk_layernorm:  # in fp32: what each normed and the normed one, with a factor a head
         taken = queries + keys if e != wide else queries if heads > groups else 0  # in fp32 already there, or copied

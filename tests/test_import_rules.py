@@ -263,3 +263,10 @@ def test_planning_loads_nothing_heavy() -> None:
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == []
+
+
+def test_checks_before_a_run_load_no_engine() -> None:
+    """What they refuse is refused in seconds: Megatron alone takes ten to import on a busy machine."""
+    code = "import nemo_elastic.mcore.family.checks, sys; print(*{'megatron', 'nemo'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0 and result.stdout.split() == [], result.stderr + result.stdout

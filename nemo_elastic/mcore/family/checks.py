@@ -18,7 +18,6 @@ from ...problems import Problem, ProblemsError, raise_if_any
 from ...processes.launchers import data_parallel_size
 from ...processes.run_parts import PARTS
 from ...space.alignment import convolution_notes
-from ..kernels.layer_specs import have_transformer_engine
 from ..models.parents import open_parent
 from ..runtime.cpu import has_mamba_kernels
 
@@ -68,7 +67,8 @@ def kernel_problems(config: RunConfig, family: Family) -> list[Problem]:
     if has_mamba_kernels():
         notes = convolution_notes(family.space, train.tensor_model_parallel_size, train.context_parallel_size)
         found += [Problem("elastic.dims", note) for note in notes]
-    if train.context_parallel_size > 1 and train.precision == "32" and have_transformer_engine():
+    has_engine = importlib.util.find_spec("transformer_engine") is not None
+    if train.context_parallel_size > 1 and train.precision == "32" and has_engine:
         words = "32 has no attention kernel of Transformer Engine under context parallelism; take bf16-mixed"
         found.append(Problem("train.precision", words))
     return found

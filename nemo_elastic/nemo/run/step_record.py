@@ -1,7 +1,7 @@
 """What a training step leaves in the log: one record of plain values, and the scalars of it by name.
 
     record = {step, phase, budgets: {name: {kd, ce, hidden, tokens, budget_loss}},
-              experts: {name: {tokens: {layer: per expert}, busiest, idle}},
+              expert_load: {name: {tokens: {layer: per expert}, busiest, idle}},
               router: {name: {price, argmax_error, error, entropy: {dim:}, probabilities: {dim: rows}}},
               sizes: {name: {dim:}}, tokens: {name:}, tau, lr, seconds, cpu_seconds,
               tokens_per_second, grad_norm, router_grad_norm}

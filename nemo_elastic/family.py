@@ -31,7 +31,8 @@ from .space.subnet import Subnet
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """Parent, space and budgets. `forced` holds the subnets of budgets that are given instead of learned (all of them
-    when `router.frozen`). `model`: the parent's model section.
+    when nothing is left to a router or a race). `races`: candidates race for the others. `model`: the parent's model
+    section.
     """
 
     architecture: Architecture
@@ -40,6 +41,7 @@ class Family:
     forced: Mapping[str, Subnet]
     notes: tuple[str, ...] = ()
     model: Mapping[str, Any] | None = None
+    races: bool = False
 
     @cached_property
     def layout(self) -> ParamLayout:
@@ -48,6 +50,16 @@ class Family:
     @property
     def learned(self) -> tuple[str, ...]:
         """Budgets that a router decides: neither the full network nor forced."""
+        return () if self.races else self.open
+
+    @property
+    def raced(self) -> tuple[str, ...]:
+        """Budgets that a race decides."""
+        return self.open if self.races else ()
+
+    @property
+    def open(self) -> tuple[str, ...]:
+        """Budgets whose shape training decides: neither the full network nor forced."""
         return tuple(b.name for b in self.budgets if not b.is_full and b.name not in self.forced)
 
     def budget(self, name: str) -> Budget:
@@ -169,10 +181,11 @@ def family_of(config: RunConfig, depth_ranking: tuple[int, ...] | None = None) -
             words = "is another network, but this budget is the parent itself; remove it or lower the budget"
             raise ProblemsError([Problem(f"elastic.subnets.{name}", words)])
     free = [b for b in budgets if b.name not in forced and not b.is_full]
-    if config.router.frozen and free:
+    if free and not (config.router.learns or config.router.races):
         forced |= _uniform(config, space, free)
         if config.router.searches:
-            notes.append("router.shapes=greedy finds shapes once there is a ranking; even shrinking stands in for them")
+            found_by = f"router.shapes={config.router.method}"
+            notes.append(f"{found_by} finds shapes once there is a ranking; even shrinking stands in for them")
     return Family(
         architecture=architecture,
         space=space,
@@ -180,11 +193,12 @@ def family_of(config: RunConfig, depth_ranking: tuple[int, ...] | None = None) -
         forced=forced,
         notes=tuple(notes),
         model=config.model,
+        races=config.router.races,
     )
 
 
 def _uniform(config: RunConfig, space: ElasticSpace, budgets: Iterable[Budget]) -> dict[str, Subnet]:
-    """What a frozen router means for budgets without a subnet of their own: the even shrink that meets them."""
+    """What stands for budgets without a subnet of their own before anything is searched: the even shrink."""
     layout = ParamLayout(space.architecture, ffn_groups=space.groups)
     conditions = serving_of(config.report, space.architecture).conditions
     found: list[Problem] = []

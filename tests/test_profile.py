@@ -206,7 +206,7 @@ def test_a_router_learns_a_latency_and_its_choice_is_repaired_to_fit(known):
         budget_loss(ratio, 0.0, config).backward()
         optimizer.step()
     assert abs(ratios[0] - 1) > 0.05 > 0.02 > abs(ratios[-1] - 1)
-    chosen = choose(router(router.budget_vector("fast")).probabilities, cost, tolerance=0.01, fill=True)
+    chosen = choose(router(router.budget_vector("fast")).probabilities, cost, tolerance=0.01, shortfall=0.01)
     assert chosen.error <= 0.01
     assert chosen.cost == pytest.approx(cost.of(subnet_of(space, chosen.selection)), rel=1e-12)
     uniform, drawn = propose_uniform(cost), propose_random(cost, 2, seed=1)

@@ -11,8 +11,8 @@ from small_parent import architecture
 from nemo_elastic.cost.budget import BudgetCost
 from nemo_elastic.cost.counts import active_parameters, parameters
 from nemo_elastic.problems import ProblemsError
-from nemo_elastic.router import repair
 from nemo_elastic.router.repair import choose
+from nemo_elastic.shapes import knapsack
 from nemo_elastic.space.budget import Budget
 from nemo_elastic.space.choices import choice_shapes, subnet_of
 from nemo_elastic.space.dims import ElasticDim, dim_groups, parent_size
@@ -95,7 +95,7 @@ def test_several_dims_of_a_layer_are_set_together(kind, per_layer):
 
 
 def test_repair_by_multiplier_is_close_to_the_best(monkeypatch):
-    monkeypatch.setattr(repair, "EXHAUSTIVE_ROWS", 0)  # what spaces too large to try out take
+    monkeypatch.setattr(knapsack, "EXHAUSTIVE_ROWS", 0)  # what spaces too large to try out take
     few = {"num_attention_heads": (8, 4), "mamba_num_heads": (16, 12, 8), "num_layers": (12, 10)}
     cost = make_cost(0.85, per_layer=True, choices=few)
     for seed in range(3):
@@ -112,7 +112,7 @@ def test_a_large_space_is_repaired_to_within_the_tolerance(value):
     cost = make_cost(value, per_layer=True)
     for seed in range(2):
         pi = random_probabilities(cost.space, seed, sharpness=4.0)
-        chosen = choose(pi, cost, tolerance=TOLERANCE, fill=True)
+        chosen = choose(pi, cost, tolerance=TOLERANCE, shortfall=TOLERANCE)
         assert abs(chosen.error) <= TOLERANCE
 
 
@@ -122,7 +122,7 @@ def test_what_fits_is_left_alone_and_a_shortfall_is_said():
     chosen = choose(pi, cost, tolerance=TOLERANCE)
     assert not chosen.is_repaired and chosen.error == chosen.argmax_error < -TOLERANCE
     assert "below the budget" in chosen.note(TOLERANCE)
-    filled = choose(pi, cost, tolerance=TOLERANCE, fill=True)
+    filled = choose(pi, cost, tolerance=TOLERANCE, shortfall=TOLERANCE)
     assert filled.is_repaired and abs(filled.error) <= TOLERANCE
     assert "repaired to" in filled.note(TOLERANCE)
 

@@ -94,7 +94,7 @@ def train(toy: Toy, config: RouterConfig, seed: int, steps: int, noise: float):
             gumbel = gumbel_noise(router.shapes, seed, step, index)
             output = router(router.budget_vector(name), tau=point.tau, scale=point.scale, noise=gumbel)
             clean = {n: torch.softmax(z.detach(), -1) for n, z in output.logits.items()}
-            chosen = choose(clean, toy.costs[name], tolerance=TOLERANCE, fill=True)
+            chosen = choose(clean, toy.costs[name], tolerance=TOLERANCE, shortfall=TOLERANCE)
             if point.phase == "hard":
                 total = total + commitment_loss(output.logits, chosen.selection)
                 continue

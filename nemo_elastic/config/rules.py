@@ -10,7 +10,7 @@ from ..space.blocks import DEPTH_UNITS
 from ..space.budget import name_problems
 from ..space.dims import DIMS, WIDTH_DIMS
 from .durations import seconds_of
-from .sections import AUTO, PHASES, RunConfig, StageConfig
+from .sections import AUTO, PHASES, RACE_PHASES, SHAPES, RouterConfig, RunConfig, StageConfig
 
 ALLOWED = {
     "parent.output_weights": (None, "embedding", "lm_head"),
@@ -21,7 +21,7 @@ ALLOWED = {
     "rank.depth_metric": ("centred_mse", "mse"),
     "elastic.depth_unit": (None, *DEPTH_UNITS),
     "router.recipe": ("default", "paper"),
-    "router.shapes": ("even", "greedy"),
+    "router.shapes": (AUTO, *SHAPES),
     "distill.loss": ("forward_kl", "reverse_kl", "topk_kl"),
     "train.mode": ("sliced", "masked"),
     "train.precision": ("auto", "32", "bf16-mixed"),
@@ -31,7 +31,8 @@ ALLOWED = {
 }
 POSITIVE = (
     "elastic.ffn_groups", "rank.samples", "rank.seq_length", "rank.micro_batch_size", "rank.depth_samples",
-    "router.hidden_size", "router.tau_start", "router.tau_end", "router.lr", "distill.temperature",
+    "router.candidates", "router.race_rounds", "router.hidden_size",
+    "router.tau_start", "router.tau_end", "router.lr", "distill.temperature",
     "distill.top_k", "distill.budgets_per_batch", "train.micro_batch_size",
     "train.optimizer.lr", "train.log_every_steps",
     "train.wait_minutes", "train.val_every_steps", "train.val_samples", "train.save_every_steps", "report.batch_size",
@@ -56,6 +57,7 @@ FRACTIONS = (
     "router.soft_fraction",
     "router.freeze_fraction",
     "router.settle_fraction",
+    "router.race_fraction",
     "report.mfu",
     "train.moe_router_bias_update_rate",  # a score is from 0 to 1
 )
@@ -182,8 +184,7 @@ def _elastic_problems(config: RunConfig) -> Iterable[Problem]:
     if config.rank.ffn_site == "linear_fc1_output" and config.model.get("gated_linear_unit"):
         words = "linear_fc1_output has a gate and a neuron for each unit of a gated MLP; rank by linear_fc2_input"
         yield Problem("rank.ffn_site", words)
-    if config.router.shapes == "greedy" and not config.router.frozen:
-        yield Problem("router.shapes", "greedy needs router.frozen=true; else the router learns the shapes")
+    yield from _shape_problems(config.router)
     for name in config.elastic.dims:
         if name not in DIMS:
             yield Problem(f"elastic.dims.{name}", f"is no elastic dim{did_you_mean(name, DIMS)}")
@@ -199,20 +200,39 @@ def _elastic_problems(config: RunConfig) -> Iterable[Problem]:
             yield Problem(f"elastic.subnets.{name}", f"is no budget{did_you_mean(name, config.elastic.budgets)}")
 
 
+def _shape_problems(router: RouterConfig) -> Iterable[Problem]:
+    if router.frozen and router.method in ("race", "learned"):
+        words = f"{router.method} is nothing frozen; leave router.frozen out, or say search, greedy or even"
+        yield Problem("router.shapes", words)
+    if router.recipe == "paper" and not (router.learns or router.frozen):
+        words = f"{router.shapes} leaves nothing to learn by router.recipe=paper; say learned, or leave that out"
+        yield Problem("router.shapes", words)
+    if not router.candidate_spread >= 1:
+        yield Problem(
+            "router.candidate_spread", f"{router.candidate_spread} must be at least 1, the least damage itself"
+        )
+    if router.shortfall is not None and not 0 <= router.shortfall < 1:
+        yield Problem("router.shortfall", f"{router.shortfall} must be a part of the budget, from 0 to less than 1")
+
+
 def _stage_problems(config: RunConfig) -> Iterable[Problem]:
+    phases = config.router.phases
     previous, named = -1, [stage.router is not None for stage in config.train.stages]
     if any(named) and not all(named):
         yield Problem("train.stages", "give `router` for every stage or for none")
     for i, stage in enumerate(config.train.stages):
         key = f"train.stages.{i}"
         yield from _stage_sizes(config, stage, key)
-        if stage.router is not None and stage.router not in PHASES:
-            yield Problem(f"{key}.router", f"{stage.router!r} must be one of null, {', '.join(PHASES)}")
+        if stage.router is not None and stage.router not in phases:
+            words = f"{stage.router!r} must be one of null, {', '.join(phases)}"
+            other = PHASES if config.router.races else RACE_PHASES
+            hint = f" (router.shapes={'learned' if config.router.races else 'race'} has {', '.join(other)})"
+            yield Problem(f"{key}.router", words + (hint if stage.router in other else ""))
         elif stage.router is not None:
-            if PHASES.index(stage.router) < previous:
-                words = f"{stage.router!r} cannot follow {PHASES[previous]!r}: the order is {', '.join(PHASES)}"
+            if phases.index(stage.router) < previous:
+                words = f"{stage.router!r} cannot follow {phases[previous]!r}: the order is {', '.join(phases)}"
                 yield Problem(f"{key}.router", words)
-            previous = PHASES.index(stage.router)
+            previous = phases.index(stage.router)
         if stage.budget_probabilities is None:
             continue
         for name, p in stage.budget_probabilities.items():

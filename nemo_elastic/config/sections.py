@@ -11,6 +11,8 @@ from ..kinds import axis
 
 AUTO = "auto"  # a value that the machine decides when a run starts
 PHASES = ("warmup", "soft", "hard", "frozen")  # of the router, in this order
+RACE_PHASES = ("race", "frozen")  # of a race of candidates
+SHAPES = ("race", "learned", "search", "greedy", "even")  # where shapes come from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,14 +122,43 @@ class RouterConfig:
     settle_fraction: float = 0.7  # last part of the soft phase, in which the router is led to a choice that fits
     settle_weight: float = 3.0  # of that pull at the end of the soft phase; 0: none
     lr: float = 1e-2
-    recipe: str = "default"  # or paper: lambda 1, no warm-up, dual ascent or settling, soft to the end, as published
-    frozen: bool = False  # nothing is learned or random: elastic.subnets as given, `shapes` for other budgets
-    shapes: str = "even"  # of budgets without a subnet when frozen: even shrinking, or greedy by the ranking's scores
+    recipe: str = (
+        "default"  # of a learned one; or paper: lambda 1, no warm-up or settling, soft to the end, as published
+    )
+    frozen: bool = False  # nothing is learned, drawn or raced: one shape per budget from the first step to the last
+    shapes: str = AUTO  # race, learned, search, greedy or even; auto: race, learned by recipe: paper, even when frozen
+    candidates: int = 6  # shapes per budget that a search proposes to a race, at most
+    candidate_spread: float = 1.6  # estimated damage, over the least there is, up to which a shape is a candidate
+    shortfall: float | None = None  # how far a shape may stay below its budget, relative; empty: tolerance
+    race_fraction: float = 0.3  # first part of the run, in which candidates share a budget's turns
+    race_rounds: int = 3  # after each of them held-out loss halves the candidates; the last leaves one
+
+    @property
+    def method(self) -> str:
+        """Where shapes come from, of `SHAPES`."""
+        if self.shapes != AUTO:
+            return self.shapes
+        return "even" if self.frozen else "learned" if self.recipe == "paper" else "race"
 
     @property
     def searches(self) -> bool:
-        """Whether shapes come from greedy search, once there is a ranking."""
-        return self.frozen and self.shapes == "greedy"
+        """Whether a search by the ranking's scores pins shapes before training, once there is a ranking."""
+        return self.method in ("search", "greedy")
+
+    @property
+    def races(self) -> bool:
+        """Whether candidates of a search by the ranking's scores race for their budget."""
+        return self.method == "race"
+
+    @property
+    def learns(self) -> bool:
+        """Whether a router learns the shapes."""
+        return self.method == "learned"
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """Of a run, in order."""
+        return RACE_PHASES if self.races else PHASES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +205,9 @@ class StageConfig:
     micro_batch_size: int | None = None  # empty: train.micro_batch_size; longer sequences may want a smaller one
     budget_probabilities: Mapping[str, float] | None = None  # empty: uniform over budgets
     lr: float | None = None  # a new warm-up and cosine from this rate; empty: the schedule before goes on
-    router: str | None = None  # warmup, soft, hard or frozen for the whole stage; empty: the router's own fractions
+    router: str | None = (
+        None  # its phase (warmup, soft, hard, frozen; or race, frozen); empty: by the router's fractions
+    )
 
     def __post_init__(self) -> None:
         if self.tokens and not self.steps:

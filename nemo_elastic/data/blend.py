@@ -97,12 +97,17 @@ class Blend:
         return self.sources[k].sample(place)
 
 
-def spread(source: Source, count: int) -> list[Sample]:
-    """At most `count` samples, evenly over an epoch; of a blend, evenly over each source, in its weights."""
+def spread(source: Source, count: int, *, between: bool = False) -> list[Sample]:
+    """At most `count` samples, evenly over an epoch; of a blend, evenly over each source, in its weights.
+
+    Args:
+        between: those half-way between what is found without it. The two have no sample in common: where an epoch has
+            fewer than `2 * count`, each has half of them (of a single sample, both have that).
+    """
     if not isinstance(source, Blend):
-        count = min(count, max(1, source.per_epoch))
-        return [source.sample(i * source.per_epoch // count) for i in range(count)]
+        count = min(count, max(1, source.per_epoch // 2))
+        return [source.sample((2 * i + between) * source.per_epoch // (2 * count)) for i in range(count)]
     places = [source.place(i)[0] for i in range(count)]
-    drawn = {k: iter(spread(s, places.count(k))) for k, s in enumerate(source.sources) if k in places}
+    drawn = {k: iter(spread(s, places.count(k), between=between)) for k, s in enumerate(source.sources) if k in places}
     found = (next(drawn[k], None) for k in places)
     return [sample for sample in found if sample is not None]

@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from ..config.load import leaves, load_values
-from ..config.sections import AUTO, PHASES, RunConfig
+from ..config.sections import AUTO, RouterConfig, RunConfig
 from ..problems import Problem, ProblemsError
 from ..router.schedule import Timeline, resolve_recipe
 from .curriculum import history, stage_at, total_steps
 
 FAMILY = ("model", "elastic")  # what weights and subnets of a checkpoint mean
 KEPT = (
-    *FAMILY, "train.precision", "train.seed", "data.paths", "data.blend", "data.chat", "router.frozen", "router.shapes",
+    *FAMILY, "train.precision", "train.seed", "data.paths", "data.blend", "data.chat", "router.shapes",
     "router.recipe", "router.hidden_size", "router.warmup_fraction", "router.soft_fraction", "router.freeze_fraction",
+    "router.race_fraction", "router.race_rounds", "router.candidates", "router.candidate_spread", "router.shortfall",
 )  # fmt: skip
 FREE = ("model.seq_length",)  # the stages say it
 NOTHING = object()
@@ -35,7 +36,7 @@ def changed_keys(out: Path, config: RunConfig, values: Mapping[str, Any], keys: 
     before = _values(out)
     found = []
     for key in keys if before is not None else ():
-        was, now = (dict(leaves(_at(v, key), key)) for v in (before, _known(values, before)))
+        was, now = (dict(leaves(_at(v, key), key)) for v in (_as_now(before), _as_now(_known(values, before))))
         if config.router.searches:  # what the search has found is written beside what was given
             was = {k: v for k, v in was.items() if not k.startswith("elastic.subnets") or k in now}
             now = {k: v for k, v in now.items() if k != "elastic.subnets" or v}
@@ -60,13 +61,14 @@ def stage_problems(out: Path, config: RunConfig, done: int) -> Iterator[Problem]
         words = f"say other lengths or batches of the {done} steps that the run in {out} has read"
         yield Problem("train.stages", f"{words}; keep those, and change later stages")
         return
-    if config.router.frozen:
+    if not (config.router.learns or config.router.races):
         return
     old, new = _timeline(before), _timeline(config)
     phase = old.phase(done)
     if phase == "frozen":  # every choice is made
         return
-    if PHASES.index(new.phase(done)) > PHASES.index(phase):
+    order = config.router.phases
+    if order.index(new.phase(done)) > order.index(phase):
         words = f"would lead into the router's phase {new.phase(done)!r} at step {done + 1}, which is to be {phase!r}"
         yield Problem("train.stages", f"{words}: keep at least as many steps as the run has, or start anew")
         return
@@ -77,10 +79,25 @@ def stage_problems(out: Path, config: RunConfig, done: int) -> Iterator[Problem]
         yield Problem(f"train.stages.{point.index}.steps", f"{words}; keep {point.stage.steps}, or change later stages")
 
 
+def _as_now(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with `router.shapes` as the method that they mean; of a version without races, too."""
+    router = dict(values.get("router", {}))
+    frozen, shapes = bool(router.get("frozen")), router.get("shapes", AUTO)
+    if "race_fraction" in router:
+        router["shapes"] = RouterConfig(frozen=frozen, shapes=shapes, recipe=router.get("recipe", "default")).method
+    else:
+        router["shapes"] = shapes if frozen else "learned"
+    return {**values, "router": router}
+
+
 def _known(values: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
     """`values` without the keys of a section that the version before did not have."""
     return {
-        name: {k: v for k, v in section.items() if k in before.get(name, {})} if name == "elastic" else section
+        name: {
+            k: v for k, v in section.items() if k in before.get(name, {}) or (name, k) == ("router", "race_fraction")
+        }
+        if name in ("elastic", "router")
+        else section
         for name, section in values.items()
     }
 

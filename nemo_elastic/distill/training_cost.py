@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.parent_files import BUILTIN
-from ..config.sections import AUTO, PHASES, RunConfig, StageConfig
+from ..config.sections import AUTO, RunConfig, StageConfig
 from ..cost.counts import flops, parameters
 from ..family import Family
 from ..router.schedule import Timeline, resolve_recipe
@@ -126,9 +126,8 @@ def phase_steps(run: RunConfig, index: int) -> dict[str, int]:
     timeline = Timeline.of(resolve_recipe(run.router), total_steps(stages), stages)
     begin = total_steps(stages[:index])
     end = begin + stages[index].steps
-    edges = (0, timeline.soft, timeline.hard, timeline.frozen, max(timeline.total, end))
-    pairs = zip(PHASES, edges[:-1], edges[1:], strict=True)
-    return {phase: max(0, min(end, last) - max(begin, first)) for phase, first, last in pairs}
+    spans = timeline.spans(max(timeline.total, end))
+    return {phase: max(0, min(end, last) - max(begin, first)) for phase, (first, last) in spans.items()}
 
 
 def _stage(run: RunConfig, family: Family, subnets: Mapping[str, Subnet], index: int) -> dict[str, Any]:
@@ -160,7 +159,7 @@ def _stage(run: RunConfig, family: Family, subnets: Mapping[str, Subnet], index:
 def _student(run: RunConfig, family: Family, stage: StageConfig, subnet: Subnet, name: str, phase: str) -> float:
     """FLOPs per token of training one budget in one phase."""
     full = family.space.full_subnet()
-    if phase == "soft" and not family.budget(name).is_full and name not in family.forced:
+    if phase == "soft" and not family.budget(name).is_full and name in family.learned:
         subnet = full
     elif run.train.mode == "masked":
         subnet = replace(full, layers=subnet.layers)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from itertools import accumulate
 from typing import Any
 
-from ..config.sections import PHASES, RouterConfig, RunConfig
+from ..config.sections import RouterConfig, RunConfig
 from ..cost.counts import parameters
 from ..family import Family
 from ..router.schedule import Timeline, resolve_recipe
@@ -83,9 +83,7 @@ def _phases(timeline: Timeline, learned: bool) -> list[dict[str, Any]]:
     """First step and length of each phase that happens."""
     if not learned:
         return []
-    edges = (0, timeline.soft, timeline.hard, timeline.frozen, timeline.total)
-    pairs = zip(PHASES, edges[:-1], edges[1:], strict=True)
-    return [{"phase": name, "first_step": a, "steps": b - a} for name, a, b in pairs if b > a]
+    return [{"phase": name, "first_step": a, "steps": b - a} for name, (a, b) in timeline.spans().items() if b > a]
 
 
 def _steps(run: RunConfig, timeline: Timeline) -> list[int]:

@@ -103,7 +103,7 @@ class Run:
         )
 
     def search_shapes(self, importance: Importance, sorted_folder: Path) -> None:
-        """`router.shapes: greedy`, now that there are scores: subnets for all budgets, in `OUT/config.json` as well."""
+        """What `router.shapes` searches for, now that there are scores: subnets, in `OUT/config.json` as well."""
         if not self.config.router.searches:
             return
         given = self.config.elastic.subnets

@@ -5,16 +5,18 @@ A run is `warmup` (every budget on its fixed uniform subnet, so that the weights
 straight-through gates: what the children will be, and sliced). Over the soft phase tau falls geometrically and scale
 rises linearly, so that the mixture has become a choice when the hard phase begins; they stay at their ends then.
 Over the last `settle_fraction` of the soft phase the router is led to a choice that meets its budget (`settle`). In
-the last phase, `frozen`, the choices are pinned. The phases are fractions of the run, or named stage by stage.
+the last phase, `frozen`, the choices are pinned. A race of candidates has one phase in front of that, `race`. The
+phases are fractions of the run, or named stage by stage.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 from ..config.sections import RouterConfig, StageConfig
 
-Phase = Literal["warmup", "soft", "hard", "frozen"]
+Phase = Literal["warmup", "soft", "hard", "race", "frozen"]
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,16 @@ def resolve_recipe(config: RouterConfig) -> RouterConfig:
 
 @dataclass(frozen=True)
 class Timeline:
-    """First step of the `soft`, `hard` and `frozen` phases, and the length of the run."""
+    """First step of the `soft`, `hard` and `frozen` phases, and the length of the run.
+
+    `races`: there is one phase in front of `frozen`, in which candidates race.
+    """
 
     soft: int
     hard: int
     frozen: int
     total: int
+    races: bool = False
 
     @classmethod
     def of(cls, config: RouterConfig, total_steps: int, stages: Sequence[StageConfig] = ()) -> "Timeline":
@@ -65,6 +71,9 @@ class Timeline:
             ValueError: some stages name a phase and others do not.
         """
         named = [stage.router for stage in stages]
+        if not any(named) and config.races:
+            frozen = round(config.race_fraction * total_steps)
+            return cls(0, 0, frozen, total_steps, races=True)
         if not any(named):
             warm = round(config.warmup_fraction * total_steps)
             hard = min(total_steps, warm + round(config.soft_fraction * total_steps))
@@ -76,6 +85,8 @@ class Timeline:
         def first(*phases: Phase) -> int:
             return sum(stage.steps for stage in stages if stage.router not in phases)
 
+        if config.races:
+            return cls(0, 0, first("frozen"), total_steps, races=True)
         return cls(first("soft", "hard", "frozen"), first("hard", "frozen"), first("frozen"), total_steps)
 
     @property
@@ -87,7 +98,21 @@ class Timeline:
         """The phase of `step` (0-based)."""
         if step >= self.frozen:
             return "frozen"
+        if self.races:
+            return "race"
         return "warmup" if step < self.soft else "soft" if step < self.hard else "hard"
+
+    def spans(self, end: int | None = None) -> dict[Phase, tuple[int, int]]:
+        """(first step, first step behind it) per phase; the last one ends at `end`, or with the run."""
+        end = self.total if end is None else end
+        if self.races:
+            return {"race": (0, self.frozen), "frozen": (self.frozen, end)}
+        edges = (0, self.soft, self.hard, self.frozen, end)
+        return dict(zip(("warmup", "soft", "hard", "frozen"), pairwise(edges), strict=True))
+
+    def rounds(self, count: int) -> tuple[int, ...]:
+        """Steps behind which the rounds of a race end, ascending; at most `count`, the last with the race."""
+        return tuple(sorted({self.frozen * (i + 1) // count for i in range(count)} - {0})) if self.races else ()
 
     def point(self, step: int, config: RouterConfig) -> RouterPoint:
         """Phase, tau and scale at `step`."""

@@ -8,11 +8,16 @@ ranks, which have other micro-batches, share a draw. Phases:
     soft    masks mixed by the router's noisy probabilities    full compute
     hard    the router's choice, repaired to fit exactly       straight-through gates
     frozen  the choice is pinned for the rest of the run       no router; what is trained is what is extracted
+
+or, where candidates race instead (`router/race.py`):
+
+    race    every budget's candidates take turns               no router
+    frozen  as above
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -25,6 +30,7 @@ from ...cost.budget import BudgetCost
 from ...family import Family
 from ...router.budget_loss import BudgetSteering, ExpectedCost, commitment_loss, soft_phase_loss
 from ...router.model import Router, RouterOutput
+from ...router.race import Race
 from ...router.repair import Chosen, choose
 from ...router.sampling import gumbel_noise, sample_budgets
 from ...router.schedule import RouterPoint, Timeline, resolve_recipe
@@ -39,12 +45,17 @@ from ..elastic.plan import Mode, Plan, hard_plan, soft_plan
 
 @dataclass(frozen=True)
 class StepState:
-    """What one optimizer step shares over its micro-batches: the schedule's point and the choice per learned budget."""
+    """What one optimizer step shares over its micro-batches: the schedule's point and the choice per learned budget.
+
+    `draws`: in a race, the budgets of every draw of the step over all replicas, and `turns`: whose turn it is in each.
+    """
 
     step: int
     phase: str
     point: RouterPoint
     chosen: Mapping[str, Chosen]
+    draws: Sequence[Mapping[str, float]] = ()
+    turns: Sequence[Mapping[str, int]] = ()
 
 
 @dataclass(frozen=True)
@@ -74,6 +85,7 @@ class Planner:
     Args:
         layout: the table of this rank's tensor-parallel shard.
         timeline: when the router's phases begin (`Timeline.of`).
+        race: of the budgets whose candidates race.
         mode: how hard plans run.
         sharing: micro-batches, one after the other, that share a draw: those of an expert-parallel group, whose ranks
             run one subnet between them.
@@ -88,11 +100,13 @@ class Planner:
         *,
         timeline: Timeline,
         seed: int,
+        race: Race | None = None,
         mode: Mode = "sliced",
         sharing: int = 1,
         **conditions: Any,
     ) -> None:
         self.family, self.layout, self.mode, self.sharing = family, layout, mode, sharing
+        self.race = race
         self.config = resolve_recipe(config)
         self.timeline, self.seed, self.conditions = timeline, seed, conditions
         self.state = PlannerState()
@@ -104,7 +118,7 @@ class Planner:
         return {
             b.name: BudgetCost(self.family.space, self.family.layout, b, **self.conditions)
             for b in self.family.budgets
-            if b.name in self.learned
+            if b.name in self.family.open
         }
 
     @property
@@ -123,8 +137,12 @@ class Planner:
             self._expected[name, device] = ExpectedCost(self.costs[name], device)
         return self._expected[name, device]
 
-    def begin_step(self, router: Router | None, step: int) -> StepState:
-        """The choices of a step; pins them when the frozen phase begins."""
+    def begin_step(self, router: Router | None, step: int, draws: Sequence[Mapping[str, float]] = ()) -> StepState:
+        """The choices of a step; pins them when the frozen phase begins.
+
+        Args:
+            draws: `draws_of`, which a race needs.
+        """
         point = self.timeline.point(step, self.config)
         phase = point.phase
         chosen: dict[str, Chosen] = {}
@@ -133,8 +151,10 @@ class Planner:
         if (router is not None and phase in ("soft", "hard")) or (phase == "frozen" and not self.state.frozen):
             chosen = self.choices(router, repair=phase != "soft" or point.settle > 0)
         if phase == "frozen" and not self.state.frozen:
-            self.state.frozen = {n: self.subnet_of_choice(n, c) for n, c in chosen.items()}
-        return StepState(step, phase, point, chosen)
+            self.state.frozen = {n: self.subnet_of_choice(n, c) for n, c in chosen.items()} | self._leaders()
+        if phase != "race" or self.race is None:
+            return StepState(step, phase, point, chosen)
+        return StepState(step, phase, point, chosen, draws, self.race.turns(draws))
 
     @torch.no_grad()
     def choices(self, router: Router | None, *, repair: bool = True) -> dict[str, Chosen]:
@@ -143,7 +163,9 @@ class Planner:
             return {}
         outputs = {n: router(router.budget_vector(n), tau=1.0, scale=1.0).probabilities for n in self.learned}
         return {
-            name: choose(pi, self.costs[name], tolerance=self.config.tolerance, fill=True, repair=repair)
+            name: choose(
+                pi, self.costs[name], tolerance=self.config.tolerance, shortfall=self.config.tolerance, repair=repair
+            )
             for name, pi in _on_the_host(outputs).items()
         }
 
@@ -157,12 +179,23 @@ class Planner:
         """The budgets a micro-batch is assigned, with their shares of its loss."""
         return sample_budgets(probabilities, self.seed, step, self._draw(global_micro_batch), count)
 
+    def draws_of(
+        self, probabilities: Mapping[str, float], step: int, micro_batches: int, count: int = 1
+    ) -> list[dict[str, float]]:
+        """All draws of a step of so many micro-batches over all replicas; none where no race is on."""
+        if self.timeline.phase(step) != "race":
+            return []
+        return [self.budgets_of(probabilities, step, i, count) for i in range(0, micro_batches, self.sharing)]
+
+    def _leaders(self) -> dict[str, Subnet]:
+        return {name: self.race.leader(name) for name in self.family.raced}
+
     def _draw(self, global_micro_batch: int) -> int:
         """The first of the micro-batches that share its draw, of budgets and of noise."""
         return global_micro_batch - global_micro_batch % self.sharing
 
     def pinned(self, name: str, phase: str) -> Subnet | None:
-        """The subnet of a budget that is not the router's to choose now; None when it is."""
+        """The subnet of a budget that is nobody's to choose now; None when it is."""
         budget = self.family.budget(name)
         if budget.is_full:
             return self.family.space.full_subnet()
@@ -183,6 +216,8 @@ class Planner:
 
     def _planned(self, router: Router | None, state: StepState, budget: str, index: int, student: int) -> Planned:
         pinned = self.pinned(budget, state.phase)
+        if state.phase == "race" and pinned is None:
+            pinned = self.race.subnet(budget, state.turns[index // self.sharing][budget])
         if pinned is not None:
             return Planned(budget, state.phase, self.plan_of(pinned))
         noise = gumbel_noise(router.shapes, self.seed, state.step, self._draw(index), student)
@@ -215,7 +250,9 @@ class Planner:
         return soft_phase_loss(output, expected, price, planned.settle, selection, self.config).float()
 
     def end_step(self, state: StepState) -> None:
-        """Steer by the discrete errors of the step's choices."""
+        """Steer by the discrete errors of the step's choices; count the turns of a race."""
+        if state.turns:
+            self.race.end_step(state.draws)
         if state.phase == "soft":
             for name, chosen in state.chosen.items():
                 self.state.steering.update(name, chosen.argmax_error, self.timeline.soft_steps, self.config)
@@ -226,6 +263,8 @@ class Planner:
         found, chosen = {}, None
         for budget in self.family.budgets:
             subnet = self.pinned(budget.name, phase)
+            if subnet is None and budget.name in self.family.raced:
+                subnet = self.race.leader(budget.name)
             if subnet is None:
                 chosen = chosen or self.choices(router)
                 subnet = self.subnet_of_choice(budget.name, chosen[budget.name])
@@ -235,12 +274,15 @@ class Planner:
     def state_dict(self) -> dict:
         """For checkpoints: plain values."""
         frozen = {name: subnet.to_dict() for name, subnet in self.state.frozen.items()}
-        return {"steering": self.state.steering.state_dict(), "frozen": frozen}
+        race = None if self.race is None else self.race.state_dict()
+        return {"steering": self.state.steering.state_dict(), "frozen": frozen, "race": race}
 
     def load_state_dict(self, values: Mapping) -> None:
         """Take up where a checkpoint left off."""
         self.state.steering.load_state_dict(values["steering"])
         self.state.frozen = {n: self.family.space.subnet_from_dict(s) for n, s in values["frozen"].items()}
+        if self.race is not None:
+            self.race.load_state_dict(values["race"])
 
 
 def _on_the_host(outputs: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:

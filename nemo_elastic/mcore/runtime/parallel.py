@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.distributed as dist
 from megatron.core import num_microbatches_calculator, parallel_state
 from torch import Tensor
@@ -36,6 +38,15 @@ def data_parallel_rank_and_size() -> tuple[int, int]:
 def stage_ends() -> tuple[bool, bool]:
     """(first stage?, last stage?)"""
     return parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
+
+
+def from_first_rank(value: Any) -> Any:
+    """What the first process has, on all."""
+    if dist.get_world_size() == 1:
+        return value
+    payload = [value]
+    dist.broadcast_object_list(payload, src=0)
+    return payload[0]
 
 
 def broadcast_from_last_stage(values: list[float]) -> list[float]:

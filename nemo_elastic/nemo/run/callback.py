@@ -15,7 +15,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from nemo_elastic.config.load import plain
-from nemo_elastic.config.sections import RunConfig
+from nemo_elastic.config.sections import RunConfig, StageConfig
 from nemo_elastic.distill.curriculum import budget_probabilities, stage_at
 from nemo_elastic.mcore.family.budget_notes import notes_at
 from nemo_elastic.mcore.family.expert_load import ExpertLoad
@@ -23,7 +23,11 @@ from nemo_elastic.mcore.family.family_model import FamilyModel
 from nemo_elastic.mcore.family.planner import Planner, StepState
 from nemo_elastic.mcore.models.build import unwrapped
 from nemo_elastic.mcore.models.evaluate import heldout_loss
-from nemo_elastic.mcore.runtime.parallel import broadcast_from_last_stage, data_parallel_rank_and_size
+from nemo_elastic.mcore.runtime.parallel import (
+    broadcast_from_last_stage,
+    data_parallel_rank_and_size,
+    from_first_rank,
+)
 from nemo_elastic.nemo.run.cached_teacher import CachedTeacher
 from nemo_elastic.nemo.run.elastic_model import BudgetStats, ElasticMambaModel
 from nemo_elastic.nemo.run.guard import FiniteGuard
@@ -51,6 +55,7 @@ class ElasticCallback(pl.Callback):
         planner: makes the plans.
         out: records and scalars go to `out/logs`.
         heldout: (tokens, labels) batches for validation per budget.
+        choosing: the same of other held-out text, by which a race is decided.
         guard: measures gradient norms; without one they are not logged.
         progress: called with (step, total, text) after every step on the first rank.
         teacher: its states on disk, instead of the teacher itself.
@@ -62,13 +67,14 @@ class ElasticCallback(pl.Callback):
         planner: Planner,
         out: Path,
         heldout: list,
+        choosing: list,
         guard: FiniteGuard | None = None,
         progress: Callable[[int, int, str], None] | None = None,
         teacher: CachedTeacher | None = None,
     ) -> None:
         self.run, self.planner, self.heldout, self.progress = run, planner, heldout, progress
         self.records, self.checkpoints = RunLog(out / "logs"), out / "checkpoints"
-        self.teacher = teacher
+        self.choosing, self.teacher = choosing, teacher
         self.guard, self.metrics = guard, metrics_of(run, planner, out)
         self.model: FamilyModel | None = None
         self.wrapper: ElasticMambaModel | None = None
@@ -104,7 +110,7 @@ class ElasticCallback(pl.Callback):
         """The step's choices, from the router as it stands."""
         self.step, self.micro_batch, self.rate = trainer.global_step, 0, _rate(trainer)
         first = self.state is None
-        self.state = self.planner.begin_step(self.model.policy, self.step)
+        self.state = self.planner.begin_step(self.model.policy, self.step, self._draws())
         if trainer.is_global_zero:
             for note in notes_at(self.planner, self.state, first):
                 logger.warning("step %d: %s", self.step, note)
@@ -115,13 +121,22 @@ class ElasticCallback(pl.Callback):
             return
         rank, size = data_parallel_rank_and_size()
         index = self.micro_batch * size + rank
-        stage = stage_at(self.run.train.stages, self.step).stage
-        probabilities = budget_probabilities(stage, tuple(self.run.elastic.budgets))
-        budgets = self.planner.budgets_of(probabilities, self.step, index, self.run.distill.budgets_per_batch)
+        count = self.run.distill.budgets_per_batch
+        budgets = self.planner.budgets_of(self._stage()[1], self.step, index, count)
         batch["elastic"] = self.planner.micro_batch(self.model.policy, self.state, budgets, index)
         if self.teacher is not None:
             batch["teacher"] = self.teacher.of_micro_batch(self.step, index)
         self.micro_batch += 1
+
+    def _stage(self) -> tuple[StageConfig, dict[str, float]]:
+        """The stage of this step, and its probabilities of budgets."""
+        stage = stage_at(self.run.train.stages, self.step).stage
+        return stage, budget_probabilities(stage, tuple(self.run.elastic.budgets))
+
+    def _draws(self) -> list[dict[str, float]]:
+        stage, probabilities = self._stage()
+        micro_batches = stage.global_batch_size // (stage.micro_batch_size or self.run.train.micro_batch_size)
+        return self.planner.draws_of(probabilities, self.step, micro_batches, self.run.distill.budgets_per_batch)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: ElasticMambaModel, *_: Any) -> None:
         """Steer, log, validate when due."""
@@ -130,6 +145,8 @@ class ElasticCallback(pl.Callback):
             self.load.end_step(self.run.train.moe_router_bias_update_rate, hard_subnets(self.planner, self.state))
         self._log_step(trainer)
         done = trainer.global_step
+        if self.planner.race is not None and self.planner.race.is_due(done):
+            self._end_round(trainer, done)
         if done % self.run.train.val_every_steps == 0 or done == self.planner.timeline.total:
             self._validate(trainer)
 
@@ -164,7 +181,8 @@ class ElasticCallback(pl.Callback):
         before, now = state_dict["elastic"], plain(self.run.elastic)
         words = "differs from what the run began with; set it back, or start anew in another --out"
         if self.run.router.searches:
-            words += " (router.shapes=greedy finds subnets by OUT/importance, router.tolerance and report.*)"
+            how = f"router.shapes={self.run.router.method}"
+            words += f" ({how} finds subnets by OUT/importance, router.tolerance and report.*)"
         raise_if_any(Problem(f"elastic.{key}", words) for key in now if before.get(key) != now[key])
         self.planner.load_state_dict(state_dict["planner"])
         self.tokens.update(state_dict["tokens"])
@@ -188,7 +206,11 @@ class ElasticCallback(pl.Callback):
             prices={name: self.planner.state.steering.price(name) for name in state.chosen},
             subnets=subnets,
             probabilities=router_probabilities(self.model.policy, state) if due else None,
-            experts=self.load.take(subnets) if due and self.load is not None else None,
+            experts=self.load.take(
+                step_subnets(self.planner, state) if state.phase != "race" else hard_subnets(self.planner, state)
+            )
+            if due and self.load is not None
+            else None,
             lr=self.rate,
             seconds=seconds,
             cpu_seconds=cpu_seconds,
@@ -223,6 +245,23 @@ class ElasticCallback(pl.Callback):
     def _heldout(self, subnets: Mapping[str, Subnet]) -> dict[str, float]:
         plans = {name: self.planner.plan_of(subnet) for name, subnet in subnets.items()}
         return {name: heldout_loss(self.model, self.heldout, plan) for name, plan in plans.items()}
+
+    def _end_round(self, trainer: pl.Trainer, done: int) -> None:
+        """Compare the candidates of a race on text that no loss is reported on; the first rank's losses decide."""
+        race, began = self.planner.race, time.monotonic()
+        losses = {
+            name: {
+                n: heldout_loss(self.model, self.choosing, self.planner.plan_of(subnet)) for n, subnet in row.items()
+            }
+            for name, row in race.contenders().items()
+        }
+        record = race.end_round(done, from_first_rank(losses))
+        if trainer.is_global_zero:
+            record |= {"seconds": time.monotonic() - began}
+            self.records.write("race", record | ({"candidates": race.described()} if record["round"] == 1 else {}))
+            left = {name: f"{len(row['losses'])} -> {len(row['left'])}" for name, row in record["budgets"].items()}
+            logger.info("step %d race, candidates %s", done, left)
+        self._clock = _clocks()
 
     def _validate(self, trainer: pl.Trainer) -> None:
         step = trainer.global_step

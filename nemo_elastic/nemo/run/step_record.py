@@ -92,21 +92,23 @@ def router_probabilities(router: Router | None, state: StepState, digits: int = 
 
 
 def step_subnets(planner: Planner, state: StepState) -> dict[str, Subnet]:
-    """What each budget runs in a step: its pinned subnet, or the router's choice."""
+    """What each budget runs in a step: its pinned subnet, the router's choice, or who leads its race."""
     found = {}
     for budget in planner.family.budgets:
         pinned = planner.pinned(budget.name, state.phase)
         if pinned is not None:
             found[budget.name] = pinned
+        elif state.phase == "race":
+            found[budget.name] = planner.race.leader(budget.name)
         elif budget.name in state.chosen:
             found[budget.name] = planner.subnet_of_choice(budget.name, state.chosen[budget.name])
     return found
 
 
 def hard_subnets(planner: Planner, state: StepState) -> dict[str, Subnet]:
-    """Those of the budgets whose students were hard in a step."""
-    soft = planner.learned if state.phase == "soft" else ()
-    return {name: subnet for name, subnet in step_subnets(planner, state).items() if name not in soft}
+    """Those of the budgets that ran one hard subnet in a step: no mixture, and no race."""
+    other = planner.learned if state.phase == "soft" else planner.family.raced if state.phase == "race" else ()
+    return {name: subnet for name, subnet in step_subnets(planner, state).items() if name not in other}
 
 
 def entropy(rows: list[list[float]]) -> float:

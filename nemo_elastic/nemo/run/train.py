@@ -15,7 +15,7 @@ from nemo_elastic.config.durations import seconds_of
 from nemo_elastic.config.load import plain
 from nemo_elastic.config.sections import RunConfig
 from nemo_elastic.cost.conditions import serving_of
-from nemo_elastic.data.blend import spread
+from nemo_elastic.data.blend import Sample, spread
 from nemo_elastic.data.of_run import tokenizer_of
 from nemo_elastic.distill.curriculum import total_steps
 from nemo_elastic.family import Configured, Family, parallel_problems
@@ -42,9 +42,11 @@ from nemo_elastic.nemo.run.learning_rate import ROUTER_MARK, CurriculumRate
 from nemo_elastic.nemo.run.loggers import finish, loggers_of
 from nemo_elastic.nemo.run.resume import StopOnSignal, interrupts_as_they_are
 from nemo_elastic.plan.context import context_problems
+from nemo_elastic.plan.proposals import racing
 from nemo_elastic.problems import Problem, Stopped, raise_if_any
 from nemo_elastic.processes.launchers import started_processes
 from nemo_elastic.processes.training_checkpoints import steps_done, whole_checkpoints
+from nemo_elastic.router.race import Race
 from nemo_elastic.router.schedule import Timeline, resolve_recipe
 from nemo_elastic.space.layout import ParamLayout
 from nemo_elastic.space.subnet import Subnet
@@ -131,6 +133,8 @@ def train(
         no_weight_decay_cond=decays_not,
     )
     model = ElasticMambaModel(config, optim=optimizer, tokenizer=data.tokenizer)
+    timeline = Timeline.of(resolve_recipe(run.router), steps, stages)
+    race = Race(racing(run, family, str(out)), timeline.rounds(run.router.race_rounds)) if family.raced else None
     planner = Planner(
         family,
         run.router,
@@ -140,15 +144,17 @@ def train(
             tp_size=run.train.tensor_model_parallel_size,
             ep_size=run.train.expert_model_parallel_size,
         ),
-        timeline=Timeline.of(resolve_recipe(run.router), steps, stages),
+        timeline=timeline,
         seed=run.train.seed,
+        race=race,
         mode=run.train.mode,
         sharing=run.train.sharing,
         **serving_of(run.report, family.architecture).conditions,
     )
     teacher = CachedTeacher(run, data, sorted_folder, config.params_dtype) if run.distill.teacher_cache else None
     guard = FiniteGuard()
-    callback = ElasticCallback(run, planner, out, heldout_batches(data, run), guard, progress, teacher)
+    heldout, choosing = heldout_batches(data, run), choosing_batches(data, run) if race else []
+    callback = ElasticCallback(run, planner, out, heldout, choosing, guard, progress, teacher)
     stop = StopOnSignal(run.train.preemption, seconds_of(run.train.max_time))
     kept = run.train.keep_checkpoints
     keep = None if kept is None else KeptCheckpoints(out, kept, run.train.keep_every_steps)
@@ -198,7 +204,9 @@ def shapes_not_searched(run: RunConfig, family: Family) -> list[Problem]:
     if not run.router.searches:
         return []
     missing = [b.name for b in family.budgets if not b.is_full and b.name not in run.elastic.subnets]
-    words = "has no subnet yet, which router.shapes=greedy searches for: train by `api.train`, or give one"
+    words = (
+        f"has no subnet yet, which router.shapes={run.router.method} searches for: train by `api.train`, or give one"
+    )
     return [Problem(f"elastic.subnets.{name}", words) for name in missing]
 
 
@@ -232,8 +240,19 @@ def data_module(run: RunConfig) -> TextDataModule:
 
 
 def heldout_batches(data: TextDataModule, run: RunConfig) -> list[tuple[torch.Tensor, ...]]:
-    """(tokens, labels[, mask]) `[micro_batch, s]` of `train.val_samples` windows, spread evenly over held-out text."""
-    samples = spread(data.windows("heldout"), run.train.val_samples)
+    """(tokens, labels[, mask]) `[micro_batch, s]` of `train.val_samples` windows, spread evenly over held-out text.
+
+    At most every second window is among them, so that others are left to choose by.
+    """
+    return _batches(spread(data.windows("heldout"), run.train.val_samples), run)
+
+
+def choosing_batches(data: TextDataModule, run: RunConfig) -> list[tuple[torch.Tensor, ...]]:
+    """As `heldout_batches`, of windows between those that losses are reported on."""
+    return _batches(spread(data.windows("heldout"), run.train.val_samples, between=True), run)
+
+
+def _batches(samples: list[Sample], run: RunConfig) -> list[tuple[torch.Tensor, ...]]:
     size = run.train.stages[-1].micro_batch_size or run.train.micro_batch_size
     return [collate(samples[i : i + size]) for i in range(0, len(samples), size)]
 

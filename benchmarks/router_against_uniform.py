@@ -43,7 +43,12 @@ CONDITIONS = ("report.batch_size=4", "report.sequence_length=512")
 SHARES = {"large": 0.75, "small": 0.55}  # of the parent's memory; the parameter budgets are those of the configuration
 KINDS = ("parameters", "memory")
 FROZEN = "router.frozen=true"
-MODES = {"router": (), "uniform": (FROZEN,), "greedy": (FROZEN, "router.shapes=greedy")}
+MODES = {
+    "router": ("router.shapes=learned",),
+    "uniform": (FROZEN,),
+    "greedy": ("router.shapes=greedy",),
+    "race": ("router.shapes=race",),
+}
 
 
 def overrides(kind: str, mode: str, seed: int, quick: bool) -> list[str]:

@@ -117,7 +117,9 @@ def train(
             noise = gumbel_noise(router.shapes, seed, step, index)
             output = router(router.budget_vector(name), tau=point.tau, scale=point.scale, noise=noise)
             clean = {n: torch.softmax(z.detach(), -1) for n, z in output.logits.items()}
-            chosen = choose(clean, cost, tolerance=config.tolerance, shortfall=config.tolerance, repair=point.settle > 0)
+            chosen = choose(
+                clean, cost, tolerance=config.tolerance, shortfall=config.tolerance, repair=point.settle > 0
+            )
             price = steering.price(name)
             total = total + soft_phase_loss(output, expected[name], price, point.settle, chosen.selection, config)
             jitter = 1 + 0.1 * torch.randn((), generator=generator)

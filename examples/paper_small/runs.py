@@ -28,6 +28,8 @@ FOUR_WEIGHTS = {"full": 0.35, "b875": 0.18, "large": 0.18, "b625": 0.17, "small"
 FOUR_CHILDREN = tuple(name for name in FOUR if name != "full")
 SCRATCH_STEPS = 1200
 SEARCH = 40
+LEARNED = "router.shapes=learned"
+PER_LAYER = "elastic.dims.ffn_hidden_size.per_layer=true"
 EVEN = "router.frozen=true"  # every budget without a subnet of its own is shrunk evenly
 TEXT = ("distill.kd_weight=0", "distill.ce_weight=1")
 MICRO = ("train.micro_batch_size=2",)  # of 16 and 8 sequences: 8 and 4 draws of a budget a step, not 2 and 1
@@ -147,7 +149,7 @@ def compared(
         seeds: of equal tokens and of all steps.
         shapes: one of OTHER_SHAPES for all of them, from the first step; empty: the family learns its own.
     """
-    family, fixed = f"{prefix}family", (EVEN,) if shapes else ()
+    family, fixed = f"{prefix}family", (EVEN,) if shapes else (LEARNED,)
     yield Run(name=family, group=group, what=what, budgets=BUDGETS, stages=stages(*steps, WEIGHTS), words=fixed,
               shapes_of=shapes, seeds=seeds["equal"])  # fmt: skip
     for name in CHILDREN:
@@ -208,6 +210,15 @@ def searched() -> Iterator[Run]:
                         {"equal": THERE, "all": ()}, "greedy")  # fmt: skip
 
 
+def raced() -> Iterator[Run]:
+    """Candidates of a wide search race for their budgets: the default settings; and with the least damage alone."""
+    given = {"group": "race", "budgets": BUDGETS, "stages": stages(*STEPS, WEIGHTS)}
+    yield Run(name="race-family", what="candidates of a wide search race (default)", words=("router.shapes=race",),
+              seeds=SECOND, **given)  # fmt: skip
+    yield Run(name="race-least", what="the least damage of a wide search, from the first step",
+              words=("router.shapes=search",), seeds=THERE, **given)  # fmt: skip
+
+
 def longer() -> Iterator[Run]:
     """(a) and (b) again with twice the steps."""
     yield from compared("longer", "long-", TWICE, "learned shapes, twice the steps", {"equal": ONCE, "all": ()})
@@ -241,7 +252,7 @@ def shapes() -> Iterator[Run]:
     yield Run(name="shapes-random-1", group="shapes", what="random shapes that fit", budgets=BUDGETS,
               stages=stages(*STEPS, WEIGHTS), words=(EVEN,), shapes_of="random:1")  # fmt: skip
     yield Run(name="shapes-ffn-per-layer", group="shapes", what="learned, FFN width per layer", budgets=BUDGETS,
-              stages=stages(*STEPS, WEIGHTS), words=("elastic.dims.ffn_hidden_size.per_layer=true",))  # fmt: skip
+              stages=stages(*STEPS, WEIGHTS), words=(LEARNED, PER_LAYER))  # fmt: skip
 
 
 def ablations() -> Iterator[Run]:
@@ -261,11 +272,11 @@ def ablations() -> Iterator[Run]:
                   budgets={"half": 0.9}, stages=stages(60, 0), base=base,
                   words=("elastic.subnets.half={mamba_num_heads: 8}", *TEXT, "train.val_every_steps=20"))  # fmt: skip
     yield Run(name="stages-one", group="stages", what="one stage of short sequences", budgets=BUDGETS,
-              stages=stages(sum(STEPS), 0))  # fmt: skip
+              words=(LEARNED,), stages=stages(sum(STEPS), 0))  # fmt: skip
     yield Run(name="stages-uniform", group="stages", what="two stages, both uniform", budgets=BUDGETS,
-              stages=stages(*STEPS))  # fmt: skip
+              words=(LEARNED,), stages=stages(*STEPS))  # fmt: skip
     yield Run(name="stages-weighted", group="stages", what="two stages, both weighted", budgets=BUDGETS,
-              stages=drawn(WEIGHTS))  # fmt: skip
+              words=(LEARNED,), stages=drawn(WEIGHTS))  # fmt: skip
     yield Run(name="speed-masked", group="speed", what="hard subnets run masked, the same shapes", budgets=BUDGETS,
               stages=stages(*STEPS, WEIGHTS), words=(EVEN, "train.mode=masked"), shapes_of="family")  # fmt: skip
     yield Run(
@@ -304,24 +315,24 @@ def tries() -> Iterator[Run]:
     }
     for name, (what, words) in settings.items():
         yield Run(name=f"try-{name}", group="tries", what=what, budgets=BUDGETS, stages=stages(*STEPS, WEIGHTS),
-                  words=words)  # fmt: skip
+                  words=(LEARNED, *words))  # fmt: skip
     for name, (what, words) in {
         "own-shared": ("the family's final shapes from the first step, and all budgets in every micro-batch", SHARED),
         "own-shared-lr": ("the same at learning rate 5e-4", (*SHARED, "train.optimizer.lr=5e-4")),
     }.items():
         yield Run(name=f"try-{name}", group="tries", what=what, budgets=BUDGETS, stages=stages(*STEPS, WEIGHTS),
                   words=(EVEN, *words), shapes_of="family")  # fmt: skip
-    yield Run(name="try-search", group="tries", budgets=BUDGETS, words=("train.optimizer.lr=1e-5",),
+    yield Run(name="try-search", group="tries", budgets=BUDGETS, words=(LEARNED, "train.optimizer.lr=1e-5"),
               what="the router alone for 40 steps (weights at 1e-5), then its shapes pinned and the weights trained",
               stages=search_first(SEARCH), seeds=THERE)  # fmt: skip
     third = tuple(n // 3 for n in STEPS)
     yield Run(name="try-shared-third", group="tries", what="all budgets in every micro-batch, a third of the steps",
-              budgets=BUDGETS, stages=stages(*third, WEIGHTS), words=SHARED)  # fmt: skip
+              budgets=BUDGETS, stages=stages(*third, WEIGHTS), words=(LEARNED, *SHARED))  # fmt: skip
 
 
 RUNS = {
     run.name: run
-    for make in (headline, best, searched, longer, family_of_four, shapes, ablations, tries)
+    for make in (headline, best, searched, raced, longer, family_of_four, shapes, ablations, tries)
     for run in make()
 }
 GROUPS = tuple(dict.fromkeys(run.group for run in RUNS.values()))

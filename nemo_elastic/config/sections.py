@@ -116,6 +116,7 @@ class RouterConfig:
     max_price: float = 50.0
     dead_zone: float = 0.0  # relative cost error below which the budget loss is zero
     tolerance: float = 0.01  # relative cost error that counts as met; what overshoots by more is repaired
+    shortfall: float | None = None  # how far below its budget a learned choice may stay, relative; empty: tolerance
     warmup_fraction: float = 0.2  # part of the run on fixed uniform subnets before the router moves
     soft_fraction: float = 0.3  # part of the run with soft masks, after the warm-up; then hard
     freeze_fraction: float = 0.4  # last part of the run, with the choices pinned: what is trained is what is extracted
@@ -129,7 +130,6 @@ class RouterConfig:
     shapes: str = AUTO  # race, learned, search, greedy or even; auto: race, learned by recipe: paper, even when frozen
     candidates: int = 6  # shapes per budget that a search proposes to a race, at most
     candidate_spread: float = 1.6  # estimated damage, over the least there is, up to which a shape is a candidate
-    shortfall: float | None = None  # how far a shape may stay below its budget, relative; empty: tolerance
     race_fraction: float = 0.3  # first part of the run, in which candidates share a budget's turns
     race_rounds: int = 3  # after each of them held-out loss halves the candidates; the last leaves one
 

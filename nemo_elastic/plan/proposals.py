@@ -130,7 +130,6 @@ def _candidates(cost: BudgetCost, damage: Damage, run: RunConfig) -> list[Candid
         count=settings.candidates,
         spread=settings.candidate_spread,
         tolerance=settings.tolerance,
-        shortfall=settings.shortfall,
     )
 
 

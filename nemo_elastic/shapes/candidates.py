@@ -1,6 +1,7 @@
 """A wide search: every shape near a budget whose estimated damage is close to the least, not greedy search's one.
 
-    pool        shapes with -shortfall <= cost / target - 1 <= tolerance and damage <= spread x least damage
+    pool        shapes with cost <= (1 + tolerance) target and damage <= least + max((spread - 1) least, 0.02); what lies
+                more than the tolerance below the target only where it loses less than all that meet it
     candidates  of the pool, those that no other one contains; of these at most `count`, as unlike as can be
 
 With the sizes of the whole net fixed (hidden size, depth), what is left adds up over rows (`knapsack.py`): where one
@@ -9,7 +10,7 @@ is one shape per combination of the fixed sizes, the best that a price of cost a
 another one within the budget contains can only be worse when both are trained. No torch here.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import nsmallest
 from math import inf
@@ -22,6 +23,7 @@ from .damage import Damage
 from .knapsack import EXHAUSTIVE_ROWS, Band, Knapsack, Rest, fit
 from .search import raise_if_impossible
 
+SLACK = 0.02  # of damage: a fiftieth of what all layers are worth is too little to tell shapes apart by
 POOL = 512  # shapes that are compared one by one, those of least damage
 
 
@@ -41,15 +43,12 @@ def candidates(
     count: int,
     spread: float = 1.6,
     tolerance: float = 0.01,
-    shortfall: float | None = None,
 ) -> list[Candidate]:
     """At most `count` shapes for a budget, the least damage first; there is always one.
 
     Args:
         spread: damage over the least that is still close.
-        tolerance: relative overshoot that is accepted.
-        shortfall: relative distance below the budget that is accepted; None: `tolerance`. Where nothing is within, the
-            nearest below.
+        tolerance: relative distance from the budget, to both sides, that meets it.
 
     Raises:
         ProblemsError: no subnet of the space is small enough.
@@ -57,43 +56,52 @@ def candidates(
     raise_if_impossible(cost, tolerance)
     if not choice_shapes(cost.space):
         return [_candidate(cost, damage, full_selection(cost.space))]
-    low = tolerance if shortfall is None else shortfall
-    band = Band((1 - low) * cost.target, (1 + tolerance) * cost.target, cost.target)
-    pool = _pool(Knapsack(cost, _Damages(damage)), band, spread)
+    pool = _pool(Knapsack(cost, _Damages(damage)), cost, tolerance, spread)
     kept = [s for s in pool if not any(_contains(other, s) for other in pool if other is not s)]
     return [_candidate(cost, damage, s) for s in _unlike(kept, count, cost)]
+
+
+def reach(least: float, spread: float) -> float:
+    """The damage up to which a shape is close to the least."""
+    return least + max((spread - 1) * least, SLACK)
 
 
 def _candidate(cost: BudgetCost, damage: Damage, selection: Selection) -> Candidate:
     return Candidate(subnet_of(cost.space, selection), cost.error(cost.tables.cost(selection)), damage.of(selection))
 
 
-def _pool(knapsack: Knapsack, band: Band, spread: float) -> list[Selection]:
+def _pool(knapsack: Knapsack, cost: BudgetCost, tolerance: float, spread: float) -> list[Selection]:
     """By damage. A fixed combination whose bound is beyond the spread has nothing to give, nor have those behind it."""
-    found: list[tuple[float, Selection]] = []
-    least, below = inf, (inf, None)
+    lowest, highest = (1 - tolerance) * cost.target, (1 + tolerance) * cost.target
+    offers: list[_Offer] = []
+    least = inf
     for rest in sorted(knapsack.rests(), key=lambda rest: rest.bound):
-        if rest.bound > spread * least:
+        if rest.bound > reach(least, spread):
             break
-        for score, loss, picked in _of_rest(rest, band, spread * least):
-            if score != loss:  # outside the band
-                below = min(below, (score, knapsack.selection(rest, picked)), key=lambda pair: pair[0])
-                continue
-            found.append((loss, knapsack.selection(rest, picked)))
-            least = min(least, loss)
-    if not found:
-        return [below[1]]
-    close = [pair for pair in found if pair[0] <= spread * least + 1e-12]
-    return [selection for _, selection in nsmallest(POOL, close, key=lambda pair: pair[0])]
+        new = [o for o in _offers(rest, lowest, highest, cost.target) if o.damage <= reach(least, spread)]
+        offers += new
+        least = min([least, *(o.damage for o in new)])
+    meets = min((o.damage for o in offers if o.cost >= lowest), default=inf)
+    close = [o for o in offers if o.damage <= reach(least, spread) + 1e-12 and (o.cost >= lowest or o.damage < meets)]
+    return [knapsack.selection(o.rest, o.picked) for o in nsmallest(POOL, close, key=lambda o: o.damage)]
 
 
-def _of_rest(rest: Rest, band: Band, limit: float) -> list[tuple[float, float, Sequence[int]]]:
-    """(score, damage, choice per row) of what these fixed sizes have to offer."""
-    if rest.count > EXHAUSTIVE_ROWS:
-        best = fit(rest, band)
-        return [] if best is None else [(best[0], rest.of(best[1])[0], best[1])]
-    offers = ((band.score(loss, cost), loss, picked) for loss, cost, picked in rest.all() if cost <= band.highest)
-    return [offer for offer in offers if offer[1] <= limit]
+@dataclass(frozen=True)
+class _Offer:
+    damage: float
+    cost: float
+    rest: Rest
+    picked: Sequence[int]
+
+
+def _offers(rest: Rest, lowest: float, highest: float, target: float) -> Iterator[_Offer]:
+    """What these fixed sizes have within the budget; of many, the best near it and the best below."""
+    if rest.count <= EXHAUSTIVE_ROWS:
+        yield from (_Offer(loss, cost, rest, picked) for loss, cost, picked in rest.all() if cost <= highest)
+        return
+    found = [fit(rest, Band(lowest, highest, target, price)) for price in (0.0, 1000.0)]
+    for picked in {tuple(best[1]) for best in found if best is not None}:
+        yield _Offer(*rest.of(picked), rest, picked)
 
 
 class _Damages:

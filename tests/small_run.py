@@ -35,7 +35,8 @@ elastic:
     num_layers: {{choices: [8, 7, 6]}}
   budgets: {{full: 1.0, large: 0.8, small: 0.6}}
 rank: {{samples: 8, depth_samples: 2, seq_length: 32}}
-router: {{hidden_size: 16, warmup_fraction: 0.2, soft_fraction: 0.3, freeze_fraction: 0.2, tolerance: 0.1}}
+router: {{shapes: learned, hidden_size: 16, warmup_fraction: 0.2, soft_fraction: 0.3, freeze_fraction: 0.2,
+  tolerance: 0.1}}
 train:
   micro_batch_size: 2
   optimizer: {{lr: 1.0e-3, min_lr: 1.0e-4, warmup_steps: 2}}

@@ -21,7 +21,7 @@ RUN = (
     "{steps: 3, seq_length: 128, global_batch_size: 4}]",
     "train.micro_batch_size=2", "train.use_distributed_optimizer=true", "train.save_every_steps=4",
     "train.val_every_steps=100", "train.val_samples=4", "rank.samples=4", "rank.depth_samples=2", "rank.seq_length=64",
-    "router.warmup_fraction=0.125", "router.soft_fraction=0.5", "router.freeze_fraction=0.25",
+    "router.shapes=learned", "router.warmup_fraction=0.125", "router.soft_fraction=0.5", "router.freeze_fraction=0.25",
 )  # fmt: skip
 
 

@@ -20,7 +20,8 @@ EXAMPLES = """examples:
   nemo-elastic plan --config conf/my_parent.yaml train.tensor_model_parallel_size=4
   nemo-elastic plan --config conf/nemotron_nano_12b_v2.yaml --train report.mfu=0.4 report.peak_tflops=989
   nemo-elastic plan --config conf/nemotron_nano_12b_v2.yaml --gpus 64 --gpu-memory 80
-  nemo-elastic plan --config conf/tiny_parent.yaml --search greedy --ranking runs/tiny --score
+  nemo-elastic plan --config conf/tiny_parent.yaml --search beam --ranking runs/tiny
+  nemo-elastic plan --config conf/tiny_parent.yaml --search measured --ranking runs/tiny --json
   nemo-elastic plan runs/tiny/nested --budget 0.6 --output subnet.yaml
   nemo-elastic extract runs/tiny/nested --subnet subnet.yaml
   nemo-elastic plan --config conf/tiny_parent.yaml --search greedy --ranking runs/tiny --output shapes.yaml
@@ -40,7 +41,9 @@ def add_parser(subparsers: Any) -> None:
         "--gpus", type=int, metavar="N", help="layouts over N GPUs that fit, the fastest first (estimated)"
     )
     parser.add_argument("--gpu-memory", type=float, metavar="GB", help="of one GPU (default: report.gpu.memory_gb)")
-    parser.add_argument("--search", metavar="HOW", help="propose subnets by uniform, random:N or greedy")
+    parser.add_argument(
+        "--search", metavar="HOW", help="propose subnets by uniform, random:N, greedy, beam or measured"
+    )
     parser.add_argument(
         "--ranking", metavar="RUN", help="the folder that `rank` wrote: scores and measured depth ranking"
     )
@@ -134,8 +137,9 @@ def _misplaced(arguments: argparse.Namespace) -> list[Problem]:
 
 def _of_configuration(arguments: argparse.Namespace) -> dict[str, Any]:
     """The plan, what training it will cost, and with `--train` the resolved run."""
-    from ..family import Configured, Family
+    from ..family import Configured
     from ..plan.of_run import plan
+    from ..plan.proposals import racing
 
     resolved, ranking = configuration(arguments), _depth_ranking(arguments)
     config = resolved.config
@@ -144,10 +148,11 @@ def _of_configuration(arguments: argparse.Namespace) -> dict[str, Any]:
 
         with suppress(ProblemsError):  # the plan says it, too
             config = with_searched_shapes(config, arguments.ranking)
-    family: Family | None = None
+    family, candidates = None, {}
     with suppress(ProblemsError):  # the plan says it
         family = Configured(replace(resolved, config=config)).family(ranking)
-    result = plan(config, ranking, family=family)
+        candidates = racing(config, family, arguments.ranking) if arguments.ranking else {}
+    result = plan(config, ranking, family=family, racing=candidates)
     if family is None:
         return result | {"training": None} | ({"run": None} if arguments.train else {})
     from ..distill.training_cost import training_cost
@@ -172,28 +177,35 @@ def _depth_ranking(arguments: argparse.Namespace) -> tuple[int, ...] | None:
 
 
 def _proposals(arguments: argparse.Namespace) -> dict[str, Any]:
-    from ..plan.proposals import parse_method, search
+    from ..plan.proposals import best_of_each, measured_order, parse_method, search
 
     resolved, method = configuration(arguments), parse_method(arguments.search)
     if arguments.output and method.count > 1:
         words = f"takes one subnet per budget, --search {arguments.search} proposes {method.count}; use random:1"
         raise ProblemsError([Problem("--output", words)])
     result = search(resolved.config, method, arguments.ranking)
+    if method.name == "measured":
+        _score(arguments, resolved, result, chooses=True)
+        measured_order(result)
     if arguments.output and not result["budgets"]:
         raise ProblemsError([Problem("--output", "every budget is the parent or has its subnet; nothing to write")])
-    _write(arguments, result)
-    if arguments.score:
+    _write(arguments, best_of_each(result))
+    if arguments.score and method.name != "measured":
         _score(arguments, resolved, result)
     return result
 
 
-def _score(arguments: argparse.Namespace, resolved: Any, result: dict[str, Any]) -> None:
-    """Held-out loss of every proposal, cut from the sorted parent without any training."""
+def _score(arguments: argparse.Namespace, resolved: Any, result: dict[str, Any], *, chooses: bool = False) -> None:
+    """Held-out loss of every proposal, cut from the sorted parent without any training.
+
+    Args:
+        chooses: on other windows than those that losses are reported on.
+    """
     run = Path(arguments.ranking)
     run = run.parent if run.name == "importance" else run
     if not (run / "sorted").is_dir():
         words = f"needs a sorted parent at {str(run / 'sorted')!r}; run `nemo-elastic sort --out {run}`"
-        raise ProblemsError([Problem("--score", words)])
+        raise ProblemsError([Problem("--search" if chooses else "--score", words)])
     from .console import quiet_libraries
 
     quiet_libraries(arguments.verbose)
@@ -206,7 +218,7 @@ def _score(arguments: argparse.Namespace, resolved: Any, result: dict[str, Any])
     keyed = {str(i): family.space.subnet_from_dict(b["subnet"]) for i, b in enumerate(result["budgets"])}
     scored = Run(configured, run)
     scored.check_sorted(Importance.load(run / "importance", family.architecture))
-    losses = scored.zero_shot(run / "sorted", keyed)
+    losses = scored.zero_shot(run / "sorted", keyed, chooses=chooses)
     for i, row in enumerate(result["budgets"]):
         row["heldout_loss"] = losses[str(i)]
 

@@ -40,7 +40,7 @@ def plan_tables(result: Mapping[str, Any]) -> list[Any]:
     if "latency" in serving:
         parts.append(f"latency: {parent['latency_ms']:.4g} ms for the parent, {escape(serving['latency'])}")
     if any(b["origin"] == "proposed" for b in result["budgets"]):
-        parts.append("* proposed by even shrinking; training learns the sizes")
+        parts.append("* proposed by even shrinking; training finds the sizes")
     parts += [f"note: {escape(note)}" for note in result["notes"]]
     parts += [f"[bold red]problem[/] {escape(p['key'])}: {escape(p['message'])}" for p in result["problems"]]
     return parts

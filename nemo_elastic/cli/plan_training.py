@@ -58,7 +58,7 @@ def _run(run: Row) -> list[Any]:
     lines.append("budgets: " + ", ".join(f"{escape(name)} {how}" for name, how in run["budgets"].items()))
     if run["phases"]:
         phases = (f"{p['phase']} {p['steps']:,} steps from {p['first_step']:,}" for p in run["phases"])
-        lines.append("router:  " + ", ".join(phases))
+        lines.append("phases:  " + ", ".join(phases))
     layout, saved = run["parallel"], run["checkpoints"]
     sizes = f"TP {layout['tensor_model_parallel_size']} x PP {layout['pipeline_model_parallel_size']}"
     if layout["context_parallel_size"] > 1:

@@ -36,7 +36,7 @@ def changed_keys(out: Path, config: RunConfig, values: Mapping[str, Any], keys: 
     before = _values(out)
     found = []
     for key in keys if before is not None else ():
-        was, now = (dict(leaves(_at(v, key), key)) for v in (_as_now(before), _as_now(_known(values, before))))
+        was, now = (dict(leaves(_at(v, key), key)) for v in (_as_now(before), _known(_as_now(values), before)))
         if config.router.searches:  # what the search has found is written beside what was given
             was = {k: v for k, v in was.items() if not k.startswith("elastic.subnets") or k in now}
             now = {k: v for k, v in now.items() if k != "elastic.subnets" or v}
@@ -93,9 +93,7 @@ def _as_now(values: Mapping[str, Any]) -> dict[str, Any]:
 def _known(values: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
     """`values` without the keys of a section that the version before did not have."""
     return {
-        name: {
-            k: v for k, v in section.items() if k in before.get(name, {}) or (name, k) == ("router", "race_fraction")
-        }
+        name: {k: v for k, v in section.items() if k in before.get(name, {})}
         if name in ("elastic", "router")
         else section
         for name, section in values.items()

@@ -13,6 +13,7 @@ from ..config.sections import RouterConfig, RunConfig
 from ..cost.counts import parameters
 from ..family import Family
 from ..router.schedule import Timeline, resolve_recipe
+from ..space.budget import Budget
 from ..space.choices import choice_shapes
 from .curriculum import learning_rate, stage_at, tokens_before, total_steps
 from .training_cost import checkpoints_kept
@@ -34,9 +35,8 @@ def training_plan(run: RunConfig, family: Family) -> dict[str, Any] | None:
         "tokens": tokens_before(stages, steps),
         "trained": _trained(run, family, config),
         "frozen": _frozen(run, family),
-        "budgets": {b.name: "parent" if b.is_full else "learned" if b.name in learned else "forced"
-                    for b in family.budgets},
-        "phases": _phases(timeline, bool(learned)),
+        "budgets": {b.name: _found_by(family, b) for b in family.budgets},
+        "phases": _phases(timeline, bool(family.open)),
         "schedule": [_point(run, config, timeline, step, bool(learned)) for step in _steps(run, timeline)],
         "checkpoints": {"every_steps": every, **checkpoints_kept(run)},
         "parallel": {
@@ -50,6 +50,12 @@ def training_plan(run: RunConfig, family: Family) -> dict[str, Any] | None:
             "largest_data_parallel_size": _largest_data_parallel(run),
         },
     }  # fmt: skip
+
+
+def _found_by(family: Family, budget: Budget) -> str:
+    if budget.is_full:
+        return "parent"
+    return "learned" if budget.name in family.learned else "raced" if budget.name in family.raced else "forced"
 
 
 def router_parameters(family: Family, config: RouterConfig) -> int:
@@ -79,9 +85,9 @@ def _frozen(run: RunConfig, family: Family) -> list[dict[str, Any]]:
     return [{"what": f"teacher: a copy of the parent{cached}", "parameters": count}]
 
 
-def _phases(timeline: Timeline, learned: bool) -> list[dict[str, Any]]:
+def _phases(timeline: Timeline, undecided: bool) -> list[dict[str, Any]]:
     """First step and length of each phase that happens."""
-    if not learned:
+    if not undecided:
         return []
     return [{"phase": name, "first_step": a, "steps": b - a} for name, (a, b) in timeline.spans().items() if b > a]
 

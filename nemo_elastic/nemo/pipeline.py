@@ -36,7 +36,14 @@ from nemo_elastic.nemo.export.results import RESULTS, results_of
 from nemo_elastic.nemo.export.verify import verify
 from nemo_elastic.nemo.plain.logs import quiet
 from nemo_elastic.nemo.run.ranking import rank_run, stored_importance
-from nemo_elastic.nemo.run.train import Trained, data_module, heldout_batches, latest_checkpoint, train
+from nemo_elastic.nemo.run.train import (
+    Trained,
+    choosing_batches,
+    data_module,
+    heldout_batches,
+    latest_checkpoint,
+    train,
+)
 from nemo_elastic.plan.proposals import with_searched_shapes
 from nemo_elastic.problems import Problem, ProblemsError
 from nemo_elastic.processes.training_checkpoints import remove_unfinished, whole_checkpoints
@@ -203,8 +210,14 @@ class Run:
             report=lambda name, done, total: self.progress(name, done, total, ""),
         )
 
-    def zero_shot(self, sorted_folder: Path, subnets: Mapping[str, Subnet]) -> dict[str, float]:
-        """Held-out loss of the same children cut from the sorted parent before any training."""
+    def zero_shot(
+        self, sorted_folder: Path, subnets: Mapping[str, Subnet], *, chooses: bool = False
+    ) -> dict[str, float]:
+        """Held-out loss of the same children cut from the sorted parent before any training.
+
+        Args:
+            chooses: on the windows that shapes are chosen by, not on those that losses are reported on.
+        """
         self.start()
         family = self.configured.family(sorted_parent(sorted_folder).depth_ranking)
         groups = family.space.groups
@@ -212,7 +225,7 @@ class Run:
             self.config.model, ffn_groups=groups, sequence_parallel=self.config.train.sequence_parallel
         )
         load_weights(model, sorted_parent(sorted_folder).reader, family.architecture, ffn_groups=groups)
-        batches = self.batches()
+        batches = choosing_batches(data_module(self.config), self.config) if chooses else self.batches()
         return {
             name: heldout_loss(model, batches, hard_plan(model.layout, subnet, self.config.train.mode))
             for name, subnet in subnets.items()

@@ -15,6 +15,7 @@ from ..cost.conditions import Serving, serving_of
 from ..cost.counts import active_parameters, flops, memory, parameters, parameters_by_kind
 from ..family import Family, family_of, parallel_problems
 from ..problems import Problem, ProblemsError
+from ..shapes.candidates import Candidate
 from ..shapes.search import propose_uniform
 from ..space.alignment import alignment_notes, convolution_notes, padding_notes
 from ..space.budget import Budget
@@ -25,12 +26,17 @@ from .deployment import deployment, fp8_problems, low_precision_problems
 
 
 def plan(
-    run: RunConfig, depth_ranking: tuple[int, ...] | None = None, *, family: Family | None = None
+    run: RunConfig,
+    depth_ranking: tuple[int, ...] | None = None,
+    *,
+    family: Family | None = None,
+    racing: Mapping[str, Sequence[Candidate]] | None = None,
 ) -> dict[str, Any]:
     """The plan as plain values (`plan --json` prints exactly this). Its `problems` are not raised.
 
     Args:
         family: of `run`, where it has been made.
+        racing: who races for each budget, where there is a ranking: the first stands for all.
 
     Raises:
         ProblemsError: when not even the parent can be described.
@@ -61,7 +67,7 @@ def plan(
         if no_table and budget.kind == "latency_ms":
             continue
         try:
-            budgets.append(_budget(run, family, serving, budget))
+            budgets.append(_budget(run, family, serving, budget, (racing or {}).get(budget.name, ())))
             if run.model.get("fp8"):
                 subnet = family.space.subnet_from_dict(budgets[-1]["subnet"])
                 found += fp8_problems(family.layout, subnet, f"elastic.budgets.{budget.name}")
@@ -101,12 +107,16 @@ def described_plan(
     }
 
 
-def _budget(run: RunConfig, family: Family, serving: Serving, budget: Budget) -> dict[str, Any]:
+def _budget(
+    run: RunConfig, family: Family, serving: Serving, budget: Budget, racing: Sequence[Candidate]
+) -> dict[str, Any]:
     if budget.is_full:
         subnet, origin = family.space.full_subnet(), "parent"
     elif budget.name in family.forced:
         given = budget.name in run.elastic.subnets
         subnet, origin = family.forced[budget.name], "forced" if given else "frozen"
+    elif racing:
+        subnet, origin = racing[0].subnet, f"first of {len(racing)} that race" if len(racing) > 1 else "search"
     else:
         subnet, origin = (
             propose_uniform(budget_cost(family, serving, budget), tolerance=run.router.tolerance),

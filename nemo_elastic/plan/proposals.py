@@ -163,6 +163,15 @@ def _proposals(cost: BudgetCost, method: Method, damage: Damage | None, run: Run
     return found
 
 
-def subnets_to_score(family: Family, plan: dict[str, Any]) -> dict[str, Subnet]:
-    """`budget / method` -> subnet of every proposal."""
-    return {f"{b['name']} / {b['origin']}": family.space.subnet_from_dict(b["subnet"]) for b in plan["budgets"]}
+def best_of_each(plan: dict[str, Any]) -> dict[str, Any]:
+    """A plan with the first proposal of every budget alone."""
+    first: dict[str, Any] = {}
+    for row in plan["budgets"]:
+        first.setdefault(row["name"], row)
+    return plan | {"budgets": list(first.values())}
+
+
+def measured_order(plan: dict[str, Any]) -> None:
+    """Rows of a plan by their budget's held-out loss, the best first."""
+    names = list(dict.fromkeys(b["name"] for b in plan["budgets"]))
+    plan["budgets"].sort(key=lambda b: (names.index(b["name"]), b["heldout_loss"]))

@@ -1,7 +1,7 @@
 """A wide search: every shape near a budget whose estimated damage is close to the least, not greedy search's one.
 
-    pool        shapes with cost <= (1 + tolerance) target and damage <= least + max((spread - 1) least, 0.02); what lies
-                more than the tolerance below the target only where it loses less than all that meet it
+    pool        shapes with cost <= (1 + tolerance) target and damage <= least + max((spread - 1) least, 0.02);
+                what lies more than the tolerance below the target only where it loses less than all that meet it
     candidates  of the pool, those that no other one contains; of these at most `count`, as unlike as can be
 
 With the sizes of the whole net fixed (hidden size, depth), what is left adds up over rows (`knapsack.py`): where one

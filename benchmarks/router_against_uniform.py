@@ -41,7 +41,8 @@ from nemo_elastic.processes.runlog import RunLog
 
 CONDITIONS = ("report.batch_size=4", "report.sequence_length=512")
 SHARES = {"large": 0.75, "small": 0.55}  # of the parent's memory; the parameter budgets are those of the configuration
-KINDS = ("parameters", "memory")
+KINDS = ("parameters", "memory", "per_layer")
+LAYERED = ("ffn_hidden_size", "mamba_num_heads", "num_attention_heads")
 FROZEN = "router.frozen=true"
 MODES = {
     "router": ("router.shapes=learned",),
@@ -54,6 +55,8 @@ MODES = {
 def overrides(kind: str, mode: str, seed: int, quick: bool) -> list[str]:
     """What makes a run of `CONFIG` this one."""
     words = [*CONDITIONS, f"train.seed={seed}", *MODES[mode], *(QUICK if quick else ())]
+    if kind == "per_layer":
+        words += [f"elastic.dims.{name}.per_layer=true" for name in LAYERED]
     if kind == "memory":
         parent = plan(load_config(CONFIG, CONDITIONS).config)["parent"]["memory_bytes"]["total"] / 1e9
         for name, share in SHARES.items():

@@ -13,7 +13,7 @@ from nemo_elastic.cli.main import main
 from nemo_elastic.config import load_config
 from nemo_elastic.cost.counts import flops, parameters
 from nemo_elastic.distill.curriculum import learning_rate, stage_at, total_steps
-from nemo_elastic.distill.training_cost import PHASES, checkpoint_bytes, training_cost
+from nemo_elastic.distill.training_cost import checkpoint_bytes, training_cost
 from nemo_elastic.distill.training_plan import router_parameters, training_plan
 from nemo_elastic.family import family_of
 from nemo_elastic.plan.of_run import plan
@@ -21,11 +21,14 @@ from nemo_elastic.problems import ProblemsError
 from nemo_elastic.router.schedule import Timeline, resolve_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
+LEARNED = "router.shapes=learned"
 TINY = "tiny_parent.yaml"
 
 
 def planned(*overrides: str) -> tuple:
-    run = load_config(TINY, overrides).config
+    """A run whose shapes a router learns, unless it says something else."""
+    given = any(word.startswith(("router.frozen", "router.shapes", "router.recipe")) for word in overrides)
+    run = load_config(TINY, overrides if given else [LEARNED, *overrides]).config
     family = family_of(run)
     rows = plan(run)["budgets"]
     return run, family, {b["name"]: family.space.subnet_from_dict(b["subnet"]) for b in rows}
@@ -114,7 +117,7 @@ def test_the_schedule_is_the_runs_own(recipe: str) -> None:
     total = Counter()
     for stage in training_cost(run, family, {b.name: family.space.full_subnet() for b in family.budgets})["stages"]:
         total.update(stage["router_steps"])
-    assert total == Counter(timeline.phase(step) for step in range(steps)) and set(total) <= set(PHASES)
+    assert total == Counter(timeline.phase(step) for step in range(steps)) and set(total) <= set(run.router.phases)
 
 
 def test_stages_that_name_their_phase() -> None:

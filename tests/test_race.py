@@ -79,6 +79,16 @@ def test_losses_halve_the_candidates_and_the_last_round_leaves_one():
     assert not race.is_due(12) and race.contenders() == {} and race.leader("large") == race.subnet("large", 1)
 
 
+def test_who_is_far_behind_before_the_first_step_does_not_start():
+    _, race = race_of({"large": 4, "small": 2})
+    record = race.begin(1.0, {"large": {0: 1.3, 1: 1.2, 2: 1.33, 3: 1.31}, "small": {0: 1.5, 1: 1.4}}, 1.6)
+    assert record["round"] == 0 and record["step"] == 0
+    assert {n: s.numbers for n, s in race.standings.items()} == {"large": (1, 0, 3), "small": (1, 0)}
+    better = race_of({"large": 4, "small": 2})[1]
+    better.begin(1.0, {"large": {0: 0.9, 1: 1.2, 2: 1.1, 3: 0.95}}, 1.6)  # who loses nothing races
+    assert better.standings["large"].numbers == (0, 3)
+
+
 def test_a_micro_batch_runs_whose_turn_it_is_on_every_replica_and_the_winner_is_pinned():
     planner, race = race_of({"large": 4, "small": 2}, rounds=(12,))
     assert planner.timeline.frozen == 12 and planner.learned == ()
@@ -255,7 +265,7 @@ def test_a_run_races_pins_and_says_so_and_is_the_same_over_a_resume_and_two_repl
     whole, again = server.folder / "whole", server.folder / "again"
     server.run(whole, *RACE)
     rounds = records(whole, "race")
-    assert [r["step"] for r in rounds] == [3, 6, 9][: len(rounds)] and len(rounds) > 1
+    assert [r["step"] for r in rounds] == [0, 3, 6, 9][: len(rounds)] and len(rounds) > 2
     named = rounds[0]["candidates"]
     assert all(1 < len(row) <= 4 for row in named.values())
     assert [r["phase"] for r in records(whole, "train")] == ["race"] * 9 + ["frozen"] * 3

@@ -29,6 +29,7 @@ FOUR_CHILDREN = tuple(name for name in FOUR if name != "full")
 SCRATCH_STEPS = 1200
 SEARCH = 40
 LEARNED = "router.shapes=learned"
+PER_LAYER_MAMBA = "elastic.dims.mamba_num_heads.per_layer=true"
 PER_LAYER = "elastic.dims.ffn_hidden_size.per_layer=true"
 EVEN = "router.frozen=true"  # every budget without a subnet of its own is shrunk evenly
 TEXT = ("distill.kd_weight=0", "distill.ce_weight=1")
@@ -215,8 +216,9 @@ def raced() -> Iterator[Run]:
     given = {"group": "race", "budgets": BUDGETS, "stages": stages(*STEPS, WEIGHTS)}
     yield Run(name="race-family", what="candidates of a wide search race (default)", words=("router.shapes=race",),
               seeds=SECOND, **given)  # fmt: skip
-    yield Run(name="race-least", what="the least damage of a wide search, from the first step",
-              words=("router.shapes=search",), seeds=THERE, **given)  # fmt: skip
+    for how in ("greedy", "race"):
+        yield Run(name=f"{how}-per-layer", what=f"{how}, widths of FFN and Mamba heads per layer", seeds=THERE,
+                  words=(f"router.shapes={how}", PER_LAYER, PER_LAYER_MAMBA), **given)  # fmt: skip
 
 
 def longer() -> Iterator[Run]:

@@ -1,7 +1,8 @@
 """A race: every budget has a few candidate shapes, which take turns; held-out loss halves them until one is left.
 
+    before the first step              out: who loses more than `spread` times the least (held-out, over the parent's)
     turn t of a budget runs candidate  standing[t mod n]          n still in the race
-    after round i of R                 n <- max(1, ceil(n0 / 2^i)), the last one leaves 1; turns begin anew
+    after each round                   n <- ceil(n / 2), the last round leaves 1; turns begin anew
 
 A turn is a micro-batch that the budget is drawn for, so that candidates have been trained alike when they are compared
 (one that was just trained looks better than it is). Turns are counted over all replicas: what a micro-batch runs is a
@@ -80,6 +81,25 @@ class Race:
             if len(standing.numbers) > 1
         }
 
+    def begin(self, parent: float, losses: Losses, spread: float) -> dict[str, Any]:
+        """Before the first step: who is far behind does not start, and would only have disturbed the others.
+
+        Args:
+            parent: loss of the parent on the same text.
+            spread: loss over the parent's, over the least such, up to which a candidate races.
+
+        Returns:
+            as `end_round`, of round 0.
+        """
+        budgets = {}
+        for name, row in losses.items():
+            order = sorted(row, key=lambda n, row=row: (row[n], n))
+            limit = spread * max(0.0, row[order[0]] - parent)
+            kept = [n for n in order if n == order[0] or row[n] - parent <= limit]
+            budgets[name] = {"losses": {str(n): row[n] for n in order}, "left": kept, "turns": 0}
+            self.standings[name] = Standing(tuple(kept))
+        return {"step": 0, "round": 0, "parent": parent, "budgets": budgets}
+
     def end_round(self, done: int, losses: Losses) -> dict[str, Any]:
         """Keep the better half by loss, in the last round the best; ties go to the smaller damage.
 
@@ -90,7 +110,7 @@ class Race:
         for name, row in losses.items():
             before = self.standings[name]
             order = sorted(before.numbers, key=lambda n, row=row: (row[n], n))
-            left = 1 if number == len(self.rounds) else max(1, -(-len(self.candidates[name]) // 2**number))
+            left = 1 if number == len(self.rounds) else max(1, -(-len(before.numbers) // 2))
             budgets[name] = {"losses": {str(n): row[n] for n in order}, "left": order[:left], "turns": before.turns}
             self.standings[name] = Standing(tuple(order[:left]))
         for name in self.standings.keys() - losses.keys():

@@ -103,6 +103,8 @@ class ElasticCallback(pl.Callback):
         if self.teacher is not None:
             self.teacher.prepare(self.model)
         if self.step == 0:
+            if self.planner.race is not None:
+                self._begin_race(trainer)
             self._validate(trainer)
         self._clock = _clocks()
 
@@ -248,19 +250,33 @@ class ElasticCallback(pl.Callback):
 
     def _end_round(self, trainer: pl.Trainer, done: int) -> None:
         """Compare the candidates of a race on text that no loss is reported on; the first rank's losses decide."""
-        race, began = self.planner.race, time.monotonic()
-        losses = {
-            name: {
-                n: heldout_loss(self.model, self.choosing, self.planner.plan_of(subnet)) for n, subnet in row.items()
+        began, losses = time.monotonic(), self._contending()
+        self._log_race(trainer, began, self.planner.race.end_round(done, losses))
+
+    def _begin_race(self, trainer: pl.Trainer) -> None:
+        """Measure the candidates before the first step; who is far behind does not start."""
+        began, race = time.monotonic(), self.planner.race
+        losses = self._contending()
+        parent = from_first_rank(heldout_loss(self.model, self.choosing)) if losses else 0.0
+        record = race.begin(parent, losses, self.run.router.candidate_spread)
+        self._log_race(trainer, began, record | {"candidates": race.described()})
+
+    def _contending(self) -> dict[str, dict[int, float]]:
+        return from_first_rank(
+            {
+                name: {
+                    number: heldout_loss(self.model, self.choosing, self.planner.plan_of(subnet))
+                    for number, subnet in row.items()
+                }
+                for name, row in self.planner.race.contenders().items()
             }
-            for name, row in race.contenders().items()
-        }
-        record = race.end_round(done, from_first_rank(losses))
+        )
+
+    def _log_race(self, trainer: pl.Trainer, began: float, record: dict[str, Any]) -> None:
         if trainer.is_global_zero:
-            record |= {"seconds": time.monotonic() - began}
-            self.records.write("race", record | ({"candidates": race.described()} if record["round"] == 1 else {}))
+            self.records.write("race", record | {"seconds": time.monotonic() - began})
             left = {name: f"{len(row['losses'])} -> {len(row['left'])}" for name, row in record["budgets"].items()}
-            logger.info("step %d race, candidates %s", done, left)
+            logger.info("step %d race, candidates %s", record["step"], left)
         self._clock = _clocks()
 
     def _validate(self, trainer: pl.Trainer) -> None:

@@ -66,6 +66,8 @@ def words_of(name: str, steps: int, subnets: Subnets) -> list[str]:
     words.append("train.val_samples=4")
     if name == "family_shared":
         words.append(f"distill.budgets_per_batch={len(BUDGETS)}")
+    if name in ("family", "family_shared"):
+        words.append("router.shapes=learned")
     if alone or name == "family_fixed":
         words.append("router.frozen=true")
         for budget, subnet in subnets.items():

@@ -16,7 +16,7 @@ import pytest
 
 from nemo_elastic.cli.main import main
 from nemo_elastic.config import load_config, sections
-from nemo_elastic.config.load import leaves, load_values
+from nemo_elastic.config.load import Resolved, leaves, load_values
 from nemo_elastic.config.rules import ALLOWED, rule_problems
 from nemo_elastic.distill import layouts as gpu_layouts
 from nemo_elastic.distill.gpu_work import Work
@@ -51,6 +51,7 @@ NAMES = {
 # Read in another way: what it is, and the test below.
 ELSEWHERE = {
     ("StageConfig", "tokens"): "becomes steps in the section itself",
+    ("RouterConfig", "frozen"): "decides RouterConfig.method in the section itself",
     ("TrainConfig", "virtual_pipeline_model_parallel_size"): "refused above 1",
     ("ReportConfig", "title"): "read from the run folder's config.json, as plain values",
 }
@@ -145,6 +146,8 @@ def test_keys_that_are_read_in_another_way_do_something(tmp_path: Path) -> None:
             problems = plan(load_config("tiny_parent.yaml", [f"train.{name}=2"]).config)["problems"]
             assert f"train.{name}" in [p["key"] for p in problems], (kind, name)
     assert load_config("tiny_parent.yaml", ["train.stages=[{tokens: 5000}]"]).config.train.stages[0].steps == 3
+    methods = [load_config("tiny_parent.yaml", [f"router.frozen={v}"]).config.router.method for v in ("true", "false")]
+    assert methods == ["even", "race"]
     resolved = load_config("tiny_parent.yaml", ["report.title=Our family"])
     (tmp_path / "config.json").write_text(json.dumps({"values": resolved.values, "origins": resolved.origins}))
     assert read_run(tmp_path).title == "Our family"
@@ -196,6 +199,9 @@ OF_OTHER_VERBS = [
     "router.max_price",
     "router.dead_zone",
     "router.tolerance",
+    "router.candidates",
+    "router.candidate_spread",
+    "router.race_rounds",
     "distill.loss",
     "distill.top_k",
     "distill.temperature",
@@ -254,10 +260,19 @@ def changes_nothing(stock: dict, key: str, new: object, before: str) -> bool:
 def test_every_key_that_plan_should_show_changes_it_or_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_layouts, "MICRO_BATCHES", (1,))  # fewer layouts, and all that they are made of
     monkeypatch.setattr(gpu_layouts, "RECOMPUTES", (None,))
-    stock = load_config("tiny_parent.yaml")
+    silent = silent_keys(load_config("tiny_parent.yaml"), "")
+    learned = silent_keys(load_config("tiny_parent.yaml", ["router.shapes=learned"]), OF_ROUTERS)
+    assert sorted(key for key in silent if key in learned or not key.startswith(OF_ROUTERS)) == sorted(OF_OTHER_VERBS)
+
+
+OF_ROUTERS = ("router.", "elastic.dims.")  # may show only where a router learns
+
+
+def silent_keys(stock: Resolved, prefix: str | tuple[str, ...]) -> list[str]:
+    """Keys that begin with `prefix` and whose other values change nothing of what a plan says of `stock`."""
     before, silent = shown(stock.config), []
     for key, value in leaves(stock.values):
-        new = [] if key.startswith("model.") else others(key, value)
+        new = others(key, value) if key.startswith(prefix) and not key.startswith("model.") else []
         if new and all(changes_nothing(stock.values, key, word, before) for word in new):
             silent.append(key)
-    assert sorted(silent) == sorted(OF_OTHER_VERBS)
+    return silent

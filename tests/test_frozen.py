@@ -28,7 +28,8 @@ STEPS = 20
 
 
 def planner_of(*words: str, seed: int = 1) -> Planner:
-    run = load_config(TINY, words).config
+    """Of a run whose shapes a router learns, unless it is frozen."""
+    run = load_config(TINY, words if "router.frozen=true" in words else ["router.shapes=learned", *words]).config
     family = family_of(run)
     timeline = Timeline.of(run.router, STEPS)
     conditions = serving_of(run.report, family.architecture).conditions

@@ -27,7 +27,7 @@ TINY = "tiny_parent.yaml"
 
 def planned(*overrides: str) -> tuple:
     """A run whose shapes a router learns, unless it says something else."""
-    given = any(word.startswith(("router.frozen", "router.shapes", "router.recipe")) for word in overrides)
+    given = any(word.startswith(("router.frozen", "router.shapes")) for word in overrides)
     run = load_config(TINY, overrides if given else [LEARNED, *overrides]).config
     family = family_of(run)
     rows = plan(run)["budgets"]
@@ -205,7 +205,7 @@ def test_the_json_has_the_documented_keys_and_no_others(capsys: pytest.CaptureFi
                   for key in re.findall(r"`([^`]+)`", line.split("|")[1])}  # fmt: skip
     with_a_latency_table = {"serving.latency", "parent.latency_ms", "budgets[].latency_ms"}
     seen = set()
-    for words in (["--gpus", "2"], ["elastic.budgets.small=0.01"]):
+    for words in (["--gpus", "2", LEARNED], ["elastic.budgets.small=0.01"]):
         main(["plan", "--config", TINY, "--json", "--train", *words])
         seen |= keys(json.loads(capsys.readouterr().out))
     leaves = {k for k in seen if not any(other.startswith((f"{k}.", f"{k}[]")) for other in seen)}
@@ -225,10 +225,12 @@ def test_a_plan_with_problems_says_no_cost(capsys: pytest.CaptureFixture) -> Non
 def test_tables_say_cost_and_schedules(capsys: pytest.CaptureFixture) -> None:
     assert main(["plan", "--config", "nemotron_nano_12b_v2.yaml", "--train"]) == 0
     shown = capsys.readouterr().out
-    for words in ("65.0 B", "GPU-hours at 35% of 989 TFLOP/s", "172.3 GB", "teacher: a copy of the parent", "router lr",
-                  "12b parent, 9b learned, 6b learned", "TP 1,2,4,8; PP 1,2; FP8; loads as NemotronH"):  # fmt: skip
+    for words in ("65.0 B", "GPU-hours at 35% of 989 TFLOP/s", "172.3 GB", "teacher: a copy of the parent",
+                  "12b parent, 9b raced, 6b raced", "race 2,086 steps from 0", "TP 1,2,4,8; PP 1,2; FP8; loads as NemotronH"):  # fmt: skip
         assert words in shown, words
-    assert main(["plan", "--config", TINY]) == 0
+    assert main(["plan", "--config", TINY, "--train", LEARNED]) == 0
+    assert "router lr" in capsys.readouterr().out
+    assert main(["plan", "--config", TINY, LEARNED]) == 0
     shown = capsys.readouterr().out
     assert "GPU-hours" in shown and "router lr" not in shown
 

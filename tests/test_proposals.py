@@ -424,8 +424,8 @@ def test_before_a_ranking_even_shapes_stand_in_and_it_is_said(capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["router.shapes=greedy"], "router.shapes: greedy needs router.frozen=true"),
-        (["router.frozen=true", "router.shapes=gredy"], "'gredy' must be one of even, greedy"),
+        (["router.frozen=true", "router.shapes=race"], "router.shapes: race is nothing frozen"),
+        (["router.frozen=true", "router.shapes=gredy"], "'gredy' must be one of auto, race, learned, search, greedy, even"),
         (["--search", "random:3", "--output", "x.yaml"], "takes one subnet per budget"),
         (["--output", "x.yaml"], "is for `plan NESTED` and --search"),
         (

@@ -215,7 +215,7 @@ def test_train_starts_over_only_in_a_run_of_ours(bare, tmp_path: Path, capsys) -
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints", "logs"]
 
 
-RUN = ["elastic.budgets={full: 1.0, half: 0.5}", "train.stages=[{steps: 100}]"]
+RUN = ["elastic.budgets={full: 1.0, half: 0.5}", "train.stages=[{steps: 100}]", "router.shapes=learned"]
 
 
 @pytest.fixture
@@ -244,12 +244,12 @@ def stopped(tmp_path: Path) -> Path:
         (["train.seed=7"], "train.seed: 7, but"),
         (["data.blend=[{path: other.jsonl}]"], "data.blend.0.path: 'other.jsonl', but"),
         (["data.chat.layout=packed"], "data.chat.layout: 'packed', but"),
-        (["router.frozen=true"], "router.frozen: True, but"),
+        (["router.shapes=even"], "router.shapes: 'even', but"),
         (["router.soft_fraction=0.1"], "router.soft_fraction: 0.1, but"),
         (["model.layernorm_epsilon=1.0e-6"], "model.layernorm_epsilon: 1e-06, but"),
         (["train.stages=[{steps: 100, seq_length: 64}]"], "train.stages: say other lengths or batches of the 40 steps"),
         (
-            ["train.stages=[{steps: 100, seq_length: 64}]", "router.frozen=true"],
+            ["train.stages=[{steps: 100, seq_length: 64}]", "router.shapes=even"],
             "train.stages: say other lengths or batches of the 40 steps",
         ),
         (["train.stages=[{steps: 60}]"], "train.stages: would lead into the router's phase 'frozen' at step 41"),

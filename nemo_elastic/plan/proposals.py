@@ -123,14 +123,8 @@ def racing(run: RunConfig, family: Family, ranking: str) -> dict[str, list[Candi
 
 
 def _candidates(cost: BudgetCost, damage: Damage, run: RunConfig) -> list[Candidate]:
-    settings = run.router
-    return candidates(
-        cost,
-        damage,
-        count=settings.candidates,
-        spread=settings.candidate_spread,
-        tolerance=settings.tolerance,
-    )
+    router = run.router
+    return candidates(cost, damage, count=router.candidates, spread=router.candidate_spread, tolerance=router.tolerance)
 
 
 @contextmanager

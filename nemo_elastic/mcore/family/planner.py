@@ -164,10 +164,15 @@ class Planner:
         outputs = {n: router(router.budget_vector(n), tau=1.0, scale=1.0).probabilities for n in self.learned}
         return {
             name: choose(
-                pi, self.costs[name], tolerance=self.config.tolerance, shortfall=self.config.tolerance, repair=repair
+                pi, self.costs[name], tolerance=self.config.tolerance, shortfall=self._shortfall, repair=repair
             )
             for name, pi in _on_the_host(outputs).items()
         }
+
+    @property
+    def _shortfall(self) -> float:
+        given = self.config.shortfall
+        return self.config.tolerance if given is None else given
 
     def subnet_of_choice(self, name: str, chosen: Chosen) -> Subnet:
         """The subnet that a choice names."""

@@ -38,7 +38,7 @@ from nemo_elastic.space.budget import Budget
 from nemo_elastic.space.elastic_space import ElasticSpace
 from nemo_elastic.space.layout import ParamLayout
 
-RECIPES = {"default": RouterConfig(), "paper": RouterConfig(recipe="paper")}
+RECIPES = {"default": RouterConfig(shapes="learned"), "paper": RouterConfig(recipe="paper")}
 LIMITS = {"before": 0.02, "after": 0.01}  # of the default recipe, either way
 BUDGETS = {"parameters": ("fraction", (0.75, 0.5)), "memory": ("memory_gb", (0.8, 0.65))}  # of the parent's
 WORTH = {  # what a dim is worth, and how fast its later units lose worth

@@ -74,7 +74,7 @@ def run_config(*, tied: bool = False, vocab_size: int = 64, feature: str = "", *
                 "dims": dims,
                 "budgets": {"full": 1.0, "large": 0.75, "small": 0.5},
             },
-            "router": {"hidden_size": 16, "init_std": 0.5},
+            "router": {"shapes": "learned", "hidden_size": 16, "init_std": 0.5},
             "distill": {"ce_weight": 0.1, **distill},
             "train": {"seed": 7, "micro_batch_size": 2},
         }

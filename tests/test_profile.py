@@ -195,7 +195,7 @@ def test_a_router_learns_a_latency_and_its_choice_is_repaired_to_fit(known):
     space, layout = make_space(choices=CHOICES), make_layout()
     full = BudgetCost(space, layout, Budget(name="f", kind="latency_ms", value=1.0), latency=known)
     cost = BudgetCost(space, layout, Budget(name="fast", kind="latency_ms", value=0.7 * full.parent), latency=known)
-    config = RouterConfig()
+    config = RouterConfig(shapes="learned")
     router, expected = Router(space, ["fast"], config, seed=0), ExpectedCost(cost)
     optimizer = torch.optim.Adam(router.parameters(), lr=config.lr)
     ratios = []

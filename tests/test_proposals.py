@@ -425,7 +425,10 @@ def test_before_a_ranking_even_shapes_stand_in_and_it_is_said(capsys):
     ("words", "said"),
     [
         (["router.frozen=true", "router.shapes=race"], "router.shapes: race is nothing frozen"),
-        (["router.frozen=true", "router.shapes=gredy"], "'gredy' must be one of auto, race, learned, search, greedy, even"),
+        (
+            ["router.frozen=true", "router.shapes=gredy"],
+            "'gredy' must be one of auto, race, learned, search, greedy, even",
+        ),
         (["--search", "random:3", "--output", "x.yaml"], "takes one subnet per budget"),
         (["--output", "x.yaml"], "is for `plan NESTED` and --search"),
         (

@@ -20,9 +20,6 @@ SHORT = (
     "train.save_every_steps=4",
     "rank.samples=8",
     "rank.depth_samples=2",
-    "router.warmup_fraction=0.2",
-    "router.soft_fraction=0.2",
-    "router.freeze_fraction=0.3",
 )
 
 
@@ -65,7 +62,7 @@ def test_quickstart_ends_with_a_verified_family_and_a_report(short_run):
     for budget in result["budgets"]:
         assert abs(budget["heldout_nested"] - last["losses"][budget["name"]]) < 1e-5
     phases = [json.loads(line)["phase"] for line in (out / "logs" / "train.jsonl").read_text().splitlines()]
-    assert phases == ["warmup"] * 2 + ["soft"] * 2 + ["hard"] * 3 + ["frozen"] * 3
+    assert phases == ["race"] * 3 + ["frozen"] * 7
 
 
 def test_a_child_can_be_read_out_again_and_verified(short_run, tmp_path):

@@ -122,7 +122,7 @@ def outcome(toy: Toy, router: Router):
 def test_the_best_allocation_is_found_at_every_budget():
     toy = Toy()
     best = {name: toy.best(name) for name in BUDGETS}
-    config = RouterConfig(warmup_fraction=0.0, soft_fraction=0.85, freeze_fraction=0.0)
+    config = RouterConfig(shapes="learned", warmup_fraction=0.0, soft_fraction=0.85, freeze_fraction=0.0)
     for seed in range(5):
         found = outcome(toy, train(toy, config, seed, steps=240, noise=0.1))
         for name in BUDGETS:
@@ -132,13 +132,13 @@ def test_the_best_allocation_is_found_at_every_budget():
 
 def test_a_short_run_meets_its_budgets_before_any_repair():
     toy = Toy()
-    config = RouterConfig(warmup_fraction=0.1, soft_fraction=0.4, freeze_fraction=0.0)
+    config = RouterConfig(shapes="learned", warmup_fraction=0.1, soft_fraction=0.4, freeze_fraction=0.0)
     found = outcome(toy, train(toy, config, 0, steps=60, noise=0.1))
     assert max(abs(error) for _, error in found.values()) <= TOLERANCE
 
 
 def test_training_the_router_twice_gives_the_same_bits():
-    toy, config = Toy(), RouterConfig(soft_fraction=0.6, freeze_fraction=0.0)
+    toy, config = Toy(), RouterConfig(shapes="learned", soft_fraction=0.6, freeze_fraction=0.0)
     first, second = (train(toy, config, 3, steps=12, noise=0.1).state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -148,13 +148,13 @@ def test_a_router_starts_from_its_own_generator_in_fp32():
     before = torch.random.get_rng_state()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        router = Router(space, ["a", "b"], RouterConfig(), seed=4)
+        router = Router(space, ["a", "b"], RouterConfig(shapes="learned"), seed=4)
     finally:
         torch.set_default_dtype(torch.float32)
     assert all(p.dtype == torch.float32 for p in router.parameters())
     torch.random.set_rng_state(before)
     torch.manual_seed(123)
-    other = Router(space, ["a", "b"], RouterConfig(), seed=4)
+    other = Router(space, ["a", "b"], RouterConfig(shapes="learned"), seed=4)
     assert all(torch.equal(p, q) for p, q in zip(router.parameters(), other.parameters(), strict=True))
     weights = torch.cat([p.flatten() for n, p in router.named_parameters() if n.endswith("weight")])
     assert abs(weights.std().item() - 0.1) < 0.005
@@ -165,7 +165,7 @@ def test_a_router_starts_from_its_own_generator_in_fp32():
 
 
 def test_schedules_are_pure_and_meet_their_ends():
-    config = RouterConfig(warmup_fraction=0.2, soft_fraction=0.3, freeze_fraction=0.4)
+    config = RouterConfig(shapes="learned", warmup_fraction=0.2, soft_fraction=0.3, freeze_fraction=0.4)
     line = Timeline.of(config, 100)
     assert line == Timeline(20, 50, 60, 100) and line.soft_steps == 30
     points = [line.point(step, config) for step in range(100)]
@@ -182,7 +182,7 @@ def test_schedules_are_pure_and_meet_their_ends():
 
 
 def test_a_curriculum_may_name_the_phase_of_every_stage():
-    config = RouterConfig()
+    config = RouterConfig(shapes="learned")
     stages = [
         StageConfig(steps=n, router=phase) for n, phase in ((5, "warmup"), (3, "soft"), (4, "soft"), (8, "frozen"))
     ]

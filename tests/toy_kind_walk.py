@@ -32,7 +32,8 @@ elastic:
   budgets: {{full: 1.0, small: 0.8, thin: 0.77}}
   subnets: {{thin: {{hidden_size: 40, {rank}: 8, num_layers: 7}}}}
 rank: {{samples: 4, depth_samples: 2, seq_length: 32}}
-router: {{hidden_size: 16, warmup_fraction: 0.2, soft_fraction: 0.4, freeze_fraction: 0.2, tolerance: 0.02}}
+router: {{shapes: learned, hidden_size: 16, warmup_fraction: 0.2, soft_fraction: 0.4, freeze_fraction: 0.2,
+  tolerance: 0.02}}
 train:
   micro_batch_size: 2
   optimizer: {{lr: 1.0e-3, min_lr: 1.0e-4, warmup_steps: 1}}

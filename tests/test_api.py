@@ -133,9 +133,9 @@ def test_bad_input_is_said_in_the_command_lines_words(what: str, capsys: pytest.
 
 def test_overrides_that_would_be_lost_are_refused() -> None:
     resolved = api.config(TINY)
-    with pytest.raises(ProblemsError, match="overrides: train.seed=3 cannot change"):
+    with pytest.raises(ProblemsError, match=r"overrides: train\.seed=3 cannot change"):
         api.plan(resolved, overrides=["train.seed=3"])
-    with pytest.raises(ProblemsError, match="overrides: 'train.seed=3' must be a list of words"):
+    with pytest.raises(ProblemsError, match=r"overrides: 'train\.seed=3' must be a list of words"):
         api.plan(TINY, overrides="train.seed=3")
     with pytest.raises(ProblemsError, match="is planned by itself"):
         api.plan(TINY, "builtin:tiny_parent")

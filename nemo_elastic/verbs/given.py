@@ -21,15 +21,25 @@ def resolved_of(given: Given | None, overrides: Sequence[str] = (), hint: str = 
     """
     if given is None:
         raise ProblemsError([Problem("--config", f"is required; e.g. --config conf/tiny_parent.yaml{hint}")])
+    overrides = words_of(overrides)
     if isinstance(given, str | Path):
-        if isinstance(overrides, str):
-            words = f"{overrides!r} must be a list of words, as in ['train.micro_batch_size=2']"
-            raise ProblemsError([Problem("overrides", words)])
-        return load_config(Path(given).expanduser() if str(given).startswith("~") else given, list(overrides))
+        return load_config(Path(given).expanduser() if str(given).startswith("~") else given, overrides)
     if overrides:
         words = f"{' '.join(overrides)} cannot change a configuration that has been read; give its file instead"
         raise ProblemsError([Problem("overrides", words)])
     return given.resolved if isinstance(given, Configured) else given
+
+
+def words_of(overrides: Sequence[str]) -> tuple[str, ...]:
+    """The overrides.
+
+    Raises:
+        ProblemsError: one text, whose letters would be taken for overrides.
+    """
+    if isinstance(overrides, str):
+        words = f"{overrides!r} must be a list of words, as in ['train.micro_batch_size=2']"
+        raise ProblemsError([Problem("overrides", words)])
+    return tuple(overrides)
 
 
 def configured_of(given: Given | None, overrides: Sequence[str] = ()) -> Configured:

@@ -10,7 +10,7 @@ from nemo_elastic.nemo.api.results import Plan, TextPreview
 from nemo_elastic.nemo.api.scores import heldout_losses
 from nemo_elastic.plan.starting import starting_configuration
 from nemo_elastic.problems import Problem, ProblemsError, raise_if_any
-from nemo_elastic.verbs.given import Given, resolved_of
+from nemo_elastic.verbs.given import Given, resolved_of, words_of
 from nemo_elastic.verbs.planning import Asked, answer
 from nemo_elastic.verbs.reading import count_problems, read_ahead
 
@@ -74,7 +74,7 @@ def plan(
     asked = Asked(
         config=config,
         folder=_path(folder),
-        overrides=tuple(overrides),
+        overrides=words_of(overrides),
         train=train,
         gpus=gpus,
         gpu_memory=gpu_memory,

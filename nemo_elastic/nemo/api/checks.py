@@ -17,6 +17,7 @@ from nemo_elastic.nemo.api.environment import own_processes
 from nemo_elastic.nemo.api.results import Pair, Verified
 from nemo_elastic.problems import Problem, ProblemsError
 from nemo_elastic.processes.progress import Progress, silent
+from nemo_elastic.verbs.given import words_of
 
 if TYPE_CHECKING:
     from nemo_elastic.nemo.export.verify_parent import ParentCheck
@@ -101,7 +102,7 @@ class Verification:
         if not stored:
             words = "its manifest holds no run configuration; it was not made by `train`"
             raise ProblemsError([Problem(str(nested), words)])
-        config = load_config(None, list(overrides), base=_with_own_tokenizer(stored, folder)).config
+        config = load_config(None, words_of(overrides), base=_with_own_tokenizer(stored, folder)).config
         children = _children(folder, child, budget, list(manifest.subnets), format)
         from nemo_elastic.mcore.family.checks import check_processes
 
@@ -147,7 +148,7 @@ def verify_parent(parent: str, *, hf_python: str | None = None, overrides: Seque
         ProblemsError: no Hugging Face folder, no such Python, or a folder that transformers does not load whole.
     """
     path = str(parent).replace("'", "''")  # a YAML word
-    config = load_config(None, [f"parent.path='{path}'", *DEFAULTS, *overrides]).config
+    config = load_config(None, [f"parent.path='{path}'", *DEFAULTS, *words_of(overrides)]).config
     from nemo_elastic.data.of_run import check_text
     from nemo_elastic.nemo.export.verify_parent import verify_parent as compare
     from nemo_elastic.nemo.run.train import data_module, heldout_batches

@@ -13,6 +13,7 @@ from nemo_elastic.nemo.api.results import Extracted, Report
 from nemo_elastic.problems import Problem, ProblemsError, raise_if_any
 from nemo_elastic.processes.progress import Progress, silent
 from nemo_elastic.verbs import extracting, generating
+from nemo_elastic.verbs.given import words_of
 
 if TYPE_CHECKING:
     from nemo_elastic.serving import Completion
@@ -58,7 +59,7 @@ def extract(
         format=format,
         hf_schema=hf_schema,
         dtype=dtype,
-        overrides=tuple(overrides),
+        overrides=words_of(overrides),
     )
     return extract_wanted(nested, out, wanted, force=force, progress=progress)
 

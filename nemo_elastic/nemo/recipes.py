@@ -7,6 +7,7 @@ command line is read, before anything is printed or launched, with `--dryrun` to
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Optional
 
 import nemo_run as run
@@ -34,29 +35,29 @@ def _check(partial: Any) -> None:
     from nemo_elastic.problems import ProblemsError
     from nemo_elastic.verbs.given import configured_of
 
-    given = {name: getattr(partial, name, None) for name in ("config", "nested", "overrides")}
-    words = given["overrides"] or []
+    words, nested = partial.overrides or [], getattr(partial, "nested", None)
     try:
-        if given["nested"] is None:
-            configured_of(given["config"], words).family()
+        if nested is None:
+            configured_of(getattr(partial, "config", None), words).family()
         else:
-            _check_nested(given["nested"], words)
+            _check_nested(Path(nested).expanduser(), words, budget=getattr(partial, "budget", None))
     except ProblemsError as error:
         said = "\n  ".join(" ".join(str(problem).split()) for problem in error.problems)
         raise RunContextError(f"{len(error.problems)} to mend\n  {said}") from error
 
 
-def _check_nested(nested: str, words: list[str]) -> None:
-    """Where there is none yet, as one that an earlier task of an experiment will write, its keys are checked alone."""
-    from pathlib import Path
-
+def _check_nested(nested: Path, words: list[str], budget: str | None) -> None:
+    """A budget's name and overrides. Where an earlier task has yet to write the checkpoint, only names of keys."""
     from nemo_elastic.checkpoint.manifest import load_manifest
     from nemo_elastic.config import load_config
 
-    there = (Path(nested).expanduser() / "elastic").is_dir()
-    manifest = load_manifest(Path(nested).expanduser()) if there else None
-    stored = manifest.provenance.get("config") if manifest else None
-    load_config("tiny_parent.yaml" if stored is None else None, words, base=stored)
+    if not (nested / "elastic").is_dir():
+        load_config("tiny_parent.yaml", words)
+        return
+    manifest = load_manifest(nested)
+    if budget is not None:
+        manifest.subnet(budget)
+    load_config(None, words, base={**(manifest.provenance.get("config") or {}), "model": dict(manifest.model)})
 
 
 def verb(function: Callable) -> Callable:

@@ -13,6 +13,7 @@ import pytest
 
 from nemo_elastic.cli.main import VERBS, build_parser, main
 from nemo_elastic.nemo import api
+from nemo_elastic.nemo.api.environment import on_first
 from nemo_elastic.problems import ProblemsError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -156,3 +157,12 @@ def test_what_needs_no_megatron_loads_none() -> None:
     )
     done = subprocess.run([sys.executable, "-"], input=code, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and done.stdout.strip() == "set()", done.stderr
+
+
+def test_only_the_first_process_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard = []
+    on_first(lambda *what: heard.append(what))("train", 1, 2)
+    monkeypatch.setenv("RANK", "1")
+    on_first(lambda *what: heard.append(what))("train", 2, 2)
+    on_first(None)("train", 2, 2)
+    assert heard == [("train", 1, 2)]

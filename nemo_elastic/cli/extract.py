@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from ..problems import raise_if_any
+from ..verbs.extracting import CHOICES, Wanted
 from .arguments import folders, overrides, rather_a_folder, verb_parser
 from .console import progress_bar, quiet_libraries
 
@@ -22,24 +23,20 @@ def add_parser(subparsers: Any) -> None:
     help = "one child or all of a nested checkpoint, without any training"
     flags = ("--budget", "--all", "--format", "--out", "--force", "--json", "--verbose")
     parser = verb_parser(subparsers, "extract", run, help, flags, epilog=EXAMPLES)
-    schemas = ("uniform", "list", "per_layer_config")
     parser.add_argument(
         "--hf-schema",
-        choices=schemas,
+        choices=CHOICES["hf_schema"],
         help="how a Hugging Face folder says sizes that differ per layer (default: export.hf_schema of the run)",
     )
     parser.add_argument("--subnet", metavar="YAML", help="children that `plan NESTED --output YAML` wrote")
     words = "with --format hf: the parent's folder, elastic.json, and a script that cuts any budget out of it"
     parser.add_argument("--nested", action="store_true", help=words)
-    dtypes = ("bfloat16", "float32", "float16")
     words = "cast the weights (default: export.dtype of the run; float16: gguf only)"
-    parser.add_argument("--dtype", choices=dtypes, help=words)
+    parser.add_argument("--dtype", choices=CHOICES["dtype"], help=words)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the children; answers with their folders."""
-    from ..verbs.extracting import Wanted
-
     names = ("budget", "all", "subnet", "nested", "format", "hf_schema", "dtype")
     wanted = Wanted(
         **{name: getattr(arguments, name) for name in names},

@@ -7,8 +7,8 @@
     api.extract(run.nested)
     assert api.verify(run.nested).ok
 
-Functions return small frozen dataclasses (`results.py`). Bad input raises `ProblemsError` in the words of the command
-line, a run that was told to stop raises `Stopped`. `progress` is called with (name, done, total, text), as
+Functions return small frozen dataclasses (`planned.py`, `results.py`). Bad input raises `ProblemsError` in the words of
+the command line, a run that was told to stop raises `Stopped`. `progress` is called with (name, done, total, text), as
 `processes/progress.py` says. Megatron and NeMo are loaded by the first function that needs them.
 
 Under torchrun every process calls the same function. A process without a launcher is a run of one process, and may run

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nemo_elastic.config import Resolved
-from nemo_elastic.nemo.api.results import Plan, TextPreview
+from nemo_elastic.nemo.api.planned import Plan, TextPreview
 from nemo_elastic.nemo.api.scores import heldout_losses
 from nemo_elastic.plan.starting import starting_configuration
 from nemo_elastic.problems import Problem, ProblemsError, raise_if_any

@@ -13,10 +13,10 @@ from nemo_elastic.checkpoint.manifest import Manifest, load_manifest
 from nemo_elastic.config import load_config
 from nemo_elastic.config.sections import RunConfig
 from nemo_elastic.cost.counts import parameters
-from nemo_elastic.nemo.api.environment import own_processes
+from nemo_elastic.nemo.api.environment import on_first, own_processes
 from nemo_elastic.nemo.api.results import Pair, Verified
 from nemo_elastic.problems import Problem, ProblemsError
-from nemo_elastic.processes.progress import Progress, silent
+from nemo_elastic.processes.progress import Progress
 from nemo_elastic.verbs.given import words_of
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class Verification:
         from nemo_elastic.nemo.export.verify import verify as compare
         from nemo_elastic.nemo.run.train import data_module, heldout_batches
 
-        batches, heard = heldout_batches(data_module(self.run_config), self.run_config), progress or silent
+        batches, heard = heldout_batches(data_module(self.run_config), self.run_config), on_first(progress)
         checks = compare(
             self.nested, self.children, self.run_config, batches, report=heard, format=self.format, python=self.python
         )

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from nemo_elastic.nemo.api.environment import on_first
 from nemo_elastic.nemo.api.results import Extracted, Report
 from nemo_elastic.problems import Problem, ProblemsError, raise_if_any
-from nemo_elastic.processes.progress import Progress, silent
+from nemo_elastic.processes.progress import Progress
 from nemo_elastic.verbs import extracting, generating
 from nemo_elastic.verbs.given import words_of
 
@@ -83,7 +84,7 @@ def extract_wanted(
     from nemo_elastic.nemo.export.hf_nested import extract_hf_nested
     from nemo_elastic.plan.of_nested import with_subnets
 
-    opened, heard = open_nested(_home(nested)), progress or silent
+    opened, heard = open_nested(_home(nested)), on_first(progress)
     if wanted.subnet:
         opened = replace(opened, manifest=with_subnets(opened.manifest, wanted.subnet))
     export = wanted.export(opened.manifest)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemo_elastic.nemo.api.environment import own_processes
+from nemo_elastic.nemo.api.environment import on_first, own_processes
 from nemo_elastic.nemo.api.results import Finished, Quickstart, Ranked
 from nemo_elastic.problems import Problem, ProblemsError, raise_if_any
-from nemo_elastic.processes.progress import Progress, silent
+from nemo_elastic.processes.progress import Progress
 from nemo_elastic.verbs.given import Given, configured_of, run_folder
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def resolved_run(
     from nemo_elastic.nemo.pipeline import Run
 
     configured = configured_of(config, overrides)
-    return Run(configured, run_folder(out, configured.config.name), progress, begins=begins)
+    return Run(configured, run_folder(out, configured.config.name), on_first(progress), begins=begins)
 
 
 def rank(
@@ -45,7 +45,7 @@ def rank(
         ProblemsError: anything wrong with configuration, layout or parent.
     """
     processes, configured = own_processes(), configured_of(config, overrides)
-    out, heard = run_folder(out, configured.config.name), progress or silent
+    out, heard = run_folder(out, configured.config.name), on_first(progress)
     from nemo_elastic.nemo.run.start_checks import check_rank
 
     check_rank(configured, out, processes)

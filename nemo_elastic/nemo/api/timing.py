@@ -9,10 +9,10 @@ import torch
 
 from nemo_elastic.config.function_fields import ROUTING, arithmetic_of
 from nemo_elastic.files import output_problems
-from nemo_elastic.nemo.api.environment import own_processes
+from nemo_elastic.nemo.api.environment import on_first, own_processes
 from nemo_elastic.nemo.api.results import Profiled
 from nemo_elastic.problems import Problem, raise_if_any
-from nemo_elastic.processes.progress import Progress, silent
+from nemo_elastic.processes.progress import Progress
 from nemo_elastic.verbs.given import Given, configured_of
 
 
@@ -52,7 +52,7 @@ def profile(
     from nemo_elastic.mcore.models.profile import profile as measure
     from nemo_elastic.mcore.runtime.automatic import settled
 
-    heard, half = progress or silent, settled(configured.config).train.precision == "bf16-mixed"
+    heard, half = on_first(progress), settled(configured.config).train.precision == "bf16-mixed"
     arithmetic = arithmetic_of(configured.config.model)
     timing = Timing(
         batch_size=report.batch_size,

@@ -49,6 +49,7 @@ ELSEWHERE = {
     "make docs": "tests/test_reference.py",
     "TORCH_INDEX_URL=<index of CPU wheels> make setup": "tests/test_repository.py (its parts)",
     "PYTHON=python3.11 make setup": "tests/test_repository.py (its parts)",
+    "torchrun --nproc-per-node 8 my_script.py": "the command line calls the same functions; tests/test_api.py",
     "nemo elastic --help": "tests/test_nemo_run.py",
     "nemo elastic train --help": "tests/test_nemo_run.py",
     "nemo elastic train --factory tiny_parent": "tests/test_nemo_run.py, with --dryrun",

@@ -22,18 +22,20 @@ async def cells():
     from nemo_elastic.nemo import api
 
     config, heard, found = "{folder}/run.yaml", [], {{}}
+    alike = ["elastic.dims.mamba_num_heads.per_layer=false"]  # which a NeMo child can say
     def progress(name, done, total, text=""):
         heard.append((name, done, total))
 
     launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK")
-    ranked = api.rank(config, "{folder}/by_steps", progress=progress)
+    ranked = api.rank(config, "{folder}/by_steps", overrides=alike, progress=progress)
     found["layers"] = sorted(ranked.depth_ranking)
-    found["sorted"] = api.sort(config, "{folder}/by_steps").is_dir()
-    first = api.train(config, "{folder}/by_steps", progress=progress)
+    found["sorted"] = api.sort(config, "{folder}/by_steps", overrides=alike).is_dir()
+    first = api.train(config, "{folder}/by_steps", overrides=alike, progress=progress)
     found["environment"] = {{name: os.environ[name] for name in launcher if name in os.environ}}
-    second = api.train(config, "{folder}/at_once", overrides=["train.async_save=true", "data.num_workers=1"])
+    words = [*alike, "train.async_save=true", "data.num_workers=1"]
+    second = api.train(config, "{folder}/at_once", overrides=words)
     found["losses"] = [first.heldout_losses, second.heldout_losses]
-    third = api.train(config, "{folder}/at_once", force=True)
+    third = api.train(config, "{folder}/at_once", overrides=alike, force=True)
     found["losses"].append(third.heldout_losses)
     extracted = api.extract(first.nested, progress=progress)
     found["children"] = {{name: (folder / "weights").is_dir() for name, folder in extracted.folders.items()}}
@@ -42,13 +44,14 @@ async def cells():
     found["pairs"] = [[pair.smaller, pair.larger, pair.nested] for pair in checked.pairs]
     said = api.generate(first.nested, "line 1 says", budget="small", max_new_tokens=4)
     found["tokens"] = len(said.tokens)
-    between = api.plan(folder=first.nested, budget=0.7, output="{folder}/subnet.yaml").budget("0.7")
+    how = dict(budget=0.7, output="{folder}/subnet.yaml", overrides=["router.tolerance=0.02"])
+    between = api.plan(folder=first.nested, **how).budget("0.7")
     found["between"] = [between.origin, between.error]
     cut = api.extract(first.nested, "{folder}/cut", subnet="{folder}/subnet.yaml")
     found["cut"] = list(cut.folders)
     found["report"] = api.report("{folder}/by_steps").page.is_file()
     try:
-        api.train(config, "{folder}/by_steps")
+        api.train(config, "{folder}/by_steps", overrides=alike)
     except api.ProblemsError as error:
         found["again"] = str(error)
     found["heard"] = sorted({{name for name, _, _ in heard}})
@@ -82,6 +85,6 @@ def test_every_step_in_one_process_from_stdin(tmp_path: Path) -> None:
     assert found["verified"] == [True, True, ["full", "large", "small"]]
     assert {(a, b) for a, b, _ in found["pairs"]} == {("small", "large"), ("small", "full"), ("large", "full")}
     assert found["tokens"] == 4 and found["cut"] == ["0.7"] and found["report"]
-    assert found["between"][0] == "between small and large" and abs(found["between"][1]) <= 0.1
-    assert "has a finished run" in found["again"] or "--resume" in found["again"]
+    assert found["between"][0].startswith(("between ", "trained as ")) and abs(found["between"][1]) <= 0.02
+    assert "by_steps" in found["again"] and "--resume" in found["again"]
     assert found["heard"] == ["extract", "rank layers", "rank widths", "train", "verify"] and found["ends"]

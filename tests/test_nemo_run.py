@@ -59,9 +59,9 @@ def test_a_recipe_resolves_without_running(tmp_path: Path) -> None:
 
 def test_a_dryrun_names_what_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("base: [tiny_parent.yaml]\nelastic: {budgets: {full: 1.0, tiny: 0.01}}\n")
-    words = ("train", "config=mine.yaml", 'overrides=["train.lr=1", "train.max_time=soon"]', "--dryrun", "--yes")
+    words = ("train", "config=mine.yaml", 'overrides=["train.lr=1", "rank.sample=8"]', "--dryrun", "--yes")
     shown = nemo(tmp_path, *words, code=1)
-    assert "2 to mend" in shown and "train.lr: unknown key" in shown and "train.max_time: 'soon'" in shown
+    assert "2 to mend" in shown and "train.lr: unknown key" in shown and "did you mean 'samples'" in shown
     assert "Dry run" not in shown
 
 

@@ -29,6 +29,15 @@ def folder_problems(key: str, folder: str | Path) -> list[Problem]:
     return []
 
 
+def output_problems(key: str, file: Path, *, force: bool) -> list[Problem]:
+    """Why `file` cannot be written; with `force` it may be there."""
+    if file.exists() and not force:
+        return [Problem(key, f"{str(file)!r} is there already; replace it with --force")]
+    if file.is_dir():
+        return [Problem(key, f"{str(file)!r} is a folder; name a file")]
+    return folder_problems(key, file.parent)
+
+
 def parse_json(text: str | bytes) -> Any:
     """The value that JSON holds.
 

@@ -261,7 +261,7 @@ def serve() -> None:
     from worker_pool import open_store
 
     torch.set_num_threads(1)
-    import nemo_elastic.nemo.api  # noqa: F401  what takes the time, once
+    import nemo_elastic.nemo.pipeline  # noqa: F401  what takes the time, once
 
     print(json.dumps("ready"), file=answers, flush=True)
     stores = []

@@ -49,8 +49,20 @@ ELSEWHERE = {
     "make docs": "tests/test_reference.py",
     "TORCH_INDEX_URL=<index of CPU wheels> make setup": "tests/test_repository.py (its parts)",
     "PYTHON=python3.11 make setup": "tests/test_repository.py (its parts)",
+    "torchrun --nproc-per-node 8 my_script.py": "the command line calls the same functions; tests/test_api.py",
     "nemo elastic --help": "tests/test_nemo_run.py",
+    "nemo elastic train --help": "tests/test_nemo_run.py",
     "nemo elastic train --factory tiny_parent": "tests/test_nemo_run.py, with --dryrun",
+    **dict.fromkeys(
+        (
+            "nemo elastic train config=my_parent.yaml out=runs/mine --dryrun",
+            "nemo elastic train config=my_parent.yaml out=runs/mine "
+            """'overrides=["train.tensor_model_parallel_size=8"]' --yes""",
+            "nemo elastic train --factory tiny_parent --yes",
+            "nemo elastic extract nested=runs/mine/nested format=hf out=runs/mine/hf --yes",
+        ),
+        "tests/test_nemo_run.py reads them as NeMo-Run does",
+    ),
     "pip install wandb": "none: an optional package",
     "python scripts/reference.py": "tests/test_reference.py",
     "python scripts/scale.py": "tests/test_reference.py",

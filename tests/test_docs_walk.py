@@ -33,6 +33,8 @@ QUICKSTART = ROOT / "runs" / "quickstart"
 TRAINED = ("config.json", "importance", "logs", "nested", "sorted")  # what `train` leaves; the walk makes the rest
 
 BENCHMARK = "hours; test_benchmarks.py runs each in a small size"
+RECIPE = "minutes; test_nemo_run.py reads it as NeMo-Run does"
+TRAINS = ("api.train(", "run.run(")  # in Python: minutes; test_notebook.py trains, test_nemo_run.py makes the recipe
 NOT_HERE = {
     "make quickstart": ".ci/run runs it first",
     "make test": ".ci/run runs it second",
@@ -65,6 +67,10 @@ NOT_HERE = {
     "    .venv/bin/python benchmarks/$name.py --output benchmarks/results/$name.json > /dev/null\ndone": BENCHMARK,
     ".venv/bin/python benchmarks/router_against_uniform.py --out runs/uniform "
     "--output benchmarks/results/router_against_uniform.json": BENCHMARK,
+    "nemo elastic train config=my_parent.yaml out=runs/mine "
+    """'overrides=["train.tensor_model_parallel_size=8"]' --yes""": RECIPE,
+    "nemo elastic train --factory tiny_parent --yes": RECIPE,
+    "nemo elastic extract nested=runs/mine/nested format=hf out=runs/mine/hf --yes": RECIPE,
     ".venv/bin/python benchmarks/figure.py": "it draws docs/benchmarks.png; test_benchmarks.py draws it elsewhere",
 }
 ABSOLUTE = ("/models/", "models/")  # the reader's parents lie in the checkout's folder here
@@ -117,7 +123,7 @@ def documented() -> list[tuple[str, str, str]]:
 
 
 DOCUMENTED = documented()
-TO_RUN = [entry for entry in DOCUMENTED if entry[2] not in NOT_HERE]
+TO_RUN = [entry for entry in DOCUMENTED if entry[2] not in NOT_HERE and not any(word in entry[2] for word in TRAINS)]
 
 
 @pytest.fixture(scope="module")

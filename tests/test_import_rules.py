@@ -25,10 +25,11 @@ PACKAGE = ROOT / "nemo_elastic"
 ORDER = (
     "__init__", "kinds", "problems", "files", "processes", "space", "cost", "shapes", "huggingface", "config", "family",
     "plan", "data", "checkpoint", "router", "distill", "importance", "report",
+    "verbs",
     "mcore.versions", "mcore.runtime", "mcore", "mcore.kernels", "mcore.elastic", "mcore.checkpoint", "mcore.models",
     "mcore.family", "mcore.ranking",
-    "nemo", "nemo.plain", "nemo.export", "nemo.run", "nemo.pipeline", "nemo.api", "nemo.recipes",
-    "serving", "cli", "__main__",
+    "nemo", "nemo.plain", "nemo.export", "serving", "nemo.run", "nemo.pipeline", "nemo.api", "nemo.recipes",
+    "cli", "__main__",
 )  # fmt: skip
 # Beyond the order: what these wings know nothing of.
 NOT = {"report": {"router", "distill"}, "serving": {"nemo.run", "nemo.pipeline", "nemo.api", "nemo.recipes"}}

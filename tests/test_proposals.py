@@ -26,11 +26,13 @@ from nemo_elastic.plan.proposals import with_searched_shapes
 from nemo_elastic.problems import ProblemsError
 from nemo_elastic.shapes.damage import Damage, Scores, kept_share, read_scores
 from nemo_elastic.shapes.greedy import greedy_selection
-from nemo_elastic.shapes.interpolate import between
+from nemo_elastic.shapes.interpolate import between, step_sizes
 from nemo_elastic.shapes.search import propose_uniform
+from nemo_elastic.space.alignment import subnet_notes
 from nemo_elastic.space.budget import Budget
 from nemo_elastic.space.choices import choice_shapes, full_selection, smallest_selection
 from nemo_elastic.space.dims import KIND_OF_DIM, WIDTH_DIMS
+from nemo_elastic.space.subnet import row_of
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = "tiny_parent.yaml"
@@ -325,6 +327,58 @@ def test_plan_of_a_nested_checkpoint_and_its_file(tmp_path):
     assert gigabytes["memory_bytes"]["total"] == pytest.approx(
         0.8 * whole["parent"]["memory_bytes"]["total"], rel=0.011
     )
+
+
+def test_sizes_between_are_those_that_kernels_like():
+    """Nano 12B: 64 channels and neurons, 8 heads on each of 8 ranks, as far as these meet the budget."""
+    family = family_of(load_config("nemotron_nano_12b_v2.yaml").config)
+    cost = {b.name: BudgetCost(family.space, family.layout, b) for b in family.budgets}
+    subnets = {name: propose_uniform(c, tolerance=0.02) for name, c in cost.items()}
+    small, large = subnets["6b"], subnets["9b"]
+    wanted = BudgetCost(family.space, family.layout, Budget(name="b", kind="fraction", value=0.6))
+    found = between(wanted, subnets)
+    assert abs(found.error) <= 0.01 and (found.smaller, found.larger) == ("6b", "9b")
+    for dim, multiple in (("hidden_size", 64), ("ffn_hidden_size", 64), ("mamba_num_heads", 16)):
+        ends = {*row_of(small, dim), *row_of(large, dim)}
+        assert all(n % multiple == 0 for n in set(row_of(found.subnet, dim)) - ends), dim
+    assert subnet_notes(family.layout, found.subnet, [small, large]) == []
+
+
+def test_a_budget_that_no_such_sizes_meet_is_met_and_said():
+    """Between large and full of the tiny parent there are few depths and no widths but 112 and 128 to choose from."""
+    manifest = tiny_manifest()
+    full, notes = 0, 0
+    for i in range(6):
+        plan = plan_nested(manifest, f"{0.78 + 0.03 * i:.2f}")
+        (row,) = plan["budgets"]
+        size = row["subnet"]["hidden_size"]
+        said = [note for note in plan["notes"] if f"hidden channels {size} (hidden_size {size})" in note]
+        assert bool(said) == bool(size % 16), plan["notes"]
+        assert not said or f"multiples of {16 if size % 8 == 0 else 8} were found" in said[0]
+        full, notes = full + (not said), notes + bool(said)
+        assert abs(row["error"]) <= 0.011
+    assert full and notes
+
+
+def test_steps_keep_groups_whole_and_get_finer():
+    for name in ("tiny_parent", "tiny_experts", "nemotron_nano_12b_v2", "nemotron_3_nano_30b_a3b", "qwen3_8b"):
+        space = family_of(load_config(f"{name}.yaml").config).space
+        rungs = list(step_sizes(space))
+        assert all(step % space.dims[n].groups == 0 for steps in rungs for n, step in steps.items())
+        assert rungs[-1] == {n: space.dims[n].groups for n in WIDTH_DIMS}
+        assert all(rungs[0][n] % 16 == 0 for n in ("hidden_size", "ffn_hidden_size", "mamba_num_heads"))
+        assert len({tuple(steps.items()) for steps in rungs}) == len(rungs)
+
+
+def test_what_neighbours_have_anyway_is_no_news():
+    _, subnets = trained()
+    odd = replace(subnets["large"], hidden_size=90)
+    layout = make_layout()
+    (note,) = subnet_notes(layout, odd, [subnets["small"], subnets["full"]])
+    assert "multiples of 8" in note and "hidden channels 90 (hidden_size 90)" in note
+    assert subnet_notes(layout, odd, [subnets["small"], replace(subnets["full"], hidden_size=94)]) == []
+    (eight,) = subnet_notes(layout, replace(odd, hidden_size=88), [subnets["small"], subnets["full"]])
+    assert "multiples of 16" in eight and "FP8" in eight
 
 
 @pytest.mark.parametrize(

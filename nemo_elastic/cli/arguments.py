@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config import Resolved, load_config
+from ..config import Resolved
 from ..problems import Problem, ProblemsError
+from ..verbs.given import resolved_of
 from .launch import launch
 
 FLAGS: dict[str, dict[str, Any]] = {
@@ -87,11 +88,8 @@ def configuration(arguments: argparse.Namespace, default: str | None = None) -> 
     Raises:
         ProblemsError: none named, or anything wrong in it.
     """
-    path = arguments.config or default
-    if path is None:
-        more = rather_a_folder(overrides(arguments))
-        raise ProblemsError([Problem("--config", f"is required; e.g. --config conf/tiny_parent.yaml{more}")])
-    return load_config(path, overrides(arguments))
+    hint = rather_a_folder(overrides(arguments))
+    return resolved_of(arguments.config or default, overrides(arguments), hint)
 
 
 def run_folder(arguments: argparse.Namespace, name: str) -> Path:

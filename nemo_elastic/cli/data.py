@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ..problems import Problem, ProblemsError, raise_if_any
+from ..problems import raise_if_any
 from .arguments import configuration, folders, verb_parser
 
 EXAMPLES = """examples:
@@ -28,23 +28,10 @@ def add_parser(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print it."""
     folders(arguments)
-    given = {"--samples": arguments.samples, "--documents": arguments.documents or 0}
-    raise_if_any([Problem(name, f"{value} must be at least 0") for name, value in given.items() if value < 0])
-    config = configuration(arguments).config
-    from ..data.entries import entry_problems
-    from ..data.of_run import text_tokenizer
-    from ..data.preview import LIMIT, preview
+    from ..verbs.reading import count_problems, read_ahead
 
-    raise_if_any(entry_problems(config.data))
-    limit = LIMIT if arguments.documents is None else arguments.documents
-    try:
-        found = preview(config, text_tokenizer(config), limit=limit, samples=arguments.samples)
-    except ProblemsError:
-        raise
-    except ValueError as error:
-        raise ProblemsError(
-            [Problem("data", str(error).removeprefix("data.paths: ").removeprefix("data: "))]
-        ) from error
+    raise_if_any(count_problems(arguments.samples, arguments.documents))
+    found = read_ahead(configuration(arguments), samples=arguments.samples, documents=arguments.documents)
     if arguments.json:
         arguments.answer.json(found)
     else:

@@ -7,7 +7,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from ..problems import Problem, ProblemsError, did_you_mean, raise_if_any
+from ..problems import Problem, ProblemsError, raise_if_any
+from ..verbs.generating import UNTIL, Wanted
 from .arguments import folders, overrides, rather_a_folder, verb_parser
 from .console import quiet_libraries
 
@@ -17,7 +18,7 @@ EXAMPLES = """examples:
   nemo-elastic generate runs/mine/nested --prompt - --think small --think-tokens 100 --answer full --json < question.txt
 
 special tokens are spelt in the prompt by their names; none is added to it"""
-UNTIL, STDIN = "</think>", "-"
+STDIN = "-"
 
 
 def add_parser(subparsers: Any) -> None:
@@ -42,43 +43,23 @@ def add_parser(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Answer with the text; which budget wrote how much of it goes to stderr."""
     (nested,) = folders(arguments, "NESTED")
-    raise_if_any(_flag_problems(arguments))
+    names = ("prompt", "budget", "think", "until", "think_tokens", "max_new_tokens", "temperature", "top_k", "seed")
+    asked = {name: getattr(arguments, name) for name in names}
+    asked |= {"answer": arguments.answer_by, "stop": tuple(arguments.stop)}
+    wanted = Wanted(**asked)
+    raise_if_any([*_own_problems(arguments), *wanted.problems()])
     quiet_libraries(arguments.verbose)
     from ..checkpoint.manifest import load_manifest
 
-    raise_if_any(_budget_problems(arguments, load_manifest(nested).subnets))
-    prompt = sys.stdin.read() if arguments.prompt == STDIN else arguments.prompt
-    import torch
+    raise_if_any(wanted.budget_problems(load_manifest(nested).subnets))
+    if arguments.prompt == STDIN:
+        asked["prompt"] = sys.stdin.read()
+        if not asked["prompt"]:
+            raise ProblemsError([Problem("--prompt", "has no tokens; give a text to continue")])
+    from ..nemo import api
 
-    from ..data.tokenizer import BPETokenizer
-    from ..serving import ElasticFamily, Phase, Request, complete, think_then_answer
-
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise ProblemsError([Problem("--device", "cuda: torch sees no GPU here; leave it out to run on the CPU")])
-    dtype = torch.float32 if arguments.device == "cpu" else None
-    family = ElasticFamily.load(nested, device=arguments.device, dtype=dtype)
-    if family.tokenizer is None:
-        raise ProblemsError([Problem(nested, "has no tokenizer in context/; write it again with `nest`")])
-    tokenizer = BPETokenizer(family.tokenizer)
-    if arguments.budget:
-        phases: tuple[Phase, ...] = (Phase(budget=arguments.budget),)
-    else:
-        until = UNTIL if arguments.until is None else arguments.until
-        phases = think_then_answer(arguments.think, arguments.answer_by, until=until, max_tokens=arguments.think_tokens)
-    ids = tokenizer.encode_markers(prompt)
-    if not ids:
-        raise ProblemsError([Problem("--prompt", "has no tokens; give a text to continue")])
-    request = Request(
-        prompt=ids,
-        phases=phases,
-        max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        seed=arguments.seed,
-        stop=(tokenizer.eod, *arguments.stop),
-    )
     heard = (lambda piece: arguments.answer.write(piece.text, end="")) if arguments.stream else None
-    (found,) = complete(family, [request], stream=heard, compact=True)
+    found = api.generate(nested, **asked, device=arguments.device, stream=heard)
     if arguments.json:
         arguments.answer.json(found.to_dict())
     else:
@@ -88,35 +69,8 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _flag_problems(arguments: argparse.Namespace) -> Iterator[Problem]:
+def _own_problems(arguments: argparse.Namespace) -> Iterator[Problem]:
     for word in overrides(arguments):
         yield Problem(word, f"cannot be set for a nested checkpoint{rather_a_folder(overrides(arguments))}")
-    if not arguments.prompt:
-        yield Problem("--prompt", "give the text to continue, or - to read it from stdin")
-    if bool(arguments.budget) == bool(arguments.think or arguments.answer_by):
-        yield Problem("--budget", "give one budget by --budget NAME, or two by --think NAME --answer NAME")
-    elif not arguments.budget and not (arguments.think and arguments.answer_by):
-        lacks = "--answer" if arguments.think else "--think"
-        yield Problem(lacks, "give both --think NAME and --answer NAME, or one budget by --budget NAME")
-    for flag in ("until", "think_tokens"):
-        if arguments.budget and getattr(arguments, flag) is not None:
-            yield Problem(f"--{flag.replace('_', '-')}", "says where thinking ends; add --think and --answer")
-    for flag in ("think_tokens", "max_new_tokens", "top_k"):
-        value = getattr(arguments, flag)
-        if value is not None and value < 1:
-            yield Problem(f"--{flag.replace('_', '-')}", f"{value} must be at least 1")
-    if not 0 <= arguments.temperature < float("inf"):
-        yield Problem("--temperature", f"{arguments.temperature} must be at least 0")
-    if not -(2**63) <= arguments.seed < 2**64:
-        yield Problem("--seed", f"{arguments.seed} must be a number of 64 bits")
-    if arguments.until == "" or "" in arguments.stop:
-        yield Problem("--until" if arguments.until == "" else "--stop", "'' is in every text; give one that is not")
     if arguments.json and arguments.stream:
         yield Problem("--stream", "prints text as it comes, --json one object at the end: give one of the two")
-
-
-def _budget_problems(arguments: argparse.Namespace, known: Any) -> Iterator[Problem]:
-    given = {"budget": arguments.budget, "think": arguments.think, "answer": arguments.answer_by}
-    for flag, name in given.items():
-        if name and name not in known:
-            yield Problem(f"--{flag}", f"{name!r} is not in this family{did_you_mean(name, known)}")

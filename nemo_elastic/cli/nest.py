@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from ..family import Configured
-from ..problems import raise_if_any
 from .arguments import configuration, folders, run_folder, verb_parser
 from .console import quiet_libraries
 
@@ -29,14 +26,9 @@ def run(arguments: argparse.Namespace) -> int:
     resolved = configuration(arguments)
     out = run_folder(arguments, resolved.config.name)
     quiet_libraries(arguments.verbose)
-    from ..distill.resume import FAMILY, changed_keys
-    from ..nemo.pipeline import Run
-    from ..processes.runlock import locked
+    from ..nemo import api
 
-    work = Run(Configured(resolved), out)
-    raise_if_any(changed_keys(out, resolved.config, resolved.values, FAMILY))
-    with locked(out):
-        nested = work.nest(Path(given[0]) if given else None, force=arguments.force)
+    nested = api.nest(resolved, out, checkpoint=given[0] if given else None, force=arguments.force)
     if arguments.json:
         arguments.answer.json({"nested": str(nested)})
     else:

@@ -1,8 +1,7 @@
-"""`plan --gpus`: the layouts that fit, as a part of the plan, and how they look on a terminal."""
+"""How the layouts of `plan --gpus` look on a terminal."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,35 +10,6 @@ from rich.table import Table
 Row = Mapping[str, Any]
 MOST = 10  # layouts that are shown; --json has all
 PARTS = ("weights", "gradients", "optimizer", "teacher", "activations", "hand_over", "at_work", "reserve")
-
-
-def lay_out(arguments: argparse.Namespace, result: dict[str, Any], config: Any, family: Any, subnets: Any) -> None:
-    """What fits, into the plan; where nothing does, the plan's problem."""
-    from ..distill.gpu_work import Work
-    from ..distill.layouts import filled, layouts
-
-    if result["training"] is None:
-        words = "needs train.stages, and a subnet for every budget: without them nothing is known of a step"
-        result["problems"].append({"key": "--gpus", "message": words})
-        return
-    memory = arguments.gpu_memory or config.report.gpu.memory_gb
-    work = Work(config, family, subnets)
-    found = layouts(work, arguments.gpus, memory)
-    result["layouts"] = found.pop("layouts")
-    result["gpus"] = found
-    if not result["layouts"]:
-        result["problems"].append({"key": "--gpus", "message": _nothing_fits(found, filled(work, arguments.gpus))})
-
-
-def _nothing_fits(found: dict[str, Any], others: list[int]) -> str:
-    least, count = found["leanest"], found["count"]
-    if least is None:
-        words = "TP x PP x CP x DP, with batches dealt in whole micro-batches"
-        near = f"; nearest: {', '.join(map(str, others))}" if others else ""
-        return f"{count} is filled by no layout: {words}{near}"
-    sizes = ", ".join(f"{name} {least[name]}" for name in least if name.endswith("size") and least[name] != 1)
-    words = f"{count} GPUs of {found['memory_gb']:g} GB hold no layout; the leanest needs {least['memory_gb']:.1f} GB"
-    return f"{words} ({sizes or 'one GPU'}); take more GPUs, shorter sequences, or fewer budgets_per_batch"
 
 
 def layout_tables(result: Row) -> list[Any]:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from ..files import folder_problems
-from ..problems import Problem, raise_if_any
 from .arguments import configuration, folders, verb_parser
 from .console import progress_bar, quiet_libraries
 
@@ -36,52 +33,17 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure and write; answers with the table."""
     folders(arguments)
     resolved = configuration(arguments)
-    config = resolved.config
-    out = Path(arguments.output)
-    raise_if_any(_problems(arguments, out))
     quiet_libraries(arguments.verbose)
-    from ..family import Configured
+    from ..nemo import api
 
-    family = Configured(resolved).family()
-    import torch
-
-    from ..config.function_fields import ROUTING, arithmetic_of
-    from ..mcore.models.profile import Timing, profile
-    from ..mcore.runtime.automatic import settled
-
-    timing = Timing(
-        batch_size=config.report.batch_size,
-        sequence_length=config.report.sequence_length,
-        dtype=torch.bfloat16 if settled(config).train.precision == "bf16-mixed" else torch.float32,
-        function={n: v for n, v in arithmetic_of(config.model).items() if n in ("activation_func", *ROUTING)},
-        warm_up=arguments.warm_up,
-        repeats=arguments.repeats,
-        rounds=arguments.rounds,
-    )
+    names = ("rounds", "repeats", "warm_up", "points", "force")
+    how = {name: getattr(arguments, name) for name in names}
     with progress_bar() as bar:
-        table = profile(
-            family.space,
-            timing,
-            points=arguments.points,
-            report=lambda kind, done, total: bar.update("profile", done, total, kind),
-        )
-    table.write(out)
+        done = api.profile(resolved, arguments.output, progress=bar.update, **how)
+    table = done.table
     if arguments.json:
         arguments.answer.json(table.to_dict())
     else:
         counts = ", ".join(f"{kind} {len(grid.values)}" for kind, grid in table.grids.items())
-        arguments.answer.write(f"latency table: {out}\n{table.describe()}; sizes measured: {counts}")
+        arguments.answer.write(f"latency table: {done.file}\n{table.describe()}; sizes measured: {counts}")
     return 0
-
-
-def _problems(arguments: argparse.Namespace, out: Path) -> list[Problem]:
-    found = []
-    for name, lowest in (("repeats", 1), ("rounds", 1), ("warm_up", 0), ("points", 2)):
-        value = getattr(arguments, name)
-        if value < lowest:
-            found.append(Problem(f"--{name.replace('_', '-')}", f"{value} must be at least {lowest}"))
-    if out.exists() and not arguments.force:
-        found.append(Problem("--output", f"{str(out)!r} is there already; replace it with --force"))
-    elif out.is_dir():
-        found.append(Problem("--output", f"{str(out)!r} is a folder; name a file"))
-    return found or folder_problems("--output", out.parent)

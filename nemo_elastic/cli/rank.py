@@ -9,7 +9,6 @@ from ..family import Configured
 from .arguments import configuration, folders, run_folder, start_workers, verb_parser
 from .console import progress_bar, quiet_libraries
 
-PHASES = {"widths": "rank widths", "depth": "rank layers"}
 EXAMPLES = """examples:
   nemo-elastic rank --config conf/tiny_parent.yaml
   nemo-elastic rank --config conf/my_parent.yaml --resume rank.samples=1024 rank.depth=one_shot
@@ -36,16 +35,11 @@ def run(arguments: argparse.Namespace) -> int:
     configured = Configured(resolved)
     check_rank(configured, out, started_processes() if arguments.nproc is None else arguments.nproc)
     start_workers(arguments)
-    from ..nemo.run.ranking import FOLDER, rank_run
+    from ..nemo import api
 
-    with progress_bar() as bars:
-        importance = rank_run(
-            configured,
-            out,
-            resume=arguments.resume,
-            report=lambda phase, done, total: bars.update(PHASES[phase], done, total),
-        )
-    result = {"importance": str(out / FOLDER), **summary(importance)}
+    with progress_bar() as bar:
+        done = api.rank(configured, out, resume=arguments.resume, progress=bar.update)
+    result = {"importance": str(done.folder), **summary(done.importance)}
     if arguments.json:
         arguments.answer.json(result)
     else:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
-from itertools import combinations
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
-from ..problems import Problem, ProblemsError
 from .arguments import folders, overrides, start_workers, verb_parser
 from .console import is_first_rank, progress_bar, quiet_libraries, show_problems
 
@@ -19,8 +17,6 @@ EXAMPLES = """examples:
   nemo-elastic verify runs/tiny/nested --format gguf --gguf-python .venv-gguf/bin/python   # make setup-gguf
   nemo-elastic verify --parent /models/mine --hf-python .venv-hf/bin/python      # before anything is trained
   nemo-elastic verify runs/tiny/nested --nproc 2 train.tensor_model_parallel_size=2"""
-
-HOLDS = {"nemo": "weights", "hf": "config.json", "gguf": "model.gguf"}  # what a child's folder has
 
 
 def add_parser(subparsers: Any) -> None:
@@ -39,49 +35,37 @@ def run(arguments: argparse.Namespace) -> int:
 
         return run_parent(arguments)
     nested, *child = folders(arguments, "NESTED", "CHILD", optional=1)
-    if arguments.hf_python and arguments.format != "hf":
-        raise ProblemsError([Problem("--hf-python", "runs children of --format hf; add that, or leave it out")])
-    if arguments.gguf_python and arguments.format != "gguf":
-        raise ProblemsError([Problem("--gguf-python", "runs children of --format gguf; add that, or leave it out")])
     quiet_libraries(arguments.verbose)
-    from ..checkpoint.manifest import HashMismatch, load_manifest
-    from ..config import load_config
-
-    manifest = load_manifest(nested)
-    stored = dict(manifest.provenance.get("config") or {})
-    if not stored:
-        raise ProblemsError([Problem(nested, "its manifest holds no run configuration; it was not made by `train`")])
-    run_config = load_config(None, overrides(arguments), base=_with_own_tokenizer(stored, Path(nested))).config
-    children = _children(Path(nested), child, arguments.budget, list(manifest.subnets), arguments.format)
-    from ..mcore.family.checks import check_processes
+    from ..checkpoint.manifest import HashMismatch
+    from ..nemo.api.checks import Verification
     from ..processes.launchers import started_processes
 
-    processes = started_processes() if arguments.nproc is None else arguments.nproc
-    check_processes(run_config, processes, trains=False)
+    ready = Verification.of(
+        nested,
+        child[0] if child else None,
+        processes=started_processes() if arguments.nproc is None else arguments.nproc,
+        budget=arguments.budget,
+        format=arguments.format,
+        hf_python=arguments.hf_python,
+        gguf_python=arguments.gguf_python,
+        overrides=overrides(arguments),
+    )
     start_workers(arguments)
-    from ..nemo.export.results import note_verified  # NeMo takes seconds, and says things: not for bad input
-    from ..nemo.export.verify import KERNELS, verify
-    from ..nemo.run.train import data_module, heldout_batches
-
-    batches = heldout_batches(data_module(run_config), run_config)
-    python = arguments.gguf_python if arguments.format == "gguf" else arguments.hf_python
-    how = {"format": arguments.format, "python": python}
     try:
         with progress_bar() as bar:
-            checks = verify(nested, children, run_config, batches, report=bar.update, **how)
+            found = ready.run(bar.update)
     except HashMismatch as error:
         show_problems(error, verb="verify")
         return 1
-    if arguments.format == "nemo" and is_first_rank() and _is_run(Path(nested)):
-        note_verified(Path(nested).parent, run_config, Path(nested), checks)
-    passed, pairs = all(check.ok for check in checks), _pairs(manifest)
+    checks = found.checks
     if arguments.json:
         answer = {
-            "verified": passed,
-            "kernels": KERNELS[arguments.format],
+            "verified": found.ok,
+            "kernels": found.kernels,
             "children": [check.to_dict() for check in checks],
         }
-        arguments.answer.json({**answer, "files_hashed": len(manifest.files), "pairs": pairs})
+        pairs = [asdict(pair) for pair in found.pairs]
+        arguments.answer.json({**answer, "files_hashed": found.files_hashed, "pairs": pairs})
     elif is_first_rank():
         arguments.answer.render(_table(checks))
         for check in checks:
@@ -89,57 +73,16 @@ def run(arguments: argparse.Namespace) -> int:
                 arguments.answer.write(f"{check.budget}: {check.greedy:.0%} of the prompts continued alike, greedily")
             if check.difference:
                 arguments.answer.write(f"{check.budget}: first difference: {check.difference}")
-        arguments.answer.write(f"compared with {KERNELS[arguments.format]}")
-        arguments.answer.write(f"{len(manifest.files)} files of {nested}: SHA-256 as in the manifest")
-        for pair in pairs:
-            words = "nested in" if pair["nested"] else "NOT nested in"
-            arguments.answer.write(f"{pair['smaller']} is {words} {pair['larger']}")
-        arguments.answer.write("verification passed" if passed else "verification FAILED")
-    return 0 if passed else 1
+        arguments.answer.write(f"compared with {found.kernels}")
+        arguments.answer.write(f"{found.files_hashed} files of {nested}: SHA-256 as in the manifest")
+        for pair in found.pairs:
+            words = "nested in" if pair.nested else "NOT nested in"
+            arguments.answer.write(f"{pair.smaller} is {words} {pair.larger}")
+        arguments.answer.write("verification passed" if found.ok else "verification FAILED")
+    return 0 if found.ok else 1
 
 
-def _with_own_tokenizer(stored: dict[str, Any], nested: Path) -> dict[str, Any]:
-    """The run's configuration with the tokenizer that travels in `context/`: the parent may have moved."""
-    found = sorted((nested / "context").rglob("tokenizer.json"))
-    return {**stored, "data": {**stored.get("data", {}), "tokenizer": str(found[0])}} if found else stored
-
-
-def _is_run(nested: Path) -> bool:
-    """Whether the folder around a nested checkpoint is the run that made it, and may be written in."""
-    return (nested.parent / "config.json").is_file() and os.access(nested.parent, os.W_OK)
-
-
-def _pairs(manifest: Any) -> list[dict[str, Any]]:
-    """Every two budgets: whether each unit and layer of the smaller one is in the larger one."""
-    from ..cost.counts import parameters
-
-    by_size = sorted(manifest.subnets, key=lambda name: parameters(manifest.layout, manifest.subnets[name]))
-    return [
-        {"smaller": a, "larger": b, "nested": manifest.subnets[a].is_nested_in(manifest.subnets[b])}
-        for a, b in combinations(by_size, 2)
-    ]
-
-
-def _children(nested: Path, child: list[str], budget: str | None, known: list[str], format: str) -> dict[str, Path]:
-    """budget -> folder."""
-    if child:
-        name = budget or Path(child[0]).name
-        if name not in known:
-            words = f"{name!r} is no budget of this family ({', '.join(known)}); name it with --budget"
-            raise ProblemsError([Problem("--budget", words)])
-        return {name: Path(child[0])}
-    base, holds = nested.parent / "children", HOLDS[format]
-    if format != "nemo" and (nested.parent / format).is_dir():
-        base = nested.parent / format
-    names = [budget] if budget else [n for n in known if (base / n / holds).exists()]
-    if not names:
-        words = f"no children of format {format} at {base}; run `nemo-elastic extract {nested} --all --format {format}`"
-        words += ", or name a child's folder"
-        raise ProblemsError([Problem("CHILD", words)])
-    return {name: base / name for name in names}
-
-
-def _table(checks: list[Any]) -> Any:
+def _table(checks: Sequence[Any]) -> Any:
     from rich.table import Table
 
     table = Table()

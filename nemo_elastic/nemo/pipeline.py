@@ -46,11 +46,12 @@ from nemo_elastic.nemo.run.train import (
 )
 from nemo_elastic.plan.proposals import with_searched_shapes
 from nemo_elastic.problems import Problem, ProblemsError
+from nemo_elastic.processes.progress import Progress, silent
 from nemo_elastic.processes.training_checkpoints import remove_unfinished, whole_checkpoints
 from nemo_elastic.space.subnet import Subnet
 
 logger = logging.getLogger(__name__)
-Progress = Callable[[str, int, int, str], None]
+PHASES = {"widths": "rank widths", "depth": "rank layers"}  # what a ranking reports, as progress calls it
 
 
 class Run:
@@ -61,7 +62,7 @@ class Run:
     ) -> None:
         """`begins`: a new run, which decides what `auto` means; else what the run in `out` decided holds."""
         self.configured, self.out = configured.settled(settled_run(configured.resolved, out, begins=begins)), out
-        self.progress = progress or (lambda name, done, total, text: None)
+        self.progress = progress or silent
         self.seconds: dict[str, float] = {}
 
     @property
@@ -106,7 +107,7 @@ class Run:
             self.configured,
             self.out,
             resume=resume,
-            report=lambda phase, done, total: self.progress(f"rank {phase}", done, total, ""),
+            report=lambda phase, done, total: self.progress(PHASES[phase], done, total),
         )
 
     def search_shapes(self, importance: Importance, sorted_folder: Path) -> None:

@@ -20,6 +20,7 @@ from ..family import Family, parse_budget
 from ..files import read_yaml, write_text
 from ..problems import Problem, ProblemsError, raise_if_any
 from ..shapes.interpolate import between
+from ..space.alignment import subnet_notes
 from ..space.budget import Budget
 from ..space.elastic_space import ElasticSpace
 from ..space.subnet import Subnet
@@ -64,7 +65,9 @@ def plan_nested(manifest: Trained, budget: str | None = None, overrides: Sequenc
     trained = found.smaller == found.larger
     origin = f"trained as {found.smaller}" if trained else f"between {found.smaller} and {found.larger}"
     row = budget_row(family, serving, wanted, found.subnet, origin)
-    return described_plan(run.name, family, serving, [row], found.notes(tolerance))
+    neighbours = [manifest.subnets[name] for name in (found.smaller, found.larger)]
+    notes = [*found.notes(tolerance), *subnet_notes(family.layout, found.subnet, neighbours)]
+    return described_plan(run.name, family, serving, [row], notes)
 
 
 def _configuration(manifest: Trained, overrides: Sequence[str]) -> RunConfig:

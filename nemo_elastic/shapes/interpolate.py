@@ -4,23 +4,26 @@
 
 Both neighbours were trained and share their prefixes, so what lies between them is made of trained units only. t is
 found by the exact cost; single sizes then move until the budget is met within the tolerance, as little off the line as
-possible. Sizes move by the largest step that all choices of their dim share; where that is too coarse, by multiples of
-16, then by whole groups. Outside the trained range nothing is known and nothing is proposed. No torch here.
+possible. Sizes are those of the neighbours or multiples: of the largest step that all choices of their dim share, if
+kernels like it, else of what ratios round to, then of 16, of 8, and only where none of these meets the budget of the
+groups alone. Outside the trained range nothing is known and nothing is proposed. No torch here.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import pairwise
 from math import gcd, lcm
 
 from ..cost.budget import BudgetCost
 from ..problems import Problem, ProblemsError
+from ..space.alignment import BF16_MULTIPLE, FP8_MULTIPLE, default_multiples
 from ..space.dims import WIDTH_DIMS
 from ..space.elastic_space import ElasticSpace, even_thinning
 from ..space.subnet import Subnet
 
 STEPS = 200  # points tried on the line
-FRIENDLY = 16  # what matrix kernels and FP8 like a width to be a multiple of
 
 
 @dataclass(frozen=True)
@@ -63,13 +66,23 @@ def between(cost: BudgetCost, trained: Mapping[str, Subnet], *, tolerance: float
         )
         raise ProblemsError([Problem("--budget", words)])
     smaller, larger = next((a, b) for a, b in pairwise(order) if costs[a] <= cost.target <= costs[b])
+    found = None
     for steps in step_sizes(cost.space):
         subnet = _Line(cost, trained[smaller], trained[larger], steps).best(tolerance)
-        if abs(cost.error(cost.of(subnet))) <= tolerance:
+        excess = _excess(cost.error(cost.of(subnet)), tolerance)
+        if found is None or excess < found[0]:
+            found = excess, subnet
+        if not excess:
             break
+    subnet = found[1]
     nested = trained[smaller].is_nested_in(trained[larger])
     assert not nested or (trained[smaller].is_nested_in(subnet) and subnet.is_nested_in(trained[larger]))
     return Between(subnet, smaller, larger, cost.error(cost.of(subnet)), nested)
+
+
+def _excess(error: float, tolerance: float) -> float:
+    """By how much a budget is missed. Too large is worse than too small: a budget is a limit."""
+    return max(0.0, abs(error) - tolerance) * (10 if error > tolerance else 1)
 
 
 @dataclass(frozen=True)
@@ -81,14 +94,31 @@ class _Row:
     ends: tuple[int, int]
     step: int
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """What it may be, ascending: the ends, and the multiples of the step between them."""
+        return _multiples(min(self.ends), max(self.ends), self.step)
+
     def at(self, t: float) -> int:
         a, b = self.ends
-        steps = round(t * (b - a) / self.step)
-        return b if steps * self.step == b - a or t == 1 else a + steps * self.step
+        sizes, wanted = self.sizes, a + t * (b - a)
+        place = bisect_left(sizes, wanted)
+        return min(sizes[max(0, place - 1) : place + 1], key=lambda size: abs(size - wanted))
+
+    def near(self, size: int) -> Iterator[int]:
+        """The next ones on both sides, and the ends."""
+        place = self.sizes.index(size)
+        yield from (self.sizes[p] for p in (place - 1, place + 1) if 0 <= p < len(self.sizes))
+        yield from (end for end in self.ends if end != size)
 
     def place(self, size: int) -> float:
         a, b = self.ends
         return (size - a) / (b - a)
+
+
+@cache
+def _multiples(low: int, high: int, step: int) -> tuple[int, ...]:
+    return tuple(sorted({low, high, *range(-(-low // step) * step, high, step)}))
 
 
 class _Line:
@@ -121,9 +151,7 @@ class _Line:
 
     def _better(self, best: tuple | None, point: list[int], extra: int, tolerance: float) -> tuple:
         error = self.cost.error(self.cost.of(self._subnet(point, extra)))
-        # Too large is worse than too small: a budget is a limit.
-        excess = max(0.0, abs(error) - tolerance) * (10 if error > tolerance else 1)
-        key = (excess, self._off_line(point, extra), abs(error))
+        key = (_excess(error, tolerance), self._off_line(point, extra), abs(error))
         return (key, point, extra) if best is None or key < best[0] else best
 
     def _off_line(self, point: list[int], extra: int) -> float:
@@ -135,9 +163,8 @@ class _Line:
 
     def _neighbours(self, point: list[int]) -> Iterator[list[int]]:
         for r, row in enumerate(self.rows):
-            for size in (point[r] - row.step, point[r] + row.step, *row.ends):
-                if min(row.ends) <= size <= max(row.ends) and size != point[r]:
-                    yield [*point[:r], size, *point[r + 1 :]]
+            for size in row.near(point[r]):
+                yield [*point[:r], size, *point[r + 1 :]]
 
     def _subnet(self, point: list[int], extra: int) -> Subnet:
         values: dict[str, int | list[int]] = {}
@@ -172,9 +199,17 @@ def _rows(steps: Mapping[str, int], smaller: Subnet, larger: Subnet) -> Iterator
 
 
 def step_sizes(space: ElasticSpace) -> Iterator[dict[str, int]]:
-    """Steps per dim, coarse to fine; all are multiples of the dim's groups."""
-    dims = {name: space.dims[name] for name in WIDTH_DIMS}
+    """Steps per dim, from what kernels like best to what they need not like; all are multiples of the dim's groups."""
+    dims, liked = {name: space.dims[name] for name in WIDTH_DIMS}, default_multiples(space.architecture)
     whole = {n: gcd(*d.choices) if len(d.choices) > 1 else d.groups for n, d in dims.items()}
-    yield whole
-    yield whole | {n: min(whole[n], lcm(dims[n].groups, FRIENDLY)) for n in ("hidden_size", "ffn_hidden_size")}
-    yield {n: d.groups for n, d in dims.items()}
+
+    def multiples(least: int, most: int) -> dict[str, int]:
+        wanted = {n: liked.get(n, 1) for n in dims}
+        return {n: lcm(d.groups, min(max(wanted[n], least), most) if wanted[n] > 1 else 1) for n, d in dims.items()}
+
+    best = multiples(FP8_MULTIPLE, max(FP8_MULTIPLE, *liked.values()))
+    of_choices = {n: step if step % best[n] == 0 else best[n] for n, step in whole.items()}
+    groups = {n: d.groups for n, d in dims.items()}
+    fewer = (multiples(n, n) for n in (FP8_MULTIPLE, BF16_MULTIPLE))
+    rungs = (of_choices, best, *fewer, whole, groups)
+    yield from (steps for i, steps in enumerate(rungs) if steps not in rungs[:i])

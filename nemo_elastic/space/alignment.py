@@ -9,7 +9,7 @@ A family must not depend on the layout of a run, so the default for heads counts
 size that the parent's groups allow. No torch here.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from math import gcd, lcm
 
@@ -19,6 +19,7 @@ from .architecture import Architecture
 from .dims import HIDDEN, resolve_choices
 from .elastic_space import ElasticSpace
 from .layout import ParamLayout
+from .subnet import Subnet
 
 BF16_MULTIPLE, FP8_MULTIPLE, CONVOLUTION_MULTIPLE = 8, 16, 8
 LARGE_HIDDEN_SIZE = 1024  # parents from here on are rounded to what large GEMM tiles like
@@ -130,6 +131,39 @@ def alignment_notes(space: ElasticSpace, tp_size: int) -> list[str]:
     if no_fp8:
         notes.append(f"{rank}, no multiples of {FP8_MULTIPLE}, so no FP8 or NVFP4: {_listed(no_fp8)}")
     return notes
+
+
+def subnet_notes(layout: ParamLayout, subnet: Subnet, neighbours: Iterable[Subnet]) -> list[str]:
+    """Widths of a subnet between `neighbours` that kernels do not like, of axes whose widths in all of these they do.
+
+    Args:
+        layout: without tensor parallelism.
+    """
+    mine, theirs = _subnet_widths(layout, subnet), [_subnet_widths(layout, other) for other in neighbours]
+    for multiple, words in ((BF16_MULTIPLE, "bf16 products are slow and copied"), (FP8_MULTIPLE, "no FP8 or NVFP4")):
+        wrong = {}
+        for what, widths in mine.items():
+            if any(width % multiple for other in theirs for width in other.get(what, ())):
+                continue
+            found = [_described(width, sizes) for width, sizes in widths.items() if width % multiple]
+            wrong |= {what: found} if found else {}
+        if wrong:
+            limit = f"no sizes in multiples of {multiple} were found that meet the budget, so {words}"
+            return [f"{limit}: {_listed(wrong)}"]
+    return []
+
+
+def _subnet_widths(layout: ParamLayout, subnet: Subnet) -> dict[str, dict[int, dict[str, int]]]:
+    """Axis, as it is called -> widths -> the sizes that they follow from."""
+    pattern, found = layout.architecture.hybrid_override_pattern, {}
+    for axis, (what, kind) in AXES.items():
+        layers = [layer for layer in subnet.layers if kind in (None, pattern[layer])]
+        for layer in layers[:1] if kind is None else layers:
+            sizes, segments = layout.sizes(subnet, layer), layout.axes[axis]
+            cut = {f.dim for s in segments for f in s.factors if f.dim}
+            width = sum(segment.length(sizes) for segment in segments)
+            found.setdefault(what, {})[width] = {n: v for n, v in sizes.items() if n in cut}
+    return found
 
 
 def _described(width: int, sizes: Mapping[str, int]) -> str:

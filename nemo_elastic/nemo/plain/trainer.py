@@ -25,7 +25,7 @@ from nemo_elastic.mcore.versions import DistributedDataParallelConfig, Optimizer
 from nemo_elastic.nemo.plain import cpu, open_saves
 from nemo_elastic.nemo.plain.optimizer import OptimizerModule
 from nemo_elastic.nemo.plain.plain_config import DTYPES, Precision
-from nemo_elastic.processes.launchers import data_parallel_size, started_processes
+from nemo_elastic.processes.launchers import MEETING, RANKS, data_parallel_size, started_processes
 
 
 def build_optimizer(
@@ -78,7 +78,21 @@ def build_optimizer(
 
 
 class OneProcess(LightningEnvironment):
-    """A process that no launcher started, whatever variables of Slurm and others lie around (`launchers.py`)."""
+    """A process that no launcher started, whatever variables of Slurm and others lie around (`launchers.py`).
+
+    Lightning leaves half of a launcher's variables behind when a run has ended. Here they are afterwards what they
+    were, so that another run can follow in the same process, as in a notebook.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._before = {name: os.environ.get(name) for name in (*RANKS, *MEETING, "NODE_RANK")}
+
+    def teardown(self) -> None:
+        for name, value in self._before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
     def node_rank(self) -> int:
         return 0

@@ -1,0 +1,1 @@
+"""What the quick verbs answer, as plain values: the command line prints it, Python gets it typed. No torch."""

@@ -99,10 +99,15 @@ class Blend:
 
 def spread(source: Source, count: int) -> list[Sample]:
     """At most `count` samples, evenly over an epoch; of a blend, evenly over each source, in its weights."""
+    return [sample for _, sample in spread_by_source(source, count)]
+
+
+def spread_by_source(source: Source, count: int) -> list[tuple[int, Sample]]:
+    """The samples of `spread`, each with the number of its source in the blend (0 without one)."""
     if not isinstance(source, Blend):
         count = min(count, max(1, source.per_epoch))
-        return [source.sample(i * source.per_epoch // count) for i in range(count)]
+        return [(0, source.sample(i * source.per_epoch // count)) for i in range(count)]
     places = [source.place(i)[0] for i in range(count)]
     drawn = {k: iter(spread(s, places.count(k))) for k, s in enumerate(source.sources) if k in places}
-    found = (next(drawn[k], None) for k in places)
-    return [sample for sample in found if sample is not None]
+    found = ((k, next(drawn[k], None)) for k in places)
+    return [(k, sample) for k, sample in found if sample is not None]

@@ -72,7 +72,7 @@ addEventListener("load", () => {
   parent.postMessage(JSON.stringify({
     width: innerWidth,
     scroll: document.documentElement.scrollWidth,
-    height: document.documentElement.scrollHeight,
+    height: Math.ceil(document.body.getBoundingClientRect().height),
     dark: matchMedia("(prefers-color-scheme: dark)").matches,
     paper: rgba(getComputedStyle(document.body).backgroundColor),
     texts, pale, small, wide, figures, links,

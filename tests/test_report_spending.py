@@ -55,7 +55,7 @@ def test_without_results_the_log_and_the_ranking_say_the_times(tmp_path: Path) -
 
 def test_speed_memory_and_flops_are_those_of_the_log(run: RunFolder) -> None:
     found = {name: (value, note) for name, value, note in facts(run)}
-    assert found["throughput"] == (f"{2048 / 0.25:,.0f} tokens/s", "2 x cpu")
+    assert found["throughput"] == (f"{2048 / 0.25:,.0f} tokens/s", "2 x CPU process")
     assert found["peak memory"] == (f"{(PEAK_MEMORY + 300) / 1e9:.4g} GB", "process that had most, resident")
     assert found["model FLOPs utilisation"] == ("not measured", f"{300 * FLOPS_PER_STEP:.3g} FLOPs in all")
 

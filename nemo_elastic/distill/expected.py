@@ -19,7 +19,8 @@ from .training_cost import training_cost
 
 
 def expected(run: RunConfig, family: Family, subnets: Mapping[str, Subnet], processes: int) -> dict[str, Any]:
-    """`steps`, `tokens`, `flops`, `gpu_hours` (at report.mfu of report.peak_tflops), `memory_bytes` of the fullest GPU.
+    """`steps`, `tokens`, `flops`, `gpu_hours` (at report.mfu of report.peak_tflops), `memory_bytes` of the fullest GPU
+    without `report.gpu.reserve_gb`.
 
     Args:
         subnets: what each budget runs once its choice is hard.
@@ -28,8 +29,9 @@ def expected(run: RunConfig, family: Family, subnets: Mapping[str, Subnet], proc
     if cost is None:
         return {}
     found = {"steps": cost["steps"], "tokens": cost["tokens"], "flops": cost["flops"]["total"]}
-    memory = memory_bytes(Work(run, family, subnets), layout_of(run, processes))["total"]
-    return found | {"gpu_hours": cost["gpu_hours"], "memory_bytes": memory}
+    memory = memory_bytes(Work(run, family, subnets), layout_of(run, processes))
+    allocated = memory["total"] - memory["reserve"]  # what CUDA itself takes is in no allocator's count
+    return found | {"gpu_hours": cost["gpu_hours"], "memory_bytes": allocated}
 
 
 def layout_of(run: RunConfig, processes: int) -> GpuLayout:

@@ -168,12 +168,13 @@ def step_flops(
     """FLOPs of one step that has run, counted as in the estimate.
 
     Args:
-        running: what each budget ran.
+        running: what each budget ran; one that is not there counts as the whole parent.
         tokens: per budget of the step, all positions of its micro-batches, whether their loss counts or not.
     """
-    students = (n * _student(run, family, stage, running[name], name, phase) for name, n in tokens.items())
+    full = family.space.full_subnet()
+    students = (n * _student(run, family, stage, running.get(name, full), name, phase) for name, n in tokens.items())
     runs_teacher = run.distill.needs_teacher and not run.distill.teacher_cache
-    teacher = _forward(family, family.space.full_subnet(), stage) if runs_teacher else 0.0
+    teacher = _forward(family, full, stage) if runs_teacher else 0.0
     return sum(students) + stage.seq_length * stage.global_batch_size * teacher
 
 

@@ -15,7 +15,7 @@ from .budget_rows import BudgetRow, kept_sizes, parent_loss, parent_parameters
 from .evaluations import columns as evaluation_columns
 from .evaluations import rows as evaluation_rows
 from .loading import ways
-from .palette import DARK, LIGHT, budget_colour
+from .palette import DARK, LIGHT, budget_colour, part_colour
 from .planned import BYTES, COUNT, FLOPS, Compared, planned_budgets, planned_run
 from .run_folder import RunFolder
 from .source_losses import source_rows
@@ -69,7 +69,7 @@ def render(run: RunFolder, rows: list[BudgetRow], pictures: list[Picture], files
         "pictures": [(p, Markup(p.svg)) for p in pictures],
         "facts": facts(run),
         "parts": _parts(run),
-        "bar": [(budget_colour(i), name, share) for i, (name, share) in enumerate(shares(run))],
+        "bar": [(part_colour(i), name, share) for i, (name, share) in enumerate(shares(run))],
         "sources": source_rows(run, rows),
         "planned_budgets": planned_budgets(run, rows),
         "planned_run": planned_run(run),
@@ -149,7 +149,7 @@ def facts(run: RunFolder) -> list[tuple[str, str, str]]:
     if not run.train:
         return []
     processes = run.sessions[-1]["processes"] if run.sessions else None
-    on = f"{processes} x {run.device}" if processes else ""
+    on = f"{processes} x {'CPU process' if run.device == 'cpu' else run.device}" if processes else ""
     where = "process that had most, resident" if run.device == "cpu" else "GPU that had most, allocated"
     share = f"of {run.conditions.peak_tflops:g} TFLOP/s a GPU (report.peak_tflops)"
     done = f"{work:.3g} FLOPs in all" if work else ""

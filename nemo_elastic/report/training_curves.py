@@ -143,7 +143,7 @@ def speed(run: RunFolder) -> Figure:
             points = binned([(clock(step), y) for step, y in series])
             (line,) = axes.plot(*zip(*points, strict=True), color=LIGHT["budget-1"], linewidth=1.7)
             tip(line, title.lower())
-            axes.set_ylim(0, 1.12 * max(y for _, y in points))
+            axes.set_ylim(0, 1.25 * max(y for _, y in points))
             axes.yaxis.set_major_locator(MaxNLocator(4))
             axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _, words=words: words(y)))
         token_axis(rows[-1], clock)

@@ -283,7 +283,7 @@ def mean_over_context(gradient: Tensor) -> Tensor:
 
 def evaluate_case(sp: bool, vocab_size: int = 64) -> dict[str, Any]:
     """Held-out loss and logits of the whole model and of a subnet, on three batches (an odd number for DP2)."""
-    from nemo_elastic.mcore.models.evaluate import heldout_loss, whole_logits
+    from nemo_elastic.mcore.models.evaluate import heldout_loss, heldout_sums, whole_logits
     from nemo_elastic.space.elastic_space import ElasticSpace
 
     arch = architecture(vocab_size=vocab_size)
@@ -292,8 +292,10 @@ def evaluate_case(sp: bool, vocab_size: int = 64) -> dict[str, Any]:
     load_weights(model, random_weights(arch, torch.float32), arch, ffn_groups=FFN_GROUPS)
     batches = [(tokens(arch, seed), tokens(arch, seed + 100)) for seed in range(3)]
     subnet = space.subnet(hidden_size=32, ffn_hidden_size=32, mamba_num_heads=8, layers=(0, 1, 3, 4, 7))
-    found: dict[str, Any] = {"batches": batches}
+    groups = [[(2 * batch + row) % 3 for row in range(len(batches[0][0]))] for batch in range(3)]
+    found: dict[str, Any] = {"batches": batches, "groups": groups}
     for name, plan in (("full", None), ("cut", hard_plan(model.layout, subnet, "sliced"))):
         logits = [whole_logits(model, ids, plan) for ids, _ in batches]
         found[name] = {"loss": heldout_loss(model, batches, plan), "logits": logits}
+        found[name]["sums"] = heldout_sums(model, batches, plan, groups)
     return found

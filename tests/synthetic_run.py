@@ -36,12 +36,24 @@ RANKING = (0, 1, 15, 6, 2, 3, 4, 11, 5, 7, 12, 10, 14, 8, 13, 9)
 PHASES = ((60, "warmup"), (120, "soft"), (180, "hard"), (300, "frozen"))
 PARENT_LOSS = 2.3456
 VAL_EVERY, TOKENS_PER_STEP = 25, 2048
+SOURCES = {"text/code.jsonl": 1536, "text/chat.jsonl": 512}  # held-out tokens
+FLOPS_PER_STEP, PEAK_MEMORY = 1.5e12, 3.2e9
+RESUMED = 150
 
 
 def heldout(name: str, step: int) -> float:
     """Held-out loss of a budget after a step."""
     floor, zero_shot = {"full": (0.0, 0.0), "large": (0.055, 0.9), "small": (0.21, 3.4)}[name]
     return PARENT_LOSS + floor + (zero_shot - floor) * math.exp(-step / 55)
+
+
+def sources(name: str, step: int) -> dict[str, dict[str, float]]:
+    """Of `heldout`, what each source has: code below it, chat above it."""
+    code, chat = SOURCES.values()
+    return {
+        source: {"loss": heldout(name, step) + shift, "tokens": tokens}
+        for (source, tokens), shift in zip(SOURCES.items(), (-0.1, 0.1 * code / chat), strict=True)
+    }
 
 
 def train_record(step: int) -> dict[str, Any]:
@@ -65,6 +77,7 @@ def train_record(step: int) -> dict[str, Any]:
         "tau": max(0.05, 1 - step / 200),
         "lr": 1e-3,
         "seconds": 0.25,
+        "flops": FLOPS_PER_STEP,
     }
     if phase in ("soft", "hard"):
         record["router"] = {
@@ -119,8 +132,15 @@ def write_run(out: Path, *, steps: int = 300, results: bool = True, importance: 
                     "losses": {n: heldout(n, step) for n in SUBNETS},
                     "tokens": dict(seen),
                     "subnets": {n: s.to_dict() for n, s in chosen.items()},
+                    "sources": {n: sources(n, step) for n in SUBNETS},
+                    "seconds": 2.0,
+                    "peak_memory_bytes": PEAK_MEMORY + step,
                 }
             )
+    lines["saves"] = [{"step": s, "seconds": 1.5} for s in range(50, steps + 1, 50)]
+    lines["sessions"] = [session(0), *([session(RESUMED)] if steps > RESUMED else [])]
+    if steps == 300:
+        _write(out / "zero_shot.json", zero_shot(subnets))
     for kind, records in lines.items():
         (out / "logs" / f"{kind}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
     if importance:
@@ -128,6 +148,22 @@ def write_run(out: Path, *, steps: int = 300, results: bool = True, importance: 
     if results:
         _write(out / "results.json", make_results(family, subnets))
     return out
+
+
+def session(step: int, device: str = "cpu") -> dict[str, Any]:
+    """A start or a resume; the plan's FLOPs are those of 300 steps and a tenth more."""
+    planned = {"steps": 300, "tokens": 300 * TOKENS_PER_STEP, "flops": 330 * FLOPS_PER_STEP}
+    planned |= {"gpu_hours": 0.001, "memory_bytes": 4e9}
+    return {"step": step, "processes": 2, "device": device, "time": "2026-01-01T00:00:00Z", "planned": planned}
+
+
+def zero_shot(subnets: dict[str, Any]) -> dict[str, Any]:
+    """What the end of a training measures; the learned shapes are not those that the first validation saw."""
+    budgets = {
+        name: {"subnet": s.to_dict(), "loss": heldout(name, 0) + 0.01, "sources": sources(name, 0)}
+        for name, s in subnets.items()
+    }
+    return {"format": 1, "identity": {}, "budgets": budgets, "seconds": 4.0}
 
 
 def depth_score(layer: int) -> float:

@@ -1,4 +1,4 @@
-"""Held-out loss and logits through Megatron's schedule, against the formula, at every layout."""
+"""Held-out loss (also of groups) and logits through Megatron's schedule, against the formula, at every layout."""
 
 import pool_elastic
 import pytest
@@ -26,6 +26,15 @@ def test_heldout_loss_is_the_mean_cross_entropy_of_the_logits(pool2, name):
             assert logits.shape[-1] == rows
             expected = torch.nn.functional.cross_entropy(logits.double().flatten(0, 1), labels.flatten()).item()
             assert found[which]["loss"] == pytest.approx(expected, rel=1e-6)
+            groups = torch.tensor(found["groups"]).flatten()
+            for group, (total, weight) in enumerate(found[which]["sums"].tolist()):
+                mine = logits[groups == group].double().flatten(0, 1), labels[groups == group].flatten()
+                assert total == pytest.approx(
+                    torch.nn.functional.cross_entropy(*mine, reduction="sum").item(), rel=1e-6
+                )
+                assert weight == len(mine[1])
+            total, weight = found[which]["sums"].sum(0).tolist()
+            assert found[which]["loss"] == pytest.approx(total / weight, rel=1e-14)
     first = results[0]
     for found in results[1:]:
         assert found["full"]["loss"] == first["full"]["loss"] and found["cut"]["loss"] == first["cut"]["loss"]

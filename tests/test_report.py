@@ -34,8 +34,8 @@ from nemo_elastic.report.width_figures import sorted_shares, width_scores
 from nemo_elastic.report.write import write_report
 
 FIGURES = {"children", "loss", "pareto", "layer_importance", "width_importance", "router"}
-FIGURES |= {"router_probabilities", "choices"}
-SHEETS = {"budgets", "validation", "train", "router", "layer_importance", "children", "timings"}
+FIGURES |= {"router_probabilities", "choices", "sources", "throughput"}
+SHEETS = {"budgets", "validation", "train", "router", "layer_importance", "children", "timings", "sources", "planned"}
 VOID = {"meta", "br", "wbr", "img", "link", "hr", "input"}
 
 
@@ -109,7 +109,9 @@ def test_the_page_stands_alone(page: str) -> None:
     assert not re.search(r"(https?:|//[a-z]|file:)", page)
     assert {tag for tag, _, _ in parsed.attributes} & {"script", "link", "img", "iframe", "object"} == set()
     references = [value for _, key, value in parsed.attributes if key in ("src", "href", "xlink:href")]
-    references += re.findall(r"url\(([^)]*)\)", page)
+    beside = [value for tag, _, value in parsed.attributes if (tag, _) == ("a", "href") and not value.startswith("#")]
+    assert set(beside) == {f"{n}.png" for n in FIGURES} | {f"{n}.csv" for n in SHEETS}
+    references = [value for value in references if value not in beside] + re.findall(r"url\(([^)]*)\)", page)
     ids = [value for _, key, value in parsed.attributes if key == "id"]
     assert len(ids) == len(set(ids))
     assert all(r.startswith("#") and r[1:] in ids for r in references)
@@ -194,7 +196,7 @@ def test_sheets_of_layers_router_and_budgets_are_exact(finished: Path) -> None:
         assert int(row["parameters"]) == entry["parameters"]
         assert float(row["heldout_child"]) == entry["heldout_child"]
         assert row["layers"] == " ".join(map(str, entry["subnet"]["layers"]))
-    assert rows_of(finished, "timings")[1] == {"phase": "train", "seconds": "187.25"}
+    assert rows_of(finished, "timings")[1] == {"phase": "train", "part_of": "", "seconds": "187.25"}
 
 
 def test_the_load_of_experts_is_drawn_and_written(tmp_path: Path) -> None:

@@ -104,10 +104,15 @@ def spread(source: Source, count: int, *, between: bool = False) -> list[Sample]
         between: those half-way between what is found without it. The two have no sample in common: where an epoch has
             fewer than `2 * count`, each has half of them (of a single sample, both have that).
     """
+    return [sample for _, sample in spread_by_source(source, count, between=between)]
+
+
+def spread_by_source(source: Source, count: int, *, between: bool = False) -> list[tuple[int, Sample]]:
+    """The samples of `spread`, each with the number of its source in the blend (0 without one)."""
     if not isinstance(source, Blend):
         count = min(count, max(1, source.per_epoch // 2))
-        return [source.sample((2 * i + between) * source.per_epoch // (2 * count)) for i in range(count)]
+        return [(0, source.sample((2 * i + between) * source.per_epoch // (2 * count))) for i in range(count)]
     places = [source.place(i)[0] for i in range(count)]
     drawn = {k: iter(spread(s, places.count(k), between=between)) for k, s in enumerate(source.sources) if k in places}
-    found = (next(drawn[k], None) for k in places)
-    return [sample for sample in found if sample is not None]
+    found = ((k, next(drawn[k], None)) for k in places)
+    return [(k, sample) for k, sample in found if sample is not None]

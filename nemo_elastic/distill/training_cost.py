@@ -156,6 +156,27 @@ def _stage(run: RunConfig, family: Family, subnets: Mapping[str, Subnet], index:
     }
 
 
+def step_flops(
+    run: RunConfig,
+    family: Family,
+    stage: StageConfig,
+    phase: str,
+    running: Mapping[str, Subnet],
+    tokens: Mapping[str, float],
+) -> float:
+    """FLOPs of one step that has run, counted as in the estimate.
+
+    Args:
+        running: what each budget ran; one that is not there counts as the whole parent.
+        tokens: per budget of the step, all positions of its micro-batches, whether their loss counts or not.
+    """
+    full = family.space.full_subnet()
+    students = (n * _student(run, family, stage, running.get(name, full), name, phase) for name, n in tokens.items())
+    runs_teacher = run.distill.needs_teacher and not run.distill.teacher_cache
+    teacher = _forward(family, full, stage) if runs_teacher else 0.0
+    return sum(students) + stage.seq_length * stage.global_batch_size * teacher
+
+
 def _student(run: RunConfig, family: Family, stage: StageConfig, subnet: Subnet, name: str, phase: str) -> float:
     """FLOPs per token of training one budget in one phase."""
     full = family.space.full_subnet()

@@ -253,7 +253,6 @@ def quickstart(run: Run, *, force: bool = False) -> dict[str, Any]:
         run.search_shapes(importance, sorted_folder)
         trained = run.timed("train", lambda: run.train(sorted_folder))
         nested = run.timed("nest", run.nest)
-        before = run.timed("zero_shot", lambda: run.zero_shot(sorted_folder, trained.subnets))
         children = run.timed("extract", lambda: run.extract_all(nested))
         checks = run.timed("verify", lambda: run.verify(nested, children))
-        return run.results(nested, checks, before)
+        return run.results(nested, checks, trained.before)

@@ -2,6 +2,6 @@
 
 PARTS = (
     "checkpoints", "nested", "children", "logs", "sorted", "importance", "results.json", "evaluations", "report",
-    "config.json",
+    "config.json", "zero_shot.json",
 )  # fmt: skip
 MARKS = ("checkpoints", "importance", "logs", "nested", "sorted")  # no parent and no checkpoint has one of these

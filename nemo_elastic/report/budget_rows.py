@@ -70,11 +70,17 @@ def _with_active(run: RunFolder, row: BudgetRow) -> BudgetRow:
 
 
 def _with_before(run: RunFolder, row: BudgetRow) -> BudgetRow:
-    """`verify` measures nothing before training; the first validation did, where its subnet is the same."""
+    """`verify` measures nothing before training: the end of training did, or the first validation of that subnet."""
+    return row if row.before is not None else replace(row, before=loss_before(run, row.name, row.subnet))
+
+
+def loss_before(run: RunFolder, name: str, subnet: Any) -> float | None:
+    """Held-out loss of this subnet with the parent's weights, where it was measured."""
+    measured = run.zero_shot.get("budgets", {}).get(name, {})
+    if measured and measured["subnet"] == subnet:
+        return measured["loss"]
     first = run.validation[0] if run.validation and run.validation[0]["step"] == 0 else {}
-    if row.before is not None or first.get("subnets", {}).get(row.name) != row.subnet:
-        return row
-    return replace(row, before=first.get("losses", {}).get(row.name))
+    return first.get("losses", {}).get(name) if first.get("subnets", {}).get(name) == subnet else None
 
 
 def result_row(entry: Mapping[str, Any], target: str = "") -> BudgetRow:
@@ -98,7 +104,6 @@ def result_row(entry: Mapping[str, Any], target: str = "") -> BudgetRow:
 
 def _logged_row(run: RunFolder, name: str) -> BudgetRow:
     last = run.validation[-1] if run.validation else {}
-    first = run.validation[0] if run.validation and run.validation[0]["step"] == 0 else {}
     values = last.get("subnets", {}).get(name)
     subnet, full = run.subnet(values), parent_parameters(run)
     count = run.parameters(subnet) if subnet else None
@@ -109,7 +114,7 @@ def _logged_row(run: RunFolder, name: str) -> BudgetRow:
         parameters=count,
         percent_of_parent=100 * count / full if count and full else None,
         memory_bytes=run.memory_bytes(subnet) if subnet else None,
-        before=first.get("losses", {}).get(name),
+        before=loss_before(run, name, values),
         nested=last.get("losses", {}).get(name),
     )
 

@@ -1,7 +1,7 @@
 """Every number of the report as CSV, at full precision: one file a table, a header line, empty where not known."""
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,10 @@ from .budget_rows import KEPT, BudgetRow
 from .evaluations import rows as evaluation_rows
 from .expert_figures import load_series, shares
 from .layer_figures import layer_scores
+from .planned import planned_budgets, planned_run
 from .run_folder import RunFolder
+from .source_losses import source_series
+from .spending import parts
 from .time_axis import Clock
 from .training_curves import router_series
 
@@ -44,7 +47,8 @@ def _cell(value: Any) -> Any:
 def sheets(run: RunFolder, rows: list[BudgetRow]) -> list[Sheet]:
     """Every sheet that has a row."""
     made = (_budgets(rows), _validation(run), _train(run), _router(run), _importance(run, rows), _children(run, rows))
-    return [sheet for sheet in (*made, _expert_load(run), _evaluations(run), _timings(run)) if sheet.rows]
+    more = (_sources(run), _expert_load(run), _evaluations(run), _timings(run), _planned(run, rows))
+    return [sheet for sheet in (*made, *more) if sheet.rows]
 
 
 def _budgets(rows: list[BudgetRow]) -> Sheet:
@@ -74,7 +78,7 @@ def _validation(run: RunFolder) -> Sheet:
 
 def _train(run: RunFolder) -> Sheet:
     clock, keys = Clock(run), ("kd", "ce", "hidden", "tokens", "budget_loss")
-    shared = ("tau", "lr", "seconds")
+    shared = ("tau", "lr", "seconds", "flops")
     body = [
         (r["step"], clock(r["step"]), r.get("phase"), name, *(b.get(k) for k in keys), *(r.get(k) for k in shared))
         for r in run.train
@@ -137,14 +141,19 @@ def _evaluations(run: RunFolder) -> Sheet:
     return Sheet("evaluations", ("budget", "model", *names), tuple(body))
 
 
+def _sources(run: RunFolder) -> Sheet:
+    clock = Clock(run)
+    body = [(step, clock(step), *rest) for step, *rest in source_series(run)]
+    return Sheet("sources", ("step", "tokens", "budget", "source", "heldout_loss", "tokens_of_source"), tuple(body))
+
+
 def _timings(run: RunFolder) -> Sheet:
-    return Sheet("timings", ("phase", "seconds"), tuple(timings(run)))
+    body = tuple((part.name, part.part_of, part.seconds) for part in parts(run))
+    return Sheet("timings", ("phase", "part_of", "seconds"), body)
 
 
-def timings(run: RunFolder) -> Iterable[tuple[str, float]]:
-    """(phase, seconds): what results say, else the sum of the logged steps."""
-    seconds = run.results.get("seconds")
-    if isinstance(seconds, dict) and seconds:
-        return [(str(phase), value) for phase, value in seconds.items()]
-    logged = [r["seconds"] for r in run.train if isinstance(r.get("seconds"), int | float)]
-    return [("training steps (from the log)", sum(logged))] if logged else []
+def _planned(run: RunFolder, rows: list[BudgetRow]) -> Sheet:
+    found = [(name, one) for name, pairs in planned_budgets(run, rows) for one in pairs]
+    found += [(None, one) for one in planned_run(run)]
+    body = tuple((name, one.what, one.kind, one.planned, one.actual, one.note) for name, one in found)
+    return Sheet("planned", ("budget", "what", "unit", "planned", "actual", "note"), body)

@@ -6,6 +6,7 @@ from math import inf
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Patch, Rectangle
+from matplotlib.ticker import FuncFormatter
 
 from ..kinds import kind_of
 from ..space.architecture import KIND_NAMES, Architecture
@@ -41,6 +42,7 @@ def importance(run: RunFolder, rows: list[BudgetRow]) -> Figure:
         positive = [s for s in scores.values() if 0 < s < inf]
         if positive and len(positive) == len(scores) and max(positive) / min(positive) > LOG_FROM:
             upper.set_yscale("log")
+            upper.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
             upper.set_ylim(min(positive) / 1.8)
         upper.tick_params(bottom=False)
         kinds = [k for k in KIND_NAMES if k in pattern]

@@ -1,5 +1,6 @@
 """The HTML page: what the template is given, in words and formatted numbers. No decisions are left to the template."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +12,18 @@ from markupsafe import Markup, escape
 from ..config.load import leaves
 from ..cost.conditions import profile_name
 from .budget_rows import BudgetRow, kept_sizes, parent_loss, parent_parameters
-from .csv_files import timings
 from .evaluations import columns as evaluation_columns
 from .evaluations import rows as evaluation_rows
-from .palette import DARK, LIGHT, budget_colour
+from .loading import ways
+from .palette import DARK, LIGHT, budget_colour, part_colour
+from .planned import BYTES, COUNT, FLOPS, Compared, planned_budgets, planned_run
 from .run_folder import RunFolder
+from .source_losses import source_rows
+from .spending import TOTALS, logged_flops, parts, peak_memory, shares, throughput, utilisation
 from .time_axis import Clock
 
 DASH = "–"
-TOTALS = ("total", "all")
+NOT_MEASURED = "not measured"
 
 
 @dataclass(frozen=True)
@@ -42,10 +46,15 @@ def render(run: RunFolder, rows: list[BudgetRow], pictures: list[Picture], files
         lstrip_blocks=True,
     )
     environment.filters.update(
-        count=count, loss=loss, percent=percent, size=size, seconds=seconds, signed=signed, marked=marked
+        count=count,
+        loss=loss,
+        percent=percent,
+        size=size,
+        seconds=seconds,
+        signed=signed,
+        marked=marked,
+        planned=quantity,
     )
-    spent = list(timings(run))
-    longest = max((s for phase, s in spent if phase not in TOTALS), default=0)
     context = {
         "title": run.title,
         "style": Markup((Path(__file__).parent / "style.css.j2").read_text(encoding="utf-8")),
@@ -58,7 +67,13 @@ def render(run: RunFolder, rows: list[BudgetRow], pictures: list[Picture], files
         "parent": {"parameters": parent_parameters(run), "loss": parent_loss(run), "sizes": _parent_sizes(run)},
         "evaluations": _evaluations(run),
         "pictures": [(p, Markup(p.svg)) for p in pictures],
-        "timings": [(phase, s, 100 * s / longest if longest and phase not in TOTALS else 0) for phase, s in spent],
+        "facts": facts(run),
+        "parts": _parts(run),
+        "bar": [(part_colour(i), name, share) for i, (name, share) in enumerate(shares(run))],
+        "sources": source_rows(run, rows),
+        "planned_budgets": planned_budgets(run, rows),
+        "planned_run": planned_run(run),
+        "loading": [(budget_colour(i), row.name, ways(run, row)) for i, row in enumerate(rows)],
         "provenance": flat(_without_config(run.results.get("provenance") or {})),
         "rank_provenance": flat(run.importance.get("provenance") or {}),
         "config": [(key, value, run.origins.get(key, "default")) for key, value in leaves(run.values)]
@@ -68,7 +83,14 @@ def render(run: RunFolder, rows: list[BudgetRow], pictures: list[Picture], files
         "memory_words": _memory_words(run),
         "any_memory": any(row.memory_bytes is not None for row in rows),
     }
-    return environment.get_template("report.html.j2").render(context)
+    template = environment.get_template("report.html.j2")
+    whole = template.render(context | {"contents": ()})
+    return template.render(context | {"contents": contents(whole)})
+
+
+def contents(page: str) -> list[tuple[str, str]]:
+    """(id, heading) of every section of a page, for the links on top."""
+    return re.findall(r'<section[^>]* id="([^"]+)">\s*<h2>([^<]+)</h2>', page)
 
 
 def _evaluations(run: RunFolder) -> dict[str, Any]:
@@ -97,6 +119,9 @@ def chips(run: RunFolder, rows: list[BudgetRow]) -> list[tuple[str, str]]:
     else:
         found.append(("plain", "not verified yet"))
     done, total = run.last_step, run.total_steps
+    if run.resumes:
+        times = len(run.resumes)
+        found.append(("plain", f"resumed {'once' if times == 1 else f'{times} times'}"))
     if done is not None:
         found.append(("plain", f"{done:,} of {total:,} steps" if total else f"{done:,} steps"))
         if tokens := Clock(run).end:
@@ -116,6 +141,44 @@ def cards(run: RunFolder, rows: list[BudgetRow]) -> list[dict[str, Any]]:
             closed = 100 * (row.before - row.final) / (row.before - parent)
         found.append({"colour": budget_colour(i), "row": row, "gap": gap, "closed": closed})
     return found
+
+
+def facts(run: RunFolder) -> list[tuple[str, str, str]]:
+    """(name, value, what it is of) of speed, memory and use of the GPUs."""
+    speed, memory, used, work = throughput(run), peak_memory(run), utilisation(run), logged_flops(run)
+    if not run.train:
+        return []
+    processes = run.sessions[-1]["processes"] if run.sessions else None
+    on = f"{processes} x {'CPU process' if run.device == 'cpu' else run.device}" if processes else ""
+    where = "process that had most, resident" if run.device == "cpu" else "GPU that had most, allocated"
+    share = f"of {run.conditions.peak_tflops:g} TFLOP/s a GPU (report.peak_tflops)"
+    done = f"{work:.3g} FLOPs in all" if work else ""
+    return [
+        ("throughput", NOT_MEASURED if speed is None else f"{count(speed)} tokens/s", on or "over all steps"),
+        ("peak memory", *((NOT_MEASURED, "") if memory is None else (size(memory), where))),
+        ("model FLOPs utilisation", *((NOT_MEASURED, done) if used is None else (f"{used:.1f}%", share))),
+    ]
+
+
+def _parts(run: RunFolder) -> list[tuple[str, bool, float, float | None]]:
+    """(name, whether it is part of the row above, seconds, percent of all) of the time table."""
+    found = parts(run)
+    total = sum(part.seconds for part in found if part.part_of is None and part.name not in TOTALS)
+    return [
+        (p.name, p.part_of is not None, p.seconds, None if p.name in TOTALS or not total else 100 * p.seconds / total)
+        for p in found
+    ]
+
+
+def quantity(one: Compared, value: float | None) -> str:
+    """A planned or actual quantity in its unit."""
+    if value is None:
+        return DASH
+    if one.kind == COUNT:
+        return count(value)
+    if one.kind == BYTES:
+        return size(value)
+    return f"{value:.3g}" if one.kind == FLOPS else f"{value:,.3g} h"
 
 
 def flat(values: Mapping[str, Any]) -> list[tuple[str, str]]:

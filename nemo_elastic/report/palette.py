@@ -48,6 +48,12 @@ def budget_colour(index: int) -> str:
     return f"budget-{index % BUDGETS}"
 
 
+def part_colour(index: int) -> str:
+    """Palette name of the i-th part of a whole: those of budgets, then those of kinds."""
+    names = [*map(budget_colour, range(BUDGETS)), *KIND_COLOURS.values()]
+    return names[index % len(names)]
+
+
 def budget_marker(index: int) -> str:
     """Marker of the i-th budget: shape says what colour says."""
     return MARKERS[index % BUDGETS]

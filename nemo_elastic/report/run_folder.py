@@ -17,6 +17,7 @@ from ..family import Family, family_of
 from ..files import read_json
 from ..problems import Problem, ProblemsError
 from ..processes.runlog import RunLog
+from ..processes.zero_shot import read_zero_shot
 from ..space.architecture import Architecture
 from ..space.dims import DEFAULT_FFN_GROUPS
 from ..space.elastic_space import ElasticSpace
@@ -35,7 +36,8 @@ class RunFolder:
 
     Attributes:
         values, origins: the resolved configuration and where each value came from; empty when there is none.
-        train, validation: log records by step.
+        train, validation, saves, sessions: log records by step; a session is a start or a resume.
+        zero_shot: what the final children lose before training.
         importance: the description that `rank` wrote.
         results: what `verify` or `quickstart` wrote.
         baselines: models outside the family to compare with.
@@ -49,6 +51,9 @@ class RunFolder:
     config: RunConfig | None = None
     train: tuple[Mapping[str, Any], ...] = ()
     validation: tuple[Mapping[str, Any], ...] = ()
+    saves: tuple[Mapping[str, Any], ...] = ()
+    sessions: tuple[Mapping[str, Any], ...] = ()
+    zero_shot: Mapping[str, Any] = field(default_factory=dict)
     importance: Mapping[str, Any] = field(default_factory=dict)
     results: Mapping[str, Any] = field(default_factory=dict)
     missing: tuple[Problem, ...] = ()
@@ -75,6 +80,16 @@ class RunFolder:
     def last_step(self) -> int | None:
         """The last step that left a record."""
         return max((r["step"] for r in (*self.train[-1:], *self.validation[-1:])), default=None)
+
+    @property
+    def resumes(self) -> list[int]:
+        """Steps that were done when the run went on after an interruption."""
+        return [session["step"] for session in self.sessions if session["step"]]
+
+    @property
+    def device(self) -> str | None:
+        """The GPU it was trained on, or `cpu`; None where no log says."""
+        return self.sessions[-1].get("device") if self.sessions else None
 
     @cached_property
     def family(self) -> Family | None:
@@ -165,7 +180,8 @@ def read_run(folder: Path, evaluations: Path | None = None) -> RunFolder:
         missing,
     )
     log = RunLog(folder / LOGS)
-    train, validation = (_records(log, kind) for kind in ("train", "validation"))
+    logs = {kind: _records(log, kind) for kind in ("train", "validation", "saves", "sessions")}
+    train, validation = logs["train"], logs["validation"]
     if not train:
         missing.append(Problem("logs/train.jsonl", "no training step was logged; run `nemo-elastic train`"))
     if not validation:
@@ -183,8 +199,8 @@ def read_run(folder: Path, evaluations: Path | None = None) -> RunFolder:
         values=values,
         origins=saved.get("origins") or {},
         config=config,
-        train=train,
-        validation=validation,
+        **logs,
+        zero_shot=read_zero_shot(folder),
         importance=importance,
         results=results,
         missing=tuple(missing),

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from .drawing import short_count, spread
+from .drawing import short_count, spread, tip
 from .palette import LIGHT
 from .run_folder import RunFolder
 
@@ -74,8 +74,17 @@ def end_labels(axes: Axes, x: float, ends: Sequence[tuple[str, str, float, str]]
         )  # fmt: skip
 
 
+def resumes(rows: Sequence[Axes], run: RunFolder, clock: Clock) -> None:
+    """A dotted line where the run went on after an interruption."""
+    for step in run.resumes:
+        for axes in rows:
+            line = axes.axvline(clock(step), color=LIGHT["muted"], linewidth=1.1, linestyle=(0, (1, 2)), zorder=1)
+            tip(line, f"resumed after step {step:,}")
+
+
 def shade(rows: Sequence[Axes], run: RunFolder, clock: Clock) -> None:
-    """Alternate bands for the phases, named in the uppermost axes."""
+    """Alternate bands for the phases, named in the uppermost axes, and a line for every resume."""
+    resumes(rows, run, clock)
     stretches = phases(run)
     for i, (name, first, last) in enumerate(stretches):
         left, right = clock(first - 1), clock(last)

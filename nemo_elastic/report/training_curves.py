@@ -15,6 +15,7 @@ from .budget_rows import KEPT, parent_loss
 from .drawing import loss_axis, new_figure, short_count, tip
 from .palette import LIGHT, budget_colour, budget_marker
 from .run_folder import RunFolder
+from .spending import speed_series, utilisation_series
 from .time_axis import POINTS, Clock, binned, end_labels, shade, token_axis
 
 KD_RANGE = 300.0  # KD losses under the largest by more than this factor are drawn at the edge
@@ -126,6 +127,26 @@ def router(run: RunFolder) -> Figure:
         rows[0].axhline(0, color=LIGHT["muted"], linewidth=1)
         rows[0].axhspan(-tolerance, tolerance, color=LIGHT["good"], alpha=0.14, linewidth=0)
         token_axis(rows[1], clock)
+    return figure
+
+
+def speed(run: RunFolder) -> Figure:
+    """Tokens per second of the steps, and on GPUs the share of their peak."""
+    clock, used = Clock(run), utilisation_series(run)
+    panels = [("Tokens per second", speed_series(run), short_count)]
+    panels += [("Share of the GPUs' peak", used, lambda y: f"{y:.3g}%")] if used else []
+    with new_figure(0.6 + 1.6 * len(panels)) as figure:
+        rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+        shade(rows, run, clock)
+        for axes, (title, series, words) in zip(rows, panels, strict=True):
+            axes.set_title(title)
+            points = binned([(clock(step), y) for step, y in series])
+            (line,) = axes.plot(*zip(*points, strict=True), color=LIGHT["budget-1"], linewidth=1.7)
+            tip(line, title.lower())
+            axes.set_ylim(0, 1.25 * max(y for _, y in points))
+            axes.yaxis.set_major_locator(MaxNLocator(4))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _, words=words: words(y)))
+        token_axis(rows[-1], clock)
     return figure
 
 

@@ -7,7 +7,16 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from ..kinds import kinds
-from . import expert_figures, layer_figures, router_figures, trade_off, training_curves, width_figures
+from . import (
+    expert_figures,
+    layer_figures,
+    router_figures,
+    source_losses,
+    spending,
+    trade_off,
+    training_curves,
+    width_figures,
+)
 from .budget_rows import BudgetRow, budget_rows
 from .csv_files import sheets
 from .drawing import inline_svg, save_png
@@ -55,8 +64,11 @@ def figures(run: RunFolder, rows: list[BudgetRow]) -> Iterator[tuple[str, str, s
         caption = (
             "Held-out loss of the subnet that would be extracted at that moment. Hollow marks are zero-shot, before "
             "the first step; bands are the phases of the router's schedule; the dashed line is the parent."
-        )
+        ) + (" Dotted lines: the run was resumed there." if run.resumes else "")
         yield "loss", "Loss per budget over tokens", caption, lambda: training_curves.losses(run)
+    if any(True for _ in source_losses.source_series(run)):
+        caption = "The same on the held-out text of each source alone; weighted by tokens, they give the loss above."
+        yield "sources", "Loss per budget and source", caption, lambda: source_losses.curves(run)
     if any(r.final is not None and (r.parameters is not None or r.memory_bytes is not None) for r in rows):
         caption = "What each budget costs and what it loses. The dotted line is what training won back."
         caption += " Crosses are models outside the family (baselines.json)." if run.baselines else ""
@@ -97,3 +109,7 @@ def figures(run: RunFolder, rows: list[BudgetRow]) -> Iterator[tuple[str, str, s
     if run.architecture and len(run.validation) > 1 and any(r.get("subnets") for r in run.validation):
         caption = "Kept share of the parent per elastic dim: the subnet that would be extracted at each validation."
         yield "choices", "What was chosen over time", caption, lambda: training_curves.choices(run)
+    if len(spending.speed_series(run)) > 1:
+        caption = "Tokens of all students per second of a step, without validations and saves."
+        caption += " Below, the share of the GPUs' peak." if spending.utilisation_series(run) else ""
+        yield "throughput", "Throughput", caption, lambda: training_curves.speed(run)

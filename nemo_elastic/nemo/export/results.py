@@ -23,6 +23,7 @@ from nemo_elastic.cost.conditions import serving_of
 from nemo_elastic.cost.counts import memory, parameters
 from nemo_elastic.files import read_json, write_json
 from nemo_elastic.mcore.runtime import process_groups
+from nemo_elastic.processes.zero_shot import losses_before
 
 RESULTS = "results.json"
 
@@ -58,12 +59,14 @@ def results_of(
 
 def note_verified(out: Path, config: RunConfig, nested: Path, checks: Sequence[ChildCheck]) -> Path:
     """Write `OUT/results.json` after `verify`: the rows of `checks`, and what the file knew of the same checkpoint."""
-    result, earlier = results_of(config, nested, checks), _read(out / RESULTS)
+    subnets = {name: subnet.to_dict() for name, subnet in load_manifest(nested).subnets.items()}
+    result, earlier = results_of(config, nested, checks, before=losses_before(out, subnets)), _read(out / RESULTS)
     rows, names = {row["name"]: row for row in result["budgets"]}, tuple(load_manifest(nested).subnets)
     if earlier.get("nested") == result["nested"]:
         known = {row["name"]: row for row in earlier["budgets"]}
         for name, row in rows.items():
-            row["heldout_before"] = known.get(name, row)["heldout_before"]
+            if row["heldout_before"] is None:
+                row["heldout_before"] = known.get(name, row)["heldout_before"]
         rows = {name: rows.get(name) or known[name] for name in names if name in rows | known}
         result |= {"budgets": list(rows.values())} | {name: earlier[name] for name in ("parent", "seconds")}
     passed = all(row["verified"] for row in rows.values())

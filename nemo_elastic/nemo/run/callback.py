@@ -7,7 +7,6 @@ Lightning calls the `on_train_*` hooks, NeMo's Megatron step the `on_megatron_*`
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,12 @@ import lightning.pytorch as pl
 from nemo_elastic.config.load import plain
 from nemo_elastic.config.sections import RunConfig, StageConfig
 from nemo_elastic.distill.curriculum import budget_probabilities, stage_at
+from nemo_elastic.distill.training_cost import step_flops
 from nemo_elastic.mcore.family.budget_notes import notes_at
 from nemo_elastic.mcore.family.expert_load import ExpertLoad
 from nemo_elastic.mcore.family.family_model import FamilyModel
 from nemo_elastic.mcore.family.planner import Planner, StepState
 from nemo_elastic.mcore.models.build import unwrapped
-from nemo_elastic.mcore.models.evaluate import heldout_loss
 from nemo_elastic.mcore.runtime.parallel import (
     broadcast_from_last_stage,
     data_parallel_rank_and_size,
@@ -31,8 +30,11 @@ from nemo_elastic.mcore.runtime.parallel import (
 from nemo_elastic.nemo.run.cached_teacher import CachedTeacher
 from nemo_elastic.nemo.run.elastic_model import BudgetStats, ElasticMambaModel
 from nemo_elastic.nemo.run.guard import FiniteGuard
+from nemo_elastic.nemo.run.heldout import Heldout, Measured
 from nemo_elastic.nemo.run.metrics import metrics_of
 from nemo_elastic.nemo.run.resume import save_checkpoint
+from nemo_elastic.nemo.run.session import session
+from nemo_elastic.nemo.run.spent import Times, peak_memory
 from nemo_elastic.nemo.run.step_record import (
     BUDGET_FIELDS,
     hard_subnets,
@@ -54,8 +56,8 @@ class ElasticCallback(pl.Callback):
         run: the configuration.
         planner: makes the plans.
         out: records and scalars go to `out/logs`.
-        heldout: (tokens, labels) batches for validation per budget.
-        choosing: the same of other held-out text, by which a race is decided.
+        heldout: text for validation per budget.
+        choosing: other held-out text, by which a race is decided.
         guard: measures gradient norms; without one they are not logged.
         progress: called with (step, total, text) after every step on the first rank.
         teacher: its states on disk, instead of the teacher itself.
@@ -66,8 +68,8 @@ class ElasticCallback(pl.Callback):
         run: RunConfig,
         planner: Planner,
         out: Path,
-        heldout: list,
-        choosing: list,
+        heldout: Heldout,
+        choosing: Heldout | None,
         guard: FiniteGuard | None = None,
         progress: Callable[[int, int, str], None] | None = None,
         teacher: CachedTeacher | None = None,
@@ -82,9 +84,9 @@ class ElasticCallback(pl.Callback):
         self.step, self.micro_batch, self.rate = 0, 0, 0.0
         self.tokens = dict.fromkeys(run.elastic.budgets, 0)
         self.last_losses: dict[str, float] = {}
+        self.times = Times()
         self.load: ExpertLoad | None = None
         self._load_before: Any = None
-        self._clock = _clocks()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: ElasticMambaModel) -> None:
         """Connect the loss to the planner."""
@@ -102,14 +104,18 @@ class ElasticCallback(pl.Callback):
             self.metrics.start(self.step)
         if self.teacher is not None:
             self.teacher.prepare(self.model)
+        if trainer.is_global_zero:
+            subnets = self.planner.current_subnets(self.model.policy, max(0, self.step - 1))
+            self.records.write("sessions", session(self.step, self.run, self.planner, subnets))
+        self.times.lap()
         if self.step == 0:
             if self.planner.race is not None:
                 self._begin_race(trainer)
             self._validate(trainer)
-        self._clock = _clocks()
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: ElasticMambaModel, *_: Any) -> None:
         """The step's choices, from the router as it stands."""
+        self._end_save(trainer)
         self.step, self.micro_batch, self.rate = trainer.global_step, 0, _rate(trainer)
         first = self.state is None
         self.state = self.planner.begin_step(self.model.policy, self.step, self._draws())
@@ -154,6 +160,7 @@ class ElasticCallback(pl.Callback):
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: ElasticMambaModel, checkpoint: dict[str, Any]) -> None:
         """Note which children this checkpoint means: `nest` reads it."""
+        self.times.begin_save()
         done = trainer.global_step
         subnets = self.planner.current_subnets(self.model.policy, max(0, done - 1))
         if trainer.is_global_zero:
@@ -166,6 +173,12 @@ class ElasticCallback(pl.Callback):
         # Decided by numbers that all ranks share: what one rank has begun to write, another may already see.
         if done % min(self.run.train.save_every_steps, self.planner.timeline.total):
             save_checkpoint(trainer, self.checkpoints / f"step={done - 1}.ckpt")
+        self._end_save(trainer)
+
+    def _end_save(self, trainer: pl.Trainer) -> None:
+        seconds = self.times.end_save()
+        if seconds is not None and trainer.is_global_zero:
+            self.records.write("saves", {"step": trainer.global_step, "seconds": round(seconds, 4)})
 
     def state_dict(self) -> dict[str, Any]:
         """Lambdas, pinned subnets, tokens seen per budget."""
@@ -196,8 +209,7 @@ class ElasticCallback(pl.Callback):
         stats = self._stats()
         for name, row in stats.items():
             self.tokens[name] += row["tokens"]
-        before, self._clock = self._clock, _clocks()
-        seconds, cpu_seconds = (now - then for now, then in zip(self._clock, before, strict=True))
+        seconds, cpu_seconds = self.times.lap()
         norms = self.guard.norms if self.guard else (0.0, 0.0)
         subnets = step_subnets(self.planner, state)
         record = step_record(
@@ -216,6 +228,7 @@ class ElasticCallback(pl.Callback):
             lr=self.rate,
             seconds=seconds,
             cpu_seconds=cpu_seconds,
+            flops=self._flops(stats, subnets),
             grad_norm=norms[0],
             router_grad_norm=norms[1],
         )
@@ -234,76 +247,84 @@ class ElasticCallback(pl.Callback):
     def _stats(self) -> dict[str, dict[str, Any]]:
         """Per budget of the step, on every rank: the last stage alone computes losses."""
         stats, names = self.wrapper.training_loss_reduction.stats, list(self.run.elastic.budgets)
-        flat = iter(broadcast_from_last_stage([_field(stats.get(n), key) for n in names for key in BUDGET_FIELDS]))
-        rows = {n: {key: next(flat) for key in BUDGET_FIELDS} for n in names}
-        return {n: row | {"tokens": int(row["tokens"])} for n, row in rows.items() if row["tokens"]}
+        keys = (*BUDGET_FIELDS, "micro_batches")
+        flat = iter(broadcast_from_last_stage([_field(stats.get(n), key) for n in names for key in keys]))
+        rows = {n: {key: next(flat) for key in keys} for n in names}
+        counts = ("tokens", "micro_batches")
+        return {n: row | {key: int(row[key]) for key in counts} for n, row in rows.items() if row["tokens"]}
+
+    def _flops(self, stats: Mapping[str, Mapping[str, Any]], subnets: Mapping[str, Subnet]) -> float:
+        train, stage = self.run.train, stage_at(self.run.train.stages, self.step).stage
+        size = (stage.micro_batch_size or train.micro_batch_size) * stage.seq_length / train.context_parallel_size
+        tokens = {name: row["micro_batches"] * size for name, row in stats.items()}
+        return step_flops(self.run, self.planner.family, stage, self.state.phase, subnets, tokens)
 
     def catch_up(self, trainer: pl.Trainer, pl_module: ElasticMambaModel) -> None:
         """For a resumed run that had nothing left to do: no training hook was called."""
         if self.model is None:
             self.model = unwrapped(pl_module.module)
-            self.last_losses = self._heldout(self.planner.current_subnets(self.model.policy, trainer.global_step - 1))
+            measured = self.measure(self.planner.current_subnets(self.model.policy, trainer.global_step - 1))
+            self.last_losses = {name: one.loss for name, one in measured.items()}
 
-    def _heldout(self, subnets: Mapping[str, Subnet]) -> dict[str, float]:
+    def measure(self, subnets: Mapping[str, Subnet]) -> dict[str, Measured]:
+        """Held-out losses of subnets with the weights as they stand. Collective."""
         plans = {name: self.planner.plan_of(subnet) for name, subnet in subnets.items()}
-        return {name: heldout_loss(self.model, self.heldout, plan) for name, plan in plans.items()}
+        return {name: self.heldout.measure(self.model, plan) for name, plan in plans.items()}
 
     def _end_round(self, trainer: pl.Trainer, done: int) -> None:
         """Compare the candidates of a race on text that no loss is reported on; the first rank's losses decide."""
-        began, losses = time.monotonic(), self._contending()
-        self._log_race(trainer, began, self.planner.race.end_round(done, losses))
+        self._log_race(trainer, self.planner.race.end_round(done, self._contending()))
 
     def _begin_race(self, trainer: pl.Trainer) -> None:
         """Measure the candidates before the first step; who is far behind does not start."""
-        began, race = time.monotonic(), self.planner.race
-        losses = self._contending()
-        parent = from_first_rank(heldout_loss(self.model, self.choosing)) if losses else 0.0
+        race, losses = self.planner.race, self._contending()
+        parent = from_first_rank(self.choosing.measure(self.model, None).loss) if losses else 0.0
         record = race.begin(parent, losses, self.run.router.candidate_spread)
-        self._log_race(trainer, began, record | {"candidates": race.described()})
+        self._log_race(trainer, record | {"candidates": race.described()})
 
     def _contending(self) -> dict[str, dict[int, float]]:
         return from_first_rank(
             {
                 name: {
-                    number: heldout_loss(self.model, self.choosing, self.planner.plan_of(subnet))
+                    number: self.choosing.measure(self.model, self.planner.plan_of(subnet)).loss
                     for number, subnet in row.items()
                 }
                 for name, row in self.planner.race.contenders().items()
             }
         )
 
-    def _log_race(self, trainer: pl.Trainer, began: float, record: dict[str, Any]) -> None:
+    def _log_race(self, trainer: pl.Trainer, record: dict[str, Any]) -> None:
+        seconds, _ = self.times.lap()
         if trainer.is_global_zero:
-            self.records.write("race", record | {"seconds": time.monotonic() - began})
+            self.records.write("race", record | {"seconds": seconds})
             left = {name: f"{len(row['losses'])} -> {len(row['left'])}" for name, row in record["budgets"].items()}
             logger.info("step %d race, candidates %s", record["step"], left)
-        self._clock = _clocks()
 
     def _validate(self, trainer: pl.Trainer) -> None:
         step = trainer.global_step
         subnets = self.planner.current_subnets(self.model.policy, max(0, step - 1))
-        self.last_losses = self._heldout(subnets)
+        measured = self.measure(subnets)
+        self.last_losses = {name: one.loss for name, one in measured.items()}
+        memory, (seconds, _) = peak_memory(next(self.model.parameters()).device), self.times.lap()
         if trainer.is_global_zero:
             record = {
                 "step": step,
                 "losses": self.last_losses,
                 "tokens": dict(self.tokens),
                 "subnets": {n: s.to_dict() for n, s in subnets.items()},
+                "sources": {n: one.sources for n, one in measured.items() if one.sources},
+                "seconds": round(seconds, 4),
+                "peak_memory_bytes": memory,
             }
             self.records.write("validation", record)
             losses = {f"budget/{name}/heldout_loss": loss for name, loss in self.last_losses.items()}
             self.metrics.write(step, losses, trainer.loggers, "validation")
             logger.info("step %d held-out %s", step, {n: round(v, 4) for n, v in self.last_losses.items()})
-        self._clock = _clocks()
+        self.times.lap()
 
 
 def _field(stats: BudgetStats | None, key: str) -> float:
     return 0.0 if stats is None else float(getattr(stats, key))
-
-
-def _clocks() -> tuple[float, float]:
-    """Wall clock, and this process' time on all its cores, in seconds."""
-    return time.monotonic(), time.process_time()
 
 
 def _rate(trainer: pl.Trainer) -> float:

@@ -100,13 +100,17 @@ class ElasticSSMConfig(HybridSSMConfig):
 
 @dataclass(frozen=True)
 class BudgetStats:
-    """What one step saw of a budget, over all data-parallel ranks: means per token, and tokens."""
+    """What one step saw of a budget, over all data-parallel ranks: means per token, and tokens.
+
+    `micro_batches` are counted on every context-parallel rank of a replica.
+    """
 
     kd: float
     ce: float
     tokens: int
     budget_loss: float
     hidden: float = 0.0
+    micro_batches: int = 0
 
 
 class ElasticLossReduction(MegatronLossReduction):
@@ -156,6 +160,7 @@ class ElasticLossReduction(MegatronLossReduction):
                 tokens=int(row["tokens"]),
                 budget_loss=row["budget_loss"] / row["micro_batches"],
                 hidden=row["hidden"] / row["tokens"],
+                micro_batches=int(row["micro_batches"]),
             )
             for name, row in named.items()
             if row["tokens"]  # a micro-batch of masked samples may have none

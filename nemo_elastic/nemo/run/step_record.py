@@ -3,7 +3,7 @@
     record = {step, phase, budgets: {name: {kd, ce, hidden, tokens, budget_loss}},
               expert_load: {name: {tokens: {layer: per expert}, busiest, idle}},
               router: {name: {price, argmax_error, error, entropy: {dim:}, probabilities: {dim: rows}}},
-              sizes: {name: {dim:}}, tokens: {name:}, tau, lr, seconds, cpu_seconds,
+              sizes: {name: {dim:}}, tokens: {name:}, tau, lr, seconds, cpu_seconds, flops,
               tokens_per_second, grad_norm, router_grad_norm}
 
 `budgets` holds the step's own numbers, `tokens` what the run has seen. Pure functions: nothing is read from a trainer.
@@ -59,10 +59,12 @@ def step_record(
         subnets: what each budget ran.
         probabilities: `router_probabilities`, on the steps that show them.
         experts: per budget, `ExpertLoad.take`, on these steps.
-        facts: `lr`, `seconds`, `cpu_seconds` (of this process; neither has validation in it), `grad_norm`,
-            `router_grad_norm`.
+        facts: `lr`, `seconds`, `cpu_seconds` (of this process; neither has validation or saving in it), `flops` (of
+            all processes), `grad_norm`, `router_grad_norm`.
     """
-    record: dict[str, Any] = {"step": step, "phase": state.phase, "budgets": {n: dict(s) for n, s in stats.items()}}
+    record: dict[str, Any] = {"step": step, "phase": state.phase, "budgets": {}}
+    for name, row in stats.items():
+        record["budgets"][name] = {key: row[key] for key in BUDGET_FIELDS}
     for name, chosen in state.chosen.items():
         row = {"price": prices[name], "argmax_error": chosen.argmax_error, "error": chosen.error}
         if probabilities and name in probabilities:

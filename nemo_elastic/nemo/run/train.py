@@ -15,7 +15,6 @@ from nemo_elastic.config.durations import seconds_of
 from nemo_elastic.config.load import plain
 from nemo_elastic.config.sections import RunConfig
 from nemo_elastic.cost.conditions import serving_of
-from nemo_elastic.data.blend import Sample, spread
 from nemo_elastic.data.of_run import tokenizer_of
 from nemo_elastic.distill.curriculum import total_steps
 from nemo_elastic.family import Configured, Family, parallel_problems
@@ -27,7 +26,7 @@ from nemo_elastic.mcore.family.planner import Planner
 from nemo_elastic.mcore.models.parents import sorted_parent
 from nemo_elastic.mcore.runtime import process_groups
 from nemo_elastic.mcore.runtime.automatic import settled
-from nemo_elastic.nemo.plain.data import TextDataModule, collate
+from nemo_elastic.nemo.plain.data import TextDataModule
 from nemo_elastic.nemo.plain.logs import quiet
 from nemo_elastic.nemo.plain.open_saves import given_up_on_error
 from nemo_elastic.nemo.plain.plain_config import plain_model_config
@@ -37,10 +36,12 @@ from nemo_elastic.nemo.run.cached_teacher import CachedTeacher
 from nemo_elastic.nemo.run.callback import ElasticCallback
 from nemo_elastic.nemo.run.elastic_model import ElasticMambaModel, ElasticSSMConfig
 from nemo_elastic.nemo.run.guard import FiniteGuard
+from nemo_elastic.nemo.run.heldout import heldout_of
 from nemo_elastic.nemo.run.kept_checkpoints import KeptCheckpoints
 from nemo_elastic.nemo.run.learning_rate import ROUTER_MARK, CurriculumRate
 from nemo_elastic.nemo.run.loggers import finish, loggers_of
 from nemo_elastic.nemo.run.resume import StopOnSignal, interrupts_as_they_are
+from nemo_elastic.nemo.run.zero_shot import measure_zero_shot
 from nemo_elastic.plan.context import context_problems
 from nemo_elastic.plan.proposals import racing
 from nemo_elastic.problems import Problem, Stopped, raise_if_any
@@ -56,13 +57,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run leaves: the family with its measured ranking, a subnet per budget, and the last checkpoint."""
+    """What a run leaves: the family with its measured ranking, a subnet per budget, and the last checkpoint.
+
+    `before`: held-out loss of the same subnets, cut from the sorted parent without training.
+    """
 
     family: Family
     subnets: dict[str, Subnet]
     checkpoint: Path
     heldout_losses: dict[str, float]
     tokens: dict[str, int]
+    before: dict[str, float]
 
 
 def train(
@@ -153,7 +158,7 @@ def train(
     )
     teacher = CachedTeacher(run, data, sorted_folder, config.params_dtype) if run.distill.teacher_cache else None
     guard = FiniteGuard()
-    heldout, choosing = heldout_batches(data, run), choosing_batches(data, run) if race else []
+    heldout, choosing = heldout_of(data, run), heldout_of(data, run, between=True) if race else None
     callback = ElasticCallback(run, planner, out, heldout, choosing, guard, progress, teacher)
     stop = StopOnSignal(run.train.preemption, seconds_of(run.train.max_time))
     kept = run.train.keep_checkpoints
@@ -190,12 +195,17 @@ def train(
     if trainer.global_step < steps:
         saved = f"after step {trainer.global_step} of {steps} and saved {last}"
         raise Stopped(f"stopped {saved}; go on with --resume")
+    subnets = planner.current_subnets(callback.model.policy, steps - 1)
+    before = measure_zero_shot(
+        out, run, family, callback.model, sorted_folder, subnets, callback.heldout, callback.measure
+    )
     return Trained(
         family=family,
-        subnets=planner.current_subnets(callback.model.policy, steps - 1),
+        subnets=subnets,
         checkpoint=last,
         heldout_losses=callback.last_losses,
         tokens=callback.tokens,
+        before=before,
     )
 
 
@@ -240,21 +250,13 @@ def data_module(run: RunConfig) -> TextDataModule:
 
 
 def heldout_batches(data: TextDataModule, run: RunConfig) -> list[tuple[torch.Tensor, ...]]:
-    """(tokens, labels[, mask]) `[micro_batch, s]` of `train.val_samples` windows, spread evenly over held-out text.
-
-    At most every second window is among them, so that others are left to choose by.
-    """
-    return _batches(spread(data.windows("heldout"), run.train.val_samples), run)
+    """(tokens, labels[, mask]) `[micro_batch, s]` of `train.val_samples` windows, spread evenly over held-out text."""
+    return heldout_of(data, run).batches
 
 
 def choosing_batches(data: TextDataModule, run: RunConfig) -> list[tuple[torch.Tensor, ...]]:
     """As `heldout_batches`, of windows between those that losses are reported on."""
-    return _batches(spread(data.windows("heldout"), run.train.val_samples, between=True), run)
-
-
-def _batches(samples: list[Sample], run: RunConfig) -> list[tuple[torch.Tensor, ...]]:
-    size = run.train.stages[-1].micro_batch_size or run.train.micro_batch_size
-    return [collate(samples[i : i + size]) for i in range(0, len(samples), size)]
+    return heldout_of(data, run, between=True).batches
 
 
 def latest_checkpoint(out: Path) -> Path:

@@ -173,6 +173,16 @@ MEASURES = (
     Measure("family_cost", "FLOPs, the three / the same", "ratios.*.flops"),
     Measure("family_cost", "CPU, the three / children alone", "ratios_to_children.*.cpu"),
     Measure("family_cost", "FLOPs, the three / children alone", "ratios_to_children.*.flops"),
+    *(
+        Measure(
+            "self_teacher",
+            f"loss, {teacher} / parent-taught, {budget}",
+            f"summary.shipped.{teacher}.loss_over_parent.{budget}.*",
+        )
+        for teacher in ("text", "cached")
+        for budget in ("full", "large", "small")
+    ),
+    Measure("self_teacher", "CPU of a step, text / parent-taught", "summary.shipped.text.cpu_over_parent.*"),
     Measure("serving", "memory / parent", "memory_ratio_to_parent", "goals.memory_ratio_to_parent"),
     Measure("serving", "switch with its first token", "switch_ms", "goals.switch_ms", unit="ms"),
     Measure("serving", "decoding, compact / views", compact_over_views),

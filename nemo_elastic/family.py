@@ -154,6 +154,7 @@ def family_of(config: RunConfig, depth_ranking: tuple[int, ...] | None = None) -
             budgets.append(parse_budget(name, target))
         except ProblemsError as error:
             found += error.problems
+    found += _no_teacher(config, budgets)
     try:
         space = ElasticSpace(
             architecture=architecture,
@@ -195,6 +196,23 @@ def family_of(config: RunConfig, depth_ranking: tuple[int, ...] | None = None) -
         model=config.model,
         races=config.router.races,
     )
+
+
+def _no_teacher(config: RunConfig, budgets: Sequence[Budget]) -> list[Problem]:
+    """Why the full member cannot teach: what no step trains is nobody's teacher for long."""
+    full = [budget.name for budget in budgets if budget.is_full]
+    if not config.distill.self_taught or not budgets or len(budgets) < len(config.elastic.budgets):
+        return []
+    if not full:
+        words = "self needs a budget of 1.0, the full member that teaches; add one to elastic.budgets, or take parent"
+        return [Problem("distill.teacher", words)]
+    words = f"never draws {full[0]}, which distill.teacher=self lets teach the others; give it a share, or take parent"
+    given = ((i, stage.budget_probabilities) for i, stage in enumerate(config.train.stages))
+    return [
+        Problem(f"train.stages.{i}.budget_probabilities", words)
+        for i, shares in given
+        if shares is not None and not any(shares.get(name, 0) > 0 for name in full)
+    ]
 
 
 def _uniform(config: RunConfig, space: ElasticSpace, budgets: Iterable[Budget]) -> dict[str, Subnet]:

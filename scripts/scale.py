@@ -217,6 +217,8 @@ beside 2 + 4 + 12/DP of what is trained. It has no gradient, no fp32 copy, no st
   member, and nothing is left to share.
 - **A cache** (`distill.teacher_cache`) leaves the output weights on the last stage, and is exact. Its states are
   {states / 1e15:.1f} PB here, so it is for short runs that are repeated.
+- **The full member as it stands** (`distill.teacher: self`) needs none of it, and is another teacher after the first
+  step: [training.md](training.md) has what that costs.
 - **Dealing it over replicas**, gathered layer by layer for every micro-batch, would be exact, and is not done: the last
   column is what its gathers would add to a step of 49,152 tokens if nothing ran beside them.
 """

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -88,11 +89,12 @@ def build(
     *,
     load: bool = True,
     sharing: int | None = None,
+    teacher_seed: int = 1,
     **more: Any,
 ) -> tuple[FamilyModel, Planner]:
     """Model and planner of a run; `load`: with the random weights of the small parent.
 
-    `sharing`: of a planner, where it is not the expert-parallel size.
+    `sharing`: of a planner, where it is not the expert-parallel size. `teacher_seed`: 0 has the model's own weights.
     """
     family = family_of(run, ranking)
     arch, groups = family.architecture, family.space.groups
@@ -111,11 +113,11 @@ def build(
         pre_process=first,
         post_process=last,
     )
-    for module, seed in ((model, 0), (teacher, 1)) if load else ():
+    for module, seed in ((model, 0), (teacher, teacher_seed)) if load else ():
         load_weights(module, random_weights(arch, dtype, seed), arch, ffn_groups=groups)
         module.to(dtype)
     router = Router(family.space, family.learned, run.router, seed=3)
-    model.attach(router, teacher if run.distill.needs_teacher else None)
+    model.attach(router, teacher if run.distill.builds_parent else None, self_taught=run.distill.self_taught)
     sharing = sharing or max(1, layout.ep_size // parallel_state.get_context_parallel_world_size())
     timeline = Timeline(1, 3, 5, 6)
     planner = Planner(family, run.router, layout, timeline=timeline, seed=run.train.seed, sharing=sharing)
@@ -136,6 +138,7 @@ def train_steps(
     half: int | None = None,
     cache: str | None = None,
     bias_rate: float | None = None,
+    only: str = "",
     **more: Any,
 ) -> dict[str, Any]:
     """Steps of the run as `ElasticCallback` and NeMo run them: per step the losses, whole gradients and choices.
@@ -145,6 +148,7 @@ def train_steps(
         half: only the first or the second of a micro-batch's students.
         cache: folder of the teacher's states, filled first where it is not whole.
         bias_rate: count the tokens of experts, and move their bias by so much a step.
+        only: `full` or `children`: the others' shares of the loss are 0.
         optimize: take Adam steps in between (else the weights stay).
     """
     run = run_config(tied=tied, vocab_size=vocab_size, feature=feature, **(distill or {}))
@@ -166,10 +170,11 @@ def train_steps(
         if optimizer is not None:
             optimizer.zero_grad()
         state = planner.begin_step(model.policy, step)
-        outputs = _schedule(run, model, wrapped, planner, state, reduction, half, states)
+        outputs = _schedule(run, model, wrapped, planner, state, reduction, half, states, only)
         losses = _numbers(reduction, outputs)
         record = {
             "losses": broadcast_from_last_stage(losses),
+            "seen": sorted(reduction.stats),  # on the last stage
             "errors": {n: c.argmax_error for n, c in state.chosen.items()},
         }
         if not distributed_optimizer:
@@ -225,6 +230,7 @@ def _schedule(
     reduction: Any,
     half: int | None,
     states: Any,
+    only: str,
 ) -> list[Any]:
     rank, size = data_parallel_rank_and_size()
     arch = planner.family.architecture
@@ -235,6 +241,10 @@ def _schedule(
             ids = tokens(arch, seed=1000 * state.step + index, length=17)
             budgets = planner.budgets_of(shares, state.step, index, run.distill.budgets_per_batch)
             planned = planner.micro_batch(model.policy, state, budgets, index)
+            if only:
+                planned = tuple(
+                    p if (p.budget == "full") == (only == "full") else replace(p, weight=0.0) for p in planned
+                )
             mask = torch.ones(2, 16)
             mask[index % 2, : 4 + index] = 0.0
             yield {

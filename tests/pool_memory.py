@@ -39,9 +39,10 @@ def measured(
     tied: bool = False,
     feature: str = "",
     distributed: bool = True,
+    distill: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What is held; and per case (mode, subnet) the most that was kept at once, and what was exchanged."""
-    run, dtype = run_config(tied=tied, feature=feature), DTYPES[element]
+    run, dtype = run_config(tied=tied, feature=feature, **(distill or {})), DTYPES[element]
     model, planner = build(run, dtype, sequence_parallel=sp, **_recompute(recompute),
                            variable_seq_lengths=True, moe_token_dispatcher_type="alltoall",
                            pipeline_dtype=dtype, deallocate_pipeline_outputs=True)  # fmt: skip
@@ -55,6 +56,8 @@ def measured(
     for mode, subnet in cases:
         plan = _plan(mode, subnet, planner.layout)
         runs[mode] = _kept(model, wrapped, reduction, plan, planner.layout)
+    if model.teacher is None:
+        return {"held": held, "runs": runs}
     model.retire_teacher()
     return {"held": held | {"cached": _bytes(model.teacher.parameters())}, "runs": runs}
 
@@ -101,7 +104,7 @@ def _held(model: FamilyModel, wrapped: Any, distributed: bool, element: int) -> 
         "weights": _bytes(weights),
         "gradients": _bytes(b.grad_data for b in buffers),
         "optimizer": _bytes(states),
-        "teacher": _bytes(model.teacher.parameters()),
+        "teacher": 0.0 if model.teacher is None else _bytes(model.teacher.parameters()),
         "elements": sum(p.numel() for p in model.parameters()),
     }
 
@@ -175,7 +178,8 @@ def _exchanged() -> Iterator[list[tuple[int, int]]]:
 def _kept(
     model: FamilyModel, wrapped: Any, reduction: ElasticLossReduction, plan: Plan | None, layout: ParamLayout
 ) -> dict[str, float]:
-    own = {p.untyped_storage().data_ptr() for m in (model, model.teacher) for p in m.parameters()}
+    models = (m for m in (model, model.teacher) if m is not None)
+    own = {p.untyped_storage().data_ptr() for m in models for p in m.parameters()}
     own |= {p.main_grad.untyped_storage().data_ptr() for p in model.parameters()}
     wrapped.zero_grad_buffer()
     context = parallel_state.get_context_parallel_group()

@@ -44,12 +44,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "logits": {"distill": {"fuse_output_layer": False, "loss": "reverse_kl"}},
     "shared_teacher": {"distill": {"budgets_per_batch": 2, "hidden_weight": 0.5}},
     "top_k": {"distill": {"loss": "topk_kl", "top_k": 5}},
+    "self_taught": {"distill": {"teacher": "self", "budgets_per_batch": 2, "hidden_weight": 0.5}},
     "no_teacher": {"distill": {"kd_weight": 0.0, "ce_weight": 1.0}},
 }
 QUICK = {
     ("dp2", "plain"), ("tp2_sp", "shared_teacher"), ("pp2", "shared_teacher"), ("tp2_pp2_sp", "tied"),
     ("tp2_dp2", "plain"), ("pp2_dp2", "recompute"), ("tp4", "logits"), ("pp4", "plain"), ("pp2", "no_teacher"),
-    ("cp4", "recompute"), ("cp2_tp2_sp", "shared_teacher"),
+    ("tp2", "self_taught"), ("pp2", "self_taught"), ("cp4", "recompute"), ("cp2_tp2_sp", "shared_teacher"),
 }  # fmt: skip
 SWEPT = (pytest.mark.slow, pytest.mark.sweep(15))
 CASES = [

@@ -173,6 +173,13 @@ def test_what_the_run_says_changes_what_fits(work: Work) -> None:
     assert none["teacher"] == 0 and none["at_work"] < base["at_work"]
     cached = memory_bytes(work_of("distill.teacher_cache=/tmp/states"), EIGHT)
     assert cached["teacher"] == 2 * 131072 * 5120 / 8
+    alone = memory_bytes(work_of("distill.teacher=self"), EIGHT)
+    assert alone["teacher"] == 0 and alone["activations"] == base["activations"]
+    assert (
+        none["at_work"] <= alone["at_work"] < base["at_work"]
+    )  # the largest student has no teacher's logits beside it
+    held = memory_bytes(work_of("distill.teacher=self", "distill.teacher_cache=/tmp/states"), EIGHT)
+    assert held["teacher"] == cached["teacher"]
     several = memory_bytes(work_of("distill.budgets_per_batch=3"), EIGHT)
     assert base["activations"] < several["activations"] < 3 * base["activations"]
     assert {how.element for how in candidates(work_of("train.precision='32'"), 8)} == {4}

@@ -80,6 +80,7 @@ def check(
     element: int,
     tied: bool,
     feature: str = "",
+    distill: dict[str, Any] | None = None,
 ) -> None:
     size, tp, pp, sp, cp = (*layout, 1)[:5]
     of = family(tied, feature)
@@ -94,6 +95,7 @@ def check(
         tied=tied,
         feature=feature,
         distributed=distributed,
+        distill=distill,
         tp=tp,
         pp=pp,
         cp=cp,
@@ -115,10 +117,11 @@ def check(
     states = {stage: 0.0 for stage in range(pp)}
     for rank, found in enumerate(results):
         stage = rank // (size // pp)
-        held, predicted = found["held"], held_bytes(table, how, stage, router=router)
+        alone = (distill or {}).get("teacher") == "self"  # the whole network teaches: no parent beside it
+        held, predicted = found["held"], held_bytes(table, how, stage, router=router, teacher=not alone)
         for name in ("weights", "gradients", "teacher"):
             assert held[name] == predicted[name], (rank, name)
-        assert held["cached"] == held_bytes(table, how, stage, cached=True)["teacher"], rank
+        assert alone or held["cached"] == held_bytes(table, how, stage, cached=True)["teacher"], rank
         assert held["elements"] == sum(stage_rows(table, how, stage).values()) + sum(router)
         assert held["optimizer"] <= predicted["optimizer"]
         states[stage] += held["optimizer"] / tp
@@ -129,6 +132,7 @@ def check(
             assert kept["saved"] == pytest.approx(once * how.in_flight(stage, MICRO_BATCHES), rel=close), (
                 rank, mode)  # fmt: skip
             exchange = {"students": [way], "seq_length": LENGTH, "micro_batches": MICRO_BATCHES}
+            exchange["teacher"] = not (alone and mode == "whole")
             received = kept["received"] * (how.in_flight(stage, MICRO_BATCHES) + 1)
             assert received + 2 * kept["sent"] == hand_over_bytes(table, how, stage=stage, **exchange), (rank, mode)
     for stage, total in states.items():  # over the replicas to the byte: what is padding belongs to nobody
@@ -155,6 +159,14 @@ def test_a_layout_drawn_by_chance(pool4: WorkerPool, request: pytest.FixtureRequ
     layout = draw.choice([layout for layout in LAYOUTS if layout[0] == 4])
     recompute, modes = draw.choice([None, "selective", "full"]), draw.sample(MODES, 2)
     check(pool4, layout, recompute, modes, element=draw.choice([2, 4]), tied=draw.random() < 0.5)
+
+
+@pytest.mark.parametrize("layout", [(2, 2, 1, True), (2, 1, 2, False)], ids=str)
+@pytest.mark.parametrize("recompute", [None, "full"])
+def test_without_a_second_model(layout: tuple, recompute: Any, request: pytest.FixtureRequest) -> None:
+    """`distill.teacher: self`: no byte of a teacher, nothing kept of its forward, a lane only beside children."""
+    pool, modes = request.getfixturevalue(f"pool{layout[0]}"), ("whole", "sliced", "soft")
+    check(pool, layout, recompute, modes, element=2, tied=False, distill={"teacher": "self"})
 
 
 @pytest.mark.slow

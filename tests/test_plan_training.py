@@ -158,6 +158,30 @@ def test_text_alone_needs_no_teacher() -> None:
         load_config(TINY, [*words, "distill.teacher_cache=/tmp/cache"])
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_self_taught_family_runs_a_teacher_where_no_student_is_whole(count: int) -> None:
+    """Counted over the draws of a run; a cache is filled once, and read where the full member is a student."""
+    from nemo_elastic.router.sampling import sample_budgets
+
+    stages = "train.stages=[{steps: 200, seq_length: 64, global_batch_size: 32}]"
+    words = (f"distill.budgets_per_batch={count}", "distill.teacher=self", stages, "train.micro_batch_size=1")
+    run, family, subnets = planned(*words)
+    without = sum(
+        "full" not in sample_budgets(dict.fromkeys(subnets, 1.0), 1, step, micro, count)
+        for step in range(200)
+        for micro in range(32)
+    )
+    forward = flops(family.layout, family.space.full_subnet(), sequence_length=64)
+    found = training_cost(run, family, subnets)["flops"]
+    assert found["teacher"] == pytest.approx(without * forward, rel=0.03)
+    assert found["students"] == training_cost(*planned(*words[:1], *words[2:]))["flops"]["students"]
+    assert training_plan(run, family)["frozen"] == []
+    run, family, subnets = planned(*words, "distill.teacher_cache=/tmp/states")
+    more = training_cost(run, family, subnets)["flops"]["teacher"]
+    assert more == pytest.approx(found["teacher"] + 200 * 32 * forward)
+    assert training_plan(run, family)["frozen"][0]["what"].endswith("for the full member alone")
+
+
 def test_bytes_on_disk() -> None:
     """12 bytes a parameter in fp32, 14 in bf16 with fp32 weights of the optimizer; children as exported."""
     run, family, subnets = planned("train.precision='32'")

@@ -63,6 +63,19 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def test_a_self_taught_family_resumes_to_the_bit(tmp_path: Path) -> None:
+    """Two stages; what teaches is in the checkpoint."""
+    whole, copy = tmp_path / "whole", tmp_path / "copy"
+    train(whole, 2, 1, 2, 1, "distill.teacher=self")
+    shutil.copytree(whole, copy)
+    shutil.rmtree(copy / "checkpoints" / "step=7")
+    shutil.rmtree(copy / "nested")
+    train(copy, 2, 1, 2, 1, "distill.teacher=self", "--resume")
+    assert heldout(copy) == heldout(whole)
+    ours, theirs = (state(out / "checkpoints" / "step=7") for out in (copy, whole))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 LAYOUTS = {"same": (4, 1, 2, 1), "tp2": (2, 2, 1, 1), "single": (1, 1, 1, 1), "cp2": (2, 1, 1, 2)}
 
 

@@ -23,6 +23,7 @@ ALLOWED = {
     "router.recipe": ("default", "paper"),
     "router.shapes": (AUTO, *SHAPES),
     "distill.loss": ("forward_kl", "reverse_kl", "topk_kl"),
+    "distill.teacher": ("parent", "self"),
     "train.mode": ("sliced", "masked"),
     "train.precision": ("auto", "32", "bf16-mixed"),
     "train.recompute_granularity": (None, "full", "selective"),
@@ -95,6 +96,12 @@ def rule_problems(config: RunConfig) -> list[Problem]:
     elif config.distill.teacher_cache and not config.distill.needs_teacher:
         words = "has no use with distill.kd_weight=0 and distill.hidden_weight=0; leave it out"
         found.append(Problem("distill.teacher_cache", words))
+    elif config.distill.teacher == "self" and not config.distill.needs_teacher:
+        words = "self has no use with distill.kd_weight=0 and distill.hidden_weight=0; leave it out"
+        found.append(Problem("distill.teacher", words))
+    elif config.distill.self_taught and not config.distill.teacher_cache and not config.distill.of_full.ce_weight:
+        words = "0 with distill.kd_weight=0 and distill.teacher=self leaves the full member nothing to learn; "
+        found.append(Problem("distill.ce_weight", words + "set it above 0, or name a distill.teacher_cache"))
     if config.train.precision != "32" and config.train.use_distributed_optimizer is False:
         words = "false needs train.precision=32: Megatron's plain optimizer cannot save bf16; leave it empty or true"
         found.append(Problem("train.use_distributed_optimizer", words))

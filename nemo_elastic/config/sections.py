@@ -4,7 +4,7 @@ Frozen and keyword-only: YAML and Python build the same object, and nothing at r
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..kinds import axis
@@ -171,6 +171,7 @@ class DistillConfig:
     kd_weight: float = 1.0
     ce_weight: float = 0.0
     hidden_weight: float = 0.0  # mean squared error of the final hidden states, over the channels the child keeps
+    teacher: str = "parent"  # or self: the full member as it stands teaches the others; no second model is held
     budgets_per_batch: int = 1  # budgets that learn from one teacher forward of a micro-batch
     teacher_cache: str | None = None  # folder for the teacher's final hidden states: filled first, then it never runs
     fuse_output_layer: bool = True  # output layer and loss in token chunks: logits never exist as a whole
@@ -178,8 +179,25 @@ class DistillConfig:
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether any term of the loss compares with the parent; without one no teacher is built or run."""
+        """Whether any term of the loss compares with a teacher; without one none is built or run."""
         return bool(self.kd_weight or self.hidden_weight)
+
+    @property
+    def self_taught(self) -> bool:
+        """Whether the full member teaches the others."""
+        return self.needs_teacher and self.teacher == "self"
+
+    @property
+    def builds_parent(self) -> bool:
+        """Whether a frozen parent is built, to teach or to fill a cache."""
+        return self.needs_teacher and (not self.self_taught or bool(self.teacher_cache))
+
+    @property
+    def of_full(self) -> "DistillConfig":
+        """The loss of the full member: with `teacher: self` and no cached parent, the text's in its teacher's place."""
+        if not self.self_taught or self.teacher_cache:
+            return self
+        return replace(self, kd_weight=0.0, ce_weight=self.kd_weight + self.ce_weight, hidden_weight=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)

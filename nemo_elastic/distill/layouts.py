@@ -25,6 +25,7 @@ from ..cost.roofline import Seconds, hand_over_seconds, student_seconds, teacher
 from ..family import Family
 from ..plan.context import chunk_step, share_experts, shares_heads
 from .gpu_work import Share, Work, rotary_percent
+from .training_cost import teacher_forwards
 
 MICRO_BATCHES = (1, 2, 4, 8)  # sizes that are tried
 RECOMPUTES = (None, "selective", "full")
@@ -106,7 +107,7 @@ def memory_bytes(work: Work, how: GpuLayout) -> dict[str, float]:
             how,
             stage,
             router=work.router,
-            teacher=run.distill.needs_teacher,
+            teacher=run.distill.builds_parent,
             cached=bool(run.distill.teacher_cache),
         )
         for index, phases in enumerate(work.stages):
@@ -122,36 +123,49 @@ def memory_bytes(work: Work, how: GpuLayout) -> dict[str, float]:
 def _moment(work: Work, how: GpuLayout, stage: int, index: int, row: Sequence[Share]) -> dict[str, float]:
     """What the micro-batches in flight keep, and the highest moment on the way."""
     run, layout = work.run, work.table_of(how)
-    length, teacher = run.train.stages[index].seq_length, run.distill.needs_teacher
+    length, distill = run.train.stages[index].seq_length, run.distill
     micro_batches = work.micro_batches(how, index)
     students = list(dict.fromkeys(share.running for share in row))
     kept = {r: saved_bytes(layout, how, r, stage, length, how.recompute_granularity) for r in students}
-    each = [share.running for share in sorted(row, key=lambda share: -kept[share.running])]
-    each = each[: run.distill.budgets_per_batch]
-    runs_teacher = teacher and not run.distill.teacher_cache
+    largest = [share.running for share in sorted(row, key=lambda share: -kept[share.running])]
+    full = Running(subnet=work.family.space.full_subnet())
     head = 0.0
     if how.is_last(stage):
-        chunk = CHUNK_TOKENS if run.distill.chunk_tokens == AUTO else int(run.distill.chunk_tokens)
-        fused = run.distill.fuse_output_layer
+        chunk = CHUNK_TOKENS if distill.chunk_tokens == AUTO else int(distill.chunk_tokens)
+        fused, text_alone = distill.fuse_output_layer, distill.self_taught and not distill.teacher_cache
         head = max(
-            head_bytes(layout, how, r, length, chunk_tokens=chunk, fused=fused, teacher=teacher) for r in students
-        )
+            head_bytes(layout, how, r, length, chunk_tokens=chunk, fused=fused,
+                       teacher=distill.needs_teacher and not (text_alone and r == full))
+            for r in students
+        )  # fmt: skip
     working = max(working_bytes(layout, how, r, stage, length) for r in students)
-    return {
-        "activations": sum(kept[r] for r in each) * how.in_flight(stage, micro_batches),
-        "hand_over": hand_over_bytes(layout, how, each, stage, length, micro_batches, teacher=runs_teacher)
-        if how.pipeline_model_parallel_size > 1
-        else 0.0,
-        "at_work": max(head, working),
-    }
+
+    def carried(running: Sequence[Running], *, teacher: bool) -> dict[str, float]:
+        """Of micro-batches with these students."""
+        handed = how.pipeline_model_parallel_size > 1
+        return {
+            "activations": sum(kept[r] for r in running) * how.in_flight(stage, micro_batches),
+            "hand_over": hand_over_bytes(layout, how, running, stage, length, micro_batches, teacher=teacher)
+            if handed
+            else 0.0,
+        }
+
+    each = largest[: distill.budgets_per_batch]
+    if distill.self_taught:  # the whole network is a student, or has the teacher's lane
+        ways = [carried(each, teacher=full not in each)]
+        if teacher_forwards(run, work.family, run.train.stages[index]):
+            ways.append(carried([r for r in largest if r != full][: distill.budgets_per_batch], teacher=True))
+    else:
+        ways = [carried(each, teacher=distill.needs_teacher and not distill.teacher_cache)]
+    return {**max(ways, key=lambda way: sum(way.values())), "at_work": max(head, working)}
 
 
 def stage_seconds(work: Work, how: GpuLayout, index: int) -> dict[str, Any]:
     """Seconds of a step of stage `index` of the curriculum, and what they are made of."""
     run, layout, machine = work.run, work.table_of(how), work.run.report.gpu
     arch, full = work.family.architecture, Running(subnet=work.family.space.full_subnet())
-    stages, teacher = range(how.pipeline_model_parallel_size), run.distill.needs_teacher
-    cached, length = bool(run.distill.teacher_cache), run.train.stages[index].seq_length
+    stages, length = range(how.pipeline_model_parallel_size), run.train.stages[index].seq_length
+    forwards = teacher_forwards(run, work.family, run.train.stages[index])
     micro_batches = work.micro_batches(how, index)
     each = {stage: Seconds() for stage in stages}
     width = 0.0
@@ -160,10 +174,12 @@ def stage_seconds(work: Work, how: GpuLayout, index: int) -> dict[str, Any]:
             seconds = student_seconds(layout, how, machine, share.running, stage, length)
             each[stage] += seconds.times(weight * share.per_micro_batch)
         width += sum(weight * s.per_micro_batch * s.running.hidden_size(arch) for s in row)
-    if teacher:
+    if run.distill.needs_teacher:
         for stage in stages:
-            each[stage] += teacher_seconds(layout, how, machine, full, stage, length, cached=cached)
-        width += 0 if cached else arch.hidden_size
+            for cached, share in ((False, forwards), (True, 1 - forwards)):
+                seconds = teacher_seconds(layout, how, machine, full, stage, length, cached=cached)
+                each[stage] += seconds.times(share)
+        width += forwards * arch.hidden_size
     slowest = max(each.values(), key=lambda seconds: seconds.total)
     handed = hand_over_seconds(layout, how, machine, width, length)
     one = slowest.total + handed

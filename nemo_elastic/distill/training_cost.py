@@ -1,7 +1,8 @@
 """What the curriculum will cost before it runs: tokens, FLOPs, GPU-hours, bytes of checkpoints. Pure; no torch.
 
     FLOPs of a stage = sum over its steps of tokens * (teacher + sum over budgets of min(1, k p_b) student_b)
-    teacher          = one forward of the parent; none where the loss does without it
+    teacher          = one forward of the parent; none where the loss does without it; with `distill.teacher: self`
+                       1 - min(1, k p_full), and one more with a cache
     student_b        = three forwards of what budget b runs in that phase of the router, and the layers' once more
                        with full recomputation
     GPU-hours        = FLOPs / (report.mfu * report.peak_tflops * 1e12 * 3600)
@@ -143,7 +144,8 @@ def _stage(run: RunConfig, family: Family, subnets: Mapping[str, Subnet], index:
         for phase, steps in phases.items()
         if steps
     )
-    teacher = _forward(family, family.space.full_subnet(), stage) if run.distill.needs_teacher else 0.0
+    forwards = teacher_forwards(run, family, stage) + bool(run.distill.needs_teacher and run.distill.teacher_cache)
+    teacher = forwards * _forward(family, family.space.full_subnet(), stage)
     tokens = stage.steps * per_step
     return {
         "steps": stage.steps,
@@ -172,9 +174,17 @@ def step_flops(
     """
     full = family.space.full_subnet()
     students = (n * _student(run, family, stage, running.get(name, full), name, phase) for name, n in tokens.items())
-    runs_teacher = run.distill.needs_teacher and not run.distill.teacher_cache
-    teacher = _forward(family, full, stage) if runs_teacher else 0.0
+    teacher = teacher_forwards(run, family, stage) * _forward(family, full, stage)
     return sum(students) + stage.seq_length * stage.global_batch_size * teacher
+
+
+def teacher_forwards(run: RunConfig, family: Family, stage: StageConfig) -> float:
+    """Forwards of a teacher beside the students' of a micro-batch, in the mean; those that fill a cache are no part."""
+    distill = run.distill
+    if not distill.self_taught:
+        return float(distill.needs_teacher and not distill.teacher_cache)
+    drawn = budget_probabilities(stage, [b.name for b in family.budgets])
+    return max(0.0, 1.0 - sum(min(1.0, distill.budgets_per_batch * drawn[b.name]) for b in family.budgets if b.is_full))
 
 
 def _student(run: RunConfig, family: Family, stage: StageConfig, subnet: Subnet, name: str, phase: str) -> float:

@@ -78,9 +78,10 @@ def _trained(run: RunConfig, family: Family, config: RouterConfig) -> list[dict[
 
 
 def _frozen(run: RunConfig, family: Family) -> list[dict[str, Any]]:
-    if not run.distill.needs_teacher:
+    if not run.distill.builds_parent:
         return []
     cached = " (its hidden states come from distill.teacher_cache)" if run.distill.teacher_cache else ""
+    cached += ", for the full member alone" if run.distill.self_taught else ""
     count = parameters(family.layout, family.space.full_subnet())
     return [{"what": f"teacher: a copy of the parent{cached}", "parameters": count}]
 

@@ -51,13 +51,17 @@ class Head:
         x = self.hidden if self.gathered else copy_to_tensor_model_parallel_region(self.hidden)
         return masked(F.linear(x, self.weight), self.padding)
 
+    def detached(self) -> Head:
+        """The same as a teacher."""
+        return replace(self, hidden=self.hidden.detach(), weight=self.weight.detach())
+
 
 @dataclass(frozen=True)
 class Heads:
-    """Students (one per budget of the micro-batch) and their teacher, where the loss has one."""
+    """Students (one per budget of the micro-batch), and the teacher of each, where its loss has one."""
 
     students: tuple[Head, ...]
-    teacher: Head | None
+    teachers: tuple[Head | None, ...]
 
 
 def student_head(model: ElasticMambaModel, hidden: Tensor, plan: Plan | None) -> Head:

@@ -2,6 +2,8 @@
 
     loss of a micro-batch = sum over its budgets of share (KD(student, teacher) + budget loss of the router)
 
+(the whole network's own loss is `DistillConfig.of_full`).
+
 The plan of a micro-batch is put into the batch by `ElasticCallback` and handed to the forward; nothing is global.
 Everything the config holds is plain data, so that NeMo can write it into a checkpoint's `context/`.
 """
@@ -79,14 +81,14 @@ class ElasticSSMConfig(HybridSSMConfig):
         spec = elastic_stack_spec(self.hybrid_override_pattern)
         arguments = model_arguments(self, tokenizer, pre_process, post_process)
         model = FamilyModel(self, spec, layout=layout, **arguments)
-        teacher = build_plain_model(family.architecture, config=self) if run.distill.needs_teacher else None
+        teacher = build_plain_model(family.architecture, config=self) if run.distill.builds_parent else None
         for module in (model,) if teacher is None else (model, teacher):
             load_weights(module, parent.reader, family.architecture, ffn_groups=family.space.groups)
             module.to(dtype=self.params_dtype)
         process_groups.barrier()  # ranks read a large parent at their own pace
         names = family.learned
         router = Router(family.space, names, run.router, seed=run.train.seed) if names else None
-        model.attach(router, teacher)
+        model.attach(router, teacher, self_taught=run.distill.self_taught)
         return model
 
     def run_config(self) -> RunConfig:
@@ -134,8 +136,9 @@ class ElasticLossReduction(MegatronLossReduction):
         labels, mask = batch["labels"], batch["loss_mask"]
         sums = mask.new_zeros(len(self.budgets), len(self.FIELDS), dtype=torch.float32)
         whole, tokens = mask.new_zeros((), dtype=torch.float32), mask.float().sum()
-        for planned, student in zip(batch["elastic"], forward_out.students, strict=True):
-            loss = head_loss(student, forward_out.teacher, self.config, labels=labels, mask=mask)
+        for planned, student, teacher in zip(batch["elastic"], forward_out.students, forward_out.teachers, strict=True):
+            config = self.config.of_full if planned.plan is None else self.config
+            loss = head_loss(student, teacher, config, labels=labels, mask=mask)
             extra = self.budget_loss(planned)
             total = loss.total if extra is None else loss.total + extra.to(loss.total) * tokens
             total = planned.weight * total

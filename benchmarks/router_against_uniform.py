@@ -3,9 +3,9 @@
     python benchmarks/router_against_uniform.py --out runs/router_against_uniform [--seeds 1,2,3] [--quick]
     python benchmarks/router_against_uniform.py --out runs/router_against_uniform --table
 
-Per seed and kind of budget (parameters, memory) the same run is done with the router, and twice with
-`router.frozen=true`, where every budget has one shape from the first step to the last: its even shrink, and what greedy
-search over the ranking's scores proposes. Everything else is alike. Ranking and sorting are done once. A run that has
+Per seed and kind of budget the same run is done with the router, with a race of candidates (the default), and twice
+with one shape per budget from the first step to the last: its even shrink, and what greedy search over the ranking's
+scores proposes. Everything else is alike. Ranking and sorting are done once. A run that has
 its JSON in OUT/results is not done again, so that an interrupted series goes on, and seeds may be added. Reported per
 budget:
 
@@ -41,7 +41,7 @@ from nemo_elastic.processes.runlog import RunLog
 
 CONDITIONS = ("report.batch_size=4", "report.sequence_length=512")
 SHARES = {"large": 0.75, "small": 0.55}  # of the parent's memory; the parameter budgets are those of the configuration
-KINDS = ("parameters", "memory", "per_layer")
+KINDS = ("parameters", "memory", "per_layer")  # the last: parameters, every layer with widths of its own
 LAYERED = ("ffn_hidden_size", "mamba_num_heads", "num_attention_heads")
 FROZEN = "router.frozen=true"
 MODES = {
@@ -142,6 +142,22 @@ def table(results: list[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def against_greedy(results: list[Mapping[str, Any]]) -> str:
+    """Markdown: a row per kind, seed and budget, a race beside the shapes of greedy search."""
+    by_key = {(r["kind"], r["seed"], r["mode"]): r["budgets"] for r in results}
+    lines = [
+        "| budgets | seed | budget | off, greedy | off, race | loss, greedy | loss, race | difference |",
+        "|---" * 8 + "|",
+    ]
+    for kind, seed, _ in sorted(k for k in by_key if k[2] == "race" and (k[0], k[1], "greedy") in by_key):
+        for name, row in by_key[kind, seed, "race"].items():
+            other = by_key[kind, seed, "greedy"][name]
+            cells = [kind, str(seed), name, f"{other['after']:+.1%}", f"{row['after']:+.1%}"]
+            cells += [f"{other['loss']:.4f}", f"{row['loss']:.4f}", f"{row['loss'] / other['loss'] - 1:+.2%}"]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def done_runs(out: Path) -> list[dict[str, Any]]:
     """What is in OUT/results."""
     return [json.loads(p.read_text(encoding="utf-8")) for p in sorted((out / "results").glob("*.json"))]
@@ -153,12 +169,15 @@ def main() -> int:
     words.add_argument("--out", type=Path, help="folder of the series; may be left out with --quick")
     words.add_argument("--seeds", type=listed(int), default="1,2,3", help="comma separated")
     words.add_argument("--kinds", type=listed(str), default=",".join(KINDS))
+    words.add_argument("--modes", type=listed(str), default=",".join(MODES), help="of these, where shapes come from")
     words.add_argument("--table", action="store_true", help="only the table of what is there")
     args = start(words)
     if not args.out and not args.quick:
         words.error("--out is needed for a series that can go on")
     if unknown := [kind for kind in args.kinds if kind not in KINDS]:
         words.error(f"--kinds {','.join(unknown)}: must be of {', '.join(KINDS)}")
+    if unknown := [mode for mode in args.modes if mode not in MODES]:
+        words.error(f"--modes {','.join(unknown)}: must be of {', '.join(MODES)}")
     if args.quick:
         args.seeds, args.kinds = [1], ["memory"]
     with tempfile.TemporaryDirectory() as scratch:
@@ -166,14 +185,14 @@ def main() -> int:
         out = out / "quick" if args.quick else out  # a quick run is no part of a series
         for seed in args.seeds:
             for kind in args.kinds:
-                for mode in MODES:
+                for mode in args.modes:
                     path = out / "results" / f"{kind}-{mode}-{seed}.json"
                     if not args.table and not path.is_file():
                         done = run_one(out, kind, mode, seed, args.quick)
                         losses = {name: round(b["loss"], 4) for name, b in done["budgets"].items()}
                         print(f"{path.stem}: {done['seconds']} s, {losses}", file=sys.stderr, flush=True)
         runs = done_runs(out)
-        text = table(runs)
+        text = f"{table(runs)}\n\n{against_greedy(runs)}"
         write_text(out / "table.md", text + "\n")
     print(text, file=sys.stderr)
     return finish(args, {"runs": runs})

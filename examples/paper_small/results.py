@@ -25,6 +25,7 @@ from tables import (
     group_rows,
     headline,
     machines,
+    raced,
     real_parent,
     speed,
     summary,
@@ -122,6 +123,7 @@ TABLES: dict[str, Callable[[Results], list[dict[str, str]]]] = {
         for name in ("greedy-best", "greedy-slow", "greedy-full-first", "greedy-gentle")
         for row in best_rows(results, name, "greedy-")
     ],
+    "raced": raced,
     "four": four_children,
     "best": lambda results: best_rows(results, "best-family"),
     "small_first": lambda results: best_rows(results, "best-small-first"),

@@ -75,6 +75,7 @@ WAYS = (  # family, prefix of its children alone, whether a child in it has the 
     ("family", "", True),
     ("shapes-own", "", True),
     ("greedy-family", "greedy-", True),
+    ("race-family", "greedy-", True),
     ("long-family", "long-", True),
     ("greedy-long-family", "greedy-long-", True),
     ("best-family", "", False),
@@ -100,6 +101,38 @@ def summary(results: Results) -> list[dict[str, str]]:
                 row[f"alone_{child}"] = compared(results, name, f"{prefix}alone-{child}", child)[1] if equal else NONE
                 row[f"whole_{child}"] = compared(results, name, f"{prefix}whole-{child}", child)[1]
             rows.append(row)
+    return rows
+
+
+RACES = (("race-family", "greedy-family"), ("race-per-layer", "greedy-per-layer"))
+
+
+def raced(results: Results) -> list[dict[str, str]]:
+    """A row per member of a family whose candidates raced: beside the shapes of greedy search, seed by seed."""
+    rows = []
+    for name, other in RACES:
+        seeds = results.seeds(name, other)
+        for budget in BUDGETS if seeds else ():
+            ours, theirs = (results.losses(n, budget, seeds) for n in (name, other))
+            shares = [
+                [
+                    100 * results.runs[n, s]["parameters"][budget] / results.runs[n, s]["parameters"]["full"]
+                    for s in seeds
+                ]
+                for n in (name, other)
+            ]
+            rows.append(
+                {
+                    "what": RUNS[name].what,
+                    "budget": budget,
+                    "seeds": ", ".join(map(str, seeds)),
+                    "race": spread(ours),
+                    "greedy": spread(theirs),
+                    "share": spread(shares[0], ".1f"),
+                    "greedy_share": spread(shares[1], ".1f"),
+                    "over": relative(ours, theirs),
+                }
+            )
     return rows
 
 

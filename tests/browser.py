@@ -22,7 +22,7 @@ MISSING = "no Chromium here: `apt-get install chromium` (.ci/run does)"
 TALL = 24_000  # of the frame: what is not in view cannot be asked what lies under it
 PROBE = Path(__file__).with_name("browser_probe.js")
 FRAME = """<!doctype html><meta charset="utf-8"><meta name="color-scheme" content="light dark">
-<style>body {{ margin: 0 }} iframe {{ border: 0; display: block }}</style>
+<style>body, pre {{ margin: 0 }} iframe {{ border: 0; display: block }}</style>
 <pre id="measured"></pre><iframe src="{name}" width="{width}" height="{height}"></iframe>
 <script>addEventListener("message", (e) => {{ document.getElementById("measured").textContent = e.data }})</script>
 """

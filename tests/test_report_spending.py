@@ -119,6 +119,7 @@ def test_every_child_has_lines_for_the_readers_that_can_say_it(run: RunFolder, o
         assert str(out) in way.lines
         if name != "llama.cpp":
             compile(way.lines, name, "exec")
+    assert "this child has 16" in full["vLLM"].lines
     assert small["NeMo"].lines == "" and "ffn_hidden_size" in small["NeMo"].reason  # its sizes differ per layer
     assert small["transformers"].lines and small["llama.cpp"].lines
     assert f"nemo-elastic extract {out}/nested --budget small --format gguf --out {out}/gguf/small" in (

@@ -17,6 +17,7 @@ from .run_folder import RunFolder
 
 NO = ("no:", "per-layer")  # how `hugging_face_note` begins where there is nothing to load
 PADDED = "padded to uniform"
+VLLM_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # channels of a head that it takes on a CPU
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def ways(run: RunFolder, row: BudgetRow) -> list[Way]:
         _nemo(run.folder, row.name, subnet),
         _transformers(run.folder, row.name) if said else Way("transformers", reason=reason),
         _llama(run, row.name, subnet),
-        _vllm(run.folder, row.name) if said else Way("vLLM", reason=reason),
+        _vllm(run, row) if said else Way("vLLM", reason=reason),
     ]
 
 
@@ -70,10 +71,13 @@ def _transformers(out: Path, name: str) -> Way:
     return Way("transformers", _extracted(out, name, "hf", Path(child) / "config.json") + code)
 
 
-def _vllm(out: Path, name: str) -> Way:
-    child = str(out / "hf" / name)
-    code = f"from vllm import LLM\n\nmodel = LLM({child!r}, enable_prefix_caching=False)"
-    return Way("vLLM", _extracted(out, name, "hf", Path(child) / "config.json") + code)
+def _vllm(run: RunFolder, row: BudgetRow) -> Way:
+    child, channels = str(run.folder / "hf" / row.name), run.architecture.kv_channels
+    attends = "num_attention_heads" in row.subnet  # dims of kinds without a layer are left out
+    takes = f"# on a CPU vLLM takes heads of {', '.join(map(str, VLLM_HEADS))} channels; this child has {channels}\n"
+    code = "from vllm import LLM\n\n" + (takes if attends and channels not in VLLM_HEADS else "")
+    code += f"model = LLM({child!r}, enable_prefix_caching=False)"
+    return Way("vLLM", _extracted(run.folder, row.name, "hf", Path(child) / "config.json") + code)
 
 
 def _llama(run: RunFolder, name: str, subnet: Subnet) -> Way:

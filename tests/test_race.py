@@ -17,6 +17,8 @@ from nemo_elastic.family import family_of
 from nemo_elastic.mcore.elastic.plan import hard_plan
 from nemo_elastic.mcore.family.planner import Planner
 from nemo_elastic.problems import ProblemsError
+from nemo_elastic.report.race_rounds import PINNED, racers
+from nemo_elastic.report.run_folder import read_run
 from nemo_elastic.router.race import Race
 from nemo_elastic.router.schedule import Timeline
 from nemo_elastic.shapes.candidates import Candidate
@@ -275,6 +277,11 @@ def test_a_run_races_pins_and_says_so_and_is_the_same_over_a_resume_and_two_repl
         assert manifest["subnets"][name] == row[last["left"][0]]["subnet"]
         losses = list(last["losses"].values())
         assert losses == sorted(losses) and len(last["left"]) == 1
+    shown = racers(read_run(whole))
+    assert {r.budget: r.number for r in shown if r.end == PINNED} == {
+        name: [r["budgets"][name] for r in rounds if name in r["budgets"]][-1]["left"][0] for name in named
+    }
+    assert sum(r.end.startswith("out ") for r in shown) == sum(len(row) - 1 for row in named.values())
     shutil.copytree(whole, again)
     for step in (7, 11):
         shutil.rmtree(again / "checkpoints" / f"step={step}")

@@ -13,6 +13,7 @@ from .evaluations import rows as evaluation_rows
 from .expert_figures import load_series, shares
 from .layer_figures import layer_scores
 from .planned import planned_budgets, planned_run
+from .race_rounds import racers, round_steps
 from .run_folder import RunFolder
 from .source_losses import source_series
 from .spending import parts
@@ -47,7 +48,7 @@ def _cell(value: Any) -> Any:
 def sheets(run: RunFolder, rows: list[BudgetRow]) -> list[Sheet]:
     """Every sheet that has a row."""
     made = (_budgets(rows), _validation(run), _train(run), _router(run), _importance(run, rows), _children(run, rows))
-    more = (_sources(run), _expert_load(run), _evaluations(run), _timings(run), _planned(run, rows))
+    more = (_sources(run), _race(run), _expert_load(run), _evaluations(run), _timings(run), _planned(run, rows))
     return [sheet for sheet in (*made, *more) if sheet.rows]
 
 
@@ -145,6 +146,13 @@ def _sources(run: RunFolder) -> Sheet:
     clock = Clock(run)
     body = [(step, clock(step), *rest) for step, *rest in source_series(run)]
     return Sheet("sources", ("step", "tokens", "budget", "source", "heldout_loss", "tokens_of_source"), tuple(body))
+
+
+def _race(run: RunFolder) -> Sheet:
+    steps = [f"loss_after_step_{step}" for step in round_steps(run)]
+    body = [(r.budget, r.number, *r.sizes.values(), r.parameters, r.damage, *r.losses, r.end) for r in racers(run)]
+    columns = ("budget", "candidate", *KEPT, "parameters", "damage", *steps, "end")
+    return Sheet("race", columns, tuple(body))
 
 
 def _timings(run: RunFolder) -> Sheet:

@@ -17,6 +17,7 @@ from .evaluations import rows as evaluation_rows
 from .loading import ways
 from .palette import DARK, LIGHT, budget_colour, part_colour
 from .planned import BYTES, COUNT, FLOPS, Compared, planned_budgets, planned_run
+from .race_rounds import racers, round_steps
 from .run_folder import RunFolder
 from .source_losses import source_rows
 from .spending import TOTALS, logged_flops, parts, peak_memory, shares, throughput, utilisation
@@ -55,6 +56,7 @@ def render(run: RunFolder, rows: list[BudgetRow], pictures: list[Picture], files
         marked=marked,
         planned=quantity,
     )
+    colours = {name: budget_colour(i) for i, name in enumerate(run.budget_names)}
     context = {
         "title": run.title,
         "style": Markup((Path(__file__).parent / "style.css.j2").read_text(encoding="utf-8")),
@@ -71,6 +73,8 @@ def render(run: RunFolder, rows: list[BudgetRow], pictures: list[Picture], files
         "parts": _parts(run),
         "bar": [(part_colour(i), name, share) for i, (name, share) in enumerate(shares(run))],
         "sources": source_rows(run, rows),
+        "race": [(colours.get(r.budget, "ink"), r) for r in racers(run)],
+        "race_steps": round_steps(run),
         "planned_budgets": planned_budgets(run, rows),
         "planned_run": planned_run(run),
         "loading": [(budget_colour(i), row.name, ways(run, row)) for i, row in enumerate(rows)],

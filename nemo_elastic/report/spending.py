@@ -55,6 +55,7 @@ def training_parts(run: RunFolder) -> dict[str, float]:
     logged = {
         STEPS: _sum(run.train, "seconds"),
         "validation": _sum(run.validation, "seconds"),
+        "comparing candidates": _sum(run.race, "seconds"),
         "saving checkpoints": _sum(run.saves, "seconds"),
         "children before training": run.zero_shot.get("seconds"),
     }

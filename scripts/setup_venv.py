@@ -100,7 +100,10 @@ def lock(target: Path, start: float) -> int:
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        holder = os.pread(held, 20, 0).decode()
+        for _ in range(20):  # it takes the lock a moment before it says who it is
+            if holder := os.pread(held, 20, 0).decode():
+                break
+            time.sleep(0.05)
         say(start, f"another set-up is at work on {target.name} (process {holder}): waiting for its end")
         fcntl.flock(held, fcntl.LOCK_EX)
     os.ftruncate(held, 0)

@@ -202,6 +202,7 @@ OF_OTHER_VERBS = [
     "router.candidates",
     "router.candidate_spread",
     "router.race_rounds",
+    "router.race_spread",
     "distill.loss",
     "distill.top_k",
     "distill.temperature",

@@ -203,6 +203,7 @@ def test_where_shapes_come_from(words, method):
         (("router.candidates=0",), "0 must be above 0"),
         (("router.candidate_spread=0.5",), "0.5 must be at least 1"),
         (("router.candidate_spread=.nan",), "must be at least 1"),
+        (("router.race_spread=0.9",), "0.9 must be at least 1"),
         (("router.race_fraction=1.5",), "1.5 must be from 0 to 1"),
         (("router.shortfall=1",), "must be a part of the budget"),
         (("train.stages=[{steps: 4, router: soft}]",), "(router.shapes=learned has warmup, soft, hard, frozen)"),
@@ -218,7 +219,7 @@ def test_a_run_of_before_races_goes_on_learning(tmp_path):
     """What a configuration without the new keys meant, against what it means now."""
     old = load_config(TINY, ["router.shapes=learned"]).values
     old = json.loads(json.dumps(old))
-    for key in ("candidates", "candidate_spread", "shortfall", "race_fraction", "race_rounds"):
+    for key in ("candidates", "candidate_spread", "race_spread", "shortfall", "race_fraction", "race_rounds"):
         del old["router"][key]
     old["router"] |= {"shapes": "even", "frozen": False}
     (tmp_path / "config.json").write_text(json.dumps({"values": old}))
@@ -259,7 +260,7 @@ def server(tmp_path_factory) -> Iterator[Server]:
 
 
 RACE = ("router.shapes=race", "router.candidates=4", "router.race_fraction=0.75", "train.save_every_steps=4",
-        "router.candidate_spread=4")  # fmt: skip
+        "router.candidate_spread=4", "router.race_spread=9")  # fmt: skip
 
 
 @pytest.mark.slow

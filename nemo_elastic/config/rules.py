@@ -214,10 +214,9 @@ def _shape_problems(router: RouterConfig) -> Iterable[Problem]:
     if router.recipe == "paper" and not (router.learns or router.frozen):
         words = f"{router.shapes} leaves nothing to learn by router.recipe=paper; say learned, or leave that out"
         yield Problem("router.shapes", words)
-    if not router.candidate_spread >= 1:
-        yield Problem(
-            "router.candidate_spread", f"{router.candidate_spread} must be at least 1, the least damage itself"
-        )
+    for name in ("candidate_spread", "race_spread"):
+        if not getattr(router, name) >= 1:
+            yield Problem(f"router.{name}", f"{getattr(router, name)} must be at least 1, which is the least itself")
     if router.shortfall is not None and not 0 <= router.shortfall < 1:
         yield Problem("router.shortfall", f"{router.shortfall} must be a part of the budget, from 0 to less than 1")
 

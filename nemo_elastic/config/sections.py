@@ -129,7 +129,8 @@ class RouterConfig:
     frozen: bool = False  # nothing is learned, drawn or raced: one shape per budget from the first step to the last
     shapes: str = AUTO  # race, learned, search, greedy or even; auto: race, learned by recipe: paper, even when frozen
     candidates: int = 6  # shapes per budget that a search proposes to a race, at most
-    candidate_spread: float = 1.6  # loss, first estimated and then measured, over the least, up to which a shape races
+    candidate_spread: float = 1.6  # estimated damage, over the least there is, up to which a shape is a candidate
+    race_spread: float = 1.2  # loss over the parent's before the first step, over the least such, up to which one races
     race_fraction: float = 0.3  # first part of the run, in which candidates share a budget's turns
     race_rounds: int = 3  # after each of them held-out loss halves the candidates; the last leaves one
 

@@ -21,7 +21,8 @@ FAMILY = ("model", "elastic")  # what weights and subnets of a checkpoint mean
 KEPT = (
     *FAMILY, "train.precision", "train.seed", "data.paths", "data.blend", "data.chat", "router.shapes",
     "router.recipe", "router.hidden_size", "router.warmup_fraction", "router.soft_fraction", "router.freeze_fraction",
-    "router.race_fraction", "router.race_rounds", "router.candidates", "router.candidate_spread", "router.shortfall",
+    "router.race_fraction", "router.race_rounds", "router.candidates", "router.candidate_spread", "router.race_spread",
+    "router.shortfall",
 )  # fmt: skip
 FREE = ("model.seq_length",)  # the stages say it
 NOTHING = object()

@@ -16,7 +16,15 @@ from heapq import nsmallest
 from math import inf
 
 from ..cost.budget import BudgetCost
-from ..space.choices import Selection, choice_shapes, full_selection, is_row_per_layer, subnet_of
+from ..space.choices import (
+    Selection,
+    choice_shapes,
+    full_selection,
+    is_row_per_layer,
+    kept_by_depth,
+    layers_of_dim,
+    subnet_of,
+)
 from ..space.dims import DEPTH
 from ..space.subnet import Subnet
 from .damage import Damage
@@ -83,7 +91,18 @@ def _pool(knapsack: Knapsack, cost: BudgetCost, tolerance: float, spread: float)
         least = min([least, *(o.damage for o in new)])
     meets = min((o.damage for o in offers if o.cost >= lowest), default=inf)
     close = [o for o in offers if o.damage <= reach(least, spread) + 1e-12 and (o.cost >= lowest or o.damage < meets)]
-    return [knapsack.selection(o.rest, o.picked) for o in nsmallest(POOL, close, key=lambda o: o.damage)]
+    return [_settled(knapsack, o) for o in nsmallest(POOL, close, key=lambda o: o.damage)]
+
+
+def _settled(knapsack: Knapsack, offer: "_Offer") -> Selection:
+    """The smallest choice in layers that are gone, where any would do."""
+    picked, space, found = knapsack.selection(offer.rest, offer.picked), knapsack.space, {}
+    kept = kept_by_depth(space)[offer.rest.fixed.get(DEPTH, 0)]
+    for name, row in picked.items():
+        layers, smallest = layers_of_dim(space, name), len(space.dims[name].choices) - 1
+        alike = not is_row_per_layer(space, name)
+        found[name] = tuple(i if alike or layers[r] in kept else smallest for r, i in enumerate(row))
+    return found
 
 
 @dataclass(frozen=True)

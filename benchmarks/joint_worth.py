@@ -1,0 +1,116 @@
+"""Objectives without weights in which units count by what else is kept, and what searches by scores make of them.
+
+A toy net: every Mamba layer and the next FFN layer are a pair of worth 1, every attention layer is worth 3; the share of
+hidden channels that is kept multiplies all of it. With k of a layer the worth of what is kept of it, its gate included:
+
+    apart     pair = (k_mamba + k_ffn) / 2                            a control: scores of single units say it all
+    together  pair = gates * sum over i of u_i mamba_i ffn_i          neurons of block i read what heads of block i write
+    spare     pair = 1 - (1 - k_mamba) (1 - k_ffn), 1/21 of it apart  each does what the other did
+
+Scores are measured on the objective itself, one at a time from the parent: a unit's squared score is what is lost without
+that unit alone (in every layer of its kind, and every group: they share a mask), a layer's what is lost without it.
+`Damage` adds squared scores, so that these are the scores with which it is best.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import product
+from typing import Any
+
+import torch
+
+from nemo_elastic.cost.budget import BudgetCost
+from nemo_elastic.router.selection import SoftMasks, one_hot, soft_masks
+from nemo_elastic.shapes.candidates import candidates
+from nemo_elastic.shapes.damage import Damage, Scores
+from nemo_elastic.shapes.greedy import greedy_selection
+from nemo_elastic.space.choices import Selection, choice_shapes, layers_of_dim, selection_of
+from nemo_elastic.space.elastic_space import ElasticSpace
+
+KINDS = ("apart", "together", "spare")
+ATTENTION_WORTH = 3.0
+OWN = 0.05  # of `spare`: what each of a pair is worth besides, so that scores are not all 0
+POWERS = {"hidden_size": 0.0, "mamba_num_heads": 0.5, "ffn_hidden_size": 0.5, "num_attention_heads": 0.5}
+CANDIDATES = 6  # as many as `router.candidates`
+
+
+class JointWorth:
+    """Loss of masks in which FFN and Mamba layers count in pairs."""
+
+    def __init__(self, space: ElasticSpace, kind: str) -> None:
+        self.space, self.kind, self.units = space, kind, {}
+        for name, power in POWERS.items():
+            value = torch.arange(1, self._count(name) + 1, dtype=torch.float32) ** -power
+            self.units[name] = value / value.sum()
+        heads = self.units["mamba_num_heads"]
+        self.block = self._count("ffn_hidden_size") // len(heads)  # neurons that read one head
+        self.units["ffn_hidden_size"] = heads.repeat_interleave(self.block) / self.block
+        self.layers = {name: list(layers_of_dim(space, name)) for name in POWERS}
+
+    def _count(self, name: str) -> int:
+        return self.space.dims[name].full // self.space.dims[name].groups
+
+    def lost(self, masks: Any) -> torch.Tensor:
+        """Worth of what the masks cut off."""
+        kept = {name: (worth * masks.dims[name][0]).sum() for name, worth in self.units.items()}
+        mamba, ffn, attention = (
+            masks.layers[self.layers[n]] for n in ("mamba_num_heads", "ffn_hidden_size", "num_attention_heads")
+        )
+        hidden = kept["hidden_size"]
+        m, f = hidden * mamba * kept["mamba_num_heads"], hidden * ffn * kept["ffn_hidden_size"]
+        if self.kind == "together":
+            reads = masks.dims["ffn_hidden_size"][0].view(-1, self.block).mean(-1)
+            both = (self.units["mamba_num_heads"] * masks.dims["mamba_num_heads"][0] * reads).sum()
+            pairs = 1 - hidden * mamba * ffn * both
+        elif self.kind == "spare":
+            pairs = (1 - m) * (1 - f) + OWN * (2 - m - f)
+        else:
+            pairs = (2 - m - f) / 2
+        return pairs.sum() + ATTENTION_WORTH * (1 - hidden * attention * kept["num_attention_heads"]).sum()
+
+    def lost_by(self, selection: Selection) -> float:
+        """The same of a shape."""
+        like = {name: torch.zeros(shape) for name, shape in choice_shapes(self.space).items()}
+        return self.lost(soft_masks(self.space, one_hot(selection, like))).item()
+
+    def scores(self) -> Scores:
+        """What a ranking would measure: every unit and every layer taken away alone."""
+        dims = {name: torch.ones(1, self._count(name)) for name in POWERS}
+        layers = torch.ones(self.space.architecture.num_layers)
+        widths = {}
+        for name in POWERS:
+            row = []
+            for unit in range(self._count(name)):
+                without = dims[name].clone()
+                without[0, unit] = 0
+                row.append(max(0.0, self.lost(SoftMasks({**dims, name: without}, layers)).item()) ** 0.5)
+            widths[name] = dict.fromkeys(self.layers[name], row * self.space.dims[name].groups)
+        alone = {}
+        for layer in range(len(layers)):
+            without = layers.clone()
+            without[layer] = 0
+            alone[layer] = max(0.0, self.lost(SoftMasks(dims, without)).item())
+        return Scores(widths=widths, layers=alone)
+
+    def best(self, costs: Mapping[str, BudgetCost], tolerance: float) -> dict[str, Selection]:
+        """Per budget the shape that loses least of all that fit, by trying every one."""
+        shapes = choice_shapes(self.space)
+        every = [
+            {n: (i,) for n, i in zip(shapes, picked, strict=True)}
+            for picked in product(*(range(choices) for _, choices in shapes.values()))
+        ]
+        lost = [self.lost_by(selection) for selection in every]
+        return {
+            name: every[min((i for i, s in enumerate(every) if cost.error(cost.tables.cost(s)) <= tolerance), key=lambda i: lost[i])]
+            for name, cost in costs.items()
+        }  # fmt: skip
+
+
+def searched(objective: JointWorth, cost: BudgetCost, tolerance: float) -> dict[str, float]:
+    """True loss of what searches by scores choose: greedy search, the wide search's first, the best that it proposes."""
+    damage = Damage(objective.space, objective.scores())
+    proposed = candidates(cost, damage, count=CANDIDATES, tolerance=tolerance)
+    lost = [objective.lost_by(selection_of(objective.space, found.subnet)) for found in proposed]
+    greedy = greedy_selection(cost, damage, tolerance=tolerance)
+    return {"greedy": objective.lost_by(greedy), "wide": lost[0], "race": min(lost)}

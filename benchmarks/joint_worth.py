@@ -1,7 +1,7 @@
 """Objectives without weights in which units count by what else is kept, and what searches by scores make of them.
 
-A toy net: every Mamba layer and the next FFN layer are a pair of worth 1, every attention layer is worth 3; the share of
-hidden channels that is kept multiplies all of it. With k of a layer the worth of what is kept of it, its gate included:
+A toy net: every Mamba layer and the next FFN layer are a pair of worth 1, every attention layer is worth 1; the hidden
+size is fixed. With k of a layer the share of its worth that is kept, 0 where the layer is gone:
 
     apart     pair = (k_mamba + k_ffn) / 2                            a control: scores of single units say it all
     together  pair = gates * sum over i of u_i mamba_i ffn_i          neurons of block i read what heads of block i write
@@ -29,9 +29,9 @@ from nemo_elastic.space.choices import Selection, choice_shapes, layers_of_dim, 
 from nemo_elastic.space.elastic_space import ElasticSpace
 
 KINDS = ("apart", "together", "spare")
-ATTENTION_WORTH = 3.0
 OWN = 0.05  # of `spare`: what each of a pair is worth besides, so that scores are not all 0
-POWERS = {"hidden_size": 0.0, "mamba_num_heads": 0.5, "ffn_hidden_size": 0.5, "num_attention_heads": 0.5}
+POWER = 0.5  # how fast later units lose worth
+DIMS = ("mamba_num_heads", "ffn_hidden_size", "num_attention_heads")
 CANDIDATES = 6  # as many as `router.candidates`
 
 
@@ -40,13 +40,13 @@ class JointWorth:
 
     def __init__(self, space: ElasticSpace, kind: str) -> None:
         self.space, self.kind, self.units = space, kind, {}
-        for name, power in POWERS.items():
-            value = torch.arange(1, self._count(name) + 1, dtype=torch.float32) ** -power
+        for name in DIMS:
+            value = torch.arange(1, self._count(name) + 1, dtype=torch.float32) ** -POWER
             self.units[name] = value / value.sum()
         heads = self.units["mamba_num_heads"]
         self.block = self._count("ffn_hidden_size") // len(heads)  # neurons that read one head
         self.units["ffn_hidden_size"] = heads.repeat_interleave(self.block) / self.block
-        self.layers = {name: list(layers_of_dim(space, name)) for name in POWERS}
+        self.layers = {name: list(layers_of_dim(space, name)) for name in DIMS}
 
     def _count(self, name: str) -> int:
         return self.space.dims[name].full // self.space.dims[name].groups
@@ -55,19 +55,19 @@ class JointWorth:
         """Worth of what the masks cut off."""
         kept = {name: (worth * masks.dims[name][0]).sum() for name, worth in self.units.items()}
         mamba, ffn, attention = (
-            masks.layers[self.layers[n]] for n in ("mamba_num_heads", "ffn_hidden_size", "num_attention_heads")
+            masks.layers[self.layers[name]] for name in DIMS
         )
-        hidden = kept["hidden_size"]
-        m, f = hidden * mamba * kept["mamba_num_heads"], hidden * ffn * kept["ffn_hidden_size"]
+        m, f = mamba * kept["mamba_num_heads"], ffn * kept["ffn_hidden_size"]
         if self.kind == "together":
             reads = masks.dims["ffn_hidden_size"][0].view(-1, self.block).mean(-1)
             both = (self.units["mamba_num_heads"] * masks.dims["mamba_num_heads"][0] * reads).sum()
-            pairs = 1 - hidden * mamba * ffn * both
+            pairs = 1 - mamba * ffn * both
         elif self.kind == "spare":
             pairs = (1 - m) * (1 - f) + OWN * (2 - m - f)
         else:
             pairs = (2 - m - f) / 2
-        return pairs.sum() + ATTENTION_WORTH * (1 - hidden * attention * kept["num_attention_heads"]).sum()
+        lost = pairs.sum() + (1 - attention * kept["num_attention_heads"]).sum()
+        return lost / (len(pairs) + len(attention))
 
     def lost_by(self, selection: Selection) -> float:
         """The same of a shape."""
@@ -76,10 +76,10 @@ class JointWorth:
 
     def scores(self) -> Scores:
         """What a ranking would measure: every unit and every layer taken away alone."""
-        dims = {name: torch.ones(1, self._count(name)) for name in POWERS}
+        dims = {name: torch.ones(1, self._count(name)) for name in DIMS}
         layers = torch.ones(self.space.architecture.num_layers)
         widths = {}
-        for name in POWERS:
+        for name in DIMS:
             row = []
             for unit in range(self._count(name)):
                 without = dims[name].clone()

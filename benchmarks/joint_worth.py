@@ -54,9 +54,7 @@ class JointWorth:
     def lost(self, masks: Any) -> torch.Tensor:
         """Worth of what the masks cut off."""
         kept = {name: (worth * masks.dims[name][0]).sum() for name, worth in self.units.items()}
-        mamba, ffn, attention = (
-            masks.layers[self.layers[name]] for name in DIMS
-        )
+        mamba, ffn, attention = (masks.layers[self.layers[name]] for name in DIMS)
         m, f = mamba * kept["mamba_num_heads"], ffn * kept["ffn_hidden_size"]
         if self.kind == "together":
             reads = masks.dims["ffn_hidden_size"][0].view(-1, self.block).mean(-1)

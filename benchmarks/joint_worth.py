@@ -4,12 +4,12 @@ A toy net: every Mamba layer and the next FFN layer are a pair of worth 1, every
 size is fixed. With k of a layer the share of its worth that is kept, 0 where the layer is gone:
 
     apart     pair = (k_mamba + k_ffn) / 2                            a control: scores of single units say it all
-    together  pair = gates * sum over i of u_i mamba_i ffn_i          neurons of block i read what heads of block i write
-    spare     pair = 1 - (1 - k_mamba) (1 - k_ffn), 1/21 of it apart  each does what the other did
+    together  pair = gates * sum over i of u_i mamba_i ffn_i          block i of neurons reads what heads i write
+    spare     loss = (1 - k_mamba) (1 - k_ffn), and 0.05 (1 - k) of each       each does what the other did
 
-Scores are measured on the objective itself, one at a time from the parent: a unit's squared score is what is lost without
-that unit alone (in every layer of its kind, and every group: they share a mask), a layer's what is lost without it.
-`Damage` adds squared scores, so that these are the scores with which it is best.
+Scores are measured on the objective itself, one at a time from the parent: a unit's squared score is what is lost
+without that unit alone (in every layer of its kind and every group: they share a mask), a layer's what is lost without
+it. `Damage` adds squared scores, so that these are the scores with which it is best.
 """
 
 from __future__ import annotations
@@ -99,14 +99,15 @@ class JointWorth:
             for picked in product(*(range(choices) for _, choices in shapes.values()))
         ]
         lost = [self.lost_by(selection) for selection in every]
-        return {
-            name: every[min((i for i, s in enumerate(every) if cost.error(cost.tables.cost(s)) <= tolerance), key=lambda i: lost[i])]
-            for name, cost in costs.items()
-        }  # fmt: skip
+        found = {}
+        for name, cost in costs.items():
+            fits = [i for i, selection in enumerate(every) if cost.error(cost.tables.cost(selection)) <= tolerance]
+            found[name] = every[min(fits, key=lambda i: lost[i])]
+        return found
 
 
 def searched(objective: JointWorth, cost: BudgetCost, tolerance: float) -> dict[str, float]:
-    """True loss of what searches by scores choose: greedy search, the wide search's first, the best that it proposes."""
+    """What is truly lost by greedy search's shape, the wide search's first, and the best of all that it proposes."""
     damage = Damage(objective.space, objective.scores())
     proposed = candidates(cost, damage, count=CANDIDATES, tolerance=tolerance)
     lost = [objective.lost_by(selection_of(objective.space, found.subnet)) for found in proposed]

@@ -10,6 +10,8 @@ schedules, soft masks, steering, settling, repair (`router/`).
 `expected` and `before` are the errors of the expected cost and of the noise-free argmax at the end of the soft phase,
 `after` that of the repaired choice: the worst of all seeds; positive is too large. `repaired`: how many of the choices
 needed a repair. `lost`: worth that the repaired subnets have cut off, mean over seeds; `uniform`: of even shrinking.
+
+`joint`: the same on objectives in which units count in pairs (`joint_worth.py`), per seed against searches by scores.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from typing import Any
 
 import torch
 from harness import finish, parser, start
+from joint_worth import KINDS, JointWorth, searched
 
 from nemo_elastic.config import load_config
 from nemo_elastic.config.sections import RouterConfig, RunConfig
@@ -39,6 +42,8 @@ from nemo_elastic.space.elastic_space import ElasticSpace
 from nemo_elastic.space.layout import ParamLayout
 
 RECIPES = {"default": RouterConfig(shapes="learned"), "paper": RouterConfig(recipe="paper")}
+STEERED = {"dual_ascent_rate": 20.0, "settle_fraction": 0.4}  # for joint worth: a price that gets there, later settling
+JOINT_BUDGETS = (0.8, 0.65)
 LIMITS = {"before": 0.02, "after": 0.01}  # of the default recipe, either way
 BUDGETS = {"parameters": ("fraction", (0.75, 0.5)), "memory": ("memory_gb", (0.8, 0.65))}  # of the parent's
 WORTH = {  # what a dim is worth, and how fast its later units lose worth
@@ -101,10 +106,16 @@ def costs_of(run: RunConfig, space: ElasticSpace, kind: str, values: tuple[float
 
 
 def train(
-    space: ElasticSpace, costs: Mapping[str, BudgetCost], config: RouterConfig, seed: int, steps: int, shock: float
+    space: ElasticSpace,
+    costs: Mapping[str, BudgetCost],
+    config: RouterConfig,
+    seed: int,
+    steps: int,
+    shock: float,
+    objective: Any = None,
 ):
     """What the soft phase of a run does to a router; the hard phase only commits to its choice."""
-    objective, router = Objective(space), Router(space, list(costs), config, seed=seed)
+    objective, router = objective or Objective(space), Router(space, list(costs), config, seed=seed)
     optimizer = torch.optim.Adam(router.parameters(), lr=config.lr, betas=(0.9, 0.98))
     expected = {name: ExpectedCost(cost) for name, cost in costs.items()}
     steering, generator = BudgetSteering(), torch.Generator().manual_seed(seed)
@@ -156,6 +167,47 @@ def outcome(space: ElasticSpace, costs: Mapping[str, BudgetCost], config: Router
     return rows
 
 
+def joint_space() -> tuple[RunConfig, ElasticSpace]:
+    """The toy space at the parent's hidden size, by which every unit would count with every other."""
+    dims = {**TOY, "hidden_size": [1.0]}
+    run = load_config("tiny_parent.yaml", [f"elastic.dims.{n}.choices={json.dumps(c)}" for n, c in dims.items()]).config
+    return run, family_of(run).space
+
+
+def joint(kind: str, settings: Mapping[str, float], seeds: range, steps: int, shock: float) -> list[dict]:
+    """Per budget what searches by scores lose, what the router loses per seed, and the least that can be lost."""
+    run, space = joint_space()
+    objective, costs = JointWorth(space, kind), costs_of(run, space, "fraction", JOINT_BUDGETS)
+    config = replace(resolve_recipe(RECIPES["default"]), **settings)
+    best = objective.best(costs, config.tolerance)
+    rows = {}
+    for name, cost in costs.items():
+        found = {"least": objective.lost_by(best[name]), **searched(objective, cost, config.tolerance)}
+        rows[name] = {"objective": kind, "budget": name, "settings": dict(settings), **found, "router": {}, "error": {}}
+    for seed in seeds:
+        router, _, _ = train(space, costs, config, seed, steps, shock, objective)
+        for name, cost in costs.items():
+            with torch.no_grad():
+                pi = router(router.budget_vector(name), scale=config.scale_end).probabilities
+            chosen = choose(pi, cost, tolerance=config.tolerance, shortfall=config.tolerance)
+            rows[name]["router"][str(seed)] = objective.lost_by(chosen.selection)
+            rows[name]["error"][str(seed)] = chosen.error
+    for row in rows.values():
+        lost = row["router"].values()
+        row["wins"] = {what: sum(x < row[what] - 1e-6 for x in lost) for what in ("greedy", "wide", "race")}
+    return list(rows.values())
+
+
+def joint_words(row: Mapping[str, Any]) -> str:
+    """A row of the table."""
+    lost, settings = sorted(row["router"].values()), "steered" if row["settings"] else "default"
+    searches = " | ".join(f"{row[what]:.3f}" for what in ("least", "greedy", "wide", "race"))
+    wins = " | ".join(f"{row['wins'][what]} of {len(lost)}" for what in ("greedy", "wide", "race"))
+    return (
+        f"| {row['objective']} | {row['budget']} | {settings} | {searches} | {lost[0]:.3f} to {lost[-1]:.3f} | {wins} |"
+    )
+
+
 def worst(values: list[float]) -> float:
     """The value furthest from zero."""
     return max(values, key=abs)
@@ -195,11 +247,16 @@ def main() -> int:
                         file=sys.stderr,
                         flush=True,
                     )
+    pairs = []
+    for kind in KINDS:
+        for settings in ({}, STEERED):
+            for row in joint(kind, settings, range(1 if args.quick else 2 * seeds), steps, args.shock):
+                pairs.append(row)
+                print(joint_words(row), file=sys.stderr, flush=True)
     own = [row for row in results if row["recipe"] == "default"]
     met = all(abs(row[key]) <= limit for row in own for key, limit in LIMITS.items())
-    return finish(
-        args, {"met": met, "limits": LIMITS, "seeds": seeds, "steps": steps, "shock": args.shock, "results": results}
-    )
+    counts = {"seeds": seeds, "steps": steps, "shock": args.shock}
+    return finish(args, {"met": met, "limits": LIMITS, **counts, "results": results, "joint": pairs})
 
 
 if __name__ == "__main__":

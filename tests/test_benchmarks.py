@@ -18,7 +18,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "benchmarks"
 README = (FOLDER / "README.md").read_text(encoding="utf-8")
-PARTS = {"harness", "training_runs", "measures", "figure"}  # imported by the scripts, or made of their results
+PARTS = {
+    "harness",
+    "joint_worth",
+    "training_runs",
+    "measures",
+    "figure",
+}  # imported by the scripts, or made of their results
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in PARTS)
 FAST = {"ssd", "router_budgets"}  # under 20 seconds: what the others take is mostly the import of Megatron or NeMo
 ROWS = {
@@ -178,3 +184,19 @@ def test_a_family_is_dealt_equal_tokens(steps: int) -> None:
         for name in sample_budgets(dict.fromkeys(run.elastic.budgets, 1.0), run.train.seed, step, index)
     ]
     assert {drawn.count(name) for name in run.elastic.budgets} == {2 * steps // 3}
+
+
+def test_scores_of_single_units_miss_what_stands_in_for_another() -> None:
+    router_budgets = __import__("router_budgets")
+    spare, _ = router_budgets.joint("spare", router_budgets.STEERED, range(1), 160, 5.0)
+    assert spare["least"] <= spare["router"]["0"] < 0.5 * min(spare["greedy"], spare["wide"])
+    assert abs(spare["error"]["0"]) <= 0.01
+
+
+def test_scores_say_it_all_where_units_count_apart() -> None:
+    router_budgets, joint_worth = __import__("router_budgets"), __import__("joint_worth")
+    run, space = router_budgets.joint_space()
+    objective = joint_worth.JointWorth(space, "apart")
+    costs = router_budgets.costs_of(run, space, "fraction", router_budgets.JOINT_BUDGETS)
+    for name, best in objective.best(costs, 0.01).items():
+        assert joint_worth.searched(objective, costs[name], 0.01)["wide"] == pytest.approx(objective.lost_by(best))

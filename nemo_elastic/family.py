@@ -31,7 +31,8 @@ from .space.subnet import Subnet
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """Parent, space and budgets. `forced` holds the subnets of budgets that are given instead of learned (all of them
-    when nothing is left to a router or a race). `races`: candidates race for the others. `model`: the parent's model
+    when nothing is left to a router or a race). `races`: candidates race for the others. `unread`: notes on
+    settings that nothing reads. `model`: the parent's model
     section.
     """
 
@@ -42,6 +43,7 @@ class Family:
     notes: tuple[str, ...] = ()
     model: Mapping[str, Any] | None = None
     races: bool = False
+    unread: tuple[str, ...] = ()
 
     @cached_property
     def layout(self) -> ParamLayout:
@@ -192,7 +194,8 @@ def family_of(config: RunConfig, depth_ranking: tuple[int, ...] | None = None) -
         space=space,
         budgets=tuple(budgets),
         forced=forced,
-        notes=tuple(notes),
+        notes=(*notes, *config.router.unread),
+        unread=tuple(config.router.unread),
         model=config.model,
         races=config.router.races,
     )

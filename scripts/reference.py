@@ -135,6 +135,7 @@ def _default(field: ast.AnnAssign) -> str:
     if field.value is None:
         return "required"
     words = ast.unparse(field.value)
+    words = "auto" if words == "AUTO" else words
     if words.startswith("field("):
         return ""
     shown = {"None": "empty", "()": "empty", "True": "`true`", "False": "`false`"}

@@ -5,7 +5,7 @@ from math import inf
 
 import pytest
 import torch
-from router_spaces import make_layout, make_space
+from router_spaces import ARCHITECTURE, make_layout, make_space
 from test_proposals import FEW, scores_of
 
 from nemo_elastic.cost.budget import BudgetCost
@@ -20,6 +20,7 @@ from nemo_elastic.space.budget import Budget
 from nemo_elastic.space.choices import choice_shapes, selection_of, smallest_selection
 
 TOLERANCE, SPREAD = 0.02, 1.6
+MAMBA, ATTENTION = ARCHITECTURE.layers_of("M"), ARCHITECTURE.layers_of("*")
 
 
 def setting(tmp_path, seed: int, value: float = 0.6, **space) -> tuple[BudgetCost, Damage]:
@@ -118,3 +119,25 @@ def test_there_is_always_one(tmp_path):
     impossible = setting(tmp_path, 0, value=0.5 * smallest, choices=few)
     with pytest.raises(ProblemsError, match="cannot be reached"):
         candidates(*impossible, count=6)
+
+
+@pytest.mark.parametrize("value", [0.6, 0.7, 0.8])
+def test_candidates_are_different_shapes_also_where_dropped_layers_may_have_any_size(tmp_path, value):
+    few = {"num_attention_heads": (8, 4), "mamba_num_heads": (16, 8), "num_layers": (12, 10, 8)}
+    for seed in range(3):
+        cost, damage = setting(tmp_path, seed, value=value, per_layer=True, choices=few)
+        found = [c.subnet for c in candidates(cost, damage, count=6, tolerance=0.03)]
+        ran = {(s.layers, *cut(s, MAMBA, s.mamba_num_heads), *cut(s, ATTENTION, s.num_attention_heads)) for s in found}
+        assert len(ran) == len(found) > 1
+
+
+def cut(subnet, layers, sizes) -> list[int]:
+    """Sizes of the layers that are still there."""
+    return [size for layer, size in zip(layers, sizes, strict=True) if layer in subnet.layers]
+
+
+def test_a_spread_of_one_leaves_the_least_and_what_is_as_good(tmp_path):
+    cost, damage = setting(tmp_path, 0, choices=FEW)
+    found = candidates(cost, damage, count=6, spread=1.0, tolerance=TOLERANCE)
+    assert found and all(c.damage <= found[0].damage + SLACK + 1e-12 for c in found)
+    assert reach(inf, 1.0) == inf

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from nemo_elastic.data.blend import Blend, spread
 from nemo_elastic.distill.resume import changed_keys
 from nemo_elastic.family import family_of
 from nemo_elastic.mcore.elastic.plan import hard_plan
+from nemo_elastic.mcore.family.budget_notes import notes_at
 from nemo_elastic.mcore.family.planner import Planner
 from nemo_elastic.problems import ProblemsError
 from nemo_elastic.report.race_rounds import PINNED, racers
@@ -86,6 +88,12 @@ def test_who_is_far_behind_before_the_first_step_does_not_start():
     record = race.begin(1.0, {"large": {0: 1.3, 1: 1.2, 2: 1.33, 3: 1.31}, "small": {0: 1.5, 1: 1.4}}, 1.6)
     assert record["round"] == 0 and record["step"] == 0
     assert {n: s.numbers for n, s in race.standings.items()} == {"large": (1, 0, 3), "small": (1, 0)}
+    close = race_of({"large": 4, "small": 2})[1]
+    close.begin(1.0, {"large": {0: 1.003, 1: 1.0045, 2: 1.0081, 3: 1.2}}, 1.2)  # a few thousandths tell nothing
+    assert close.standings["large"].numbers == (0, 1)
+    at_once = race_of({"large": 4, "small": 2}, rounds=())[1]
+    at_once.begin(1.0, {"large": {0: 1.3, 1: 1.2, 2: 1.2, 3: 1.21}}, 1.6)  # no rounds: nothing else decides
+    assert at_once.standings["large"].numbers == (1,)
     better = race_of({"large": 4, "small": 2})[1]
     better.begin(1.0, {"large": {0: 0.9, 1: 1.2, 2: 1.1, 3: 0.95}}, 1.6)  # who loses nothing races
     assert better.standings["large"].numbers == (0, 3)
@@ -163,6 +171,32 @@ def test_rounds_are_even_and_end_with_the_race(words, frozen, rounds):
     timeline = Timeline.of(run.router, STEPS)
     assert (timeline.frozen, timeline.rounds(run.router.race_rounds)) == (frozen, rounds)
     assert timeline.spans() == {"race": (0, frozen), "frozen": (frozen, STEPS)}
+
+
+@pytest.mark.parametrize(
+    ("words", "notes"),
+    [
+        ((), []),
+        (("router.soft_fraction=0.4", "router.lr=1.0e-3"), ["router.soft_fraction, router.lr: of a learned router"]),
+        (("router.soft_fraction=0.4", "router.shapes=learned"), []),
+        (("router.recipe=paper", "router.soft_fraction=0.4"), []),
+        (("router.shapes=even",), ["router.shapes=even is even shrinking from the first step"]),
+        (("router.frozen=true",), []),
+    ],
+)
+def test_what_nothing_reads_is_said(words, notes):
+    found = family_of(load_config(TINY, words).config).notes
+    said = [note for note in found if note.startswith("router.")]
+    assert len(said) == len(notes) and all(note.startswith(word) for note, word in zip(said, notes, strict=True))
+
+
+def test_a_winner_off_its_budget_is_said_when_it_is_pinned():
+    planner, race = race_of({"large": 4, "small": 2}, rounds=(12,), tolerance=0.05)
+    planner.config = replace(planner.config, tolerance=0.001)
+    assert notes_at(planner, planner.begin_step(None, 0, planner.draws_of(EQUAL, 0, 8)), True) == []
+    race.end_round(12, {n: {i: float(i) for i in row} for n, row in race.contenders().items()})
+    notes = notes_at(planner, planner.begin_step(None, 12), False)
+    assert {note.split(":")[0] for note in notes} <= {"large", "small"} and notes and "its raced subnet is" in notes[0]
 
 
 def test_stages_name_the_race():

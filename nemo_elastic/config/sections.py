@@ -12,6 +12,11 @@ from ..kinds import axis
 AUTO = "auto"  # a value that the machine decides when a run starts
 PHASES = ("warmup", "soft", "hard", "frozen")  # of the router, in this order
 RACE_PHASES = ("race", "frozen")  # of a race of candidates
+OF_LEARNED = (
+    "hidden_size", "init_std", "tau_start", "tau_end", "scale_start", "scale_end", "budget_lambda", "dual_ascent_rate",
+    "max_price", "dead_zone", "shortfall", "warmup_fraction", "soft_fraction", "freeze_fraction", "settle_fraction",
+    "settle_weight", "lr",
+)  # fmt: skip
 SHAPES = ("race", "learned", "search", "greedy", "even")  # where shapes come from
 
 
@@ -123,9 +128,7 @@ class RouterConfig:
     settle_fraction: float = 0.7  # last part of the soft phase, in which the router is led to a choice that fits
     settle_weight: float = 3.0  # of that pull at the end of the soft phase; 0: none
     lr: float = 1e-2
-    recipe: str = (
-        "default"  # of a learned one; or paper: lambda 1, no warm-up or settling, soft to the end, as published
-    )
+    recipe: str = "default"  # of a learned one; or paper: lambda 1, no warm-up or settling, soft to the end
     frozen: bool = False  # nothing is learned, drawn or raced: one shape per budget from the first step to the last
     shapes: str = AUTO  # race, learned, search, greedy or even; auto: race, learned by recipe: paper, even when frozen
     candidates: int = 6  # shapes per budget that a search proposes to a race, at most
@@ -155,6 +158,19 @@ class RouterConfig:
     def learns(self) -> bool:
         """Whether a router learns the shapes."""
         return self.method == "learned"
+
+    @property
+    def unread(self) -> list[str]:
+        """What is set and has no effect with this method, as sentences."""
+        plain, found = RouterConfig(), []
+        if not self.learns:
+            names = [name for name in OF_LEARNED if getattr(self, name) != getattr(plain, name)]
+            if names:
+                keys = ", ".join(f"router.{name}" for name in names)
+                found.append(f"{keys}: of a learned router; router.shapes is {self.method}, so nothing reads it")
+        if self.shapes == "even" and not self.frozen:
+            found.append("router.shapes=even is even shrinking from the first step; for a learned router say learned")
+        return found
 
     @property
     def phases(self) -> tuple[str, ...]:
@@ -224,9 +240,7 @@ class StageConfig:
     micro_batch_size: int | None = None  # empty: train.micro_batch_size; longer sequences may want a smaller one
     budget_probabilities: Mapping[str, float] | None = None  # empty: uniform over budgets
     lr: float | None = None  # a new warm-up and cosine from this rate; empty: the schedule before goes on
-    router: str | None = (
-        None  # its phase (warmup, soft, hard, frozen; or race, frozen); empty: by the router's fractions
-    )
+    router: str | None = None  # phase: race or frozen, or of a learned router; empty: by the router's fractions
 
     def __post_init__(self) -> None:
         if self.tokens and not self.steps:

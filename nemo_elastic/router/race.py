@@ -12,12 +12,14 @@ given. No torch here.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 from ..problems import Problem, raise_if_any
 from ..shapes.candidates import Candidate
 from ..space.subnet import Subnet
 
+SLACK = 0.005  # nats: what the loss of few windows does not tell apart
 Losses = Mapping[str, Mapping[int, float]]  # budget -> candidate -> held-out loss
 
 
@@ -81,11 +83,11 @@ class Race:
             if len(standing.numbers) > 1
         }
 
-    def begin(self, parent: float, losses: Losses, spread: float) -> dict[str, Any]:
+    def begin(self, parent: float | None, losses: Losses, spread: float) -> dict[str, Any]:
         """Before the first step: who is far behind does not start, and would only have disturbed the others.
 
         Args:
-            parent: loss of the parent on the same text.
+            parent: loss of the parent on the same text; None where nobody is compared.
             spread: loss over the parent's, over the least such, up to which a candidate races.
 
         Returns:
@@ -94,7 +96,8 @@ class Race:
         budgets = {}
         for name, row in losses.items():
             order = sorted(row, key=lambda n, row=row: (row[n], n))
-            limit = spread * max(0.0, row[order[0]] - parent)
+            gap = max(0.0, row[order[0]] - parent)
+            limit = max(spread * gap, gap + SLACK) if self.rounds else -inf  # without rounds nothing else decides
             kept = [n for n in order if n == order[0] or row[n] - parent <= limit]
             budgets[name] = {"losses": {str(n): row[n] for n in order}, "left": kept, "turns": 0}
             self.standings[name] = Standing(tuple(kept))

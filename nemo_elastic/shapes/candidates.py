@@ -4,15 +4,14 @@
                 what lies more than the tolerance below the target only where it loses less than all that meet it
     candidates  of the pool, those that no other one contains; of these at most `count`, as unlike as can be
 
-With the sizes of the whole net fixed (hidden size, depth), what is left adds up over rows (`knapsack.py`): where one
-size goes for all layers of a kind all of it is enumerated, so that the least damage is exact. Where layers differ there
-is one shape per combination of the fixed sizes, the best that a price of cost and swaps of two rows find. A shape that
+With the sizes of the whole net fixed (hidden size, depth), what is left adds up over rows (`knapsack.py`): up to 4,000
+combinations of it are enumerated, so that the least damage is exact. Of more, as where layers differ, there are one or
+two shapes per combination of the fixed sizes, the best that a price of cost and swaps of two rows find. A shape that
 another one within the budget contains can only be worse when both are trained. No torch here.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from heapq import nsmallest
 from math import inf
 
 from ..cost.budget import BudgetCost
@@ -71,7 +70,7 @@ def candidates(
 
 def reach(least: float, spread: float) -> float:
     """The damage up to which a shape is close to the least."""
-    return least + max((spread - 1) * least, SLACK)
+    return inf if least == inf else least + max((spread - 1) * least, SLACK)
 
 
 def _candidate(cost: BudgetCost, damage: Damage, selection: Selection) -> Candidate:
@@ -91,7 +90,13 @@ def _pool(knapsack: Knapsack, cost: BudgetCost, tolerance: float, spread: float)
         least = min([least, *(o.damage for o in new)])
     meets = min((o.damage for o in offers if o.cost >= lowest), default=inf)
     close = [o for o in offers if o.damage <= reach(least, spread) + 1e-12 and (o.cost >= lowest or o.damage < meets)]
-    return [_settled(knapsack, o) for o in nsmallest(POOL, close, key=lambda o: o.damage)]
+    found: dict[tuple, Selection] = {}  # rows of layers that are gone make many of one
+    for offer in sorted(close, key=lambda o: o.damage):
+        selection = _settled(knapsack, offer)
+        found.setdefault(tuple(selection.values()), selection)
+        if len(found) == POOL:
+            break
+    return list(found.values())
 
 
 def _settled(knapsack: Knapsack, offer: "_Offer") -> Selection:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from ...cost.budget import BudgetCost
 from ...plan.of_run import misses
+from ...space.subnet import Subnet
 from .planner import Planner, StepState
 
 
@@ -18,13 +21,19 @@ def notes_at(planner: Planner, state: StepState, first: bool) -> list[str]:
     if state.phase == "frozen":
         notes = {name: chosen.note(planner.config.tolerance) for name, chosen in state.chosen.items()}
         found += [f"{name}: {note}" for name, note in notes.items() if note]
+    if state.step == planner.timeline.frozen:
+        found += _missed(planner, {name: planner.state.frozen[name] for name in planner.family.raced}, "raced")
     return found
 
 
 def given_notes(planner: Planner) -> list[str]:
-    """Forced subnets that are further from their budget than `router.tolerance`."""
+    """Forced subnets that are further from their budget than `router.tolerance`, and settings that nothing reads."""
+    return [*_missed(planner, planner.family.forced, "forced"), *planner.family.unread]
+
+
+def _missed(planner: Planner, subnets: Mapping[str, Subnet], origin: str) -> list[str]:
     family, rows = planner.family, []
-    for name, subnet in family.forced.items():
+    for name, subnet in subnets.items():
         cost = BudgetCost(family.space, family.layout, family.budget(name), **planner.conditions)
-        rows.append({"name": name, "origin": "forced", "error": cost.error(cost.of(subnet))})
+        rows.append({"name": name, "origin": origin, "error": cost.error(cost.of(subnet))})
     return misses(rows, planner.config.tolerance)

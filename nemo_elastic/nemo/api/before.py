@@ -59,7 +59,7 @@ def plan(
         folder: a parent's, or a nested checkpoint's.
         train: say the resolved run too (`values["run"]`).
         gpus, gpu_memory: layouts over so many GPUs of so many GB, the fastest first (`values["layouts"]`).
-        search: `uniform`, `random:N` or `greedy` instead of an even shrink; greedy needs the scores of
+        search: `uniform`, `random:N`, `greedy`, `beam` or `measured`; all but the first two need the scores of
         ranking: a folder that `rank` wrote.
         score: held-out losses of what the search found; needs the sorted parent there.
         budget: of a nested checkpoint: 0.6, a number of parameters, `KIND:VALUE`, or a trained budget's name.

@@ -113,7 +113,7 @@ class Quickstart:
     Attributes:
         verified: every child is its nested subnet.
         parameters, heldout_before, heldout_losses: by budget; before: cut from the sorted parent, untrained.
-        report: the page; None on other ranks than the first.
+        report: the page.
     """
 
     out: Path

@@ -278,7 +278,7 @@ class ElasticCallback(pl.Callback):
     def _begin_race(self, trainer: pl.Trainer) -> None:
         """Measure the candidates before the first step; who is far behind does not start."""
         race, losses = self.planner.race, self._contending()
-        parent = from_first_rank(self.choosing.measure(self.model, None).loss) if losses else 0.0
+        parent = from_first_rank(self.choosing.measure(self.model, None).loss) if losses else None
         record = race.begin(parent, losses, self.run.router.race_spread)
         self._log_race(trainer, record | {"candidates": race.described()})
 

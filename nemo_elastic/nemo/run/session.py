@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any
 
@@ -15,6 +16,8 @@ from nemo_elastic.distill.expected import expected
 from nemo_elastic.mcore.family.planner import Planner
 from nemo_elastic.mcore.runtime import process_groups
 from nemo_elastic.space.subnet import Subnet
+
+logger = logging.getLogger(__name__)
 
 
 def session(step: int, run: RunConfig, planner: Planner, subnets: dict[str, Subnet]) -> dict[str, Any]:
@@ -34,5 +37,14 @@ def session(step: int, run: RunConfig, planner: Planner, subnets: dict[str, Subn
         "processes": process_groups.world_size(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "layout": {name: getattr(run.train, name) for name in names},
-        "planned": expected(run, planner.family, subnets, process_groups.world_size()),
+        "planned": _expected(run, planner, subnets),
     }
+
+
+def _expected(run: RunConfig, planner: Planner, subnets: dict[str, Subnet]) -> dict[str, Any]:
+    """An estimate for the log, without which a run goes on all the same: one rank makes it, the others would wait."""
+    try:
+        return expected(run, planner.family, subnets, process_groups.world_size())
+    except Exception as error:
+        logger.warning("what this run takes is not estimated: %s: %s", type(error).__name__, error)
+        return {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +139,8 @@ def train(
     )
     model = ElasticMambaModel(config, optim=optimizer, tokenizer=data.tokenizer)
     timeline = Timeline.of(resolve_recipe(run.router), steps, stages)
+    if timeline.races and not family.raced:  # every budget has its subnet
+        timeline = replace(timeline, frozen=0)
     race = Race(racing(run, family, str(out)), timeline.rounds(run.router.race_rounds)) if family.raced else None
     planner = Planner(
         family,
@@ -190,6 +192,7 @@ def train(
         process_groups.barrier()  # the first rank takes the mark of an unfinished checkpoint away last
         if keep is not None:
             keep.clear()
+    on_its_device(model)
     callback.catch_up(trainer, model)
     last = process_groups.on_first_rank(lambda: latest_checkpoint(out))
     if trainer.global_step < steps:
@@ -207,6 +210,12 @@ def train(
         tokens=callback.tokens,
         before=before,
     )
+
+
+def on_its_device(model: torch.nn.Module) -> None:
+    """Back from the CPU, where Lightning leaves a model after a fit: what is measured behind it runs on the GPU."""
+    if torch.cuda.is_available():
+        model.to(torch.device("cuda", torch.cuda.current_device()))
 
 
 def shapes_not_searched(run: RunConfig, family: Family) -> list[Problem]:

@@ -250,7 +250,7 @@ def main() -> int:
     pairs = []
     for kind in KINDS:
         for settings in ({}, STEERED):
-            for row in joint(kind, settings, range(1 if args.quick else 2 * seeds), steps, args.shock):
+            for row in joint(kind, settings, range(seeds), steps, args.shock):
                 pairs.append(row)
                 print(joint_words(row), file=sys.stderr, flush=True)
     own = [row for row in results if row["recipe"] == "default"]

@@ -107,7 +107,8 @@ def test_a_spread_covers_each_source_evenly_in_its_weight() -> None:
     found = [(int(k[0]), int(i[0])) for k, i in spread(blend, 20)]
     assert [i for k, i in found if k == 0] == [1000 * j // 14 for j in range(14)]
     assert [i for k, i in found if k == 1] == [90 * j // 6 for j in range(6)]
-    assert [int(i[0]) for _, i in spread(Numbers(0, per_epoch=3), 5)] == [0, 1, 2]
+    assert [int(i[0]) for _, i in spread(Numbers(0, per_epoch=7), 5)] == [0, 2, 4]  # the others are left to choose by
+    assert [int(i[0]) for _, i in spread(Numbers(0, per_epoch=7), 5, between=True)] == [1, 3, 5]
 
 
 def test_loss_is_on_the_assistants_tokens_and_their_end_only(bpe: BPETokenizer) -> None:

@@ -158,7 +158,7 @@ def test_tensor_and_sequence_parallelism(pool2: WorkerPool, step: int) -> None:
 
 def test_a_step_of_the_12b(one_rank: None) -> None:
     """The published parent's shape, in a hard phase, sliced; its teacher, router and loss."""
-    run = load_config(CONF / "nemotron_nano_12b_v2.yaml").config
+    run = load_config(CONF / "nemotron_nano_12b_v2.yaml", ["router.shapes=learned"]).config
     with on_meta_device():
         model, planner = pool_family.build(run, torch.bfloat16, tuple(range(62)), load=False)
         assert sum(p.numel() for p in model.teacher.parameters()) == 12_310_001_152

@@ -183,8 +183,10 @@ def test_what_the_run_says_changes_what_fits(work: Work) -> None:
     several = memory_bytes(work_of("distill.budgets_per_batch=3"), EIGHT)
     assert base["activations"] < several["activations"] < 3 * base["activations"]
     assert {how.element for how in candidates(work_of("train.precision='32'"), 8)} == {4}
-    learned = [s.running.mode for _, _, row in work.stages[0] for s in row]
-    assert {"whole", "soft", "sliced"} <= set(learned)
+    raced, learned = (
+        {s.running.mode for _, _, row in of.stages[0] for s in row} for of in (work, work_of("router.shapes=learned"))
+    )
+    assert raced == {"whole", "sliced"} and {"whole", "soft", "sliced"} <= learned
 
 
 def test_a_plan_of_eight_gpus_within_two_seconds_and_without_torch() -> None:

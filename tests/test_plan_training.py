@@ -229,7 +229,7 @@ def test_the_json_has_the_documented_keys_and_no_others(capsys: pytest.CaptureFi
                   for key in re.findall(r"`([^`]+)`", line.split("|")[1])}  # fmt: skip
     with_a_latency_table = {"serving.latency", "parent.latency_ms", "budgets[].latency_ms"}
     seen = set()
-    for words in (["--gpus", "2", LEARNED], ["elastic.budgets.small=0.01"]):
+    for words in (["--gpus", "2", LEARNED], [], ["elastic.budgets.small=0.01"]):
         main(["plan", "--config", TINY, "--json", "--train", *words])
         seen |= keys(json.loads(capsys.readouterr().out))
     leaves = {k for k in seen if not any(other.startswith((f"{k}.", f"{k}[]")) for other in seen)}

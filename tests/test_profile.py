@@ -165,6 +165,7 @@ def test_latency_budgets_from_the_verb_to_the_plan_and_the_planner(table_file):
             f"elastic.budgets={{full: 1.0, fast: {{kind: latency, value: {0.8 * parent}}}}}",
             "report.sequence_length=64",
             f"report.latency_table={table_file}",
+            "router.shapes=learned",
         ],
     ).config
     planned = plan(run)

@@ -64,8 +64,8 @@ def launcher_problems(environment: Mapping[str, str]) -> list[Problem]:
             for name, (size, number) in OTHERS.items()
             if number in environment and environment.get(size, "1").isdigit() and int(environment.get(size, "1")) > 1
         ]  # fmt: skip
-    if {name: environment[name] for name in there} == {"RANK": "0", "WORLD_SIZE": "1"}:
-        return []  # one process, whoever says it: our own process groups do
+    if {name: environment[name] for name in there} in ({"RANK": "0", "WORLD_SIZE": "1"}, {"WORLD_SIZE": "1"}):
+        return []  # one process, whoever says it: our own process groups and Lightning do
     if missing := [name for name in (*RANKS, *MEETING) if name not in environment]:
         words = f"without {', '.join(missing)}: left over from another launcher"
         return [Problem(", ".join(there), f"{words}; `unset {' '.join(there)}`, or start with torchrun or --nproc")]

@@ -163,7 +163,7 @@ MEASURES = (
     Measure("router_budgets", "error after repair", of_recipe("after"), "limits.after", unit="%"),
     *(
         Measure("router_against_uniform", f"loss, router / {mode}, {budget}", router_over(mode, budget))
-        for mode in ("uniform", "greedy")
+        for mode in ("uniform", "greedy", "race")
         for budget in ("full", "large", "small")
     ),
     Measure("family_cost", "CPU, routed / full and children alone", "ratios.family.cpu"),

@@ -84,6 +84,7 @@ WRONG = {
     ),
     "the default's override": (("quickstart", 'overrides=["rank.sample=3"]'), "did you mean 'samples'"),
     "profile": (("profile", "config=tiny_parent.yaml", "output=x.yaml", 'overrides=["report.x=1"]'), "report.x"),
+    "no checkpoint": (("extract", "format=hf"), "nested: is missing"),
     "a checkpoint to come": (("extract", "nested=runs/mine/nested", 'overrides=["export.dtyp=x"]'), "export.dtyp"),
 }
 

@@ -6,6 +6,7 @@ can be overridden, and any executor can run it. What a configuration and its ove
 command line is read, before anything is printed or launched, with `--dryrun` too.
 """
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Optional
@@ -32,11 +33,14 @@ class Checked(RunContext):
 
 
 def _check(partial: Any) -> None:
-    from nemo_elastic.problems import ProblemsError
+    from nemo_elastic.problems import Problem, ProblemsError
     from nemo_elastic.verbs.given import configured_of
 
     words, nested = partial.overrides or [], getattr(partial, "nested", None)
+    takes = "nested" in inspect.signature(partial.__fn_or_cls__).parameters
     try:
+        if takes and nested is None:
+            raise ProblemsError([Problem("nested", "is missing: the folder of a nested checkpoint, nested=RUN/nested")])
         if nested is None:
             configured_of(getattr(partial, "config", None), words).family()
         else:

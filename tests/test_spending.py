@@ -19,7 +19,7 @@ from nemo_elastic.processes.zero_shot import FILE, losses_before, read_zero_shot
 pytest.importorskip("nemo.lightning")
 pytestmark = pytest.mark.slow
 STAGES = "train.stages=[{steps: 8, seq_length: 32, global_batch_size: 8}]"
-HOW = ("router.frozen=true", "train.val_samples=11", "distill.budgets_per_batch=1", STAGES)
+HOW = ("router.shapes=even", "train.val_samples=11", "distill.budgets_per_batch=1", STAGES)
 
 
 @pytest.fixture(scope="module")

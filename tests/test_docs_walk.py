@@ -33,6 +33,7 @@ QUICKSTART = ROOT / "runs" / "quickstart"
 TRAINED = ("config.json", "importance", "logs", "nested", "sorted")  # what `train` leaves; the walk makes the rest
 
 BENCHMARK = "hours; test_benchmarks.py runs each in a small size"
+EIGHT = "eight processes; test_launch.py starts fewer"
 RECIPE = "minutes; test_nemo_run.py reads it as NeMo-Run does"
 TRAINS = ("api.train(", "run.run(")  # in Python: minutes; test_notebook.py trains, test_nemo_run.py makes the recipe
 NOT_HERE = {
@@ -67,6 +68,11 @@ NOT_HERE = {
     "    .venv/bin/python benchmarks/$name.py --output benchmarks/results/$name.json > /dev/null\ndone": BENCHMARK,
     ".venv/bin/python benchmarks/router_against_uniform.py --out runs/uniform "
     "--output benchmarks/results/router_against_uniform.json": BENCHMARK,
+    ".venv/bin/python benchmarks/self_teacher.py --out runs/self_teacher "
+    "--output benchmarks/results/self_teacher.json": BENCHMARK,
+    "torchrun --nproc-per-node 8 -m nemo_elastic train --config my_parent.yaml --out runs/mine": EIGHT,
+    "torchrun --nproc-per-node 8 -m nemo_elastic train --config my_parent.yaml --out runs/try "
+    "'train.stages=[{steps: 6, seq_length: 4096, global_batch_size: 32}]'": EIGHT,
     "nemo elastic train config=my_parent.yaml out=runs/mine "
     """'overrides=["train.tensor_model_parallel_size=8"]' --yes""": RECIPE,
     "nemo elastic train --factory tiny_parent --yes": RECIPE,
@@ -77,6 +83,9 @@ ABSOLUTE = ("/models/", "models/")  # the reader's parents lie in the checkout's
 OTHERWISE = {  # as documented -> as run
     # As many processes as the run's layout needs: the quickstart's needs one, and eight do not fit here.
     "nemo-elastic verify runs/mine/nested --nproc 8": "nemo-elastic verify runs/mine/nested",
+    # The walk trains once.
+    "nemo-elastic extract runs/try/nested --all": "nemo-elastic extract runs/mine/nested --all --force",
+    "nemo-elastic verify runs/try/nested --nproc 8": "nemo-elastic verify runs/mine/nested",
 }
 
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WORDS = (
     "train.stages=[{steps: 8, seq_length: 32, global_batch_size: 8, "
     "budget_probabilities: {full: 0.0, large: 0.0, small: 1.0}}]",
-    "router.frozen=true", "train.use_distributed_optimizer=true", "train.save_every_steps=2",
+    "router.shapes=even", "train.use_distributed_optimizer=true", "train.save_every_steps=2",
     "train.val_every_steps=100", "rank.samples=4", "elastic.dims.num_moe_experts={choices: [8, 4]}",
     "elastic.expert_groups=4",
 )  # fmt: skip

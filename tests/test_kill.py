@@ -28,7 +28,7 @@ MOMENTS = {
     "beside_1": ["saving", "training", "saving", "deleting", "saving"],
     "beside_2": ["training", "saving", "deleting", "saving", "deleting"],
 }
-TIMES = ("seconds", "cpu_seconds", "tokens_per_second")
+TIMES = ("seconds", "cpu_seconds", "tokens_per_second", "peak_memory_bytes")
 
 
 def strike(server: Server, out: Path, rng: random.Random, *, while_saving: bool, resume: bool) -> str:

@@ -3,11 +3,11 @@
     python benchmarks/router_against_uniform.py --out runs/router_against_uniform [--seeds 1,2,3] [--quick]
     python benchmarks/router_against_uniform.py --out runs/router_against_uniform --table
 
-Per seed and kind of budget the same run is done with the router, with a race of candidates (the default), and twice
-with one shape per budget from the first step to the last: its even shrink, and what greedy search over the ranking's
-scores proposes. Everything else is alike. Ranking and sorting are done once. A run that has
-its JSON in OUT/results is not done again, so that an interrupted series goes on, and seeds may be added. Reported per
-budget:
+Per seed and kind of budget the same run is done with the router, with a race of candidates (the default; and so by
+the recipe `last_percent`), and twice with one shape per budget from the first step to the last: its even shrink, and
+what greedy search over the ranking's scores proposes. Everything else is alike. Ranking and sorting are done once. A
+run that has its JSON in OUT/results is not done again, so that an interrupted series goes on, and seeds may be added.
+Reported per budget:
 
     before   cost of the router's noise-free argmax when the soft phase ends / budget - 1
     after    cost of the subnet that is trained on and extracted / budget - 1
@@ -49,7 +49,9 @@ MODES = {
     "uniform": (FROZEN,),
     "greedy": ("router.shapes=greedy",),
     "race": ("router.shapes=race",),
+    "last_percent": ("router.shapes=race", "train.recipe=last_percent"),
 }
+BESIDE = ("uniform", "greedy", "race")  # what the router is compared with
 
 
 def overrides(kind: str, mode: str, seed: int, quick: bool) -> list[str]:
@@ -115,19 +117,18 @@ def collected(run: RunConfig, folder: Path) -> dict[str, dict[str, Any]]:
 def table(results: list[Mapping[str, Any]]) -> str:
     """Markdown: a row per kind, seed and budget, the router beside fixed shapes; then what was asked of it."""
     by_key = {(r["kind"], r["seed"], r["mode"]): r["budgets"] for r in results}
-    others = [mode for mode in MODES if mode != "router"]
     lines = [
-        "| budgets | seed | budget | before | after | loss |" + "".join(f" {m} loss | difference |" for m in others),
-        "|---" * (6 + 2 * len(others)) + "|",
+        "| budgets | seed | budget | before | after | loss |" + "".join(f" {m} loss | difference |" for m in BESIDE),
+        "|---" * (6 + 2 * len(BESIDE)) + "|",
     ]
-    misses, wins = {"before": 0, "after": 0}, {mode: [0, 0] for mode in others}
+    misses, wins = {"before": 0, "after": 0}, {mode: [0, 0] for mode in BESIDE}
     for kind, seed, _ in sorted(k for k in by_key if k[2] == "router"):
         for name, row in by_key[kind, seed, "router"].items():
             misses["before"] += row["before"] is not None and abs(row["before"]) > 0.02
             misses["after"] += abs(row["after"]) > 0.01
             before = "" if row["before"] is None else f"{row['before']:+.1%}"
             cells = [kind, str(seed), name, before, f"{row['after']:+.1%}", f"{row['loss']:.4f}"]
-            for mode in others:
+            for mode in BESIDE:
                 other = by_key.get((kind, seed, mode), {}).get(name)
                 cells += [f"{other['loss']:.4f}", f"{row['loss'] / other['loss'] - 1:+.2%}"] if other else ["", ""]
                 wins[mode][0] += bool(other) and row["loss"] < other["loss"]
@@ -142,16 +143,16 @@ def table(results: list[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def against_greedy(results: list[Mapping[str, Any]]) -> str:
-    """Markdown: a row per kind, seed and budget, a race beside the shapes of greedy search."""
+def against(results: list[Mapping[str, Any]], mode: str, beside: str) -> str:
+    """Markdown: a row per kind, seed and budget, one mode beside another one."""
     by_key = {(r["kind"], r["seed"], r["mode"]): r["budgets"] for r in results}
     lines = [
-        "| budgets | seed | budget | off, greedy | off, race | loss, greedy | loss, race | difference |",
+        f"| budgets | seed | budget | off, {beside} | off, {mode} | loss, {beside} | loss, {mode} | difference |",
         "|---" * 8 + "|",
     ]
-    for kind, seed, _ in sorted(k for k in by_key if k[2] == "race" and (k[0], k[1], "greedy") in by_key):
-        for name, row in by_key[kind, seed, "race"].items():
-            other = by_key[kind, seed, "greedy"][name]
+    for kind, seed, _ in sorted(k for k in by_key if k[2] == mode and (k[0], k[1], beside) in by_key):
+        for name, row in by_key[kind, seed, mode].items():
+            other = by_key[kind, seed, beside][name]
             cells = [kind, str(seed), name, f"{other['after']:+.1%}", f"{row['after']:+.1%}"]
             cells += [f"{other['loss']:.4f}", f"{row['loss']:.4f}", f"{row['loss'] / other['loss'] - 1:+.2%}"]
             lines.append("| " + " | ".join(cells) + " |")
@@ -192,7 +193,8 @@ def main() -> int:
                         losses = {name: round(b["loss"], 4) for name, b in done["budgets"].items()}
                         print(f"{path.stem}: {done['seconds']} s, {losses}", file=sys.stderr, flush=True)
         runs = done_runs(out)
-        text = f"{table(runs)}\n\n{against_greedy(runs)}"
+        pairs = (("race", "greedy"), ("last_percent", "race"))
+        text = "\n\n".join([table(runs), *(against(runs, *pair) for pair in pairs)])
         write_text(out / "table.md", text + "\n")
     print(text, file=sys.stderr)
     return finish(args, {"runs": runs})

@@ -12,6 +12,7 @@ from typing import Any
 
 from .config.load import Resolved
 from .config.model_fields import architecture_of
+from .config.recipe import recipe_notes
 from .config.sections import RunConfig, TrainConfig
 from .cost.budget import BudgetCost
 from .cost.conditions import serving_of
@@ -194,7 +195,7 @@ def family_of(config: RunConfig, depth_ranking: tuple[int, ...] | None = None) -
         space=space,
         budgets=tuple(budgets),
         forced=forced,
-        notes=(*notes, *config.router.unread),
+        notes=(*notes, *config.router.unread, *recipe_notes(config)),
         unread=tuple(config.router.unread),
         model=config.model,
         races=config.router.races,

@@ -37,7 +37,7 @@ MICRO = ("train.micro_batch_size=2",)  # of 16 and 8 sequences: 8 and 4 draws of
 EARLY = ("router.warmup_fraction=0.05", "router.soft_fraction=0.2", "router.freeze_fraction=0.7")
 SHARED = ("distill.budgets_per_batch=3",)
 BETTER_RATE = "train.optimizer.lr=7e-4"
-OTHER_SHAPES = ("random", "greedy")  # random:N, a draw; greedy, what `plan --search greedy` proposes
+OTHER_SHAPES = ("random", "greedy", "explored")  # random:N, a draw; `plan --search greedy`; of `exploring.py`
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Run:
 
     Attributes:
         name: of its file; the seed is appended.
-        group: headline, best, greedy, longer, four, shapes, depth, mamba, stages, speed or tries.
+        group: headline, best, greedy, race, explored, longer, four, shapes, depth, mamba, stages, speed or tries.
         what: a line of the results.
         budgets: `elastic.budgets`.
         stages: `train.stages`.
@@ -221,6 +221,16 @@ def raced() -> Iterator[Run]:
                   words=(f"router.shapes={how}", PER_LAYER, PER_LAYER_MAMBA), **given)  # fmt: skip
 
 
+def explored() -> Iterator[Run]:
+    """Children one by one with the best of the shapes that `exploring.py` has distilled shortly."""
+    for name in CHILDREN:
+        given = {"group": "explored", "budgets": {name: BUDGETS[name]}, "words": (EVEN,), "shapes_of": "explored"}
+        yield Run(name=f"explored-alone-{name}", what=f"`{name}` alone, explored, the family's tokens for it",
+                  stages=stages(*steps_of(name, BUDGETS, STEPS, WEIGHTS)), seeds=SECOND, **given)  # fmt: skip
+        yield Run(name=f"explored-whole-{name}", what=f"`{name}` alone, explored, all of the family's steps",
+                  stages=stages(*STEPS), seeds=SECOND, **given)  # fmt: skip
+
+
 def longer() -> Iterator[Run]:
     """(a) and (b) again with twice the steps."""
     yield from compared("longer", "long-", TWICE, "learned shapes, twice the steps", {"equal": ONCE, "all": ()})
@@ -334,7 +344,7 @@ def tries() -> Iterator[Run]:
 
 RUNS = {
     run.name: run
-    for make in (headline, best, searched, raced, longer, family_of_four, shapes, ablations, tries)
+    for make in (headline, best, searched, raced, explored, longer, family_of_four, shapes, ablations, tries)
     for run in make()
 }
 GROUPS = tuple(dict.fromkeys(run.group for run in RUNS.values()))

@@ -28,6 +28,7 @@ from nemo_elastic.files import write_json
 from nemo_elastic.processes.runlog import RunLog
 
 HERE = Path(__file__).resolve().parent
+EXPLORED = HERE / "exploring"  # a file per budget and seed
 QUICK = ("train.val_samples=4", "rank.samples=8", "rank.depth_samples=2", "train.val_every_steps=2")
 
 
@@ -89,7 +90,11 @@ class Series:
             return {}
         kind, _, number = source.partition(":")
         if kind in OTHER_SHAPES:
-            found = self.random(int(number), seed) if kind == "random" else self.proposed(kind, seed)
+            found = {
+                "random": lambda: self.random(int(number), seed),
+                "greedy": lambda: self.proposed(kind, seed),
+                "explored": lambda: self.explored(seed),
+            }[kind]()
         else:
             found = json.loads(self.file(source, seed).read_text(encoding="utf-8"))["subnets"]
         return {name: without_depth(subnet) for name, subnet in found.items()}
@@ -103,6 +108,13 @@ class Series:
         """Random shapes that meet the family's budgets."""
         run = load_config(config_of(seed), self.configured("parent", seed)).config
         return random_subnets(family_of(run, depth_ranking(self.base("parent", seed))), number)
+
+    def explored(self, seed: int) -> dict[str, Any]:
+        """The shapes that exploring has found best (`exploring.py`)."""
+        found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(EXPLORED.glob(f"*-{seed}.json"))]
+        if not found:
+            refuse(f"{EXPLORED} has no shapes of seed {seed}: exploring.py --seeds {seed} finds them")
+        return {one["budget"]: one["best"] for one in found}
 
     def proposed(self, how: str, seed: int) -> dict[str, Any]:
         """Shapes that `nemo-elastic plan --search` proposes from the ranking's scores."""

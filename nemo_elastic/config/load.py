@@ -22,6 +22,7 @@ from ..problems import Problem, ProblemsError, did_you_mean, raise_if_any
 from ..space.dims import WIDTH_DIMS
 from .model_fields import model_problems
 from .parent_files import parent_files, with_parents_words
+from .recipe import with_recipe
 from .sections import RunConfig
 from .typed import build
 
@@ -29,6 +30,7 @@ _UNSETTABLE = (OmegaConfBaseException, YAMLError, ValueError, TypeError, Attribu
 PATHS = frozenset(
     (
         "parent.path", "data.paths", "data.blend.path", "data.tokenizer", "data.cache_dir", "distill.teacher_cache",
+        "train.start_from",
         "report.profile", "report.latency_table",
     )
 )  # fmt: skip
@@ -78,6 +80,8 @@ def load_config(
 
         problems += rule_problems(config)
     raise_if_any(problems)
+    if base is None:
+        config = with_recipe(config, values, origins)
     return Resolved(config, plain(config), origins)
 
 

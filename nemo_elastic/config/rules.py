@@ -10,6 +10,7 @@ from ..space.blocks import DEPTH_UNITS
 from ..space.budget import name_problems
 from ..space.dims import DIMS, WIDTH_DIMS
 from .durations import seconds_of
+from .recipe import RECIPES
 from .sections import AUTO, PHASES, RACE_PHASES, SHAPES, RouterConfig, RunConfig, StageConfig
 
 ALLOWED = {
@@ -24,6 +25,7 @@ ALLOWED = {
     "router.shapes": (AUTO, *SHAPES),
     "distill.loss": ("forward_kl", "reverse_kl", "topk_kl"),
     "distill.teacher": ("parent", "self"),
+    "train.recipe": RECIPES,
     "train.mode": ("sliced", "masked"),
     "train.precision": ("auto", "32", "bf16-mixed"),
     "train.recompute_granularity": (None, "full", "selective"),

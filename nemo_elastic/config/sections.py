@@ -265,9 +265,11 @@ class TrainConfig:
     micro_batch_size: int = 4
     precision: str = AUTO  # bf16-mixed on a GPU, 32 on a CPU; decided when a run starts, and kept
     seed: int = 1234
+    start_from: str | None = None  # nested family of this parent and ranking that students start as; empty: the parent
     mode: str = "sliced"  # how a hard subnet runs: sliced (a step costs its share) or masked
     recompute_granularity: str | None = None  # full or selective
     use_distributed_optimizer: bool | None = None  # shards Adam's state over data parallel; empty: with bf16-mixed
+    recipe: str = "default"  # or last_percent: every budget learns from every micro-batch, at 0.3 of the rates given
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     moe_router_bias_update_rate: float = 0.0  # how far a step moves the bias of experts by their tokens; 0: not at all
     stages: tuple[StageConfig, ...] = ()

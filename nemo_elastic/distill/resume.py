@@ -19,8 +19,9 @@ from .curriculum import history, stage_at, total_steps
 
 FAMILY = ("model", "elastic")  # what weights and subnets of a checkpoint mean
 KEPT = (
-    *FAMILY, "train.precision", "train.seed", "data.paths", "data.blend", "data.chat", "router.shapes",
-    "router.recipe", "router.hidden_size", "router.warmup_fraction", "router.soft_fraction", "router.freeze_fraction",
+    *FAMILY, "train.precision", "train.seed", "train.start_from", "data.paths", "data.blend", "data.chat",
+    "router.shapes", "router.recipe", "router.hidden_size",
+    "router.warmup_fraction", "router.soft_fraction", "router.freeze_fraction",
     "router.race_fraction", "router.race_rounds", "router.candidates", "router.candidate_spread", "router.race_spread",
     "router.shortfall",
 )  # fmt: skip

@@ -50,7 +50,9 @@ def parse_method(text: str) -> Method:
         return Method(text)
     if name == "random" and colon and count.isdigit() and int(count) > 0:
         return Method(name, int(count))
-    raise ProblemsError([Problem(KEY, f"{text!r} must be uniform, random:N (N from 1), {', '.join(BY_SCORES)}")])
+    *others, last = BY_SCORES
+    words = f"{text!r} must be uniform, random:N (N from 1), {', '.join(others)} or {last}"
+    raise ProblemsError([Problem(KEY, words)])
 
 
 def search(run: RunConfig, method: Method, ranking: str | None = None) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from nemo_elastic.mcore.models.parents import sorted_parent
 from nemo_elastic.mcore.runtime import process_groups
 from nemo_elastic.mcore.runtime.parallel import data_parallel_group, over_context
 from nemo_elastic.nemo.plain.hybrid_config import HybridSSMConfig, model_arguments
+from nemo_elastic.nemo.run.start_weights import start_reader
 from nemo_elastic.router.model import Router
 from nemo_elastic.space.layout import ParamLayout
 
@@ -82,8 +83,9 @@ class ElasticSSMConfig(HybridSSMConfig):
         arguments = model_arguments(self, tokenizer, pre_process, post_process)
         model = FamilyModel(self, spec, layout=layout, **arguments)
         teacher = build_plain_model(family.architecture, config=self) if run.distill.builds_parent else None
-        for module in (model,) if teacher is None else (model, teacher):
-            load_weights(module, parent.reader, family.architecture, ffn_groups=family.space.groups)
+        readers = {model: start_reader(run, parent)} | ({} if teacher is None else {teacher: parent.reader})
+        for module, reader in readers.items():
+            load_weights(module, reader, family.architecture, ffn_groups=family.space.groups)
             module.to(dtype=self.params_dtype)
         process_groups.barrier()  # ranks read a large parent at their own pace
         names = family.learned

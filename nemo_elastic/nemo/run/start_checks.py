@@ -31,6 +31,7 @@ from nemo_elastic.importance.store import Importance
 from nemo_elastic.mcore.family.checks import HOW_TO_GO_ON, check_inputs, check_processes, is_ranked, run_problems
 from nemo_elastic.mcore.models.parents import open_parent, weights_digest
 from nemo_elastic.mcore.runtime.meeting import raise_together
+from nemo_elastic.nemo.run.start_weights import start_problems
 from nemo_elastic.problems import Problem, ProblemsError, raise_if_any
 from nemo_elastic.processes.runlock import lock_problems
 from nemo_elastic.processes.training_checkpoints import steps_done, whole_checkpoints
@@ -99,6 +100,7 @@ def check_train(
         again = is_ranked(out) and not force
         return collected(
             lambda: check_inputs(run),
+            lambda: start_problems(config, run.family()),
             lambda: say_left_out(config.parent.path),
             lambda: check_processes(config, processes, ranks=not again),
             *_surroundings(config, out),

@@ -41,6 +41,7 @@ from nemo_elastic.nemo.run.kept_checkpoints import KeptCheckpoints
 from nemo_elastic.nemo.run.learning_rate import ROUTER_MARK, CurriculumRate
 from nemo_elastic.nemo.run.loggers import finish, loggers_of
 from nemo_elastic.nemo.run.resume import StopOnSignal, interrupts_as_they_are
+from nemo_elastic.nemo.run.start_weights import start_reader
 from nemo_elastic.nemo.run.zero_shot import measure_zero_shot
 from nemo_elastic.plan.context import context_problems
 from nemo_elastic.plan.proposals import racing
@@ -92,6 +93,7 @@ def train(
     run, parent = settled(configured.config), sorted_parent(sorted_folder)
     family = configured.family(parent.depth_ranking)
     raise_if_any(shapes_not_searched(run, family))
+    start_reader(run, parent)  # refuses what does not belong to this parent
     raise_if_any(parallel_problems(family.architecture, run.train, family.space.groups))
     raise_if_any(context_problems(family, run.train))
     check_processes(run, started_processes())

@@ -1,8 +1,8 @@
-"""What children lose before training: the final shapes, cut from the sorted parent -> `OUT/zero_shot.json`.
+"""What children lose before training: the final shapes, cut from what the run started with -> `OUT/zero_shot.json`.
 
-Measured when a run has ended, at its own layout and precision, in the model that it trained: the sorted parent's
-weights take the place of the trained ones, which are saved by then. A budget that is there already, cut alike from the
-same parent and measured on the same text, is not measured again.
+That is the sorted parent, or the family of `train.start_from`. Measured when a run has ended, at its own layout and
+precision, in the model that it trained: the first weights take the place of the trained ones, which are saved by then.
+A budget that is there already, cut alike from the same weights and measured on the same text, is not measured again.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from nemo_elastic.checkpoint.manifest import MANIFEST_FILE, file_sha256
 from nemo_elastic.config.sections import RunConfig
 from nemo_elastic.family import Family
 from nemo_elastic.files import write_json
@@ -22,6 +23,7 @@ from nemo_elastic.mcore.models.build import load_weights
 from nemo_elastic.mcore.models.parents import sorted_parent
 from nemo_elastic.mcore.runtime import process_groups
 from nemo_elastic.nemo.run.heldout import Heldout, Measured
+from nemo_elastic.nemo.run.start_weights import start_reader
 from nemo_elastic.processes.zero_shot import FILE, FORMAT, read_zero_shot
 from nemo_elastic.space.subnet import Subnet
 
@@ -48,11 +50,13 @@ def measure_zero_shot(
         "text": fingerprint(heldout),
         "precision": run.train.precision,
     }
+    if run.train.start_from:
+        identity["start"] = file_sha256(Path(run.train.start_from) / MANIFEST_FILE)
     wanted = {name: subnet.to_dict() for name, subnet in subnets.items()}
     known = process_groups.on_first_rank(lambda: _known(out, identity, wanted))
     missing = {name: subnet for name, subnet in subnets.items() if name not in known}
     if missing:
-        load_weights(_bare(model), parent.reader, family.architecture, ffn_groups=family.space.groups)
+        load_weights(_bare(model), start_reader(run, parent), family.architecture, ffn_groups=family.space.groups)
         process_groups.barrier()  # ranks read a large parent at their own pace
         found = {
             name: {"subnet": wanted[name], "loss": one.loss, "sources": one.sources}

@@ -1,0 +1,56 @@
+"""What a run's students start with: the sorted parent, or a family that was trained from it (`train.start_from`).
+
+Weights of a family lie in the order of its own ranking, so they mean something here only where this run has the same
+parent, in the same order. The teacher is the sorted parent either way.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from nemo_elastic.checkpoint.reader import TensorReader
+from nemo_elastic.config.sections import RunConfig
+from nemo_elastic.family import Family
+from nemo_elastic.mcore.models.parents import SortedParent
+from nemo_elastic.nemo.export.nested import open_nested
+from nemo_elastic.problems import Problem, ProblemsError, raise_if_any
+
+KEY = "train.start_from"
+
+
+def start_problems(config: RunConfig, family: Family) -> list[Problem]:
+    """What is known before anything is ranked: no nested checkpoint, or one of another parent's sizes."""
+    if not config.train.start_from:
+        return []
+    try:
+        theirs = open_nested(config.train.start_from).manifest.space
+    except ProblemsError as error:
+        return [Problem(KEY, f"{p.key}: {p.message}") for p in error.problems]
+    pairs = {
+        "model": (theirs.architecture, family.architecture),
+        "elastic.ffn_groups": (theirs.groups.ffn, family.space.groups.ffn),
+        "elastic.expert_groups": (theirs.groups.experts, family.space.groups.experts),
+    }
+    wrong = [name for name, (had, has) in pairs.items() if had != has]
+    words = f"{config.train.start_from!r} is a family of another parent ({', '.join(wrong)} differ); name one of this"
+    return [Problem(KEY, words)] if wrong else []
+
+
+def start_reader(config: RunConfig, parent: SortedParent) -> TensorReader:
+    """Weights of the students before the first step.
+
+    Raises:
+        ProblemsError: the family is sorted otherwise than this run's parent.
+    """
+    if not config.train.start_from:
+        return parent.reader
+    nested = open_nested(config.train.start_from)
+    theirs, ours = nested.permutations(), parent.permutations
+    same = theirs.keys() == ours.keys() and all(torch.equal(theirs[n], ours[n].to(torch.int64)) for n in ours)
+    if not same or nested.manifest.space.depth_ranking != parent.depth_ranking:
+        words = (
+            f"{config.train.start_from!r} is sorted by other scores than this run's; "
+            "copy importance/ and sorted/ of the run that made it into --out, and start again"
+        )
+        raise_if_any([Problem(KEY, words)])
+    return nested.reader

@@ -50,7 +50,7 @@ def test_without_it_they_start_from_the_parent(small_runs: Server) -> None:
 def test_a_resume_keeps_it(small_runs: Server) -> None:
     out = small_runs.folder / "touched"
     text = small_runs.run(out, *begun(small_runs, "train.start_from=null"), resume=True, codes=(2,))
-    assert "train.start_from: nothing, but the run in" in text and "keep that to resume, or start anew" in text
+    assert "train.start_from: null, but the run in" in text and "keep that to resume, or start anew" in text
 
 
 @pytest.mark.parametrize("kind", ["nothing", "other groups", "another order"])

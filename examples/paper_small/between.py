@@ -8,7 +8,7 @@ Per seed, from the family of two children whose candidates raced (`race-family`,
     touched     such a child alone for a few steps, from the family's weights (`train.start_from`), the parent teaches
     trained     a family with these three shapes as its children, as many tokens each as the two children have
 
-A file per seed in between/; one that is there is not made again.
+A file per seed in results/between; one that is there is not made again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from nemo_elastic.files import write_json
 from nemo_elastic.plan.of_nested import plan_nested
 from nemo_elastic.processes.runlog import RunLog
 
-FOLDER = HERE / "between"
 FAMILY = "race-family"
 WANTED = {"b90": 0.9, "b70": 0.7, "b60": 0.6}
 TOUCHES = {"b90": (10, 40), "b70": (10, 40), "b60": (10, 40)}
@@ -54,7 +53,7 @@ def trained(series: Series, folder: Path, seed: int, words: Sequence[str]) -> li
 
 def of_seed(series: Series, seed: int, jobs: int) -> None:
     """The file of a seed."""
-    file, nested = FOLDER / f"{seed}.json", series.out / "nested" / f"{FAMILY}-{seed}"
+    file, nested = series.results / "between" / f"{seed}.json", series.out / "nested" / f"{FAMILY}-{seed}"
     if file.is_file():
         return
     if not nested.is_dir():
@@ -86,6 +85,7 @@ def of_seed(series: Series, seed: int, jobs: int) -> None:
     for name, plan in plans.items():
         mine = {steps: found for (n, steps), found in runs.items() if n == name}
         rows[name] = {
+            "fraction": WANTED[name],
             "subnet": plan["subnet"],
             "parameters": plan["parameters"],
             "between": next(iter(mine.values()))[0]["losses"][name],

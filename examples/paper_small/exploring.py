@@ -9,8 +9,8 @@ Per budget, as pruning tools do it:
     distil      the KEPT that lose least, each alone for STEPS steps of 2,048 tokens with a schedule of its own
     choose      the one whose held-out loss is least then; `run.py` distils it on (`explored-*`)
 
-A file per budget and seed in exploring/; one that is there is not made again. Shapes further from the best go into the
-first seed's files of the family's own budgets as well (SPARE, marked `spare`): a reading of how well estimates predict.
+A file per budget and seed in results/exploring; one that is there is not made again. Shapes further from the best go
+into the first seed's files of the family's own budgets as well (`spare`): a reading of how well estimates predict.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 
 from run import numbers
 from runs import CHILDREN, EVEN, FOUR, FOUR_CHILDREN, SECOND, THERE, parent_of, stages
-from series import EXPLORED, HERE, Series, config_of, depth_ranking, digest, machine, without_depth
+from series import HERE, Series, config_of, depth_ranking, digest, machine, without_depth
 
 from nemo_elastic.config import load_config
 from nemo_elastic.cost.budget import BudgetCost
@@ -99,7 +99,7 @@ def distilled(series: Series, budget: str, seed: int, number: int, row: dict[str
 
 def explore(series: Series, budget: str, seed: int, jobs: int) -> None:
     """The file of a budget and a seed."""
-    file = EXPLORED / f"{budget}-{seed}.json"
+    file = series.results / "exploring" / f"{budget}-{seed}.json"
     if file.is_file():
         return
     near = shapes_near(series, seed)[budget]

@@ -13,6 +13,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from price import FAMILIES, one_by_one
 from runs import BUDGETS, CHILDREN, RUNS
 
 COLOURS = {"family": "#0072b2", "alone": "#e69f00", "whole": "#d55e00", "scratch": "#666666", "parent": "#000000",
@@ -36,7 +37,8 @@ def write(parents: Mapping[int, Any], folder: Path) -> list[str]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     facts, written = {"Software": None, "Results": digest(parents)}, []
-    for kind, make in {"tokens": tokens, "time": time, "solved": solved, "tries": tries}.items():
+    for kind, make in {"tokens": tokens, "time": time, "solved": solved, "tries": tries, "price": price,
+                       "predicted": predicted}.items():  # fmt: skip
         for number, results in parents.items():
             name = f"{kind}-{number}"
             with plt.rc_context(STYLE):
@@ -53,7 +55,8 @@ def write(parents: Mapping[int, Any], folder: Path) -> list[str]:
 def digest(parents: Mapping[int, Any]) -> str:
     """SHA-256 of everything that the figures could show."""
     runs = [[*key, run] for results in parents.values() for key, run in results.runs.items()]
-    return hashlib.sha256(json.dumps([runs, [r.parent for r in parents.values()]]).encode()).hexdigest()
+    more = [[r.parent, [*r.explored.values()], [*r.between.values()]] for r in parents.values()]
+    return hashlib.sha256(json.dumps([runs, more]).encode()).hexdigest()
 
 
 def _curves(results: Any, name: str, budget: str, x: str) -> list[tuple[list[float], list[float]]]:
@@ -153,6 +156,51 @@ def solved(results: Any) -> Any:
             colour = "black" if value > 0.55 else "white"
             axis.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize=8, color=colour)
     figure.colorbar(image, ax=axis, label="solved")
+    return figure
+
+
+def price(results: Any) -> Any:
+    """Tokens until all children have the family's losses: exploring and distilling one by one, beside the family."""
+    found = {children: one_by_one(results, family, children) for family, children in FAMILIES}
+    found = {children: rows for children, rows in found.items() if rows}
+    if not found:
+        return None
+    figure, axes = plt.subplots(1, 2, figsize=(9, 2.6), layout="constrained", sharey=True)
+    parts = {"exploring": COLOURS["alone"], "distilling": COLOURS["whole"], "the family": COLOURS["family"]}
+    for axis, (what, scale, label) in zip(axes, (("tokens", 1000, "thousand tokens"), ("cpu", 1, "CPU seconds")),
+                                          strict=True):  # fmt: skip
+        for place, rows in enumerate(found.values()):
+            means = [statistics.fmean(row[what][i] / scale for row in rows) for i in (0, 1)]
+            family = statistics.fmean(row["family"][what] / scale for row in rows)
+            axis.barh(place - 0.2, means[0], 0.36, color=parts["exploring"])
+            axis.barh(place - 0.2, means[1], 0.36, left=means[0], color=parts["distilling"])
+            axis.barh(place + 0.2, family, 0.36, color=parts["the family"])
+        axis.set_xlabel(label)
+        axis.set_yticks(range(len(found)), [f"{len(children)} children" for children in found])
+    axes[0].invert_yaxis()
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in parts.values()]
+    names = ["one by one: exploring", "one by one: distilling", "the family, its full member included"]
+    figure.legend(handles, names, frameon=False, fontsize=8, loc="outside upper center", ncols=3)
+    return figure
+
+
+def predicted(results: Any) -> Any:
+    """Shapes of a budget before and after short distillation, against estimated damage and measured loss."""
+    found = {key[0]: one["candidates"] for key, one in results.explored.items()
+             if any(c["spare"] for c in one["candidates"])}  # fmt: skip
+    if not found:
+        return None
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained", sharey=True)
+    marks = {"large": ("#0072b2", "o"), "small": ("#d55e00", "^")}
+    for axis, (key, label) in zip(axes, (("damage", "estimated damage"), ("before", "held-out loss before training")),
+                                  strict=True):  # fmt: skip
+        for budget, shapes in found.items():
+            colour, mark = marks[budget]
+            axis.scatter([s[key] for s in shapes], [s["after"] for s in shapes], s=24, color=colour, marker=mark,
+                         label=budget)  # fmt: skip
+        axis.set_xlabel(label)
+    axes[0].set_ylabel("held-out loss after 24 steps")
+    axes[0].legend(frameon=False)
     return figure
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ class Results:
 
     runs: Mapping[tuple[str, int], Result]
     parent: Mapping[str, Any]
+    explored: Mapping[tuple[str, int], Result] = field(default_factory=dict)  # by budget and seed, of `exploring.py`
+    between: Mapping[int, Result] = field(default_factory=dict)  # by seed, of `between.py`
 
     @classmethod
     def read(cls, folder: Path) -> dict[int, Results]:
@@ -42,8 +44,18 @@ class Results:
             known = parents.get(parent_of(seed), {}).get("sha256")
             if BASES[RUNS[name].base].trained and known != run.get("parent_sha256", known):
                 raise ValueError(f"{folder}/{name}-{seed}.json is of another parent than {parent_of(seed)} there")
+        explored = {(one["budget"], one["seed"]): one for one in _files(folder / "exploring")}
+        between = {one["seed"]: one for one in _files(folder / "between")}
+        for one in (*explored.values(), *between.values()):
+            if one["parent_sha256"] != parents.get(parent_of(one["seed"]), {}).get("sha256"):
+                raise ValueError(f"{folder}: what was found with seed {one['seed']} is of another parent than is there")
         return {
-            number: cls({key: run for key, run in runs.items() if key[1] in PARENTS[number].seeds}, parent["score"])
+            number: cls(
+                {key: run for key, run in runs.items() if key[1] in PARENTS[number].seeds},
+                parent["score"],
+                {key: one for key, one in explored.items() if key[1] in PARENTS[number].seeds},
+                {seed: one for seed, one in between.items() if seed in PARENTS[number].seeds},
+            )
             for number, parent in parents.items()
         }
 
@@ -71,6 +83,10 @@ class Results:
     def solved(self, name: str, seed: int, budget: str) -> float:
         """Share of problems solved."""
         return self.runs[name, seed]["score"][budget]["solved"]
+
+
+def _files(folder: Path) -> list[Result]:
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
 
 
 def spread(values: Sequence[float], form: str = ".4f") -> str:

@@ -28,7 +28,6 @@ from nemo_elastic.files import write_json
 from nemo_elastic.processes.runlog import RunLog
 
 HERE = Path(__file__).resolve().parent
-EXPLORED = HERE / "exploring"  # a file per budget and seed
 QUICK = ("train.val_samples=4", "rank.samples=8", "rank.depth_samples=2", "train.val_every_steps=2")
 
 
@@ -111,9 +110,10 @@ class Series:
 
     def explored(self, seed: int) -> dict[str, Any]:
         """The shapes that exploring has found best (`exploring.py`)."""
-        found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(EXPLORED.glob(f"*-{seed}.json"))]
+        folder = self.results / "exploring"
+        found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(f"*-{seed}.json"))]
         if not found:
-            refuse(f"{EXPLORED} has no shapes of seed {seed}: exploring.py --seeds {seed} finds them")
+            refuse(f"{folder} has no shapes of seed {seed}: exploring.py --seeds {seed} finds them")
         return {one["budget"]: one["best"] for one in found}
 
     def proposed(self, how: str, seed: int) -> dict[str, Any]:

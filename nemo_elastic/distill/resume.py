@@ -121,4 +121,4 @@ def _at(values: Any, key: str) -> Any:
 
 
 def _said(value: Any) -> str:
-    return "nothing" if value is NOTHING or value == {} else repr(value)
+    return "null" if value is None else "nothing" if value is NOTHING or value == {} else repr(value)

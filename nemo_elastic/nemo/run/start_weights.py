@@ -29,8 +29,9 @@ def start_problems(config: RunConfig, family: Family) -> list[Problem]:
     pairs = {
         "model": (theirs.architecture, family.architecture),
         "elastic.ffn_groups": (theirs.groups.ffn, family.space.groups.ffn),
-        "elastic.expert_groups": (theirs.groups.experts, family.space.groups.experts),
     }
+    if family.architecture.num_moe_experts > 1:
+        pairs["elastic.expert_groups"] = theirs.groups.experts, family.space.groups.experts
     wrong = [name for name, (had, has) in pairs.items() if had != has]
     words = f"{config.train.start_from!r} is a family of another parent ({', '.join(wrong)} differ); name one of this"
     return [Problem(KEY, words)] if wrong else []

@@ -1,0 +1,119 @@
+"""What finding the shapes costs one by one and in a family, and how well estimates tell shapes apart: the page's rows."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from readings import Result, Results, finished_to, ratio, spread
+from runs import CHILDREN, FOUR_CHILDREN
+
+FAMILIES = (
+    ("race-family", CHILDREN),
+    ("four-family", FOUR_CHILDREN),
+)  # whose losses are to be met, with their children
+
+
+def distilled_on(results: Results, child: str, seed: int, best: Mapping[str, Any]) -> list[Result]:
+    """The runs of a child alone with the shape that exploring chose: its own, or those that have the same shape."""
+    for prefix in ("explored", "greedy"):
+        pair = [results.runs.get((f"{prefix}-{kind}-{child}", seed)) for kind in ("alone", "whole")]
+        if all(run is not None and run["subnets"][child] == best for run in pair):
+            return [run for run in pair if run is not None]
+    return []
+
+
+def one_by_one(results: Results, family: str, children: Sequence[str]) -> list[dict[str, Any]]:
+    """Per seed: tokens and CPU seconds of exploring, of distilling on to the family's losses, and the family's."""
+    rows, found = [], results.explored
+    for seed in results.seeds(family):
+        if not all((child, seed) in found for child in children):
+            continue
+        row: dict[str, Any] = {"seed": seed, "reached": True, "tokens": [0.0, 0.0], "cpu": [0.0, 0.0]}
+        for child in children:
+            one = found[child, seed]
+            tried = [c for c in one["candidates"] if not c["spare"]]
+            pair = distilled_on(results, child, seed, one["best"])
+            if not pair:
+                break
+            ends = [(run["curve"][-1]["tokens"][child], results.loss(run["name"], seed, child)) for run in pair]
+            needed = finished_to(ends, results.loss(family, seed, child))
+            row["reached"] &= needed is not None
+            tokens, longest = (
+                (max(ends)[0] if needed is None else needed),
+                max(pair, key=lambda r: r["curve"][-1]["cpu"]),
+            )
+            end = longest["curve"][-1]
+            row["tokens"][0] += sum(c["tokens"] for c in tried)
+            row["cpu"][0] += sum(c["cpu"] for c in tried)
+            row["tokens"][1] += tokens
+            row["cpu"][1] += tokens * end["cpu"] / end["tokens"][child]
+        else:
+            last = results.runs[family, seed]["curve"][-1]
+            row["family"] = {"tokens": sum(last["tokens"].values()), "cpu": last["cpu"]}
+            row["of_children"] = sum(last["tokens"][child] for child in children)
+            rows.append(row)
+    return rows
+
+
+def price(results: Results) -> list[dict[str, str]]:
+    """A row per number of children."""
+    rows = []
+    for family, children in FAMILIES:
+        found = one_by_one(results, family, children)
+        if not found:
+            continue
+        row = {"children": str(len(children)), "seeds": ", ".join(str(one["seed"]) for one in found)}
+        for what, scale, form in (("tokens", 1000, ".0f"), ("cpu", 1, ".0f")):
+            for number, part in enumerate(("exploring", "distilling")):
+                row[f"{part}_{what}"] = spread([one[what][number] / scale for one in found], form)
+            row[f"family_{what}"] = spread([one["family"][what] / scale for one in found], form)
+            both = [(sum(one[what]) / one["family"][what], one["reached"]) for one in found]
+            row[f"ratio_{what}"] = ratio([n for n, met in both if met], [n for n, met in both if not met], ".2f")
+            alone = [(one[what][1] / one["family"][what], one["reached"]) for one in found]
+            row[f"given_{what}"] = ratio([n for n, met in alone if met], [n for n, met in alone if not met], ".2f")
+        rows.append(row)
+    return rows
+
+
+def predicted(results: Results) -> list[dict[str, str]]:
+    """A row per budget: how well estimated damage and the loss before training order the losses after it."""
+    rows = []
+    for (budget, seed), one in results.explored.items():
+        shapes = one["candidates"]
+        if not any(c["spare"] for c in shapes):
+            continue
+        near = [c for c in shapes if not c["spare"]]
+        rows.append({
+            "budget": budget, "seed": str(seed), "shapes": str(len(shapes)), "near": str(len(near)),
+            **{f"{name}{suffix}": f"{rank_correlation(some, key):.2f}"
+               for name, key in (("damage", "damage"), ("before", "before"))
+               for suffix, some in (("", shapes), ("_near", near))},
+        })  # fmt: skip
+    return rows
+
+
+def rank_correlation(shapes: Sequence[Result], key: str) -> float:
+    """Spearman's, of `key` and the loss after training."""
+    orders = [[sorted(s[k] for s in shapes).index(shape[k]) for shape in shapes] for k in (key, "after")]
+    return statistics.correlation(*orders)
+
+
+def touched(results: Results) -> list[dict[str, Any]]:
+    """A row per budget that nobody trained: between, after some steps of its own, and in a family trained for it."""
+    files, rows = list(results.between.values()), []
+    for name in files[0]["children"] if files else ():
+        each = [one["children"][name] for one in files]
+        goal = [row["trained"] for row in each]
+        row: dict[str, Any] = {"budget": f"{each[0]['fraction']:g}", "seeds": ", ".join(str(f["seed"]) for f in files)}
+        row["parameters"] = f"{each[0]['parameters']:,}"
+        row["trained"] = spread(goal)
+        row["between"] = spread([r["between"] for r in each])
+        row["over"] = spread([r["between"] / g - 1 for r, g in zip(each, goal, strict=True)], "+.2%")
+        row["steps"] = {
+            steps: spread([r["touched"][steps] / g - 1 for r, g in zip(each, goal, strict=True)], "+.2%")
+            for steps in each[0]["touched"]
+        }
+        rows.append(row)
+    return rows

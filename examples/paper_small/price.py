@@ -1,4 +1,4 @@
-"""What finding the shapes costs one by one and in a family, and how well estimates tell shapes apart: the page's rows."""
+"""What finding shapes costs, one by one and in a family, and how well estimates tell them apart: rows of the page."""
 
 from __future__ import annotations
 
@@ -40,11 +40,8 @@ def one_by_one(results: Results, family: str, children: Sequence[str]) -> list[d
             ends = [(run["curve"][-1]["tokens"][child], results.loss(run["name"], seed, child)) for run in pair]
             needed = finished_to(ends, results.loss(family, seed, child))
             row["reached"] &= needed is not None
-            tokens, longest = (
-                (max(ends)[0] if needed is None else needed),
-                max(pair, key=lambda r: r["curve"][-1]["cpu"]),
-            )
-            end = longest["curve"][-1]
+            tokens = max(ends)[0] if needed is None else needed
+            end = max((run["curve"][-1] for run in pair), key=lambda point: point["cpu"])
             row["tokens"][0] += sum(c["tokens"] for c in tried)
             row["cpu"][0] += sum(c["cpu"] for c in tried)
             row["tokens"][1] += tokens

@@ -22,9 +22,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from run import numbers
+from run import numbers, series_of
 from runs import BUDGETS, EVEN, SECOND, STEPS, stages
-from series import HERE, Series, digest, machine, refuse, without_depth
+from series import Series, digest, machine, refuse, without_depth
 
 from nemo_elastic.checkpoint.manifest import load_manifest
 from nemo_elastic.files import write_json
@@ -33,7 +33,7 @@ from nemo_elastic.processes.runlog import RunLog
 
 FAMILY = "race-family"
 WANTED = {"b90": 0.9, "b70": 0.7, "b60": 0.6}
-TOUCHES = {"b90": (10, 40), "b70": (10, 40), "b60": (10, 40)}
+TOUCHES = (10, 40)  # steps
 RATE, WARMUP = 3e-4, 4  # of a touch: the weights are trained
 WEIGHTS = {"full": 0.4, "b90": 0.25, "b70": 0.2, "b60": 0.15}  # of the second stage
 GROWN = tuple(round(n * (len(WANTED) + 1) / len(BUDGETS)) for n in STEPS)
@@ -69,21 +69,24 @@ def of_seed(series: Series, seed: int, jobs: int) -> None:
             f"train.val_every_steps={steps}",
         ])  # fmt: skip
 
+    def many(name: str, steps: int) -> bool:
+        return not series.quick or (name == "b60" and steps == TOUCHES[0])
+
     def family() -> list[Mapping[str, Any]]:
         return trained(series, series.out / "work" / f"between-{seed}", seed, [
             f"elastic.budgets={json.dumps({'full': 1.0, **WANTED})}",
             *(f"elastic.subnets.{name}={subnet}" for name, subnet in forced.items()),
-            f"train.stages={json.dumps(stages(*GROWN, WEIGHTS))}",
+            f"train.stages={json.dumps(stages(2, 2, WEIGHTS) if series.quick else stages(*GROWN, WEIGHTS))}",
         ])  # fmt: skip
 
     with ThreadPoolExecutor(jobs) as pool:
         whole = pool.submit(family)
-        touches = {(n, steps): pool.submit(touched, n, steps) for n, each in TOUCHES.items() for steps in each}
+        touches = {(n, steps): pool.submit(touched, n, steps) for n in WANTED for steps in TOUCHES if many(n, steps)}
         last = whole.result()[-1]
         runs = {key: future.result() for key, future in touches.items()}
     rows = {}
-    for name, plan in plans.items():
-        mine = {steps: found for (n, steps), found in runs.items() if n == name}
+    for name in dict.fromkeys(name for name, _ in runs):
+        mine, plan = {steps: found for (n, steps), found in runs.items() if n == name}, plans[name]
         rows[name] = {
             "fraction": WANTED[name],
             "subnet": plan["subnet"],
@@ -105,10 +108,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of `run.py`, with its parents")
     parser.add_argument("--seeds", type=numbers, default=list(SECOND), help="comma separated, of the second parent's")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
+    parser.add_argument("--quick", action="store_true", help="two steps of each run: that it runs")
     args = parser.parse_args()
     if unknown := [seed for seed in args.seeds if seed not in SECOND]:
         parser.error(f"--seeds {','.join(map(str, unknown))}: must be of {', '.join(map(str, SECOND))}")
-    series = Series(args.out.resolve(), HERE / "results", False)
+    series = series_of(args.out, args.quick)
     for seed in args.seeds:
         of_seed(series, seed, args.jobs)
 

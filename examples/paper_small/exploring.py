@@ -17,22 +17,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from run import numbers
+from run import numbers, series_of
 from runs import CHILDREN, EVEN, FOUR, FOUR_CHILDREN, SECOND, THERE, parent_of, stages
-from series import HERE, Series, config_of, depth_ranking, digest, machine, without_depth
+from series import Series, config_of, depth_ranking, digest, machine, without_depth
 
 from nemo_elastic.config import load_config
 from nemo_elastic.cost.budget import BudgetCost
 from nemo_elastic.cost.counts import parameters
 from nemo_elastic.family import Configured, family_of
-from nemo_elastic.files import write_json
+from nemo_elastic.files import read_json, write_json
 from nemo_elastic.processes.runlog import RunLog
 from nemo_elastic.shapes.damage import Damage, read_scores
 from nemo_elastic.space.choices import choice_shapes, subnet_of
@@ -44,11 +46,14 @@ STEPS = 24  # a tenth of the family's
 WARMUP = 4
 
 
-def shapes_near(series: Series, seed: int) -> dict[str, list[dict[str, Any]]]:
-    """Per budget every shape near it, with its estimated damage and its loss before training; the least loss first."""
+def shapes_near(series: Series, seed: int) -> dict[str, Any]:
+    """Per budget every shape near it, with its estimated damage and its loss before training; the least loss first.
+
+    And the CPU seconds that measuring one took, the model's start included.
+    """
     file = series.out / "bases" / f"measured-{parent_of(seed)}.json"
     if file.is_file():
-        return json.loads(file.read_text(encoding="utf-8"))
+        return read_json(file)
     base = series.prepared("parent", seed)
     resolved = load_config(config_of(seed), series.configured("parent", seed, FOUR))
     family = family_of(resolved.config, depth_ranking(base))
@@ -70,13 +75,16 @@ def shapes_near(series: Series, seed: int) -> dict[str, list[dict[str, Any]]]:
         found[budget.name] = rows
     from nemo_elastic.nemo.api.scores import heldout_losses  # Megatron
 
-    losses = heldout_losses(Configured(resolved), base, every)
+    few = 2 if series.quick else len(every)
+    begin = time.process_time()
+    losses = heldout_losses(Configured(resolved), base, dict(list(every.items())[:few]))
+    spent = time.process_time() - begin
     for name, rows in found.items():
         for number, row in enumerate(rows):
-            row["before"] = losses[f"{name}/{number}"]
+            row["before"] = losses.get(f"{name}/{number}", math.inf)
         rows.sort(key=lambda row: row["before"])
-    write_json(file, found)
-    return found
+    write_json(file, {"cpu_of_each": round(spent / few, 3), "budgets": found})
+    return read_json(file)
 
 
 def distilled(series: Series, budget: str, seed: int, number: int, row: dict[str, Any]) -> dict[str, Any]:
@@ -88,8 +96,9 @@ def distilled(series: Series, budget: str, seed: int, number: int, row: dict[str
     words = [*series.common(series.weights("parent", seed)), f"train.seed={seed}", EVEN]
     words += [f"elastic.budgets={json.dumps({budget: FOUR[budget]})}"]
     words += [f"elastic.subnets.{budget}={json.dumps(without_depth(row['subnet']))}"]
-    words += [f"train.stages={json.dumps(stages(STEPS, 0))}", f"train.optimizer.warmup_steps={WARMUP}"]
-    series.verb("train", folder, seed, [*words, f"train.val_every_steps={STEPS}"])
+    steps = 2 if series.quick else STEPS
+    words += [f"train.stages={json.dumps(stages(steps, 0))}", f"train.optimizer.warmup_steps={WARMUP}"]
+    series.verb("train", folder, seed, [*words, f"train.val_every_steps={steps}"])
     logs = RunLog(folder / "logs")
     last = logs.read("validation")[-1]
     spent = {"tokens": last["tokens"][budget], "cpu": round(sum(r["cpu_seconds"] for r in logs.read("train")), 2)}
@@ -102,15 +111,17 @@ def explore(series: Series, budget: str, seed: int, jobs: int) -> None:
     file = series.results / "exploring" / f"{budget}-{seed}.json"
     if file.is_file():
         return
-    near = shapes_near(series, seed)[budget]
-    picked = [{**row, "spare": False} for row in near[:KEPT]]
-    if seed in THERE and budget in CHILDREN:
+    measured = shapes_near(series, seed)
+    near = measured["budgets"][budget]
+    picked = [{**row, "spare": False} for row in near[: 1 if series.quick else KEPT]]
+    if seed in THERE and budget in CHILDREN and not series.quick:
         rest = near[KEPT:]
         picked += [{**rest[round(i * (len(rest) - 1) / (SPARE - 1))], "spare": True} for i in range(SPARE)]
     with ThreadPoolExecutor(jobs) as pool:
         rows = list(pool.map(lambda at: distilled(series, budget, seed, *at), enumerate(picked)))
     best = min((row for row in rows if not row["spare"]), key=lambda row: row["after"])
-    facts = {"parent_sha256": digest(series.weights("parent", seed)), "machine": machine(), "near": len(near)}
+    facts = {"parent_sha256": digest(series.weights("parent", seed)), "machine": machine()}
+    facts |= {"near": len(near), "measuring_cpu": round(measured["cpu_of_each"] * len(near), 2)}
     write_json(file, {"budget": budget, "seed": seed, **facts, "best": best["subnet"], "candidates": rows})
     print(f"{file.name}: {[round(row['after'], 4) for row in rows]}", file=sys.stderr, flush=True)
 
@@ -122,12 +133,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=numbers, default=list(SECOND), help="comma separated, of the second parent's")
     parser.add_argument("--budgets", default=",".join(FOUR_CHILDREN), help="comma separated")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
+    parser.add_argument("--quick", action="store_true", help="two steps of one candidate: that it runs")
     args = parser.parse_args()
     if unknown := [seed for seed in args.seeds if seed not in SECOND]:
         parser.error(f"--seeds {','.join(map(str, unknown))}: must be of {', '.join(map(str, SECOND))}")
     if unknown := [name for name in args.budgets.split(",") if name not in FOUR_CHILDREN]:
         parser.error(f"--budgets {','.join(unknown)}: must be of {', '.join(FOUR_CHILDREN)}")
-    series = Series(args.out.resolve(), HERE / "results", False)
+    series = series_of(args.out, args.quick)
     for seed in args.seeds:
         for budget in args.budgets.split(","):
             explore(series, budget, seed, args.jobs)

@@ -149,6 +149,12 @@ def make(series: Series, missing: list[tuple[Run, int]], known: Mapping[int, str
         series.prepared(run.base, seed)
 
 
+def series_of(out: Path, quick: bool, results: Path | None = None) -> Series:
+    """The series in a folder; a quick parent is no parent for the rest, so a quick one has a folder of its own."""
+    out = out.resolve() / "quick" if quick else out.resolve()
+    return Series(out, results or (out / "results" if quick else RESULTS), quick)
+
+
 def main() -> None:
     """Everything that is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -160,8 +166,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
     parser.add_argument("--quick", action="store_true", help="two steps a stage: that it runs, not what it shows")
     args = parser.parse_args()
-    out = args.out.resolve() / "quick" if args.quick else args.out.resolve()  # a quick parent is no parent for the rest
-    series = Series(out, args.results or (out / "results" if args.quick else RESULTS), args.quick)
+    series = series_of(args.out, args.quick, args.results)
     if args.jobs < 1:
         parser.error(f"--jobs {args.jobs} must be at least 1")
     missing = [(run, seed) for run, seed in selected(args, parser) if not series.file(run.name, seed).is_file()]
@@ -169,7 +174,7 @@ def main() -> None:
         prepare(series, missing)
         all_runs(series, missing, args.jobs)
     if not args.quick and not args.only:
-        docs = ["--docs", str(out / "docs")] if args.results else []
+        docs = ["--docs", str(series.out / "docs")] if args.results else []
         series.command("results", "--results", str(series.results), *docs)
 
 

@@ -139,6 +139,10 @@ def steps_of(budget: str, family: Mapping[str, float], steps: tuple[int, int], w
     return round(steps[0] / len(family)), round(steps[1] * weights[budget])
 
 
+GROWN = tuple(round(n * len(FOUR) / len(BUDGETS)) for n in STEPS)  # of the family of four children
+FOUR_STEPS = {name: steps_of(name, FOUR, GROWN, FOUR_WEIGHTS) for name in FOUR_CHILDREN}
+
+
 def compared(
     group: str, prefix: str, steps: tuple[int, int], what: str, seeds: Mapping[str, Seeds], shapes: str | None = None
 ) -> Iterator[Run]:
@@ -222,11 +226,15 @@ def raced() -> Iterator[Run]:
 
 
 def explored() -> Iterator[Run]:
-    """Children one by one with the best of the shapes that `exploring.py` has distilled shortly."""
-    for name in CHILDREN:
-        given = {"group": "explored", "budgets": {name: BUDGETS[name]}, "words": (EVEN,), "shapes_of": "explored"}
+    """Children one by one with the best of the shapes that `exploring.py` has distilled shortly.
+
+    Not done where that is greedy search's: the runs with that shape are the same runs.
+    """
+    for name in FOUR_CHILDREN:
+        given = {"group": "explored", "budgets": {name: FOUR[name]}, "words": (EVEN,), "shapes_of": "explored"}
+        steps = steps_of(name, BUDGETS, STEPS, WEIGHTS) if name in CHILDREN else FOUR_STEPS[name]
         yield Run(name=f"explored-alone-{name}", what=f"`{name}` alone, explored, the family's tokens for it",
-                  stages=stages(*steps_of(name, BUDGETS, STEPS, WEIGHTS)), seeds=SECOND, **given)  # fmt: skip
+                  stages=stages(*steps), seeds=SECOND, **given)  # fmt: skip
         yield Run(name=f"explored-whole-{name}", what=f"`{name}` alone, explored, all of the family's steps",
                   stages=stages(*STEPS), seeds=SECOND, **given)  # fmt: skip
 
@@ -238,15 +246,14 @@ def longer() -> Iterator[Run]:
 
 def family_of_four() -> Iterator[Run]:
     """Four children, each with the tokens that the children of two have; and those alone that two do not have."""
-    grown = tuple(round(n * len(FOUR) / len(BUDGETS)) for n in STEPS)
     given = {"group": "four", "words": (EVEN,), "shapes_of": "greedy", "seeds": SECOND}
     yield Run(name="four-family", what="family of four children, shapes by greedy search", budgets=FOUR,
-              stages=stages(*grown, FOUR_WEIGHTS), **given)  # fmt: skip
+              stages=stages(*GROWN, FOUR_WEIGHTS), **given)  # fmt: skip
     for name in FOUR_CHILDREN:
         if name not in CHILDREN:
             alone = {**given, "budgets": {name: FOUR[name]}}
             yield Run(name=f"greedy-alone-{name}", what=f"`{name}` alone, the family's tokens for it",
-                      stages=stages(*steps_of(name, FOUR, grown, FOUR_WEIGHTS)), **alone)  # fmt: skip
+                      stages=stages(*FOUR_STEPS[name]), **alone)  # fmt: skip
             yield Run(name=f"greedy-whole-{name}", what=f"`{name}` alone, the steps of the family of two",
                       stages=stages(*STEPS), **alone)  # fmt: skip
 

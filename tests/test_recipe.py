@@ -77,3 +77,16 @@ def test_no_other_name_and_no_other_fault_is_hidden(capsys, tmp_path: Path) -> N
     file.write_text(yaml.safe_dump({"base": ["tiny_parent.yaml"], "elastic": {"budgets": {"full": 1.0, "odd": "x"}}}))
     assert main(["plan", "--config", str(file), RECIPE]) == 2
     assert "elastic.budgets.odd" in capsys.readouterr().out
+
+
+def test_a_budget_of_a_file_below_can_be_left_out(tmp_path: Path) -> None:
+    """As for a child that is mended alone: the others are null."""
+    file = tmp_path / "alone.yaml"
+    stages = [{"steps": 4}]
+    subnet = {"half": {"hidden_size": 96}, "small": None}
+    given = {"elastic": {"budgets": {"large": None, "small": None, "half": 0.5}, "subnets": subnet}}
+    file.write_text(yaml.safe_dump({"base": ["tiny_parent.yaml"], **given, "train": {"stages": stages}}))
+    found = load_config(file, ["elastic.budgets.full=null"])
+    assert dict(found.config.elastic.budgets) == {"half": 0.5} and list(found.config.elastic.subnets) == ["half"]
+    assert not [key for key in found.origins if key.endswith((".large", ".full", "subnets.small"))]
+    assert load_values(found.values) == found.config

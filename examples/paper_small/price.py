@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from readings import Result, Results, finished_to, ratio, spread
@@ -30,7 +30,7 @@ def one_by_one(results: Results, family: str, children: Sequence[str]) -> list[d
     for seed in results.seeds(family):
         if not all((child, seed) in found for child in children):
             continue
-        row: dict[str, Any] = {"seed": seed, "reached": True, "tokens": [0.0, 0.0], "cpu": [0.0, 0.0]}
+        row: dict[str, Any] = {"seed": seed, "reached": True, "tokens": [0.0, 0.0], "cpu": [0.0, 0.0], "measuring": 0.0}
         for child in children:
             one = found[child, seed]
             tried = [c for c in one["candidates"] if not c["spare"]]
@@ -42,6 +42,7 @@ def one_by_one(results: Results, family: str, children: Sequence[str]) -> list[d
             row["reached"] &= needed is not None
             tokens = max(ends)[0] if needed is None else needed
             end = max((run["curve"][-1] for run in pair), key=lambda point: point["cpu"])
+            row["measuring"] += one["measuring_cpu"]
             row["tokens"][0] += sum(c["tokens"] for c in tried)
             row["cpu"][0] += sum(c["cpu"] for c in tried)
             row["tokens"][1] += tokens
@@ -61,17 +62,27 @@ def price(results: Results) -> list[dict[str, str]]:
         found = one_by_one(results, family, children)
         if not found:
             continue
-        row = {"children": str(len(children)), "seeds": ", ".join(str(one["seed"]) for one in found)}
+        row = {"measuring_cpu": spread([one["measuring"] for one in found], ".0f")}
+        row |= {"children": str(len(children)), "seeds": ", ".join(str(one["seed"]) for one in found)}
         for what, scale, form in (("tokens", 1000, ".0f"), ("cpu", 1, ".0f")):
             for number, part in enumerate(("exploring", "distilling")):
                 row[f"{part}_{what}"] = spread([one[what][number] / scale for one in found], form)
             row[f"family_{what}"] = spread([one["family"][what] / scale for one in found], form)
-            both = [(sum(one[what]) / one["family"][what], one["reached"]) for one in found]
+            extra = [one["measuring"] if what == "cpu" else 0.0 for one in found]
+            both = [
+                ((sum(o[what]) + more) / o["family"][what], o["reached"]) for o, more in zip(found, extra, strict=True)
+            ]
             row[f"ratio_{what}"] = ratio([n for n, met in both if met], [n for n, met in both if not met], ".2f")
             alone = [(one[what][1] / one["family"][what], one["reached"]) for one in found]
             row[f"given_{what}"] = ratio([n for n, met in alone if met], [n for n, met in alone if not met], ".2f")
         rows.append(row)
     return rows
+
+
+def race_measuring(parents: Iterable[Results], candidates: int, times: int = 4) -> str:
+    """CPU seconds that a race of so many candidates for two budgets takes at most to measure them."""
+    each = [one["measuring_cpu"] / one["near"] for results in parents for one in results.explored.values()]
+    return f"{candidates * times * max(each, default=0.0):.0f}"
 
 
 def predicted(results: Results) -> list[dict[str, str]]:

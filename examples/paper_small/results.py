@@ -11,8 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from between import GROWN
 from claims import KINDS, claims, found_shapes
+from exploring import KEPT
+from exploring import STEPS as EXPLORE_STEPS
 from figures import write as write_figures
+from price import predicted, price, race_measuring, touched
 from readings import NONE, Results
 from runs import BUDGETS, CHILDREN, FOUR_CHILDREN, PARENTS, RUNS, SCRATCH_STEPS, STEPS
 from tables import (
@@ -59,6 +63,9 @@ def page(parents: Mapping[int, Results], figures: list[str]) -> str:
         four_steps=sum(stage["steps"] for stage in RUNS["four-family"].stages),
         stages=STEPS,
         scratch_steps=SCRATCH_STEPS,
+        explore_steps=EXPLORE_STEPS,
+        race_measuring=race_measuring(parents.values(), KEPT),
+        between_steps=sum(GROWN),
         verdict=lambda *which: verdict((r for n, r in parents.items() if PARENTS[n].hybrid), *which),
         claims=claims(parents),
         kinds=KINDS,
@@ -124,6 +131,9 @@ TABLES: dict[str, Callable[[Results], list[dict[str, str]]]] = {
         for row in best_rows(results, name, "greedy-")
     ],
     "raced": raced,
+    "price": price,
+    "predicted": predicted,
+    "touched": touched,
     "four": four_children,
     "best": lambda results: best_rows(results, "best-family"),
     "small_first": lambda results: best_rows(results, "best-small-first"),

@@ -76,6 +76,8 @@ WAYS = (  # family, prefix of its children alone, whether a child in it has the 
     ("shapes-own", "", True),
     ("greedy-family", "greedy-", True),
     ("race-family", "greedy-", True),
+    ("race-lr-7", "greedy-", True),
+    ("race-lr-5", "greedy-", True),
     ("long-family", "long-", True),
     ("greedy-long-family", "greedy-long-", True),
     ("best-family", "", False),

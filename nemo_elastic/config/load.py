@@ -34,6 +34,7 @@ PATHS = frozenset(
         "report.profile", "report.latency_table",
     )
 )  # fmt: skip
+NULLABLE = frozenset(("budgets", "subnets"))  # of `elastic`: names that a file gives, which another may leave out
 CONF_DIRECTORY = Path(__file__).resolve().parent.parent / "conf"
 
 
@@ -69,7 +70,7 @@ def load_config(
     except (OmegaConfBaseException, RecursionError) as error:
         raise ProblemsError([Problem(str(path), f"cannot be resolved: {_first_line(error)}")]) from error
     problems: list[Problem] = []
-    values = _with_profile(_at_home(values), problems)
+    values = _without_nulls(_with_profile(_at_home(values), problems), origins)
     if base is None:
         values = _with_parent(values, origins, problems)
     config = build(RunConfig, values, "", problems)
@@ -92,6 +93,21 @@ def _at_home(values: Any, key: str = "") -> Any:
     if isinstance(values, list):
         return [_at_home(value, key) for value in values]
     return os.path.expanduser(values) if isinstance(values, str) and key in PATHS else values
+
+
+def _without_nulls(values: dict[str, Any], origins: dict[str, str]) -> dict[str, Any]:
+    """Budgets and subnets that are null are none: so a file, or the command line, leaves out what it builds on has."""
+    elastic = values.get("elastic")
+    if not isinstance(elastic, Mapping):
+        return values
+    kept = dict(elastic)
+    for name in NULLABLE & elastic.keys():
+        if isinstance(elastic[name], Mapping):
+            gone = [key for key, value in elastic[name].items() if value is None]
+            kept[name] = {key: value for key, value in elastic[name].items() if key not in gone}
+            for key in gone:
+                origins.pop(f"elastic.{name}.{key}", None)
+    return {**values, "elastic": kept}
 
 
 def _with_profile(values: dict[str, Any], problems: list[Problem]) -> dict[str, Any]:

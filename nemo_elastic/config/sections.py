@@ -45,7 +45,9 @@ class ElasticConfig:
     depth_unit: str | None = None  # layer or block (a mixer and its MLP); empty: as the parent's files say, else layer
     ffn_groups: int = 8  # groups that FFN neurons are dealt to; every TP size must divide it
     expert_groups: int | None = None  # groups of experts; every EP size must divide it; empty: as many as ffn_groups
-    budgets: Mapping[str, Any] = field(default_factory=dict)  # name -> fraction, parameters, or {kind:, value:}
+    budgets: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # name -> fraction, parameters, or {kind:, value:}; null: not this one
     subnets: Mapping[str, Any] = field(default_factory=dict)  # name -> forced sizes: that budget is not learned
 
     @property

@@ -47,7 +47,7 @@ class ElasticConfig:
     expert_groups: int | None = None  # groups of experts; every EP size must divide it; empty: as many as ffn_groups
     budgets: Mapping[str, Any] = field(
         default_factory=dict
-    )  # name -> fraction, parameters, or {kind:, value:}; null: not this one
+    )  # name -> fraction, parameters, or {kind:, value:}; null: none
     subnets: Mapping[str, Any] = field(default_factory=dict)  # name -> forced sizes: that budget is not learned
 
     @property

@@ -137,7 +137,7 @@ Seconds of a step of 49,152 tokens, full recomputation, micro-batches of 1. 62 l
 
 {table(titles, rows)}
 The last stage has the output layer, and the other one waits for it; the bubble is one micro-batch of the slowest stage,
-the dearer the fewer micro-batches a replica has.
+which costs more the fewer micro-batches a replica has.
 """
 
 
@@ -167,7 +167,7 @@ product and result exchanged. What the space allows: beyond TP x CP = 8 ranks wo
 
 {table(titles, rows)}
 A group inside a node has NVLink, one that leaves it (TP x CP above {gpu.node_gpus}) the network.
-Context parallelism alone costs time; it brings something where it spares recomputation or tensor parallelism:
+Context parallelism alone costs time; it helps where it saves recomputation or tensor parallelism:
 
 {table(more, best)}"""
 

@@ -20,15 +20,15 @@ CONF = sorted((ROOT / "conf").glob("**/*.yaml"))
 # What means something of its own in this project: an entry of concepts.md wherever a page says it.
 HOUSE = """active parameters, alone, before training, block, budget, candidate, canonical name, census, child,
     choice, curriculum, damage, dim, even shrink, extracted, family, forced, full member, gate, greedy search,
-    group, hard, kind, layout, manifest, masked, member, nested, OUT, parameter table, parent, pinned, plan,
-    price, race, ranking, recipe, repair, router, score, settling, shape, shim, shipped parent, sliced, soft,
-    sorted parent, space, stock, subnet, unit, wide search, width, window"""
+    group, hard, kind, layout, manifest, masked, member, nat, nested, OUT, parameter table, parent, pinned,
+    plan, price, race, ranking, recipe, repair, router, score, settling, shape, shim, shipped parent, sliced,
+    soft, sorted parent, space, stock, subnet, unit, wide search, width, window"""
 # What one page explains, and another one that says it links to that page.
 LOCAL = {
     r"wings?": "architecture.md",
     r"the kit|GPU kit": "gpu.md",
     r"gentle": "results.md",
-    r"compact (?:copy|copies|switch)": "serving.md",
+    r"[Cc]ompact (?:copy|copies|switch)": "serving.md",
 }
 # Words that stood for what a standard word says, and that word.
 REPLACED = {

@@ -29,7 +29,8 @@ Made from the files in `benchmarks/gpu/results/` by `python benchmarks/gpu/pages
 The predictions were written down before anything ran: from other people's figures for the kernels, from counts of
 bytes and FLOPs, and from what the same code does on a CPU. A wrong number fails its check; a time that is not as
 predicted is marked so. A result never counts where a version in plain torch ran in place of a kernel. A *wait* is a
-synchronisation of CPU and GPU. Words: [concepts.md](concepts.md).
+synchronisation of CPU and GPU, a *ceiling* the best that was measured. Words: [concepts.md](concepts.md); of serving:
+[serving.md](serving.md).
 
 ```
 python benchmarks/gpu/build.py                       # on a machine with pip, once: .gpu_kit/, 21 MB in 10 minutes

@@ -26,6 +26,7 @@ CLI_HEAD = """# Command line
 Made from the argument parser by `python scripts/reference.py`; do not edit. A positional word with `=` in it is an
 override of the configuration ([config.md](config.md)), any other is a folder; one with `=` in its name is written
 `./lr=0.1/nested`. `~` is your folder in every path. JSON and answers go to stdout, progress and logs to stderr.
+Words: [concepts.md](concepts.md).
 
 | exit code | means |
 |---|---|
@@ -49,6 +50,7 @@ A configuration is YAML under the keys below; every key is a dotted override on 
 (`train.micro_batch_size=2`, `'train.stages=[{steps: 100}]'`, values in YAML). Origins, weakest first: the defaults
 here, the files named under `base:` (beside the file, else of the shipped `conf/`), the file itself, the command line.
 `nemo-elastic config` shows which one set each value. An unknown key is an error that names the nearest known one.
+Words: [concepts.md](concepts.md); the router's are explained in [router.md](router.md).
 """
 MODEL_WORDS = """NeMo `SSMConfig` field names verbatim, and `vocab_size` (rows of the embedding). Required: {required};
 and of every kind of layer in the pattern its sizes: {of_kinds}.

@@ -42,7 +42,7 @@ HEAD = """# On paper: 8, 64 and 512 GPUs
 Made by `python scripts/scale.py`, by the arithmetic of [plan.md](plan.md#what-fits-and-how-fast) and the defaults of
 `report.gpu`; do not edit. The Nemotron Nano 12B v2 family (12B, 9B, 6B), {tokens:.0f} B tokens:
 {stages}. **Nothing here has been measured on a GPU.**
-TP, PP, CP, EP, DP: tensor, pipeline, context, expert, data parallel; `full`, `selective`: what is recomputed. The last
+TP, PP, CP, EP, DP and other words: [concepts.md](concepts.md); `full`, `selective`: what is recomputed. The last
 section is of the 30B family with experts.
 """
 
@@ -103,7 +103,7 @@ def fits(work: Work, fastest: Mapping[int, Row], title: str) -> str:
                      f"{share['bubble'] + share['hand_over']:.1%}", f"{rest:.1%}"))  # fmt: skip
     largest = {max(found, key=found.get) for found in (shares(work, row) for row in fastest.values())}
     most = " and ".join(sorted(WORDS[part] for part in largest))
-    titles = ("GPUs", "fastest layout", "GB a GPU", "days", f"of {least} GPUs' pace", "MFU",
+    titles = ("GPUs", "fastest layout", "GB a GPU", "days", f"speed of a GPU, of that at {least}", "MFU",
               *(k.replace("_", " ").replace("product", "products") for k in parts), "pipeline",
               "gradients, optimizer")  # fmt: skip
     return f"""{title}
@@ -130,14 +130,14 @@ def pipeline(work: Work) -> str:
                          f"{b['step_seconds']:.2f}", f"{bubble:.2f}", f"{uneven:.2f}", f"{handed:.2f}",
                          f"{b['step_seconds'] / a['step_seconds'] - 1:+.1%}"))  # fmt: skip
     titles = ("GPUs", "TP", "micro-batches at PP 2", "GB at PP 1, 2", "s at PP 1", "s at PP 2", "bubble",
-              "unequal stages", "hand over", "in all")  # fmt: skip
+              "unequal stages", "sent between stages", "in all")  # fmt: skip
     return f"""## What pipeline parallelism costs
 
 Seconds of a step of 49,152 tokens, full recomputation, micro-batches of 1. 62 layers are 2 x 31, so PP is 1 or 2 here.
 
 {table(titles, rows)}
 The last stage has the output layer, and the other one waits for it; the bubble is one micro-batch of the slowest stage,
-the dearer the fewer micro-batches a replica has.
+which costs more the fewer micro-batches a replica has.
 """
 
 
@@ -166,8 +166,8 @@ product and result exchanged. What the space allows: beyond TP x CP = 8 ranks wo
 15, 14 or 10 heads in a child two ranks cannot always halve.
 
 {table(titles, rows)}
-A group inside a node has NVLink, one that leaves it (TP x CP above {gpu.node_gpus}) the network. By itself it costs;
-it brings something where it spares recomputation or tensor parallelism:
+A group inside a node has NVLink, one that leaves it (TP x CP above {gpu.node_gpus}) the network.
+Context parallelism alone costs time; it helps where it saves recomputation or tensor parallelism:
 
 {table(more, best)}"""
 
@@ -189,7 +189,7 @@ def overlap(work: Work, fastest: Mapping[int, Row]) -> str:
     return f"""## What overlapped reduction would bring
 
 Once a step replicas sum gradients and gather weights, and nothing runs beside it: `overlap_grad_reduce` and
-`overlap_param_gather` are refused. Hidden whole, they would save at most:
+`overlap_param_gather` are refused. Wholly overlapped, these would save at most:
 
 {table(titles, rows)}"""
 
@@ -206,7 +206,7 @@ def teacher(work: Work, fastest: Mapping[int, Row]) -> str:
         rows.append((n, name(row), f"{held / 1e9:.2f}", f"{held / 1e9 / row['memory_gb']:.0%}", f"{output / 1e9:.2f}",
                      f"{held / dp / 1e9:.2f}", f"{gathered / row['stages'][LONG]['step_seconds']:.1%}"))  # fmt: skip
     states = tokens_of(work) * 2 * work.family.architecture.hidden_size
-    titles = ("GPUs", "layout", "GB", "of the GPU", "GB with a cache", "GB if dealt over replicas", "and time for it")
+    titles = ("GPUs", "layout", "GB", "of the GPU", "GB with a cache", "GB if sharded over replicas", "and time for it")
     return f"""## The teacher's storage
 
 The frozen parent in the dtype of training, bf16: 2 bytes a parameter of the pipeline stage's tensor-parallel shard,
@@ -219,8 +219,8 @@ beside 2 + 4 + 12/DP of what is trained. It has no gradient, no fp32 copy, no st
   {states / 1e15:.1f} PB here, so it is for short runs that are repeated.
 - **The full member as it stands** (`distill.teacher: self`) needs none of it, and is another teacher after the first
   step: [training.md](training.md) has what that costs.
-- **Dealing it over replicas**, gathered layer by layer for every micro-batch, would be exact, and is not done: the last
-  column is what its gathers would add to a step of 49,152 tokens if nothing ran beside them.
+- **Sharding it over replicas**, gathered layer by layer for every micro-batch, would be exact, and is not done: the
+  last column is what its gathers would add to a step of 49,152 tokens if nothing ran beside them.
 """
 
 

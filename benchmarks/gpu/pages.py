@@ -28,7 +28,9 @@ Made from the files in `benchmarks/gpu/results/` by `python benchmarks/gpu/pages
 
 The predictions were written down before anything ran: from other people's figures for the kernels, from counts of
 bytes and FLOPs, and from what the same code does on a CPU. A wrong number fails its check; a time that is not as
-predicted is said so. A line in which a twin in plain torch stood in for a kernel never counts.
+predicted is marked so. A result never counts where a version in plain torch ran in place of a kernel. A *wait* is a
+synchronisation of CPU and GPU, a *ceiling* the best that was measured. Words: [concepts.md](concepts.md); of serving:
+[serving.md](serving.md).
 
 ```
 python benchmarks/gpu/build.py                       # on a machine with pip, once: .gpu_kit/, 21 MB in 10 minutes
@@ -38,11 +40,12 @@ python benchmarks/gpu/checks.py scan_triton          # one check
 python benchmarks/gpu/pages.py                       # this page and README's table
 ```
 
-The kit is for a machine with Python 3.12, torch 2.11.0 for CUDA 13.0, transformers and pytest: it brings
-Megatron-core and NeMo, mamba-ssm's Triton kernels and causal-conv1d, compiled for sm_90, fp32 and bf16, width 4.
-Transformer Engine is not in it: there stage 8 says so, and runs on a machine that has it, such as an NGC container. On
-any other machine `run.sh` takes what is installed. A stage has a time limit and none stops the others;
-`MAMBA_DETERMINISTIC=1` is set, which takes one autotune configuration a kernel instead of the best.
+The kit, what `build.py` packs into `.gpu_kit/`, is for a machine with Python 3.12, torch 2.11.0 for CUDA 13.0,
+transformers and pytest. It brings Megatron-core and NeMo, mamba-ssm's Triton kernels and causal-conv1d, compiled for
+sm_90 (H100, H200), fp32 and bf16, width 4. Transformer Engine is not in it: without it stage 8 says so, and runs on a
+machine that has it, such as an NGC container. On any other machine `run.sh` takes what is installed. A stage has a time
+limit and none stops the others; `MAMBA_DETERMINISTIC=1` is set, so that each kernel takes one autotune configuration
+instead of the best.
 """
 ROWS: tuple[
     tuple[str, str, Mapping[str, str], str], ...

@@ -30,7 +30,7 @@ exit code 2 when the plan has problems; it is printed all the same"""
 
 def add_parser(subparsers: Any) -> None:
     """Register the verb."""
-    help = "sizes, parameters, memory, FLOPs and legality of every budget, and what training will cost"
+    help = "sizes, parameters, memory, FLOPs and allowed parallel sizes of every budget, and what training will cost"
     parser = verb_parser(subparsers, "plan", run, help, ("--config", "--json", "--force", "--verbose"), epilog=EXAMPLES)
     parser.add_argument(
         "--train", action="store_true", help="show the resolved run: what is trained and frozen, steps, schedules"

@@ -41,7 +41,7 @@ class ElasticConfig:
     """What may vary, and the children that are wanted."""
 
     dims: Mapping[str, DimConfig] = field(default_factory=dict)  # dim name (TransformerConfig field) -> choices
-    multiple_of: Mapping[str, int] = field(default_factory=dict)  # dim -> what ratios round to, as kernels like
+    multiple_of: Mapping[str, int] = field(default_factory=dict)  # dim -> what ratios are rounded to, for fast kernels
     depth_unit: str | None = None  # layer or block (a mixer and its MLP); empty: as the parent's files say, else layer
     ffn_groups: int = 8  # groups that FFN neurons are dealt to; every TP size must divide it
     expert_groups: int | None = None  # groups of experts; every EP size must divide it; empty: as many as ffn_groups
@@ -90,7 +90,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RankConfig:
-    """Importance of widths and layers (METHOD section 3)."""
+    """Importance of widths and layers (docs/ranking.md)."""
 
     samples: int = 64
     seq_length: int = 256
@@ -99,7 +99,7 @@ class RankConfig:
     mamba_site: str = "out_proj_contribution"  # or out_proj_input, in_proj_x (the paper's)
     aggregation: str = "mean_l2"  # mean over the sequence, L2 over samples; or l2_l2, mean_mean
     depth: str = "greedy"  # or one_shot, cosine, random
-    depth_metric: str = "centred_mse"  # or mse (the paper's): squared error of the logits, less their mean or as it is
+    depth_metric: str = "centred_mse"  # squared error of logits less their mean; or mse (the paper's): as they are
     depth_samples: int = 32
     min_layers: int | None = None  # stop ranking here; empty: the smallest elastic.dims.num_layers choice
     protected_layers: tuple[int, ...] = ()  # never dropped
@@ -110,32 +110,32 @@ class RankConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RouterConfig:
-    """The learned choice of a subnet per budget (METHOD section 4)."""
+    """Where the shape of each budget comes from: a race, a router, a search (docs/router.md)."""
 
     hidden_size: int = 256
     init_std: float = 0.1
-    tau_start: float = 1.0
+    tau_start: float = 1.0  # temperature of the choices, from the start to the end of the soft phase
     tau_end: float = 0.05
-    scale_start: float = 1.0
+    scale_start: float = 1.0  # factor of the router's logits, likewise
     scale_end: float = 10.0
-    budget_lambda: float = 2.0  # quadratic pull of the expected cost to the target
-    dual_ascent_rate: float = 5.0  # growth of a budget's price over the soft phase, per unit of discrete cost error
+    budget_lambda: float = 2.0  # quadratic penalty of the expected cost's distance from its target
+    dual_ascent_rate: float = 5.0  # growth of a budget's price (multiplier) over the soft phase, per unit of cost error
     max_price: float = 50.0
     dead_zone: float = 0.0  # relative cost error below which the budget loss is zero
     tolerance: float = 0.01  # relative cost error that counts as met; what overshoots by more is repaired
     shortfall: float | None = None  # how far below its budget a learned choice may stay, relative; empty: tolerance
-    warmup_fraction: float = 0.2  # part of the run on fixed uniform subnets before the router moves
+    warmup_fraction: float = 0.2  # part of the run on fixed even subnets before the router moves
     soft_fraction: float = 0.3  # part of the run with soft masks, after the warm-up; then hard
     freeze_fraction: float = 0.4  # last part of the run, with the choices pinned: what is trained is what is extracted
     settle_fraction: float = 0.7  # last part of the soft phase, in which the router is led to a choice that fits
-    settle_weight: float = 3.0  # of that pull at the end of the soft phase; 0: none
+    settle_weight: float = 3.0  # weight of the loss that leads it, at the end of the soft phase; 0: none
     lr: float = 1e-2
     recipe: str = "default"  # of a learned one; or paper: lambda 1, no warm-up or settling, soft to the end
     frozen: bool = False  # nothing is learned, drawn or raced: one shape per budget from the first step to the last
     shapes: str = AUTO  # race, learned, search, greedy or even; auto: race, learned by recipe: paper, even when frozen
     candidates: int = 6  # shapes per budget that a search proposes to a race, at most
-    candidate_spread: float = 1.6  # estimated damage, over the least there is, up to which a shape is a candidate
-    race_spread: float = 1.2  # loss over the parent's before the first step, over the least such, up to which one races
+    candidate_spread: float = 1.6  # multiple of the least estimated damage up to which a shape is a candidate
+    race_spread: float = 1.2  # multiple of the least loss above the parent's, untrained, up to which one starts
     race_fraction: float = 0.3  # first part of the run, in which candidates share a budget's turns
     race_rounds: int = 3  # after each of them held-out loss halves the candidates; the last leaves one
 
@@ -182,7 +182,7 @@ class RouterConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:
-    """What the children learn from (METHOD section 5)."""
+    """What the children learn from (docs/training.md)."""
 
     loss: str = "forward_kl"  # or reverse_kl, topk_kl
     top_k: int = 128  # tokens of the teacher that topk_kl compares one by one; all others are one class

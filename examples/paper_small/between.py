@@ -64,7 +64,7 @@ def of_seed(series: Series, seed: int, jobs: int) -> None:
     def touched(name: str, steps: int) -> list[Mapping[str, Any]]:
         return trained(series, series.out / "work" / f"touch-{name}-{steps}-{seed}", seed, [
             f"elastic.budgets={json.dumps({name: WANTED[name]})}", f"elastic.subnets.{name}={forced[name]}",
-            f"train.start_from={nested}", f"train.stages={json.dumps(stages(steps, 0))}",
+            f"train.start_from={nested}", f"train.stages={json.dumps(stages(0, steps))}",
             f"train.optimizer={{lr: {RATE}, min_lr: 1.0e-5, warmup_steps: {WARMUP}}}",
             f"train.val_every_steps={steps}",
         ])  # fmt: skip

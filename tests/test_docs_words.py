@@ -46,7 +46,7 @@ KNOWN = set(
     README RMS SHA SIGINT SXM TB TFLOP TMPDIR UTF YAML CMU UIUC HH MM SS H200""".split()  # noqa: SIM905
 )
 VARIES = "concepts.md#how-much-numbers-vary"
-SHORT_RUNS = r"\b(?:160|240) steps\b|the quickstart's family|`make quickstart` made"
+SHORT_RUNS = r"\b(?:160|240) steps\b|the small reproduction|the quickstart's family|`make quickstart` made"
 
 
 def prose(path: Path) -> str:

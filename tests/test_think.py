@@ -101,7 +101,7 @@ def test_docs_say_what_the_file_gives() -> None:
     totals = (f"{(row['decoded'] + row['filled']) / 1e6:.1f}" for row in (switched, full))
     for words in (
         f"{many * full['solved']:.0f} of {many} problems against {many * pairs['small>small']['solved']:.0f}",
-        f"takes {1 - switched['decoded'] / full['decoded']:.0%} of the decoded FLOPs off".replace("%", " %"),
+        f"{1 - switched['decoded'] / full['decoded']:.0%} of the decoded FLOPs are saved".replace("%", " %"),
         "{} MFLOPs against {}".format(*totals),
         f"the {result['switch']['tokens']:,} tokens of the answers",
         f"moves by {moved['mean']:.0%} of the largest one".replace("%", " %"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -140,4 +141,14 @@ def _open(
     conversations = load_conversations(split, tokenizer, files, chat, cache_dir)
     if chat.layout == "packed":
         return PackedChat(conversations, seq_length, **how)
-    return PaddedChat(conversations, seq_length, pad_id=tokenizer.pad_id, **how)
+    padded = PaddedChat(conversations, seq_length, pad_id=tokenizer.pad_id, **how)
+    if padded.cut:
+        _say_cut(path, split, padded.cut, len(padded.starts), seq_length)
+    return padded
+
+
+@cache
+def _say_cut(path: str, split: str, cut: int, count: int, seq_length: int) -> None:
+    """Once in a process, however often its steps open the source."""
+    which = "to train on" if split == "train" else "held out"
+    logger.warning("%s: %d of %d conversations %s are cut at seq_length=%d", path, cut, count, which, seq_length)

@@ -184,3 +184,27 @@ def test_processes_started_by_nproc_answer_on_stdout(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 7
     assert done.stdout.endswith("-m nemo_elastic quickstart --nproc 4 --json a.b=1 4"), done.stderr
+
+
+def test_a_configuration_that_stands_alone_is_told_where_it_goes(capsys):
+    for verb in ("data", "train", "rank"):
+        assert main([verb, "mine.yaml"]) == 2
+        assert "a configuration is given as --config mine.yaml" in capsys.readouterr().err
+
+
+def test_nemo_does_not_warn_of_its_own_modules_unless_asked():
+    import logging
+
+    from nemo_elastic.cli.console import quiet_libraries
+
+    theirs = logging.getLogger("nemo_logger")
+    before = list(theirs.filters)
+    try:
+        quiet_libraries(verbose=True)
+        assert theirs.filters == before
+        quiet_libraries(verbose=False)
+        theirs.setLevel(logging.INFO)  # as NeMo does when it is imported
+        heard = [theirs.filter(logging.LogRecord("", level, "", 0, "", (), None)) for level in (30, 40)]
+        assert [bool(kept) for kept in heard] == [False, True]
+    finally:
+        theirs.filters[:] = before

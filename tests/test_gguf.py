@@ -164,6 +164,9 @@ def test_children_that_llama_cpp_cannot_say_are_refused(nested: Path, tmp_path: 
         check_gguf({**found.model, "activation_func": "gelu"}, found.space.architecture, found.subnet("small"))
     with pytest.raises(ProblemsError, match=r"position_embedding_type: 'rope' cannot be said in llama\.cpp"):
         check_gguf({**found.model, "position_embedding_type": "rope"}, found.space.architecture, found.subnet("small"))
+    qwen = load_config("qwen3_4b.yaml").config.model
+    with pytest.raises(ProblemsError, match=r"not of Qwen3's; extract with --format hf, and give .* own convert_hf_to"):
+        check_gguf(qwen, found.space.architecture, found.subnet("small"))
     with pytest.raises(ProblemsError, match="--dtype: float16 is for --format gguf"):
         extract(nested, "small", tmp_path / "child", dtype=torch.float16)
     large = random_weights()

@@ -29,7 +29,7 @@ async def cells():
     launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK")
     ranked = api.rank(config, "{folder}/by_steps", overrides=alike, progress=progress)
     found["layers"] = sorted(ranked.depth_ranking)
-    found["sorted"] = api.sort(config, "{folder}/by_steps", overrides=alike).is_dir()
+    found["sorted"] = api.sort(config, "{folder}/by_steps", overrides=alike, progress=progress).is_dir()
     first = api.train(config, "{folder}/by_steps", overrides=alike, progress=progress)
     found["environment"] = {{name: os.environ[name] for name in launcher if name in os.environ}}
     words = [*alike, "train.async_save=true", "data.num_workers=1"]
@@ -55,7 +55,7 @@ async def cells():
     except api.ProblemsError as error:
         found["again"] = str(error)
     found["heard"] = sorted({{name for name, _, _ in heard}})
-    found["ends"] = all((name, total, total) in heard for name, _, total in heard if name in ("train", "extract"))
+    found["ends"] = all((name, total, total) in heard for name, _, total in heard)
     return found
 
 shown, sys.stdout = sys.stdout, io.StringIO()
@@ -87,4 +87,6 @@ def test_every_step_in_one_process_from_stdin(tmp_path: Path) -> None:
     assert found["tokens"] == 4 and found["cut"] == ["0.7"] and found["report"]
     assert found["between"][0].startswith(("between ", "trained as ")) and abs(found["between"][1]) <= 0.02
     assert "by_steps" in found["again"] and "--resume" in found["again"]
-    assert found["heard"] == ["extract", "rank layers", "rank widths", "train", "verify"] and found["ends"]
+    assert (
+        found["heard"] == ["extract", "nest", "rank layers", "rank widths", "sort", "train", "verify"] and found["ends"]
+    )

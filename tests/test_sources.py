@@ -10,8 +10,11 @@ import torch
 pytest.importorskip("megatron.core")
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
+from nemo_elastic.config import load_config
 from nemo_elastic.config.sections import BlendSource, ChatConfig
+from nemo_elastic.data.conversations import load_conversations
 from nemo_elastic.data.indexed_text import open_indexed
+from nemo_elastic.data.of_run import check_text, text_tokenizer
 from nemo_elastic.data.sources import open_windows
 from nemo_elastic.data.tokenizer import BPETokenizer
 from nemo_elastic.nemo.plain.data import collate
@@ -45,6 +48,22 @@ def test_a_pair_is_one_stream_cut_at_a_document(tmp_path: Path, dtype: type) -> 
     assert text.cut in ends and 0.02 < 1 - text.cut / ends[-1] <= 0.03
     assert len(text.split("train")) + len(text.split("heldout")) == ends[-1]
     assert text.ends_with(0) and not text.ends_with(1)
+
+
+def test_a_parent_is_ranked_on_conversations_without_padding(tmp_path: Path) -> None:
+    from nemo_elastic.nemo.run.ranking import calibration
+
+    _, _, (chat, _) = mixed(tmp_path)
+    words = [f"data.blend=[{{path: {chat}}}]", f"data.cache_dir={tmp_path}/cache", "rank.seq_length=64"]
+    run = load_config("tiny_parent.yaml", words).config
+    assert run.data.chat.layout == "padded"  # what training reads
+    sample, _ = calibration(run)
+    every = load_conversations("train", text_tokenizer(run), [Path(chat)], run.data.chat, tmp_path / "cache").ids
+    whole = every.astype("<i8").tobytes()
+    for i in range(6):
+        found = sample(i).numpy()
+        assert len(found) == 64 and found.astype("<i8").tobytes() in whole
+    check_text(run, trains=False)
 
 
 def test_a_pair_of_one_document_is_cut_inside_it(tmp_path: Path) -> None:

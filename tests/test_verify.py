@@ -186,6 +186,25 @@ def test_another_child_is_bad_input(family: Path, tmp_path: Path) -> None:
             checks(family, format="hf", python=other)
 
 
+def test_the_loss_of_another_engine_counts_the_tokens_that_carry_loss() -> None:
+    from nemo_elastic.nemo.export.verify import _loss
+
+    generator = torch.Generator().manual_seed(2)
+    logits = [torch.randn(2, 5, 7, generator=generator) for _ in range(2)]
+    labels = [torch.randint(0, 7, (2, 5), generator=generator) for _ in range(2)]
+    masks = [torch.tensor([[0, 1, 1, 0, 0], [0, 0, 1, 0, 0]]), torch.tensor([[1, 0, 0, 0, 0], [0, 0, 0, 0, 0]])]
+    losses = [
+        -torch.log_softmax(values[row, place].double(), -1)[wanted[row, place]].item()
+        for values, wanted, mask in zip(logits, labels, masks, strict=True)
+        for row, place in mask.nonzero().tolist()
+    ]
+    masked = [(torch.zeros(2, 5), wanted, mask.float()) for wanted, mask in zip(labels, masks, strict=True)]
+    assert len(losses) == 4 and _loss(logits, masked) == pytest.approx(sum(losses) / 4, rel=1e-9)
+    plain = [(torch.zeros(2, 5), wanted) for wanted in labels]
+    whole = torch.stack([torch.log_softmax(v.double(), -1) for v in logits]).gather(-1, torch.stack(labels)[..., None])
+    assert _loss(logits, plain) == pytest.approx(-whole.mean().item(), rel=1e-9)
+
+
 def test_a_layer_that_computes_something_else_is_named() -> None:
     """Same tensors on paper, another function: found by hidden states."""
     from nemo_elastic.checkpoint.extract import child_architecture, child_tensors

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..config.model_fields import whole_model
+from ..config.parent_hf import adapter_of_model
 from ..huggingface import NEMOTRON_H, unsayable
 from ..huggingface.scan import EPSILON
 from ..kinds import dims, kind_of, kind_of_dim, kinds
@@ -47,6 +48,10 @@ def check_gguf(model: Mapping[str, Any], architecture: Architecture, subnet: Sub
     Raises:
         ProblemsError: naming everything that it cannot.
     """
+    if (family := adapter_of_model(model)) is not NEMOTRON_H:
+        words = f"gguf is written of NemotronH's models, not of {family.words}'s; extract with --format hf, and give "
+        words += "that folder to llama.cpp's own convert_hf_to_gguf.py (not tried here)"
+        raise ProblemsError([Problem("--format", words)])
     found = unsayable(NEMOTRON_H, whole_model(model), READER)
     activation = model.get("activation_func", "squared_relu")
     if activation != "squared_relu":

@@ -8,8 +8,9 @@ one entry of what a writer is given: it is read when its turn comes.
 executed, and a file that is exchanged meanwhile is not read.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -50,6 +51,22 @@ class LazyTensor:
         for extent in self.shape:
             size *= extent
         return size
+
+
+def told(tensors: Iterable[LazyTensor], heard: Callable[[int, int], None] | None) -> list[LazyTensor]:
+    """The same tensors; `heard` is told (how many were read, of how many) behind each, in the thread that reads it."""
+    every = list(tensors)
+    if heard is None:
+        return every
+    seen: set[str] = set()
+
+    def read(tensor: LazyTensor) -> Tensor:
+        value = tensor.read()
+        seen.add(tensor.name)
+        heard(len(seen), len(every))
+        return value
+
+    return [replace(tensor, read=partial(read, tensor)) for tensor in every]
 
 
 def lazy_tensors(reader: TensorReader, dtype: torch.dtype | None = None) -> Iterator[LazyTensor]:

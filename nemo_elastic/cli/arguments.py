@@ -72,6 +72,8 @@ def folders(arguments: argparse.Namespace, *names: str, optional: int = 0) -> li
         wanted = " ".join(names) or "none"
         words = f"{len(found)} given ({' '.join(found) or 'none'}), wanted: {wanted}; overrides are written key=value"
         words += rather_a_folder(overrides(arguments))
+        if files := [word for word in found if word.endswith((".yaml", ".yml"))]:
+            words += f"; a configuration is given as --config {files[0]}" if hasattr(arguments, "config") else ""
         raise ProblemsError([Problem("folders", words)])
     return found
 

@@ -17,7 +17,7 @@ NOISY = (
     "lightning",
     "lightning.pytorch",
     "nemo",
-    "nemo_logger",
+    "NeMo",
     "torch",
     "transformers",
     "nv_one_logger",
@@ -154,6 +154,12 @@ def quiet_libraries(verbose: bool) -> None:
     warnings.filterwarnings("ignore")
     for name in NOISY:
         logging.getLogger(name).setLevel(level)
+    # NeMo sets this one's level itself when it is imported, and then warns of modules of its own
+    logging.getLogger("nemo_logger").addFilter(_is_error)
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 BAR = 24  # characters of the longest bar
+SHOWN = 800  # characters of a span of a sample
 
 
 def data_tables(found: Mapping[str, Any]) -> list[Any]:
@@ -51,10 +52,11 @@ def _lengths(source: Mapping[str, Any]) -> list[Any]:
         bar = "█" * max(1, round(BAR * row["documents"] / most)) if row["documents"] else ""
         parts.append(f"  {row['from']:>9,} .. {row['to'] - 1:<9,} {bar:<{BAR}} {row['documents']:,}")
     for at in source["at"]:
+        of_all = f"of all {_count(source['documents'], source['whole'])}"  # held out ones too
         if "cut" in at:
-            words = f"{at['cut']:,} are cut, {at['left_out']:,} are left out (their loss begins behind it)"
+            words = f"{at['cut']:,} {of_all} are cut, {at['left_out']:,} are left out (their loss begins behind it)"
         else:
-            words = f"{at['longer']:,} are longer than a window"
+            words = f"{at['longer']:,} {of_all} are longer than a window"
         parts.append(f"  at seq_length {at['seq_length']:,}: {words}")
     if source.get("without_loss"):
         parts.append(f"  {source['without_loss']:,} have no assistant's token and are left out")
@@ -76,7 +78,16 @@ def _stages(stages: list[Mapping[str, Any]]) -> Table:
 
 def _sample(sample: Mapping[str, Any]) -> list[Any]:
     of = f" ({escape(sample['source'])})" if "source" in sample else ""
-    text = Text()
+    text, tokens = Text(), sum(span["tokens"] for span in sample["spans"])
     for span in sample["spans"]:
-        text.append(span["text"] if span["loss"] else f"⟨{span['text']}⟩", style="" if span["loss"] else "dim")
-    return [f"[bold]sample {sample['sample']}[/]{of}", text]
+        words = _shortened(span["text"])
+        text.append(words if span["loss"] else f"⟨{words}⟩", style="" if span["loss"] else "dim")
+    head = f"{tokens:,} tokens" + (f" and {sample['padding']:,} of padding" if sample["padding"] else "")
+    return [f"[bold]sample {sample['sample']}[/]{of}: {head}", text]
+
+
+def _shortened(text: str) -> str:
+    left_out = len(text) - SHOWN
+    if left_out <= 0:
+        return text
+    return f"{text[: SHOWN // 2]} [... {left_out:,} characters; --json has them ...] {text[-(SHOWN // 2) :]}"

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from .arguments import configuration, folders, run_folder, verb_parser
-from .console import quiet_libraries
+from .console import progress_bar, quiet_libraries
 
 EXAMPLES = """examples:
   nemo-elastic nest --config conf/tiny_parent.yaml --out runs/tiny
@@ -28,7 +28,9 @@ def run(arguments: argparse.Namespace) -> int:
     quiet_libraries(arguments.verbose)
     from ..nemo import api
 
-    nested = api.nest(resolved, out, checkpoint=given[0] if given else None, force=arguments.force)
+    checkpoint = given[0] if given else None
+    with progress_bar() as bar:
+        nested = api.nest(resolved, out, checkpoint=checkpoint, force=arguments.force, progress=bar.update)
     if arguments.json:
         arguments.answer.json({"nested": str(nested)})
     else:

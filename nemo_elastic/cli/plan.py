@@ -8,7 +8,7 @@ from typing import Any
 
 from ..problems import raise_if_any
 from .arguments import folders, is_override, overrides, rather_a_folder, verb_parser
-from .console import quiet_libraries
+from .console import progress_bar, quiet_libraries
 
 FLAGS_OF_PLAN = ("train", "gpus", "gpu_memory", "search", "ranking", "score", "budget", "output", "force")
 EXAMPLES = """examples:
@@ -94,4 +94,5 @@ def run(arguments: argparse.Namespace) -> int:
 def _heldout(*what: Any) -> Any:
     from ..nemo.api.scores import heldout_losses
 
-    return heldout_losses(*what)
+    with progress_bar() as bar:
+        return heldout_losses(*what, progress=bar.update)

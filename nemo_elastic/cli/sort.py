@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from .arguments import configuration, folders, run_folder, verb_parser
-from .console import quiet_libraries
+from .console import progress_bar, quiet_libraries
 
 EXAMPLES = """examples:
   nemo-elastic sort --config conf/tiny_parent.yaml
@@ -27,7 +27,9 @@ def run(arguments: argparse.Namespace) -> int:
     quiet_libraries(arguments.verbose)
     from ..nemo import api
 
-    folder = api.sort(resolved, run_folder(arguments, resolved.config.name), force=arguments.force)
+    out = run_folder(arguments, resolved.config.name)
+    with progress_bar() as bar:
+        folder = api.sort(resolved, out, force=arguments.force, progress=bar.update)
     if arguments.json:
         arguments.answer.json({"sorted": str(folder)})
     else:

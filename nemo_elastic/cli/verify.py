@@ -18,6 +18,8 @@ EXAMPLES = """examples:
   nemo-elastic verify --parent /models/mine --hf-python .venv-hf/bin/python      # before anything is trained
   nemo-elastic verify runs/tiny/nested --nproc 2 train.tensor_model_parallel_size=2"""
 
+READ = {"hf": "the first two micro-batches", "gguf": "the first row"}  # of what the other engine is asked for
+
 
 def add_parser(subparsers: Any) -> None:
     """Register the verb."""
@@ -74,10 +76,14 @@ def run(arguments: argparse.Namespace) -> int:
             if check.difference:
                 arguments.answer.write(f"{check.budget}: first difference: {check.difference}")
         arguments.answer.write(f"compared with {found.kernels}")
+        if part := READ.get(arguments.format):
+            arguments.answer.write(f"losses are of {part} of the held-out text, not of all of it as those of `train`")
         arguments.answer.write(f"{found.files_hashed} files of {nested}: SHA-256 as in the manifest")
         for pair in found.pairs:
-            words = "nested in" if pair.nested else "NOT nested in"
-            arguments.answer.write(f"{pair.smaller} is {words} {pair.larger}")
+            words = "is nested in" if pair.nested else "has units or layers that are not in"
+            arguments.answer.write(f"{pair.smaller} {words} {pair.larger}")
+        if not all(pair.nested for pair in found.pairs):
+            arguments.answer.write("(each budget's shape was chosen on its own; all are cut from the same weights)")
         arguments.answer.write("verification passed" if found.ok else "verification FAILED")
     return 0 if found.ok else 1
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from ..problems import Problem, ProblemsError
 from .arguments import folders, overrides
-from .console import quiet_libraries
+from .console import progress_bar, quiet_libraries
 
 
 def run_parent(arguments: argparse.Namespace) -> int:
@@ -19,7 +19,9 @@ def run_parent(arguments: argparse.Namespace) -> int:
     quiet_libraries(arguments.verbose)
     from ..nemo import api
 
-    check = api.verify_parent(arguments.parent, hf_python=arguments.hf_python, overrides=overrides(arguments))
+    python, words = arguments.hf_python, overrides(arguments)
+    with progress_bar() as bar:
+        check = api.verify_parent(arguments.parent, hf_python=python, overrides=words, progress=bar.update)
     if arguments.json:
         arguments.answer.json({"verified": check.ok, **asdict(check)})
     else:

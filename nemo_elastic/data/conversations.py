@@ -133,9 +133,7 @@ class PaddedChat:
         self.starts, self.per_epoch = starts, len(self.usable)
         if not self.per_epoch:
             raise ValueError(f"no conversation has an assistant's token within seq_length={seq_length}")
-        cut = int((found.ends - starts > seq_length + 1).sum())
-        if cut:
-            logger.warning("%d of %d conversations are cut at seq_length=%d", cut, len(starts), seq_length)
+        self.cut = int((found.ends - starts > seq_length + 1).sum())  # conversations that a sample does not hold whole
         self._epoch, self._order = -1, self.usable
 
     def sample(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

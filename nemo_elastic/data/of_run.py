@@ -10,7 +10,7 @@ from ..config.sections import RunConfig
 from ..config.special_tokens import row_problems
 from ..problems import Problem, ProblemsError, raise_if_any
 from .entries import entry_problems
-from .sources import open_windows
+from .sources import open_windows, without_padding
 from .tokenizer import DEFAULT_TOKENIZER, TOKENIZER_FILE, BPETokenizer
 
 
@@ -79,9 +79,11 @@ def check_text(run: RunConfig, *, trains: bool = True) -> None:
     raise_if_any([*entry_problems(run.data), *(row_problems(file, rows) if file.is_file() else ())])
     tokenizer = text_tokenizer(run)
     lengths = [stage.seq_length for stage in run.train.stages] if trains else []
-    data, heldout = run.data, [("heldout", length) for length in lengths[-1:]]
-    for split, length in dict.fromkeys([("train", run.rank.seq_length), *(("train", n) for n in lengths), *heldout]):
+    data = run.data
+    heldout = [("heldout", length, data.chat) for length in lengths[-1:]]
+    ranked = ("train", run.rank.seq_length, without_padding(data.chat))
+    for split, length, chat in dict.fromkeys([ranked, *(("train", n, data.chat) for n in lengths), *heldout]):
         open_windows(
-            split, tokenizer, length, blend=data.blend, chat=data.chat, paths=data.paths, vocab_size=rows,
+            split, tokenizer, length, blend=data.blend, chat=chat, paths=data.paths, vocab_size=rows,
             shuffle=split == "train", cache_dir=data.cache_dir,
         )  # fmt: skip

@@ -237,12 +237,12 @@ def _samples(run: RunConfig, tokenizer: BPETokenizer, seq_length: int, count: in
         tokens, labels, *mask = source.sample(i)
         loss = np.asarray(mask[0] if mask else np.ones(len(labels))).astype(bool)
         ids, carries = np.concatenate([tokens[:1], labels]), np.concatenate([[False], loss])
+        end = len(ids)
         if mask:  # padding says nothing
-            end = int(np.flatnonzero(carries)[-1]) + 1 if carries.any() else len(ids)
-            rest = ids[end:]
-            ids, carries = (ids, carries) if (rest != tokenizer.pad_id).any() else (ids[:end], carries[:end])
+            end = int(np.flatnonzero((ids != tokenizer.pad_id) | carries)[-1]) + 1
         from_ = data.blend[source.place(i)[0]].path if isinstance(source, Blend) else None
-        found.append({"sample": i, **({"source": from_} if from_ else {}), "spans": spans(ids, carries, tokenizer)})
+        shown = spans(ids[:end], carries[:end], tokenizer)
+        found.append({"sample": i, **({"source": from_} if from_ else {}), "padding": len(ids) - end, "spans": shown})
     return found
 
 

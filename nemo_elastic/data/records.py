@@ -80,7 +80,10 @@ def texts(file: Path) -> Iterator[str]:
     """
     for (_, place), value in records(file, TEXT_COLUMNS):
         if not isinstance(value, dict) or "text" not in value:
-            raise ValueError(f'{file} {place} is not an object with "text"')
+            words = f'{file} {place} is not an object with "text"'
+            if isinstance(value, dict) and any(name in value for name in CHAT_COLUMNS):
+                words += f"; conversations are read as a source of data.blend: data.blend=[{{path: {file}}}]"
+            raise ValueError(words)
         if not isinstance(value["text"], str):
             raise ValueError(f'{file} {place} has a "text" that is not a string')
         if value["text"]:

@@ -9,7 +9,10 @@ records with "messages", "conversations", or "prompt" and "completion"      conv
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +104,11 @@ def open_windows(
     return Blend(found, [entry.weight for entry in blend], seed=seed if shuffle else None)
 
 
+def without_padding(chat: ChatConfig) -> ChatConfig:
+    """How conversations are read to rank a parent: end to end, as scores are means over all positions of a sample."""
+    return replace(chat, layout="packed")
+
+
 def hold_conversations(path: str, files: Sequence[Path]) -> bool:
     """Whether the files of an entry are conversations, or text.
 
@@ -140,4 +148,16 @@ def _open(
     conversations = load_conversations(split, tokenizer, files, chat, cache_dir)
     if chat.layout == "packed":
         return PackedChat(conversations, seq_length, **how)
-    return PaddedChat(conversations, seq_length, pad_id=tokenizer.pad_id, **how)
+    padded = PaddedChat(conversations, seq_length, pad_id=tokenizer.pad_id, **how)
+    if padded.cut:
+        _say_cut(path, split, padded.cut, len(padded.starts), seq_length)
+    return padded
+
+
+@cache
+def _say_cut(path: str, split: str, cut: int, count: int, seq_length: int) -> None:
+    """Once in a run's first process, however often its steps open the source."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    which = "to train on" if split == "train" else "held out"
+    logger.warning("%s: %d of %d conversations %s are cut at seq_length=%d", path, cut, count, which, seq_length)

@@ -11,6 +11,7 @@ import gc
 import logging
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,8 @@ class Run:
         folder, layout = self.out / "sorted", self.configured.family().layout
         if process_groups.rank() == 0 and (force or not folder.is_dir()):
             reader = open_parent(self.config.parent, layout)
-            write_sorted(folder, reader, layout, importance, source=str(self.config.parent.path), force=force)
+            source, heard = str(self.config.parent.path), partial(self.progress, "sort")
+            write_sorted(folder, reader, layout, importance, source=source, force=force, heard=heard)
         process_groups.barrier()
         self.check_sorted(importance)
         return folder
@@ -180,7 +182,7 @@ class Run:
         """
         checkpoint = checkpoint or process_groups.on_first_rank(lambda: latest_checkpoint(self.out))
         if process_groups.rank() == 0:
-            nest_checkpoint(self.configured, self.out, checkpoint, force=force)
+            nest_checkpoint(self.configured, self.out, checkpoint, force=force, heard=partial(self.progress, "nest"))
         process_groups.barrier()
         return self.out / "nested"
 
@@ -227,10 +229,11 @@ class Run:
         )
         load_weights(model, sorted_parent(sorted_folder).reader, family.architecture, ffn_groups=groups)
         batches = choosing_batches(data_module(self.config), self.config) if chooses else self.batches()
-        return {
-            name: heldout_loss(model, batches, hard_plan(model.layout, subnet, self.config.train.mode))
-            for name, subnet in subnets.items()
-        }
+        found = {}
+        for done, (name, subnet) in enumerate(subnets.items(), start=1):
+            found[name] = heldout_loss(model, batches, hard_plan(model.layout, subnet, self.config.train.mode))
+            self.progress("score", done, len(subnets))
+        return found
 
     def results(self, nested: Path, checks: list[ChildCheck], before: Mapping[str, float]) -> dict[str, Any]:
         """The table of a run as plain values; also written to `results.json`."""

@@ -71,7 +71,7 @@ def starting_configuration(path: str, key: str = "--from") -> str:
         f"    small: {small}",
         "",
         "data:",
-        "  paths: [] # your text: .txt or .jsonl files or folders; empty: a small corpus, for a first try only",
+        "  blend: [] # text, chat: [{path: chat.jsonl, weight: 7}, {path: books/, weight: 3}]; empty: a small corpus",
         "",
         "rank:",
         f"  seq_length: {min(length, 2048)}",

@@ -142,7 +142,7 @@ def cards(run: RunFolder, rows: list[BudgetRow]) -> list[dict[str, Any]]:
         gap = None if parent is None or row.final is None else row.final - parent
         closed = None
         if parent is not None and row.final is not None and row.before is not None and row.before - parent > 1e-3:
-            closed = 100 * (row.before - row.final) / (row.before - parent)
+            closed = min(100.0, 100 * (row.before - row.final) / (row.before - parent))  # below the parent: all of it
         found.append({"colour": budget_colour(i), "row": row, "gap": gap, "closed": closed})
     return found
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ...checkpoint.atomic_folder import atomic_folder
-from ...checkpoint.reader import LazyTensor, TensorReader, check_against_layout, lazy_tensors
+from ...checkpoint.reader import LazyTensor, TensorReader, check_against_layout, lazy_tensors, told
 from ...checkpoint.safetensors_reader import SafetensorsReader
 from ...checkpoint.tied import tied_reader
 from ...checkpoint.writer import tensor_bytes, write_safetensors, write_safetensors_file
@@ -92,9 +92,16 @@ class SortedParent:
 
 
 def write_sorted(
-    out: Path, reader: TensorReader, layout: ParamLayout, importance: Importance, *, source: str, force: bool = False
+    out: Path,
+    reader: TensorReader,
+    layout: ParamLayout,
+    importance: Importance,
+    *,
+    source: str,
+    force: bool = False,
+    heard: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Sort a parent into `out`, tensor by tensor; its function does not change."""
+    """Sort a parent into `out`, tensor by tensor (`heard`: how many, of how many); its function does not change."""
     orders = importance.orders(layout)
     sorted_reader = SortedReader(reader, layout, orders)
     tensors = [
@@ -102,7 +109,7 @@ def write_sorted(
         for n in layout.table
     ]
     with atomic_folder(out, force=force, needs_bytes=sum(t.nbytes for t in tensors)) as folder:
-        hashes = write_safetensors(folder, tensors)
+        hashes = write_safetensors(folder, told(tensors, heard))
         flat = orders_to_tensors(orders)
         order_tensors = [LazyTensor(n, t.dtype, tuple(t.shape), lambda t=t: t) for n, t in flat.items()]
         hashes[PERMUTATIONS] = write_safetensors_file(folder / PERMUTATIONS, order_tensors)

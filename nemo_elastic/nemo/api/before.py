@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from nemo_elastic.config import Resolved
+from nemo_elastic.nemo.api.environment import on_first
 from nemo_elastic.nemo.api.planned import Plan, TextPreview
 from nemo_elastic.nemo.api.scores import heldout_losses
 from nemo_elastic.plan.starting import starting_configuration
 from nemo_elastic.problems import Problem, ProblemsError, raise_if_any
+from nemo_elastic.processes.progress import Progress
 from nemo_elastic.verbs.given import Given, resolved_of, words_of
 from nemo_elastic.verbs.planning import Asked, answer
 from nemo_elastic.verbs.reading import count_problems, read_ahead
@@ -51,6 +54,7 @@ def plan(
     budget: float | str | None = None,
     output: str | Path | None = None,
     force: bool = False,
+    progress: Progress | None = None,
 ) -> Plan:
     """What every budget will be; or what a nested checkpoint has for any budget; or what a parent's family could be.
 
@@ -64,6 +68,7 @@ def plan(
         score: held-out losses of what the search found; needs the sorted parent there.
         budget: of a nested checkpoint: 0.6, a number of parameters, `KIND:VALUE`, or a trained budget's name.
         output: a file for the subnets, to force in a run or to extract; `force` replaces it.
+        progress: is told of `score`, which is all that takes long here.
 
     Raises:
         ProblemsError: bad input. What makes a plan that cannot be run is in its `problems` instead.
@@ -85,7 +90,7 @@ def plan(
         output=_path(output),
         force=force,
     )
-    return Plan.of(answer(asked, heldout_losses))
+    return Plan.of(answer(asked, partial(heldout_losses, progress=on_first(progress))))
 
 
 def data(

@@ -137,7 +137,13 @@ class Verification:
         return Verified(tuple(checks), KERNELS[self.format], _pairs(self.manifest), len(self.manifest.files))
 
 
-def verify_parent(parent: str, *, hf_python: str | None = None, overrides: Sequence[str] = ()) -> ParentCheck:
+def verify_parent(
+    parent: str,
+    *,
+    hf_python: str | None = None,
+    overrides: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> ParentCheck:
     """A Hugging Face parent's held-out loss here against transformers', before anything is trained.
 
     Args:
@@ -154,7 +160,7 @@ def verify_parent(parent: str, *, hf_python: str | None = None, overrides: Seque
     from nemo_elastic.nemo.run.train import data_module, heldout_batches
 
     check_text(config, trains=False)
-    return compare(config, heldout_batches(data_module(config), config), hf_python)
+    return compare(config, heldout_batches(data_module(config), config), hf_python, on_first(progress))
 
 
 def _with_own_tokenizer(stored: dict[str, Any], nested: Path) -> dict[str, Any]:

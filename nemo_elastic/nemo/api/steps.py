@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,7 +66,14 @@ def rank(
     )
 
 
-def sort(config: Given, out: str | Path | None = None, *, overrides: Sequence[str] = (), force: bool = False) -> Path:
+def sort(
+    config: Given,
+    out: str | Path | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Path:
     """The parent with its units in order of importance -> `OUT/sorted/`, which is returned. Its function stays.
 
     Raises:
@@ -86,10 +94,9 @@ def sort(config: Given, out: str | Path | None = None, *, overrides: Sequence[st
     cpu.install()
     parent, layout = configured.config.parent, configured.family().layout
     with locked(out):
-        importance = stored_importance(configured, out)
-        return write_sorted(
-            out / "sorted", open_parent(parent, layout), layout, importance, source=parent.path, force=force
-        )
+        importance, heard = stored_importance(configured, out), partial(on_first(progress), "sort")
+        reader = open_parent(parent, layout)
+        return write_sorted(out / "sorted", reader, layout, importance, source=parent.path, force=force, heard=heard)
 
 
 def train(
@@ -139,6 +146,7 @@ def nest(
     checkpoint: str | Path | None = None,
     overrides: Sequence[str] = (),
     force: bool = False,
+    progress: Progress | None = None,
 ) -> Path:
     """`OUT/nested`, which is returned, from a training checkpoint of the run (default: the last one).
 
@@ -151,7 +159,7 @@ def nest(
     from nemo_elastic.distill.resume import FAMILY, changed_keys
     from nemo_elastic.processes.runlock import locked
 
-    work = resolved_run(configured, out, (), None)
+    work = resolved_run(configured, out, (), progress)
     raise_if_any(changed_keys(out, configured.config, configured.resolved.values, FAMILY))
     with locked(out):
         return work.nest(Path(checkpoint) if checkpoint else None, force=force)

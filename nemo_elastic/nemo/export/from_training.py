@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,15 @@ from nemo_elastic.processes.runlog import RunLog
 ROUTER_PREFIX = "module.router.net."
 
 
-def nest_checkpoint(run: Configured, out: Path, checkpoint: Path, *, force: bool = False) -> Path:
-    """Write `out/nested` from a training checkpoint of the run in `out`. One process.
+def nest_checkpoint(
+    run: Configured,
+    out: Path,
+    checkpoint: Path,
+    *,
+    force: bool = False,
+    heard: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Write `out/nested` from a training checkpoint of the run in `out`, tensor by tensor (`heard`). One process.
 
     Raises:
         ProblemsError: the run's log does not know the checkpoint's children.
@@ -51,6 +59,7 @@ def nest_checkpoint(run: Configured, out: Path, checkpoint: Path, *, force: bool
             permutations=dict(parent.permutations),
             router={name: reader.read_key(key) for name, key in router.items()},
             force=force,
+            heard=heard,
         )
     return folder
 

@@ -7,7 +7,7 @@ NeMo is imported only to write the context.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,14 @@ from nemo_elastic.checkpoint.manifest import (
     load_manifest,
     write_manifest,
 )
-from nemo_elastic.checkpoint.reader import LazyTensor, MemoryReader, TensorReader, check_against_layout, lazy_tensors
+from nemo_elastic.checkpoint.reader import (
+    LazyTensor,
+    MemoryReader,
+    TensorReader,
+    check_against_layout,
+    lazy_tensors,
+    told,
+)
 from nemo_elastic.checkpoint.safetensors_reader import SafetensorsReader
 from nemo_elastic.checkpoint.tokenizer_files import TOKENIZER_FILE
 from nemo_elastic.checkpoint.writer import write_safetensors_file
@@ -43,6 +50,7 @@ def write_nested(
     router: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
     force: bool = False,
+    heard: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Write a nested checkpoint.
 
@@ -54,6 +62,7 @@ def write_nested(
         permutations: old unit at each new place, by `dim` or `dim.layer`.
         router: the router's state.
         dtype: cast the weights; None keeps each as it is.
+        heard: told (tensors read, of how many) behind each.
 
     Raises:
         ProblemsError: `out` exists, the disk is full, or the weights are not those of `manifest.model`.
@@ -64,7 +73,7 @@ def write_nested(
     reader = MemoryReader(dict(weights)) if isinstance(weights, Mapping) else weights
     layout = manifest.layout
     check_against_layout(reader, layout, "weights")
-    tensors = list(lazy_tensors(reader, dtype))
+    tensors = told(lazy_tensors(reader, dtype), heard)
     with atomic_folder(out, force=force, needs_bytes=sum(t.nbytes for t in tensors)) as folder:
         written = write_torch_dist(folder / "weights", tensors, layout)
         hashes = {f"weights/{name}": digest for name, digest in written.items()}

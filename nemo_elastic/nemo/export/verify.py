@@ -210,11 +210,13 @@ def _check(
 
 
 def _loss(logits: list[Tensor], batches: Batches) -> float:
-    losses = [
-        F.cross_entropy(values.double().flatten(0, 1), labels.flatten())
-        for values, (_, labels, *_) in zip(logits, batches, strict=False)
-    ]
-    return float(torch.stack(losses).mean())
+    """Nats per token with loss, over the batches that there are logits of."""
+    total, tokens = 0.0, 0.0
+    for values, (_, labels, *mask) in zip(logits, batches, strict=False):
+        losses = F.cross_entropy(values.double().flatten(0, 1), labels.flatten(), reduction="none")
+        weights = mask[0].flatten().double() if mask else torch.ones_like(losses)
+        total, tokens = total + float((losses * weights).sum()), tokens + float(weights.sum())
+    return total / tokens
 
 
 def _worst(found: list[Comparison]) -> Comparison:

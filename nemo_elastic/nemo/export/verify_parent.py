@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from nemo_elastic.mcore.models.parents import open_parent
 from nemo_elastic.mcore.runtime import process_groups
 from nemo_elastic.nemo.export.hf_side import hf_python, transformers_loss
 from nemo_elastic.problems import Problem, ProblemsError
+from nemo_elastic.processes.progress import silent
 
 TOLERANCE = 1e-4  # nats per token, fp32
 
@@ -47,7 +48,12 @@ class ParentCheck:
         return abs(self.loss - self.loss_transformers) <= TOLERANCE and self.parameters == self.parameters_transformers
 
 
-def verify_parent(run: RunConfig, batches: Sequence[tuple[Tensor, ...]], python: str | None = None) -> ParentCheck:
+def verify_parent(
+    run: RunConfig,
+    batches: Sequence[tuple[Tensor, ...]],
+    python: str | None = None,
+    report: Callable[[str, int, int, str], None] | None = None,
+) -> ParentCheck:
     """Compare a Hugging Face parent with itself in transformers.
 
     Args:
@@ -66,12 +72,16 @@ def verify_parent(run: RunConfig, batches: Sequence[tuple[Tensor, ...]], python:
     family = family_of(run)
     reader = open_parent(run.parent, family.layout)
     process_groups.start(1, 1, seed=run.train.seed)
+    report = report or silent
+    report("verify", 0, 2, "here")
     model = build_plain_model(run.model, params_dtype=torch.float32)
     load_weights(model, reader, family.architecture)
     ours, parameters = heldout_loss(model, batches), sum(p.numel() for p in model.parameters())
     del model
+    report("verify", 1, 2, "in transformers")
     with tempfile.TemporaryDirectory(prefix="nemo-elastic-parent-") as place:
         theirs = transformers_loss(python, _unclamped(folder, Path(place), adapter), batches)
+    report("verify", 2, 2, "")
     tokens = sum(labels.numel() for _, labels, *_ in batches)
     return ParentCheck(ours, theirs.loss, parameters, theirs.parameters, tokens)
 

@@ -17,7 +17,7 @@ from nemo_elastic.data.of_run import check_text, text_tokenizer
 from ...config.load import plain
 from ...config.sections import RunConfig, TrainConfig
 from ...data.blend import Source
-from ...data.sources import open_windows
+from ...data.sources import open_windows, without_padding
 from ...data.tokens import load_tokens
 from ...data.windows import Windows
 from ...family import Configured, parallel_problems
@@ -86,12 +86,14 @@ def rank_run(run: Configured, out: Path, *, resume: bool = False, report: Report
 
 
 def calibration(config: RunConfig) -> tuple[Callable[[int], Tensor], dict[str, Any]]:
-    """(token ids `[s]` of calibration sample i, what the text is): windows of the training split, shuffled by seed."""
+    """(token ids `[s]` of calibration sample i, what the text is): windows of the training split, shuffled by seed;
+    without padding.
+    """
     tokenizer = text_tokenizer(config)
     length, seed, cache = config.rank.seq_length, config.rank.seed, config.data.cache_dir
     text: dict[str, Any] = {"tokenizer": tokenizer.sha256}
     if config.data.blend:
-        blend, chat, size = config.data.blend, config.data.chat, config.model["vocab_size"]
+        blend, chat, size = config.data.blend, without_padding(config.data.chat), config.model["vocab_size"]
         windows: Source = open_windows(
             "train", tokenizer, length, blend=blend, chat=chat, vocab_size=size, seed=seed, cache_dir=cache
         )

@@ -61,6 +61,12 @@ NOT_HERE = {
         "it needs that run; test_think.py tests its parts"
     ),
     "python examples/paper_small/think.py --draw": "it draws docs/think.png; test_think.py draws it elsewhere",
+    **{
+        f"python examples/paper_small/{name}.py --out runs/paper_small": (
+            "an hour; test_paper_small.py runs it with --quick"
+        )
+        for name in ("exploring", "between")
+    },
     "python examples/paper_small/results.py": "it writes docs/results.md; test_paper_small.py runs it elsewhere",
     "for name in startup ssd kd_loss ranking serving extract elastic_step expert_step family_cost; do\n"
     "    .venv/bin/python benchmarks/$name.py --output benchmarks/results/$name.json > /dev/null\ndone": BENCHMARK,
@@ -70,6 +76,12 @@ NOT_HERE = {
     "--output benchmarks/results/router_against_uniform.json": BENCHMARK,
     ".venv/bin/python benchmarks/self_teacher.py --out runs/self_teacher "
     "--output benchmarks/results/self_teacher.json": BENCHMARK,
+    "nemo-elastic train --config my.yaml --out runs/mine train.recipe=last_percent": (
+        "minutes; test_recipe.py says what it stands for"
+    ),
+    "nemo-elastic train --config mended.yaml --out runs/mended train.start_from=runs/mine/nested": (
+        "minutes; test_start_from.py does it"
+    ),
     "torchrun --nproc-per-node 8 -m nemo_elastic train --config my_parent.yaml --out runs/mine": EIGHT,
     "torchrun --nproc-per-node 8 -m nemo_elastic train --config my_parent.yaml --out runs/try "
     "'train.stages=[{steps: 6, seq_length: 4096, global_batch_size: 32}]'": EIGHT,

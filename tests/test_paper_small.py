@@ -385,12 +385,26 @@ def test_two_processes_do_not_do_the_same_run(tmp_path: Path, capsys: pytest.Cap
     assert not (tmp_path / "work" / "family-1").exists()
 
 
+def assert_children_are_explored_and_mended(out: Path) -> None:
+    """`exploring.py` and `between.py`, of the second parent's first seed."""
+    for script, *words in (("exploring", "--budgets", "small"), ("between",)):
+        command = [sys.executable, str(FOLDER / f"{script}.py"), "--out", str(out), "--quick", "--seeds", "4", *words]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+    results = out / "quick" / "results"
+    explored = json.loads((results / "exploring" / "small-4.json").read_text())
+    (tried,) = explored["candidates"]
+    assert tried["subnet"] == explored["best"] and tried["tokens"] == 2 * 2048 and tried["cpu"] > 0
+    between = json.loads((results / "between" / "4.json").read_text())["children"]
+    assert list(between) == ["b60"] and between["b60"]["between"] != between["b60"]["touched"]["10"]
+
+
 @pytest.mark.slow
 def test_the_series_runs_and_does_nothing_twice(tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, str(FOLDER / "run.py"), "--out", str(out), "--quick", "--jobs", "1"]
     parts = {
-        "4": "family,alone-small,greedy-family",
+        "4": "family,alone-small,greedy-family,race-family",
         "1": "scratch-small,mamba-flat,shapes-random-1",
         "7": "greedy-family",
         "8": "greedy-family",  # scored by Megatron
@@ -407,5 +421,6 @@ def test_the_series_runs_and_does_nothing_twice(tmp_path: Path) -> None:
     assert files["mamba-flat-1"]["parent_sha256"] == first != files["scratch-small-1"]["parent_sha256"]
     assert files["alone-small-4"]["subnets"]["small"] == files["family-4"]["subnets"]["small"]
     assert files["family-4"]["curve"][-1]["cpu"] > 0 and set(files["family-4"]["score"]) == set(BUDGETS)
+    assert_children_are_explored_and_mended(out)
     again = subprocess.run([*command, "--seeds", "4", "--only", parts["4"]], capture_output=True, text=True)
     assert again.returncode == 0 and again.stderr.count(" s {") == 0

@@ -97,7 +97,7 @@ def of_seed(series: Series, seed: int, jobs: int) -> None:
             "tokens": last["tokens"][name],
         }
     facts = {"parent_sha256": digest(series.weights("parent", seed)), "machine": machine()}
-    write_json(file, {"seed": seed, **facts, "children": rows})
+    write_json(file, {"seed": seed, **facts, "full": last["losses"]["full"], "children": rows})
     print(f"{file.name}: {({n: [row['between'], row['touched'], row['trained']] for n, row in rows.items()})}",
           file=sys.stderr, flush=True)  # fmt: skip
 

@@ -108,6 +108,15 @@ def rank_correlation(shapes: Sequence[Result], key: str) -> float:
     return statistics.correlation(*orders)
 
 
+def _neighbours(results: Results, seeds: Sequence[int], size: int) -> str:
+    """Losses of the trained members above and below a size, at the end of the family that a child is read out of."""
+    runs = [results.runs["race-family", seed] for seed in seeds]
+    sizes = sorted(runs[0]["parameters"].items(), key=lambda item: item[1])
+    names = [next(name for name, n in reversed(sizes) if n < size), next(name for name, n in sizes if n >= size)]
+    means = (spread([run["curve"][-1]["losses"][name] for run in runs]) for name in names)
+    return ", ".join(f"`{name}` {mean}" for name, mean in zip(names, means, strict=True))
+
+
 def touched(results: Results) -> list[dict[str, Any]]:
     """A row per budget that nobody trained: between, after some steps of its own, and in a family trained for it."""
     files, rows = list(results.between.values()), []
@@ -118,6 +127,8 @@ def touched(results: Results) -> list[dict[str, Any]]:
         row["parameters"] = f"{each[0]['parameters']:,}"
         row["trained"] = spread(goal)
         row["between"] = spread([r["between"] for r in each])
+        row["full"] = spread([one["full"] for one in files])
+        row["neighbours"] = _neighbours(results, list(results.between), each[0]["parameters"])
         row["over"] = spread([r["between"] / g - 1 for r, g in zip(each, goal, strict=True)], "+.2%")
         row["steps"] = {
             steps: spread([r["touched"][steps] / g - 1 for r, g in zip(each, goal, strict=True)], "+.2%")

@@ -23,6 +23,7 @@ from ..shapes.candidates import Candidate, candidates
 from ..shapes.damage import Damage, read_scores
 from ..shapes.greedy import greedy_selection
 from ..shapes.search import propose_random, propose_uniform
+from ..shapes.shadow_price import shadow_price
 from ..space.choices import selection_of, subnet_of
 from ..space.subnet import Subnet
 from .of_run import budget_cost, budget_row, described_plan, misses
@@ -120,6 +121,20 @@ def racing(run: RunConfig, family: Family, ranking: str) -> dict[str, list[Candi
         )
         costs = {name: budget_cost(family, serving, family.budget(name)) for name in family.raced}
         return {name: _candidates(cost, damage, run) for name, cost in costs.items()}
+
+
+def starting_prices(run: RunConfig, family: Family, ranking: str) -> dict[str, float]:
+    """What cost is worth at each learned budget, by the scores in `ranking`; empty without scores or with the paper's
+    recipe, which has no price. Deterministic: every process the same.
+    """
+    if not family.learned or run.router.recipe == "paper":
+        return {}
+    try:
+        damage = Damage(family.space, read_scores(ranking, family.architecture))
+    except ProblemsError:
+        return {}
+    serving = serving_of(run.report, family.architecture)
+    return {name: shadow_price(budget_cost(family, serving, family.budget(name)), damage) for name in family.learned}
 
 
 def _candidates(cost: BudgetCost, damage: Damage, run: RunConfig) -> list[Candidate]:

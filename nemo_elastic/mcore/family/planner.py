@@ -86,6 +86,7 @@ class Planner:
         layout: the table of this rank's tensor-parallel shard.
         timeline: when the router's phases begin (`Timeline.of`).
         race: of the budgets whose candidates race.
+        prices: of cost, per learned budget, to start from; 0 where none is given.
         mode: how hard plans run.
         sharing: micro-batches, one after the other, that share a draw: those of an expert-parallel group, whose ranks
             run one subnet between them.
@@ -101,6 +102,7 @@ class Planner:
         timeline: Timeline,
         seed: int,
         race: Race | None = None,
+        prices: Mapping[str, float] | None = None,
         mode: Mode = "sliced",
         sharing: int = 1,
         **conditions: Any,
@@ -109,7 +111,7 @@ class Planner:
         self.race = race
         self.config = resolve_recipe(config)
         self.timeline, self.seed, self.conditions = timeline, seed, conditions
-        self.state = PlannerState()
+        self.state = PlannerState(BudgetSteering.starting_at(prices or {}, self.config))
         self._expected: dict[tuple[str, torch.device], ExpectedCost] = {}
 
     @cached_property

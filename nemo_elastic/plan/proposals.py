@@ -123,9 +123,17 @@ def racing(run: RunConfig, family: Family, ranking: str) -> dict[str, list[Candi
         return {name: _candidates(cost, damage, run) for name, cost in costs.items()}
 
 
-def starting_prices(run: RunConfig, family: Family, ranking: str) -> dict[str, float]:
-    """What cost is worth at each learned budget, by the scores in `ranking`; empty without scores or with the paper's
-    recipe, which has no price. Deterministic: every process the same.
+@dataclass(frozen=True)
+class Start:
+    """What scores tell a learned budget before the first step: the shape that a search pins, and what cost is worth."""
+
+    shape: Subnet
+    price: float
+
+
+def starts(run: RunConfig, family: Family, ranking: str) -> dict[str, Start]:
+    """Per learned budget; empty without scores, and with the paper's recipe, which knows neither. Deterministic: every
+    process the same.
     """
     if not family.learned or run.router.recipe == "paper":
         return {}
@@ -133,8 +141,11 @@ def starting_prices(run: RunConfig, family: Family, ranking: str) -> dict[str, f
         damage = Damage(family.space, read_scores(ranking, family.architecture))
     except ProblemsError:
         return {}
-    serving = serving_of(run.report, family.architecture)
-    return {name: shadow_price(budget_cost(family, serving, family.budget(name)), damage) for name in family.learned}
+    serving, found = serving_of(run.report, family.architecture), {}
+    for name in family.learned:
+        cost = budget_cost(family, serving, family.budget(name))
+        found[name] = Start(_candidates(cost, damage, run)[0].subnet, shadow_price(cost, damage))
+    return found
 
 
 def _candidates(cost: BudgetCost, damage: Damage, run: RunConfig) -> list[Candidate]:

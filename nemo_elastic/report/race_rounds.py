@@ -30,6 +30,13 @@ def round_steps(run: RunFolder) -> tuple[int, ...]:
     return tuple(record["step"] for record in run.race)
 
 
+def fallbacks(run: RunFolder) -> list[tuple[str, Mapping[str, float], str]]:
+    """Budget, losses of the router's choice and of the search's shape, and which of them is pinned."""
+    record = run.fallback[-1] if run.fallback else {"losses": {}, "fallen_back": []}
+    pinned = {name: "search" if name in record["fallen_back"] else "learned" for name in record["losses"]}
+    return [(name, losses, pinned[name]) for name, losses in record["losses"].items()]
+
+
 def racers(run: RunFolder) -> list[Racer]:
     """Candidates by budget, who stayed longest first."""
     first = next((record for record in run.race if "candidates" in record), None)

@@ -1,4 +1,4 @@
-"""The race of a run: every candidate of every budget, what it lost in each round, and where it stopped."""
+"""The race of a run: every candidate of every budget, what it lost in each round, where it stopped; and fallbacks."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ it. `Damage` adds squared scores, so that these are the scores with which it is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -23,12 +23,11 @@ import torch
 from nemo_elastic.cost.budget import BudgetCost
 from nemo_elastic.router.selection import SoftMasks, one_hot, soft_masks
 from nemo_elastic.shapes.candidates import candidates
-from nemo_elastic.shapes.damage import Damage, Scores
+from nemo_elastic.shapes.damage import HIDDEN, Damage, Scores
 from nemo_elastic.shapes.greedy import greedy_selection
 from nemo_elastic.space.choices import Selection, choice_shapes, layers_of_dim, selection_of
 from nemo_elastic.space.elastic_space import ElasticSpace
 
-KINDS = ("apart", "together", "spare")
 OWN = 0.05  # of `spare`: what each of a pair is worth besides, so that scores are not all 0
 POWER = 0.5  # how fast later units lose worth
 DIMS = ("mamba_num_heads", "ffn_hidden_size", "num_attention_heads")
@@ -73,23 +72,8 @@ class JointWorth:
         return self.lost(soft_masks(self.space, one_hot(selection, like))).item()
 
     def scores(self) -> Scores:
-        """What a ranking would measure: every unit and every layer taken away alone."""
-        dims = {name: torch.ones(1, self._count(name)) for name in DIMS}
-        layers = torch.ones(self.space.architecture.num_layers)
-        widths = {}
-        for name in DIMS:
-            row = []
-            for unit in range(self._count(name)):
-                without = dims[name].clone()
-                without[0, unit] = 0
-                row.append(max(0.0, self.lost(SoftMasks({**dims, name: without}, layers)).item()) ** 0.5)
-            widths[name] = dict.fromkeys(self.layers[name], row * self.space.dims[name].groups)
-        alone = {}
-        for layer in range(len(layers)):
-            without = layers.clone()
-            without[layer] = 0
-            alone[layer] = max(0.0, self.lost(SoftMasks(dims, without)).item())
-        return Scores(widths=widths, layers=alone)
+        """What a ranking would measure."""
+        return measured_scores(self.space, DIMS, self.lost)
 
     def best(self, costs: Mapping[str, BudgetCost], tolerance: float) -> dict[str, Selection]:
         """Per budget the shape that loses least of all that fit, by trying every one."""
@@ -106,7 +90,36 @@ class JointWorth:
         return found
 
 
-def searched(objective: JointWorth, cost: BudgetCost, tolerance: float) -> dict[str, float]:
+def measured_scores(space: ElasticSpace, names: Sequence[str], lost: Callable[[SoftMasks], torch.Tensor]) -> Scores:
+    """Scores on an objective itself: every unit and every layer taken away alone from the parent."""
+    shapes, architecture = choice_shapes(space), space.architecture
+    rows = {name: shapes[name][0] if name in shapes else 1 for name in names}
+    dims = {name: torch.ones(rows[name], space.dims[name].full // space.dims[name].groups) for name in names}
+    layers = torch.ones(architecture.num_layers)
+
+    def worth(masks: SoftMasks) -> float:
+        return max(0.0, lost(masks).item())
+
+    widths, alone = {}, {}
+    for name, mask in dims.items():
+        found = []
+        for row in range(len(mask)):
+            scores = []
+            for unit in range(mask.shape[1]):
+                without = mask.clone()
+                without[row, unit] = 0
+                scores.append(worth(SoftMasks({**dims, name: without}, layers)) ** 0.5)
+            found.append(scores * space.dims[name].groups)
+        cut = range(len(layers)) if name == HIDDEN else layers_of_dim(space, name)
+        widths[name] = {layer: found[i if len(found) > 1 else 0] for i, layer in enumerate(cut)}
+    for layer in range(len(layers)):
+        without = layers.clone()
+        without[layer] = 0
+        alone[layer] = worth(SoftMasks(dims, without))
+    return Scores(widths=widths, layers=alone)
+
+
+def searched(objective: Any, cost: BudgetCost, tolerance: float) -> dict[str, float]:
     """What is truly lost by greedy search's shape, the wide search's first, and the best of all that it proposes."""
     damage = Damage(objective.space, objective.scores())
     proposed = candidates(cost, damage, count=CANDIDATES, tolerance=tolerance)

@@ -84,6 +84,11 @@ def of_recipe(key: str) -> Callable[[Result], list[float]]:
     return lambda result: [abs(row[key]) for row in result["results"] if row["recipe"] == "default"]
 
 
+def of_twins(result: Result) -> list[float]:
+    """Loss of a router with a run's own settings over the best search's, worst of its seeds."""
+    return [row["over_best"] for row in result["joint"] if row["objective"] == "twins" and row["priced"]]
+
+
 def sorted_over_random(result: Result) -> list[float]:
     """Loss of the child by `rank`'s own scores over the mean of random orders, per dim and fraction."""
     rows = [row for by_fraction in result["widths"].values() for row in by_fraction.values()]
@@ -161,6 +166,7 @@ MEASURES = (
     Measure("expert_ranking", "loss, REAP / frequency", "counts.*.reap_over_frequency", "limits.reap_over_others"),
     Measure("router_budgets", "error before repair", of_recipe("before"), "limits.before", unit="%"),
     Measure("router_budgets", "error after repair", of_recipe("after"), "limits.after", unit="%"),
+    Measure("router_budgets", "loss, router / best search, twins", of_twins, "limits.twins"),
     *(
         Measure("router_against_uniform", f"loss, router / {mode}, {budget}", router_over(mode, budget))
         for mode in ("uniform", "greedy", "race")

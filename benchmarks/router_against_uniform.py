@@ -12,6 +12,9 @@ Reported per budget:
     before   cost of the router's noise-free argmax when the soft phase ends / budget - 1
     after    cost of the subnet that is trained on and extracted / budget - 1
     loss     held-out loss at the end, in nats per token
+
+Runs of mode `earlier` are kept from before learned runs took scores to start by: a price from 0, warm-up on even
+shapes, no comparison when shapes are pinned. Nothing makes them any more.
 """
 
 from __future__ import annotations
@@ -44,6 +47,7 @@ SHARES = {"large": 0.75, "small": 0.55}  # of the parent's memory; the parameter
 KINDS = ("parameters", "memory", "per_layer")  # the last: parameters, every layer with widths of its own
 LAYERED = ("ffn_hidden_size", "mamba_num_heads", "num_attention_heads")
 FROZEN = "router.frozen=true"
+LEARNED = ("router", "earlier")
 MODES = {
     "router": ("router.shapes=learned",),
     "uniform": (FROZEN,),
@@ -118,16 +122,26 @@ def table(results: list[Mapping[str, Any]]) -> str:
     """Markdown: a row per kind, seed and budget, the router beside fixed shapes; then what was asked of it."""
     by_key = {(r["kind"], r["seed"], r["mode"]): r["budgets"] for r in results}
     lines = [
-        "| budgets | seed | budget | before | after | loss |" + "".join(f" {m} loss | difference |" for m in BESIDE),
-        "|---" * (6 + 2 * len(BESIDE)) + "|",
+        "| router | budgets | seed | budget | before | after | loss |"
+        + "".join(f" {m} loss | difference |" for m in BESIDE),
+        "|---" * (7 + 2 * len(BESIDE)) + "|",
     ]
     misses, wins = {"before": 0, "after": 0}, {mode: [0, 0] for mode in BESIDE}
-    for kind, seed, _ in sorted(k for k in by_key if k[2] == "router"):
-        for name, row in by_key[kind, seed, "router"].items():
+    rows = sorted((LEARNED.index(k[2]), *k[:2]) for k in by_key if k[2] in LEARNED)
+    for ours, kind, seed in ((LEARNED[i], kind, seed) for i, kind, seed in rows):
+        for name, row in by_key[kind, seed, ours].items():
             misses["before"] += row["before"] is not None and abs(row["before"]) > 0.02
             misses["after"] += abs(row["after"]) > 0.01
             before = "" if row["before"] is None else f"{row['before']:+.1%}"
-            cells = [kind, str(seed), name, before, f"{row['after']:+.1%}", f"{row['loss']:.4f}"]
+            cells = [
+                "now" if ours == "router" else ours,
+                kind,
+                str(seed),
+                name,
+                before,
+                f"{row['after']:+.1%}",
+                f"{row['loss']:.4f}",
+            ]
             for mode in BESIDE:
                 other = by_key.get((kind, seed, mode), {}).get(name)
                 cells += [f"{other['loss']:.4f}", f"{row['loss'] / other['loss'] - 1:+.2%}"] if other else ["", ""]

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 
@@ -21,6 +22,9 @@ README = (FOLDER / "README.md").read_text(encoding="utf-8")
 PARTS = {
     "harness",
     "joint_worth",
+    "joint_rows",
+    "toy_router",
+    "twins",
     "training_runs",
     "measures",
     "figure",
@@ -186,17 +190,44 @@ def test_a_family_is_dealt_equal_tokens(steps: int) -> None:
     assert {drawn.count(name) for name in run.elastic.budgets} == {2 * steps // 3}
 
 
-def test_scores_of_single_units_miss_what_stands_in_for_another() -> None:
-    router_budgets = __import__("router_budgets")
-    spare, _ = router_budgets.joint("spare", router_budgets.STEERED, range(1), 160, 5.0)
-    assert spare["least"] <= spare["router"]["0"] < 0.5 * min(spare["greedy"], spare["wide"])
-    assert abs(spare["error"]["0"]) <= 0.01
+def test_a_router_keeps_one_twin_where_every_search_by_scores_halves_both() -> None:
+    joint_rows = __import__("joint_rows")
+    for row in joint_rows.joint("twins", range(20, 22), 160, 5.0):
+        assert row["least"] > 0
+        for seed, lost in row["router"].items():
+            assert row["least"] - 1e-6 <= lost < min(row[what] for what in joint_rows.SEARCHES), (row["budget"], seed)
+            assert abs(row["error"][seed]) <= 0.01
+
+
+def test_what_twins_share_is_in_no_score() -> None:
+    joint_rows, twins = __import__("joint_rows"), __import__("twins")
+    _, space = joint_rows.twin_space()
+    shared, alone = (twins.Twins(space, work=work).scores() for work in (True, False))
+    assert [shared.layers[i] for i in range(16)] == pytest.approx([alone.layers[i] for i in range(16)], abs=1e-6)
+    for name, by_layer in shared.widths.items():
+        for layer, row in by_layer.items():
+            assert [x**2 for x in row] == pytest.approx([x**2 for x in alone.widths[name][layer]], abs=1e-6), name
+
+
+def test_the_least_of_twins_is_that_of_trying_every_shape() -> None:
+    toy_router, twins, joint_worth = __import__("toy_router"), __import__("twins"), __import__("joint_worth")
+    choices = {**twins.CHOICES, "ffn_hidden_size": [1.0, 0.25], "mamba_num_heads": [1.0], "num_layers": [16, 13]}
+    run, space = toy_router.space_of(choices, ["ffn_hidden_size"])
+    objective = twins.Twins(space)
+    costs = toy_router.costs_of(run, space, "fraction", (0.9, 0.7))
+    shapes = joint_worth.choice_shapes(space)
+    rows = [list(product(range(choices), repeat=count)) for count, choices in shapes.values()]
+    every = [dict(zip(shapes, picked, strict=True)) for picked in product(*rows)]
+    lost = [objective.lost_by(selection) for selection in every]
+    for cost in costs.values():
+        least = min(x for x, s in zip(lost, every, strict=True) if cost.error(cost.tables.cost(s)) <= 0.01)
+        assert objective.least(cost, 0.01) == pytest.approx(least, abs=1e-6)
 
 
 def test_scores_say_it_all_where_units_count_apart() -> None:
-    router_budgets, joint_worth = __import__("router_budgets"), __import__("joint_worth")
-    run, space = router_budgets.joint_space()
+    joint_rows, joint_worth = __import__("joint_rows"), __import__("joint_worth")
+    run, space = joint_rows.joint_space()
     objective = joint_worth.JointWorth(space, "apart")
-    costs = router_budgets.costs_of(run, space, "fraction", router_budgets.JOINT_BUDGETS)
+    costs = joint_rows.costs_of(run, space, "fraction", joint_rows.BUDGETS)
     for name, best in objective.best(costs, 0.01).items():
         assert joint_worth.searched(objective, costs[name], 0.01)["wide"] == pytest.approx(objective.lost_by(best))

@@ -12,7 +12,7 @@ from nemo_elastic.cost.budget import BudgetCost
 from nemo_elastic.problems import ProblemsError
 from nemo_elastic.shapes import candidates as candidates_module
 from nemo_elastic.shapes import knapsack as knapsack_module
-from nemo_elastic.shapes.candidates import SLACK, _Damages, candidates, reach
+from nemo_elastic.shapes.candidates import SLACK, SummedDamage, candidates, reach
 from nemo_elastic.shapes.damage import Damage
 from nemo_elastic.shapes.greedy import greedy_selection
 from nemo_elastic.shapes.knapsack import Knapsack
@@ -64,7 +64,7 @@ def test_what_is_close_to_the_least_damage_is_found_and_nothing_inside_another(t
 @pytest.mark.parametrize("per_layer", [False, True])
 def test_damage_adds_up_over_rows(tmp_path, per_layer):
     cost, damage = setting(tmp_path, 1, per_layer=per_layer)
-    knapsack, generator = Knapsack(cost, _Damages(damage)), torch.Generator().manual_seed(2)
+    knapsack, generator = Knapsack(cost, SummedDamage(damage)), torch.Generator().manual_seed(2)
     for rest in list(knapsack.rests())[:: 7 if per_layer else 3]:
         picked = [int(torch.randint(len(row.costs), (), generator=generator)) for row in rest.rows]
         selection = knapsack.selection(rest, picked)

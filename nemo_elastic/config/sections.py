@@ -124,7 +124,7 @@ class RouterConfig:
     dead_zone: float = 0.0  # relative cost error below which the budget loss is zero
     tolerance: float = 0.01  # relative cost error that counts as met; what overshoots by more is repaired
     shortfall: float | None = None  # how far below its budget a learned choice may stay, relative; empty: tolerance
-    warmup_fraction: float = 0.2  # part of the run on fixed even subnets before the router moves
+    warmup_fraction: float = 0.2  # part of the run on shapes of the search (even ones without scores), before it learns
     soft_fraction: float = 0.3  # part of the run with soft masks, after the warm-up; then hard
     freeze_fraction: float = 0.4  # last part of the run, with the choices pinned: what is trained is what is extracted
     settle_fraction: float = 0.7  # last part of the soft phase, in which the router is led to a choice that fits

@@ -8,10 +8,11 @@
     GPU-hours        = FLOPs / (report.mfu * report.peak_tflops * 1e12 * 3600)
 
 k is `distill.budgets_per_batch`, p_b how often a budget is drawn: systematic sampling gives a micro-batch budget b with
-probability min(1, k p_b). A learned budget runs its even shrink while the router warms up, the full width while masks
-are soft, and from then on a choice that meets its budget, for which the plan's subnet stands. With `train.mode: masked`
-widths stay full and only dropped layers are saved. A teacher cache is filled once, which costs the same forwards.
-Forwards are `cost.flops`; elementwise work, evaluation, ranking and selective recomputation are left out.
+probability min(1, k p_b). A learned budget counts as its even shrink while the router warms up, as the full width
+while masks are soft, and from then on as a choice that meets its budget, for which the plan's subnet stands. With
+`train.mode: masked` widths stay full and only dropped layers are saved. A teacher cache is filled once, which costs
+the same forwards. Forwards are `cost.flops`; elementwise work, evaluation, ranking and selective recomputation are
+left out.
 """
 
 from __future__ import annotations

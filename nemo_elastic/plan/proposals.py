@@ -23,6 +23,7 @@ from ..shapes.candidates import Candidate, candidates
 from ..shapes.damage import Damage, read_scores
 from ..shapes.greedy import greedy_selection
 from ..shapes.search import propose_random, propose_uniform
+from ..shapes.shadow_price import shadow_price
 from ..space.choices import selection_of, subnet_of
 from ..space.subnet import Subnet
 from .of_run import budget_cost, budget_row, described_plan, misses
@@ -122,6 +123,31 @@ def racing(run: RunConfig, family: Family, ranking: str) -> dict[str, list[Candi
         )
         costs = {name: budget_cost(family, serving, family.budget(name)) for name in family.raced}
         return {name: _candidates(cost, damage, run) for name, cost in costs.items()}
+
+
+@dataclass(frozen=True)
+class Start:
+    """What scores tell a learned budget before the first step: the shape that a search pins, and what cost is worth."""
+
+    shape: Subnet
+    price: float
+
+
+def starts(run: RunConfig, family: Family, ranking: str) -> dict[str, Start]:
+    """Per learned budget; empty without scores, and with the paper's recipe, which knows neither. Deterministic: every
+    process the same.
+    """
+    if not family.learned or run.router.recipe == "paper":
+        return {}
+    try:
+        damage = Damage(family.space, read_scores(ranking, family.architecture))
+    except ProblemsError:
+        return {}
+    serving, found = serving_of(run.report, family.architecture), {}
+    for name in family.learned:
+        cost = budget_cost(family, serving, family.budget(name))
+        found[name] = Start(_candidates(cost, damage, run)[0].subnet, shadow_price(cost, damage))
+    return found
 
 
 def _candidates(cost: BudgetCost, damage: Damage, run: RunConfig) -> list[Candidate]:

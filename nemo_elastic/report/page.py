@@ -17,7 +17,7 @@ from .evaluations import rows as evaluation_rows
 from .loading import ways
 from .palette import DARK, LIGHT, budget_colour, part_colour
 from .planned import BYTES, COUNT, FLOPS, Compared, planned_budgets, planned_run
-from .race_rounds import racers, round_steps
+from .race_rounds import fallbacks, racers, round_steps
 from .run_folder import RunFolder
 from .source_losses import source_rows
 from .spending import TOTALS, logged_flops, parts, peak_memory, shares, throughput, utilisation
@@ -75,6 +75,7 @@ def render(run: RunFolder, rows: list[BudgetRow], pictures: list[Picture], files
         "sources": source_rows(run, rows),
         "race": [(colours.get(r.budget, "ink"), r) for r in racers(run)],
         "race_steps": round_steps(run),
+        "fallback": fallbacks(run),
         "planned_budgets": planned_budgets(run, rows),
         "planned_run": planned_run(run),
         "loading": [(budget_colour(i), row.name, ways(run, row)) for i, row in enumerate(rows)],

@@ -1,4 +1,4 @@
-"""The race of a run: every candidate of every budget, what it lost in each round, and where it stopped."""
+"""The race of a run: every candidate of every budget, what it lost in each round, where it stopped; and fallbacks."""
 
 from __future__ import annotations
 
@@ -28,6 +28,13 @@ class Racer:
 def round_steps(run: RunFolder) -> tuple[int, ...]:
     """Steps behind which candidates were compared, the first before the first step."""
     return tuple(record["step"] for record in run.race)
+
+
+def fallbacks(run: RunFolder) -> list[tuple[str, Mapping[str, float], str]]:
+    """Budget, losses of the router's choice and of the search's shape, and which of them is pinned."""
+    record = run.fallback[-1] if run.fallback else {"losses": {}, "fallen_back": []}
+    pinned = {name: "search" if name in record["fallen_back"] else "learned" for name in record["losses"]}
+    return [(name, losses, pinned[name]) for name, losses in record["losses"].items()]
 
 
 def racers(run: RunFolder) -> list[Racer]:

@@ -36,7 +36,7 @@ class RunFolder:
 
     Attributes:
         values, origins: the resolved configuration and where each value came from; empty when there is none.
-        train, validation, race, saves, sessions: log records by step; a session is a start or a resume.
+        train, validation, race, fallback, saves, sessions: log records by step; a session is a start or a resume.
         zero_shot: what the final children lose before training.
         importance: the description that `rank` wrote.
         results: what `verify` or `quickstart` wrote.
@@ -52,6 +52,7 @@ class RunFolder:
     train: tuple[Mapping[str, Any], ...] = ()
     validation: tuple[Mapping[str, Any], ...] = ()
     race: tuple[Mapping[str, Any], ...] = ()
+    fallback: tuple[Mapping[str, Any], ...] = ()
     saves: tuple[Mapping[str, Any], ...] = ()
     sessions: tuple[Mapping[str, Any], ...] = ()
     zero_shot: Mapping[str, Any] = field(default_factory=dict)
@@ -181,7 +182,7 @@ def read_run(folder: Path, evaluations: Path | None = None) -> RunFolder:
         missing,
     )
     log = RunLog(folder / LOGS)
-    logs = {kind: _records(log, kind) for kind in ("train", "validation", "race", "saves", "sessions")}
+    logs = {kind: _records(log, kind) for kind in ("train", "validation", "race", "fallback", "saves", "sessions")}
     train, validation = logs["train"], logs["validation"]
     if not train:
         missing.append(Problem("logs/train.jsonl", "no training step was logged; run `nemo-elastic train`"))

@@ -2,6 +2,7 @@
 
     expected    r(pi) = C(pi) / target,  C = outer . pi_h + sum_l P(l kept) T_kind(pi_h, ...)     (dims are independent)
     loss        price_b (r - 1) + (lambda / 2) (r - 1)^2           augmented Lagrangian of "cost == target"
+    start       price_b = shadow price by estimated damage, 0 without scores        (`shapes/shadow_price.py`)
     steering    price_b <- clip(price_b + rate e_b / soft steps),  e_b = cost of the noise-free argmax / target - 1
     commitment  mean over rows of -log pi_chosen                   chosen: the argmax, repaired to fit exactly
     soft phase  (1 - min(1, s)) loss + s commitment                s = 0, then rising to `settle_weight`
@@ -131,6 +132,11 @@ class BudgetSteering:
     """
 
     prices: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def starting_at(cls, prices: Mapping[str, float], config: RouterConfig) -> "BudgetSteering":
+        """Prices before the first step, such as `shapes.shadow_price`; those of other budgets are 0."""
+        return cls({name: min(config.max_price, price) for name, price in prices.items()})
 
     def price(self, name: str) -> float:
         """This budget's price now, in units of loss per relative cost."""

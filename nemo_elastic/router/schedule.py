@@ -1,6 +1,6 @@
 """Phase, temperature and logit scale of the router as pure functions of the step, so that a resume needs no state.
 
-A run is `warmup` (every budget on its fixed uniform subnet, so that the weights adapt before the router moves), then
+A run is `warmup` (every budget on one fixed subnet, so that the weights adapt before the router moves), then
 `soft` (all choices mixed by their probabilities: exploration), then `hard` (the chosen subnet alone, with
 straight-through gates: what the children will be, and sliced). Over the soft phase tau falls geometrically and scale
 rises linearly, so that the mixture has become a choice when the hard phase begins; they stay at their ends then.

@@ -63,7 +63,7 @@ def candidates(
     raise_if_impossible(cost, tolerance)
     if not choice_shapes(cost.space):
         return [_candidate(cost, damage, full_selection(cost.space))]
-    pool = _pool(Knapsack(cost, _Damages(damage)), cost, tolerance, spread)
+    pool = _pool(Knapsack(cost, SummedDamage(damage)), cost, tolerance, spread)
     kept = [s for s in pool if not any(_contains(other, s) for other in pool if other is not s)]
     return [_candidate(cost, damage, s) for s in _unlike(kept, count, cost)]
 
@@ -128,7 +128,7 @@ def _offers(rest: Rest, lowest: float, highest: float, target: float) -> Iterato
         yield _Offer(*rest.of(picked), rest, picked)
 
 
-class _Damages:
+class SummedDamage:
     """`Damage` as a loss that adds up over rows."""
 
     def __init__(self, damage: Damage) -> None:

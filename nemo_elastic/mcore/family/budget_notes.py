@@ -19,7 +19,12 @@ def notes_at(planner: Planner, state: StepState, first: bool) -> list[str]:
     """
     found = given_notes(planner) if first else []
     if state.phase == "frozen":
-        notes = {name: chosen.note(planner.config.tolerance) for name, chosen in state.chosen.items()}
+        pinned = {
+            name: chosen
+            for name, chosen in state.chosen.items()
+            if planner.subnet_of_choice(name, chosen) == planner.state.frozen[name]
+        }
+        notes = {name: chosen.note(planner.config.tolerance) for name, chosen in pinned.items()}
         found += [f"{name}: {note}" for name, note in notes.items() if note]
     if state.step == planner.timeline.frozen:
         found += _missed(planner, {name: planner.state.frozen[name] for name in planner.family.raced}, "raced")

@@ -4,10 +4,10 @@ A pure function of (configuration, router weights, seed, step, global micro-batc
 pipeline-parallel ranks agree without talking, and data parallelism changes nothing (METHOD section 5). Expert-parallel
 ranks, which have other micro-batches, share a draw. Phases:
 
-    warmup  every budget on its fixed uniform subnet           no router
+    warmup  every budget on its search's shape, or even shrink  no router
     soft    masks mixed by the router's noisy probabilities    full compute
     hard    the router's choice, repaired to fit exactly       straight-through gates
-    frozen  the choice is pinned for the rest of the run       no router; what is trained is what is extracted
+    frozen  the choice is pinned for the rest of the run, or the search's shape where that loses less
 
 or, where candidates race instead (`router/race.py`):
 
@@ -28,6 +28,7 @@ from torch import Tensor
 from ...config.sections import RouterConfig
 from ...cost.budget import BudgetCost
 from ...family import Family
+from ...plan.proposals import Start
 from ...router.budget_loss import BudgetSteering, ExpectedCost, commitment_loss, soft_phase_loss
 from ...router.model import Router, RouterOutput
 from ...router.race import Race
@@ -86,6 +87,7 @@ class Planner:
         layout: the table of this rank's tensor-parallel shard.
         timeline: when the router's phases begin (`Timeline.of`).
         race: of the budgets whose candidates race.
+        starts: per learned budget, what scores tell; without them it warms up on its even shrink, at a price of 0.
         mode: how hard plans run.
         sharing: micro-batches, one after the other, that share a draw: those of an expert-parallel group, whose ranks
             run one subnet between them.
@@ -101,6 +103,7 @@ class Planner:
         timeline: Timeline,
         seed: int,
         race: Race | None = None,
+        starts: Mapping[str, Start] | None = None,
         mode: Mode = "sliced",
         sharing: int = 1,
         **conditions: Any,
@@ -109,7 +112,9 @@ class Planner:
         self.race = race
         self.config = resolve_recipe(config)
         self.timeline, self.seed, self.conditions = timeline, seed, conditions
-        self.state = PlannerState()
+        self.starts = dict(starts or {})
+        prices = {name: start.price for name, start in self.starts.items()}
+        self.state = PlannerState(BudgetSteering.starting_at(prices, self.config))
         self._expected: dict[tuple[str, torch.device], ExpectedCost] = {}
 
     @cached_property
@@ -192,6 +197,23 @@ class Planner:
             return []
         return [self.budgets_of(probabilities, step, i, count) for i in range(0, micro_batches, self.sharing)]
 
+    def rivals(self, state: StepState) -> dict[str, dict[str, Subnet]]:
+        """At the step that pins what was learned, of budgets that they differ in: the choice and the search's shape."""
+        if state.phase != "frozen" or not state.chosen:
+            return {}
+        pairs = {n: {"learned": self.state.frozen[n], "search": start.shape} for n, start in self.starts.items()}
+        return {name: pair for name, pair in pairs.items() if pair["learned"] != pair["search"]}
+
+    def fall_back(self, losses: Mapping[str, Mapping[str, float]]) -> list[str]:
+        """Pin the search's shape where it loses less than the choice of the router; the budgets that this happens to.
+
+        Args:
+            losses: of `rivals`, on text that no loss is reported on.
+        """
+        fallen = [name for name, row in losses.items() if row["search"] < row["learned"]]
+        self.state.frozen |= {name: self.starts[name].shape for name in fallen}
+        return fallen
+
     def _leaders(self) -> dict[str, Subnet]:
         return {name: self.race.leader(name) for name in self.family.raced}
 
@@ -207,7 +229,7 @@ class Planner:
         if name in self.family.forced:
             return self.family.forced[name]
         if phase == "warmup":
-            return self.uniform[name]
+            return self.starts[name].shape if name in self.starts else self.uniform[name]
         return self.state.frozen.get(name) if phase == "frozen" else None
 
     def micro_batch(

@@ -57,7 +57,7 @@ class ElasticCallback(pl.Callback):
         planner: makes the plans.
         out: records and scalars go to `out/logs`.
         heldout: text for validation per budget.
-        choosing: other held-out text, by which a race is decided.
+        choosing: other held-out text, by which a race is decided, or a learned choice against the search's shape.
         guard: measures gradient norms; without one they are not logged.
         progress: called with (step, total, text) after every step on the first rank.
         teacher: its states on disk, instead of the teacher itself.
@@ -119,6 +119,8 @@ class ElasticCallback(pl.Callback):
         self.step, self.micro_batch, self.rate = trainer.global_step, 0, _rate(trainer)
         first = self.state is None
         self.state = self.planner.begin_step(self.model.policy, self.step, self._draws())
+        if rivals := self.planner.rivals(self.state):
+            self._choose(trainer, rivals)
         if trainer.is_global_zero:
             for note in notes_at(self.planner, self.state, first):
                 logger.warning("step %d: %s", self.step, note)
@@ -282,16 +284,26 @@ class ElasticCallback(pl.Callback):
         record = race.begin(parent, losses, self.run.router.race_spread)
         self._log_race(trainer, record | {"candidates": race.described()})
 
+    def _choose(self, trainer: pl.Trainer, rivals: Mapping[str, Mapping[str, Subnet]]) -> None:
+        """Pin the search's shape where it loses less than what the router chose; the first rank's losses decide."""
+        losses = from_first_rank({name: self._on_choosing(row) for name, row in rivals.items()})
+        fallen, (seconds, _) = self.planner.fall_back(losses), self.times.lap()
+        if trainer.is_global_zero:
+            record = {"step": self.step, "losses": losses, "fallen_back": fallen, "seconds": round(seconds, 4)}
+            self.records.write("fallback", record)
+            for name, row in losses.items():
+                words = "the search's shape is pinned instead" if name in fallen else "it stays"
+                logger.warning(
+                    "step %d: %s: the router's choice loses %.4f, the search's shape %.4f on text to choose by; %s",
+                    *(self.step, name, row["learned"], row["search"], words),
+                )
+
+    def _on_choosing(self, subnets: Mapping[Any, Subnet]) -> dict[Any, float]:
+        plans = {key: self.planner.plan_of(subnet) for key, subnet in subnets.items()}
+        return {key: self.choosing.measure(self.model, plan).loss for key, plan in plans.items()}
+
     def _contending(self) -> dict[str, dict[int, float]]:
-        return from_first_rank(
-            {
-                name: {
-                    number: self.choosing.measure(self.model, self.planner.plan_of(subnet)).loss
-                    for number, subnet in row.items()
-                }
-                for name, row in self.planner.race.contenders().items()
-            }
-        )
+        return from_first_rank({n: self._on_choosing(row) for n, row in self.planner.race.contenders().items()})
 
     def _log_race(self, trainer: pl.Trainer, record: dict[str, Any]) -> None:
         seconds, _ = self.times.lap()

@@ -44,7 +44,7 @@ from nemo_elastic.nemo.run.resume import StopOnSignal, interrupts_as_they_are
 from nemo_elastic.nemo.run.start_weights import start_reader
 from nemo_elastic.nemo.run.zero_shot import measure_zero_shot
 from nemo_elastic.plan.context import context_problems
-from nemo_elastic.plan.proposals import racing
+from nemo_elastic.plan.proposals import racing, starts
 from nemo_elastic.problems import Problem, Stopped, raise_if_any
 from nemo_elastic.processes.launchers import started_processes
 from nemo_elastic.processes.training_checkpoints import steps_done, whole_checkpoints
@@ -156,13 +156,15 @@ def train(
         timeline=timeline,
         seed=run.train.seed,
         race=race,
+        starts=starts(run, family, str(out)),
         mode=run.train.mode,
         sharing=run.train.sharing,
         **serving_of(run.report, family.architecture).conditions,
     )
     teacher = CachedTeacher(run, data, sorted_folder, config.params_dtype) if run.distill.teacher_cache else None
     guard = FiniteGuard()
-    heldout, choosing = heldout_of(data, run), heldout_of(data, run, between=True) if race else None
+    chooses = race is not None or bool(planner.starts)
+    heldout, choosing = heldout_of(data, run), heldout_of(data, run, between=True) if chooses else None
     callback = ElasticCallback(run, planner, out, heldout, choosing, guard, progress, teacher)
     stop = StopOnSignal(run.train.preemption, seconds_of(run.train.max_time))
     kept = run.train.keep_checkpoints

@@ -87,9 +87,11 @@ class Server:
         self.process.stdin.flush()
         return self._answer()
 
-    def start(self, out: Path, *overrides: str, resume: bool = False, size: int = 1, **more: Any) -> list[int]:
+    def start(
+        self, out: Path, *overrides: str, resume: bool = False, size: int = 1, flags: Sequence[str] = (), **more: Any
+    ) -> list[int]:
         """Start a run of `size` processes; its log is `out.log`."""
-        words = ["train", "--config", str(self.config), "--out", str(out), *overrides, *(["--resume"] * resume)]
+        words = ["train", "--config", str(self.config), "--out", str(out), *overrides, *(["--resume"] * resume), *flags]
         return self._ask(start=words, log=f"{out}.log", size=size, **more)
 
     def call(self, *words: object, log: Path, module: str = "nemo_elastic.cli.main") -> str:

@@ -23,7 +23,7 @@ def test_it_is_what_it_stands_for() -> None:
         "train.optimizer.lr=3.0e-4", "distill.budgets_per_batch=3",
     ])  # fmt: skip
     ours, theirs = plain(found.config), plain(written.config)
-    assert ours["train"].pop("recipe") == "last_percent" and theirs["train"].pop("recipe") == "default"
+    assert ours["train"].pop("recipe") == "written_out" and theirs["train"].pop("recipe") == "default"
     for one in (ours, theirs):  # a product of two floats, and the same number written
         one["train"]["optimizer"]["lr"] = pytest.approx(one["train"]["optimizer"]["lr"], rel=1e-12)
         one["train"]["stages"][1]["lr"] = round(one["train"]["stages"][1]["lr"], 12)
@@ -41,10 +41,21 @@ def test_what_is_given_stays_and_no_floor_lies_above_the_rate() -> None:
     assert written.distill.budgets_per_batch == 1
 
 
-def test_what_a_run_has_written_down_is_not_slowed_again() -> None:
+def test_what_a_run_has_written_down_is_not_slowed_again(tmp_path: Path) -> None:
     resolved = load_config("tiny_parent.yaml", [RECIPE])
     assert load_values(resolved.values) == resolved.config
     assert load_config(None, [], base=resolved.values).config == resolved.config
+    file = tmp_path / "again.yaml"
+    file.write_text(yaml.safe_dump(resolved.values))
+    assert load_config(file).config.train == resolved.config.train
+
+
+def test_no_rate_falls_below_its_floor() -> None:
+    """What is written out keeps the rules: a stage's rate is slowed as well."""
+    given = ["train.optimizer={lr: 1.0e-3, min_lr: 5.0e-5}", "train.stages=[{steps: 4}, {steps: 2, lr: 1.0e-4}]"]
+    found = load_config("tiny_parent.yaml", [RECIPE, *given])
+    assert found.config.train.optimizer.min_lr == found.config.train.stages[1].lr == pytest.approx(3e-5)
+    assert load_config(None, [], base=found.values).config == found.config
 
 
 @pytest.mark.parametrize(
@@ -52,12 +63,13 @@ def test_what_a_run_has_written_down_is_not_slowed_again() -> None:
     [
         ({"full": 1.0, "small": 0.5, "large": 0.75}, {"full": 0.55, "small": 0.3, "large": 0.15}),
         ({"full": 1.0, "half": 0.5}, {"full": 0.55, "half": 0.45}),
+        ({"full": {"kind": "fraction", "value": 1.0}, "half": "0.5"}, {"full": 0.55, "half": 0.45}),
         ({"full": 1.0, "a": 9e9, "b": 6e9, "c": 3e9}, {"full": 0.55, "a": 0.075, "b": 0.15, "c": 0.225}),
         ({"full": 1.0, "b": {"kind": "memory_gb", "value": 8}, "a": 0.5}, {"full": 0.55, "b": 0.15, "a": 0.3}),
         ({"half": 0.5, "third": 0.3}, {}),
         ({"full": 1.0}, {}),
     ],
-    ids=["by size", "two", "parameters", "as written", "without the full member", "alone"],
+    ids=["by size", "two", "as plan writes them", "parameters", "as written", "without the full member", "alone"],
 )
 def test_who_is_drawn_how_often(budgets: dict, expected: dict) -> None:
     found = probabilities(budgets)
@@ -67,12 +79,12 @@ def test_who_is_drawn_how_often(budgets: dict, expected: dict) -> None:
 def test_plan_says_it(capsys) -> None:
     assert main(["plan", "--config", "tiny_parent.yaml", RECIPE]) == 0
     told = " ".join(capsys.readouterr().out.split())
-    assert f"note: {RECIPE}: learning rate 0.0003, 0.3 of the one given; distill.budgets_per_batch 3" in told
+    assert f"note: {RECIPE} is written out: learning rate 0.0003, 0.3 of the one given; distill.budgets" in told
 
 
 def test_no_other_name_and_no_other_fault_is_hidden(capsys, tmp_path: Path) -> None:
     assert main(["plan", "--config", "tiny_parent.yaml", "train.recipe=gentle"]) == 2
-    assert "train.recipe: 'gentle' must be one of default, last_percent" in capsys.readouterr().err
+    assert "train.recipe: 'gentle' must be one of default, last_percent, written_out" in capsys.readouterr().err
     file = tmp_path / "wrong.yaml"
     file.write_text(yaml.safe_dump({"base": ["tiny_parent.yaml"], "elastic": {"budgets": {"full": 1.0, "odd": "x"}}}))
     assert main(["plan", "--config", str(file), RECIPE]) == 2

@@ -53,6 +53,22 @@ def test_a_resume_keeps_it(small_runs: Server) -> None:
     assert "train.start_from: null, but the run in" in text and "keep that to resume, or start anew" in text
 
 
+def test_a_run_of_before_there_was_such_a_key_goes_on(small_runs: Server) -> None:
+    out = small_runs.folder / "untouched"
+    config = out / "config.json"
+    written = json.loads(config.read_text())
+    del written["values"]["train"]["start_from"], written["values"]["train"]["recipe"]
+    config.write_text(json.dumps(written))
+    small_runs.run(out, *begun(small_runs, "elastic.budgets={full: 1.0}", "train.start_from=null"), resume=True)
+
+
+def test_a_run_does_not_start_from_what_it_writes(small_runs: Server) -> None:
+    """With --force it would remove it first."""
+    out = small_runs.folder / "whole"
+    assert "lies in --out" in small_runs.run(out, *begun(small_runs), codes=(2,), flags=["--force"])
+    assert (out / "nested").is_dir()
+
+
 @pytest.mark.parametrize("kind", ["nothing", "other groups", "another order"])
 def test_what_does_not_belong_is_refused(small_runs: Server, tmp_path: Path, kind: str) -> None:
     out = tmp_path / "refused"

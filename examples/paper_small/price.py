@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from readings import Result, Results, finished_to, ratio, spread
 from runs import CHILDREN, FOUR_CHILDREN
 
+RACE_MEASURES = 6 + 6 + 3 + 2  # shapes of a budget that a race measures at most, before it and after each of its rounds
+SPREAD, NOISE = 1.2, 0.005  # of a race: how far behind the least loss over the parent's one may be and start
 FAMILIES = (
     ("race-family", CHILDREN),
     ("four-family", FOUR_CHILDREN),
@@ -31,6 +33,8 @@ def one_by_one(results: Results, family: str, children: Sequence[str]) -> list[d
         if not all((child, seed) in found for child in children):
             continue
         row: dict[str, Any] = {"seed": seed, "reached": True, "tokens": [0.0, 0.0], "cpu": [0.0, 0.0], "measuring": 0.0}
+        row["raced"] = {"tokens": 0.0, "cpu": 0.0}
+        parent = results.runs[family, seed]["curve"][0]["losses"]["full"]
         for child in children:
             one = found[child, seed]
             tried = [c for c in one["candidates"] if not c["spare"]]
@@ -43,13 +47,18 @@ def one_by_one(results: Results, family: str, children: Sequence[str]) -> list[d
             tokens = max(ends)[0] if needed is None else needed
             end = max((run["curve"][-1] for run in pair), key=lambda point: point["cpu"])
             row["measuring"] += one["measuring_cpu"]
+            started = _would_race(tried, parent)
+            for what in ("tokens", "cpu"):
+                row["raced"][what] += sum(c[what] for c in started) if len(started) > 1 else 0
             row["tokens"][0] += sum(c["tokens"] for c in tried)
             row["cpu"][0] += sum(c["cpu"] for c in tried)
             row["tokens"][1] += tokens
             row["cpu"][1] += tokens * end["cpu"] / end["tokens"][child]
         else:
             last = results.runs[family, seed]["curve"][-1]
-            row["family"] = {"tokens": sum(last["tokens"].values()), "cpu": last["cpu"]}
+            each = max(found[child, seed]["measuring_cpu"] / found[child, seed]["near"] for child in children)
+            measuring = each * RACE_MEASURES * len(children) if family == "race-family" else 0.0
+            row["family"] = {"tokens": sum(last["tokens"].values()), "cpu": last["cpu"] + measuring}
             row["of_children"] = sum(last["tokens"][child] for child in children)
             rows.append(row)
     return rows
@@ -74,15 +83,21 @@ def price(results: Results) -> list[dict[str, str]]:
             ]
             row[f"ratio_{what}"] = ratio([n for n, met in both if met], [n for n, met in both if not met], ".2f")
             alone = [(one[what][1] / one["family"][what], one["reached"]) for one in found]
+            few = [(o["raced"][what] + o[what][1] + more, o["family"][what], o["reached"])
+                   for o, more in zip(found, extra, strict=True)]  # fmt: skip
+            reached, bounds = ([n / f for n, f, met in few if met is wanted] for wanted in (True, False))
+            row[f"few_{what}"] = ratio(reached, bounds, ".2f")
+                [n / f for n, f, met in few if met], [n / f for n, f, met in few if not met], ".2f"
+            )
             row[f"given_{what}"] = ratio([n for n, met in alone if met], [n for n, met in alone if not met], ".2f")
         rows.append(row)
     return rows
 
 
-def race_measuring(parents: Iterable[Results], candidates: int, times: int = 4) -> str:
-    """CPU seconds that a race of so many candidates for two budgets takes at most to measure them."""
-    each = [one["measuring_cpu"] / one["near"] for results in parents for one in results.explored.values()]
-    return f"{candidates * times * max(each, default=0.0):.0f}"
+def _would_race(shapes: Sequence[Result], parent: float) -> list[Result]:
+    """Those that are not too far behind before training to start in a race, whose rule this is."""
+    least = min(shape["before"] for shape in shapes) - parent
+    return [shape for shape in shapes if shape["before"] - parent <= max(SPREAD * least, least + NOISE)]
 
 
 def predicted(results: Results) -> list[dict[str, str]]:

@@ -112,6 +112,8 @@ def finished_to(runs: Sequence[tuple[float, float]], target: float) -> float | N
     (short, high), (long, low) = sorted(runs)
     if target < low:
         return None
+    if high <= low:  # more tokens did not help
+        return short
     return short * (long / short) ** ((high - target) / (high - low))
 
 

@@ -16,7 +16,7 @@ from claims import KINDS, claims, found_shapes
 from exploring import KEPT
 from exploring import STEPS as EXPLORE_STEPS
 from figures import write as write_figures
-from price import predicted, price, race_measuring, touched
+from price import predicted, price, touched
 from readings import NONE, Results
 from runs import BUDGETS, CHILDREN, FOUR_CHILDREN, PARENTS, RUNS, SCRATCH_STEPS, STEPS
 from tables import (
@@ -64,7 +64,7 @@ def page(parents: Mapping[int, Results], figures: list[str]) -> str:
         stages=STEPS,
         scratch_steps=SCRATCH_STEPS,
         explore_steps=EXPLORE_STEPS,
-        race_measuring=race_measuring(parents.values(), KEPT),
+        explored=KEPT,
         between_steps=sum(GROWN),
         verdict=lambda *which: verdict((r for n, r in parents.items() if PARENTS[n].hybrid), *which),
         claims=claims(parents),

@@ -11,6 +11,7 @@ executed, and a file that is exchanged meanwhile is not read.
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from threading import Lock
 from typing import Protocol
 
 import torch
@@ -59,11 +60,13 @@ def told(tensors: Iterable[LazyTensor], heard: Callable[[int, int], None] | None
     if heard is None:
         return every
     seen: set[str] = set()
+    one_by_one = Lock()
 
     def read(tensor: LazyTensor) -> Tensor:
         value = tensor.read()
-        seen.add(tensor.name)
-        heard(len(seen), len(every))
+        with one_by_one:
+            seen.add(tensor.name)
+            heard(len(seen), len(every))
         return value
 
     return [replace(tensor, read=partial(read, tensor)) for tensor in every]

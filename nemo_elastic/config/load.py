@@ -76,13 +76,13 @@ def load_config(
     config = build(RunConfig, values, "", problems)
     if not problems or values.get("model"):
         problems += model_problems(values.get("model") or {})
-    if not problems:
-        from .rules import rule_problems
+    from .rules import rule_problems
 
+    if not problems:
         problems += rule_problems(config)
     raise_if_any(problems)
-    if base is None:
-        config = with_recipe(config, values, origins)
+    config = with_recipe(config, values, origins)
+    raise_if_any(rule_problems(config))
     return Resolved(config, plain(config), origins)
 
 

@@ -5,16 +5,16 @@
 What it was measured to do, and what a step then costs: docs/training.md, *The last percent*.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from .sections import OptimizerSettings, RunConfig, StageConfig
 
-RECIPES = ("default", "last_percent")
+RECIPES = ("default", "last_percent", "written_out")  # the last: what a recipe has set; not to be set again
 RATE = 0.3  # of the learning rates that the configuration names
 FULL = 0.55  # how often the full member is drawn; of the rest the next has one part, the one below it two, ...
-WHOLE = 1.0  # the full member, as a fraction of the parent
+WHOLE = ("fraction", 1.0)  # the full member
 
 
 def with_recipe(config: RunConfig, given: Mapping[str, Any], origins: dict[str, str]) -> RunConfig:
@@ -38,17 +38,23 @@ def with_recipe(config: RunConfig, given: Mapping[str, Any], origins: dict[str, 
             origins |= {f"train.stages.{number}.budget_probabilities.{budget}": name for budget in shares}
         if stage.lr is not None:
             origins[f"train.stages.{number}.lr"] = f"{name}: {RATE:g} x {stage.lr:g}"
-    optimizer = _rates(train.optimizer)
-    origins["train.optimizer.lr"] = f"{name}: {RATE:g} x {train.optimizer.lr:g}"
-    return replace(config, distill=distill, train=replace(train, stages=tuple(stages), optimizer=optimizer))
+    optimizer = _rates(train.optimizer, [stage.lr for stage in stages if stage.lr is not None])
+    origins |= {"train.optimizer.lr": f"{name}: {RATE:g} x {train.optimizer.lr:g}", "train.recipe": name}
+    changed = {"stages": tuple(stages), "optimizer": optimizer, "recipe": "written_out"}
+    return replace(config, distill=distill, train=replace(train, **changed))
 
 
 def recipe_notes(config: RunConfig) -> list[str]:
     """What the recipe has made of this configuration, for whoever plans it."""
     if config.train.recipe == "default":
         return []
-    how = f"learning rate {config.train.optimizer.lr:g}, {RATE:g} of the one given"
-    return [f"train.recipe={config.train.recipe}: {how}; distill.budgets_per_batch {config.distill.budgets_per_batch}"]
+    train, drawn = config.train, probabilities(config.elastic.budgets)
+    taken = [stage.budget_probabilities == drawn for stage in train.stages] if drawn else []
+    shares = ", ".join(f"{name} {share:g}" for name, share in drawn.items())
+    how = f"budgets drawn {shares}" if taken and all(taken) else "budgets drawn as stages say, or alike"
+    rate = f"learning rate {train.optimizer.lr:g}, {RATE:g} of the one given"
+    words = f"{rate}; distill.budgets_per_batch {config.distill.budgets_per_batch}; {how}"
+    return [f"train.recipe=last_percent is written out: {words}"]
 
 
 def _slowed(stage: StageConfig, shares: Mapping[str, float]) -> StageConfig:
@@ -57,17 +63,17 @@ def _slowed(stage: StageConfig, shares: Mapping[str, float]) -> StageConfig:
     return replace(stage, lr=lr, budget_probabilities=given if given is not None or not shares else dict(shares))
 
 
-def _rates(settings: OptimizerSettings) -> OptimizerSettings:
+def _rates(settings: OptimizerSettings, of_stages: Sequence[float]) -> OptimizerSettings:
     lr = RATE * settings.lr
-    return replace(settings, lr=lr, min_lr=min(settings.min_lr, lr))
+    return replace(settings, lr=lr, min_lr=min(settings.min_lr, lr, *of_stages))
 
 
 def probabilities(budgets: Mapping[str, Any]) -> dict[str, float]:
     """How often each budget is drawn. Their order is by size where their values compare, else as it is written."""
-    full = [name for name, value in budgets.items() if value == WHOLE]
+    sizes = {name: _size(value) for name, value in budgets.items()}
+    full = [name for name, size in sizes.items() if size == WHOLE]
     others = [name for name in budgets if name not in full]
-    sizes = {name: _size(budgets[name]) for name in others}
-    if len({kind for kind, _ in sizes.values()}) == 1:
+    if len({sizes[name][0] for name in others}) == 1:
         others.sort(key=lambda name: -sizes[name][1])
     if not full or not others:
         return {}
@@ -79,6 +85,8 @@ def probabilities(budgets: Mapping[str, Any]) -> dict[str, float]:
 
 def _size(value: Any) -> tuple[str, float]:
     kind, number = (value.get("kind"), value.get("value")) if isinstance(value, Mapping) else (None, value)
-    if isinstance(number, bool) or not isinstance(number, int | float):
+    try:
+        number = float(number)
+    except (TypeError, ValueError):
         return str(value), 0.0  # no budget; who reads it next says so
-    return kind or ("fraction" if number <= WHOLE else "parameters"), float(number)
+    return kind or ("fraction" if number <= 1 else "parameters"), number

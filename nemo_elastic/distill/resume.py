@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config.load import leaves, load_values
+from ..config.load import leaves, load_values, plain
 from ..config.sections import AUTO, RouterConfig, RunConfig
 from ..problems import Problem, ProblemsError
 from ..router.schedule import Timeline, resolve_recipe
@@ -26,6 +26,7 @@ KEPT = (
     "router.shortfall",
 )  # fmt: skip
 FREE = ("model.seq_length",)  # the stages say it
+PARTLY = ("elastic", "router")  # sections whose new keys are not compared with a version that did not know them
 NOTHING = object()
 
 
@@ -39,6 +40,8 @@ def changed_keys(out: Path, config: RunConfig, values: Mapping[str, Any], keys: 
     found = []
     for key in keys if before is not None else ():
         was, now = (dict(leaves(_at(v, key), key)) for v in (_as_now(before), _known(_as_now(values), before)))
+        if not was and key.partition(".")[0] not in PARTLY:  # a version that did not know it ran as by default
+            was = dict(leaves(_at(plain(RunConfig()), key), key))
         if config.router.searches:  # what the search has found is written beside what was given
             was = {k: v for k, v in was.items() if not k.startswith("elastic.subnets") or k in now}
             now = {k: v for k, v in now.items() if k != "elastic.subnets" or v}
@@ -95,9 +98,7 @@ def _as_now(values: Mapping[str, Any]) -> dict[str, Any]:
 def _known(values: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
     """`values` without the keys of a section that the version before did not have."""
     return {
-        name: {k: v for k, v in section.items() if k in before.get(name, {})}
-        if name in ("elastic", "router")
-        else section
+        name: {k: v for k, v in section.items() if k in before.get(name, {})} if name in PARTLY else section
         for name, section in values.items()
     }
 

@@ -37,6 +37,7 @@ from nemo_elastic.nemo.export.results import RESULTS, results_of
 from nemo_elastic.nemo.export.verify import verify
 from nemo_elastic.nemo.plain.logs import quiet
 from nemo_elastic.nemo.run.ranking import rank_run, stored_importance
+from nemo_elastic.nemo.run.start_weights import start_reader
 from nemo_elastic.nemo.run.train import (
     Trained,
     choosing_batches,
@@ -216,7 +217,7 @@ class Run:
     def zero_shot(
         self, sorted_folder: Path, subnets: Mapping[str, Subnet], *, chooses: bool = False
     ) -> dict[str, float]:
-        """Held-out loss of the same children cut from the sorted parent before any training.
+        """Held-out loss of the same children before any training, cut from what `train` starts with.
 
         Args:
             chooses: on the windows that shapes are chosen by, not on those that losses are reported on.
@@ -227,7 +228,8 @@ class Run:
         model = build_elastic_model(
             self.config.model, ffn_groups=groups, sequence_parallel=self.config.train.sequence_parallel
         )
-        load_weights(model, sorted_parent(sorted_folder).reader, family.architecture, ffn_groups=groups)
+        reader = start_reader(self.config, sorted_parent(sorted_folder))
+        load_weights(model, reader, family.architecture, ffn_groups=groups)
         batches = choosing_batches(data_module(self.config), self.config) if chooses else self.batches()
         found = {}
         for done, (name, subnet) in enumerate(subnets.items(), start=1):

@@ -26,6 +26,8 @@ def notes_at(planner: Planner, state: StepState, first: bool) -> list[str]:
         }
         notes = {name: chosen.note(planner.config.tolerance) for name, chosen in pinned.items()}
         found += [f"{name}: {note}" for name, note in notes.items() if note]
+        fallen = {name: planner.state.frozen[name] for name in state.chosen if name not in pinned}
+        found += _missed(planner, fallen, "search")
     if state.step == planner.timeline.frozen:
         found += _missed(planner, {name: planner.state.frozen[name] for name in planner.family.raced}, "raced")
     return found

@@ -302,12 +302,19 @@ class Planner:
         """For checkpoints: plain values."""
         frozen = {name: subnet.to_dict() for name, subnet in self.state.frozen.items()}
         race = None if self.race is None else self.race.state_dict()
-        return {"steering": self.state.steering.state_dict(), "frozen": frozen, "race": race}
+        return {
+            "steering": self.state.steering.state_dict(),
+            "frozen": frozen,
+            "race": race,
+            "starts": bool(self.starts),
+        }
 
     def load_state_dict(self, values: Mapping) -> None:
         """Take up where a checkpoint left off."""
         self.state.steering.load_state_dict(values["steering"])
         self.state.frozen = {n: self.family.space.subnet_from_dict(s) for n, s in values["frozen"].items()}
+        if not values.get("starts"):
+            self.starts = {}  # of a run that began without them: it warmed up on its even shrink
         if self.race is not None:
             self.race.load_state_dict(values["race"])
 

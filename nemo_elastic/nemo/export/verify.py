@@ -14,6 +14,7 @@ Engine's would be TF32, 3e-4 to 1e-3 from the products of a cut weight, above an
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -216,7 +217,7 @@ def _loss(logits: list[Tensor], batches: Batches) -> float:
         losses = F.cross_entropy(values.double().flatten(0, 1), labels.flatten(), reduction="none")
         weights = mask[0].flatten().double() if mask else torch.ones_like(losses)
         total, tokens = total + float((losses * weights).sum()), tokens + float(weights.sum())
-    return total / tokens
+    return total / tokens if tokens else math.nan
 
 
 def _worst(found: list[Comparison]) -> Comparison:

@@ -100,7 +100,7 @@ def check_train(
         again = is_ranked(out) and not force
         return collected(
             lambda: check_inputs(run),
-            lambda: start_problems(config, run.family()),
+            lambda: start_problems(config, run.family(), out),
             lambda: say_left_out(config.parent.path),
             lambda: check_processes(config, processes, ranks=not again),
             *_surroundings(config, out),

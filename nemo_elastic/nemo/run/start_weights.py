@@ -1,10 +1,13 @@
 """What a run's students start with: the sorted parent, or a family that was trained from it (`train.start_from`).
 
 Weights of a family lie in the order of its own ranking, so they mean something here only where this run has the same
-parent, in the same order. The teacher is the sorted parent either way.
+parent, in the same order. What teaches does not change by it: the sorted parent, or with `distill.teacher: self` the
+full member. The folder is read again at the end of the run, for the losses before training.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import torch
 
@@ -18,10 +21,13 @@ from nemo_elastic.problems import Problem, ProblemsError, raise_if_any
 KEY = "train.start_from"
 
 
-def start_problems(config: RunConfig, family: Family) -> list[Problem]:
-    """What is known before anything is ranked: no nested checkpoint, or one of another parent's sizes."""
+def start_problems(config: RunConfig, family: Family, out: Path) -> list[Problem]:
+    """What is known before anything is ranked: no nested checkpoint, one of another parent's sizes, or in `out`."""
     if not config.train.start_from:
         return []
+    if Path(config.train.start_from).resolve().is_relative_to(out.resolve()):
+        words = f"{config.train.start_from!r} lies in --out {str(out)!r}, where this run writes; choose another --out"
+        return [Problem(KEY, words)]
     try:
         theirs = open_nested(config.train.start_from).manifest.space
     except ProblemsError as error:

@@ -87,8 +87,6 @@ def price(results: Results) -> list[dict[str, str]]:
                    for o, more in zip(found, extra, strict=True)]  # fmt: skip
             reached, bounds = ([n / f for n, f, met in few if met is wanted] for wanted in (True, False))
             row[f"few_{what}"] = ratio(reached, bounds, ".2f")
-                [n / f for n, f, met in few if met], [n / f for n, f, met in few if not met], ".2f"
-            )
             row[f"given_{what}"] = ratio([n for n, met in alone if met], [n for n, met in alone if not met], ".2f")
         rows.append(row)
     return rows

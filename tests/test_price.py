@@ -66,7 +66,21 @@ def test_exploring_measuring_and_distilling_are_added_up() -> None:
     assert row["ratio_tokens"] == f"{(2 * 100 + 2 * 200) / 300:.2f} (1 seed)"
     assert row["given_tokens"] == f"{2 * 200 / 300:.2f} (1 seed)"
     assert (row["measuring_cpu"], row["exploring_cpu"], row["distilling_cpu"]) == ("8", "40", "80")
-    assert row["ratio_cpu"] == f"{(8 + 40 + 80) / 60:.2f} (1 seed)"
+    family = 60 + 2 * 17 * 0.5  # a race measures 17 shapes a budget at most, at half a second each
+    assert row["ratio_cpu"] == f"{(8 + 40 + 80) / family:.2f} (1 seed)"
+    assert row["few_tokens"] == row["given_tokens"]  # only one of the two would start, and it has nobody to beat
+
+
+def test_what_a_race_would_start_is_explored_alone() -> None:
+    """Losses over the parent's of 0.5 and 0.55: within 1.2 times the least."""
+    from price import price
+
+    close = results(2.0, alone())
+    for one in close.explored.values():
+        one["candidates"][1]["before"] = 2.05
+    close.runs["race-family", 4]["curve"][0]["losses"]["full"] = 1.5
+    (row,) = price(close)
+    assert row["few_tokens"] == row["ratio_tokens"] == "2.00 (1 seed)"
 
 
 def test_a_loss_that_alone_is_not_reached_is_a_bound() -> None:

@@ -9,8 +9,10 @@ from typing import Any
 from readings import Result, Results, finished_to, ratio, spread
 from runs import CHILDREN, FOUR_CHILDREN
 
+from nemo_elastic.config.sections import RouterConfig
+from nemo_elastic.router.race import SLACK
+
 RACE_MEASURES = 6 + 6 + 3 + 2  # shapes of a budget that a race measures at most, before it and after each of its rounds
-SPREAD, NOISE = 1.2, 0.005  # of a race: how far behind the least loss over the parent's one may be and start
 FAMILIES = (
     ("race-family", CHILDREN),
     ("four-family", FOUR_CHILDREN),
@@ -95,7 +97,9 @@ def price(results: Results) -> list[dict[str, str]]:
 def _would_race(shapes: Sequence[Result], parent: float) -> list[Result]:
     """Those that are not too far behind before training to start in a race, whose rule this is."""
     least = min(shape["before"] for shape in shapes) - parent
-    return [shape for shape in shapes if shape["before"] - parent <= max(SPREAD * least, least + NOISE)]
+    return [
+        shape for shape in shapes if shape["before"] - parent <= max(RouterConfig().race_spread * least, least + SLACK)
+    ]
 
 
 def predicted(results: Results) -> list[dict[str, str]]:

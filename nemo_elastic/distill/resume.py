@@ -40,7 +40,7 @@ def changed_keys(out: Path, config: RunConfig, values: Mapping[str, Any], keys: 
     found = []
     for key in keys if before is not None else ():
         was, now = (dict(leaves(_at(v, key), key)) for v in (_as_now(before), _known(_as_now(values), before)))
-        if not was and key.partition(".")[0] not in PARTLY:  # a version that did not know it ran as by default
+        if was == {key: {}} and key.partition(".")[0] not in PARTLY:  # a version that did not know it: as by default
             was = dict(leaves(_at(plain(RunConfig()), key), key))
         if config.router.searches:  # what the search has found is written beside what was given
             was = {k: v for k, v in was.items() if not k.startswith("elastic.subnets") or k in now}

@@ -95,14 +95,12 @@ def extract_wanted(
     }
     if wanted.nested:
         target = _home(out) if out else opened.path.parent / "hf_nested"
-        heard("extract", 0, 1, target.name)
         extract_hf_nested(opened, target, **how)
         heard("extract", 1, 1)
         return Extracted("hf", dict.fromkeys(opened.manifest.subnets, target))
     base = _home(out) if out else opened.path.parent / "children"
     if wanted.budget:
         folders = {wanted.budget: base if out else base / wanted.budget}
-        heard("extract", 0, 1, wanted.budget)
         extract_one(opened, wanted.budget, folders[wanted.budget], format=wanted.format, **how)
     else:
         folders = extract_all(

@@ -77,7 +77,6 @@ WAYS = (  # family, prefix of its children alone, whether a child in it has the 
     ("greedy-family", "greedy-", True),
     ("race-family", "greedy-", True),
     ("race-lr-7", "greedy-", True),
-    ("race-lr-5", "greedy-", True),
     ("long-family", "long-", True),
     ("greedy-long-family", "greedy-long-", True),
     ("best-family", "", False),

@@ -1,6 +1,6 @@
 """`train.recipe`: a way of training under one name, written out as the keys that it sets when a file is read.
 
-    last_percent    all budgets learn from every micro-batch, the full member weighs most, rates are RATE of the file's
+    last_percent    a micro-batch may teach all budgets, the full member is in each, rates are RATE of the file's
 
 What it was measured to do, and what a step then costs: docs/training.md, *The last percent*.
 """

@@ -271,7 +271,7 @@ class TrainConfig:
     mode: str = "sliced"  # how a hard subnet runs: sliced (a step costs its share) or masked
     recompute_granularity: str | None = None  # full or selective
     use_distributed_optimizer: bool | None = None  # shards Adam's state over data parallel; empty: with bf16-mixed
-    recipe: str = "default"  # or last_percent: all budgets in every micro-batch, 0.3 of the rates; written_out: done
+    recipe: str = "default"  # or last_percent: up to all budgets a micro-batch, 0.3 of the rates; written_out: done
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     moe_router_bias_update_rate: float = 0.0  # how far a step moves the bias of experts by their tokens; 0: not at all
     stages: tuple[StageConfig, ...] = ()
